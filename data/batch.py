@@ -1,0 +1,42 @@
+"""What one microbatch carries: ids, document ids and the labels of every prediction depth."""
+
+# Legend: B rows, T tokens of a row, K prediction depths (1 + MTP depths)
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+IGNORE = -1  # label of a position that predicts nothing
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of packed documents.
+
+    Attributes:
+        input_ids_BT: int64 token ids; padding holds 0.
+        document_ids_BT: int64, equal for the tokens of one document inside a row, -1 for padding. A document occupies
+            one contiguous run of a row.
+        labels_BTK: int64; ``[b, t, k]`` is the token ``1 + k`` places after position t of the same document (taken
+            from the document itself, also where the row cuts it), or ``IGNORE`` where that lies beyond the document.
+    """
+
+    input_ids_BT: Tensor
+    document_ids_BT: Tensor
+    labels_BTK: Tensor
+
+
+@dataclass(frozen=True)
+class BatchCounts:
+    """Normalisers of a whole global batch, known from the packing alone, before any forward pass.
+
+    Attributes:
+        tokens: non-padding tokens.
+        targets_K: positions with a label, for every prediction depth.
+        documents: document pieces.
+    """
+
+    tokens: int
+    targets_K: tuple[int, ...]
+    documents: int

@@ -1,0 +1,1 @@
+"""Package model; see ARCHITECTURE.md."""

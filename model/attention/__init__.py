@@ -1,0 +1,1 @@
+"""Package model/attention; see ARCHITECTURE.md."""

@@ -1,0 +1,306 @@
+"""Model configuration: keys spelled as in the released ``config.json`` (V4_SPEC A.1), so that both can be diffed.
+
+A layer is explicit: ``layer_kinds`` names it (swa | csa | hca | dense) and ``compress_ratios`` gives its ratio. A
+released config has ratios only (0, 4, 128); :meth:`ModelConfig.from_official` maps them onto kinds. CSA overlaps two
+windows and HCA does not, whatever the ratio.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any
+
+
+class LayerKind(StrEnum):
+    """What a main layer attends to besides the sliding window."""
+
+    swa = "swa"  # nothing: window only
+    csa = "csa"  # overlapping compressed entries chosen by the indexer
+    hca = "hca"  # all causal heavily compressed entries
+    dense = "dense"  # full uncompressed causal attention (ablation; no window, no entries)
+
+
+class Attention(StrEnum):
+    """Ablation switch: which attention the compressed layers use (``hybrid`` = as listed)."""
+
+    hybrid = "hybrid"
+    csa = "csa"
+    hca = "hca"
+    swa = "swa"
+    dense = "dense"
+
+
+class Residual(StrEnum):
+    """Ablation switch: manifold-constrained hyper-connections, or one plain residual stream."""
+
+    mhc = "mhc"
+    plain = "plain"
+
+
+class Router(StrEnum):
+    """How a layer chooses experts: learned scores, or a fixed table by token id."""
+
+    learned = "learned"
+    hash = "hash"
+
+
+class Kernels(StrEnum):
+    """Which implementation of each op runs (``model/kernels/select.py``)."""
+
+    reference = "reference"
+    fast = "fast"
+
+
+@dataclass
+class RopeScaling:
+    """YaRN of the compressed layers (V4_SPEC B.4); factor 1 switches it off."""
+
+    factor: float = 16.0
+    original_max_position_embeddings: int = 65536
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+
+
+@dataclass
+class ModelConfig:
+    """Everything that fixes the shapes and the maths of a model. Sizes are in elements unless said otherwise."""
+
+    name: str = "v4_nano"
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 1
+    head_dim: int = 64
+    qk_rope_head_dim: int = 16
+    q_lora_rank: int = 128
+    o_groups: int = 2
+    o_lora_rank: int = 128
+    # One ratio a main layer, then one a MTP block (0, as released).
+    compress_ratios: list[int] = field(default_factory=lambda: [0, 0, 4, 64, 4, 64, 0])
+    # One kind a main layer; empty: ratio 0 is swa, 4 is csa, 128 is hca.
+    layer_kinds: list[LayerKind] = field(default_factory=list)
+    sliding_window: int = 64
+    index_n_heads: int = 16
+    index_head_dim: int = 32
+    index_topk: int = 32
+    n_routed_experts: int = 16
+    n_shared_experts: int = 1
+    num_experts_per_tok: int = 2
+    moe_intermediate_size: int = 128
+    scoring_func: str = "sqrtsoftplus"
+    topk_method: str = "noaux_tc"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = 1.5
+    num_hash_layers: int = 1
+    # One router a main layer; empty: the first num_hash_layers are hash, the rest learned.
+    routers: list[Router] = field(default_factory=list)
+    swiglu_limit: float = 10.0
+    hc_mult: int = 4
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
+    hc_gamma: bool = False  # learned RMSNorm weight of the mHC projection, folded on export (V4_SPEC B.2)
+    hc_identity_base: float = 0.0  # diagonal added to the comb base at initialisation; 0 = uniform start
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    compress_rope_theta: float = 160000.0
+    rope_scaling: RopeScaling = field(default_factory=RopeScaling)
+    yarn_from_seq_len: int = 0  # YaRN acts from this training sequence length on, tokens; 0 = always
+    max_position_embeddings: int = 1048576
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    num_nextn_predict_layers: int = 1
+    initializer_range: float = 0.02
+    attention: Attention = Attention.hybrid
+    residual: Residual = Residual.mhc
+    kernels: Kernels = Kernels.fast
+    loss_chunk_tokens: int = 2048  # tokens of logits alive at once in the loss
+
+    # ---- derived --------------------------------------------------------------------------------------------------
+    def kind(self, layer: int) -> LayerKind:
+        """Kind of main layer ``layer`` after the ablation switch."""
+        listed = (
+            LayerKind(self.layer_kinds[layer])
+            if self.layer_kinds
+            else _KIND_OF_RATIO[self.compress_ratios[layer]]
+        )
+        switch = Attention(self.attention)
+        if switch is Attention.hybrid or listed is LayerKind.swa:
+            return listed
+        return LayerKind(switch.value)
+
+    def ratio(self, layer: int) -> int:
+        """Tokens per compressed entry of main layer ``layer``; 0 where the layer has none.
+
+        Under ``attention=csa`` or ``hca`` a layer takes the smallest, respectively largest ratio that the listed
+        layers of that kind use.
+        """
+        kind = self.kind(layer)
+        if kind not in (LayerKind.csa, LayerKind.hca):
+            return 0
+        listed = self._listed_kind(layer)
+        if listed is kind:
+            return self.compress_ratios[layer]
+        same_kind = [
+            self.compress_ratios[i] for i in range(self.num_hidden_layers) if self._listed_kind(i) is kind
+        ]
+        return same_kind[0] if same_kind else {LayerKind.csa: 4, LayerKind.hca: 128}[kind]
+
+    def router(self, layer: int) -> Router:
+        """Router of main layer ``layer``."""
+        if self.routers:
+            return Router(self.routers[layer])
+        return Router.hash if layer < self.num_hash_layers else Router.learned
+
+    @property
+    def num_streams(self) -> int:
+        """Residual copies that travel between blocks."""
+        return self.hc_mult if Residual(self.residual) is Residual.mhc else 1
+
+    @property
+    def ratios(self) -> tuple[int, ...]:
+        """Distinct compression ratios in use, ascending."""
+        return tuple(sorted({self.ratio(i) for i in range(self.num_hidden_layers)} - {0}))
+
+    def _listed_kind(self, layer: int) -> LayerKind:
+        if self.layer_kinds:
+            return LayerKind(self.layer_kinds[layer])
+        return _KIND_OF_RATIO[self.compress_ratios[layer]]
+
+    # ---- import ---------------------------------------------------------------------------------------------------
+    @classmethod
+    def from_official(cls, config_json: dict[str, Any]) -> ModelConfig:
+        """Build from a released ``config.json``; keys that do not shape the model are passed over.
+
+        Raises:
+            ValueError: a key that must be there is missing, or the values cannot be (see :meth:`validate`).
+        """
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in config_json.items() if k in known and v is not None}
+        for key in ("hidden_size", "num_hidden_layers", "compress_ratios", "vocab_size"):
+            if key not in values:
+                raise ValueError(f"config.json: key {key} is missing (needed to build the model)")
+        values["compress_ratios"] = list(values["compress_ratios"])
+        scaling = dict(config_json.get("rope_scaling") or {"factor": 1.0})
+        values["rope_scaling"] = RopeScaling(
+            **{f.name: type(f.default)(scaling[f.name]) for f in fields(RopeScaling) if f.name in scaling}
+        )
+        values.setdefault("num_nextn_predict_layers", 0)
+        values.setdefault("num_hash_layers", 0)
+        values["name"] = str(config_json.get("name", config_json.get("model_type", "official")))
+        config = cls(**values)
+        missing = config.num_hidden_layers + config.num_nextn_predict_layers - len(config.compress_ratios)
+        if 0 < missing <= config.num_nextn_predict_layers:
+            config.compress_ratios = config.compress_ratios + [0] * missing
+        config.validate()
+        return config
+
+    # ---- validation -----------------------------------------------------------------------------------------------
+    def validate(self, prefix: str = "model") -> None:
+        """Refuse what cannot be built.
+
+        Raises:
+            ValueError: names the two keys in conflict and both values.
+        """
+        for message in self._problems(prefix):
+            raise ValueError(message)
+
+    def _problems(self, p: str) -> list[str]:
+        out: list[str] = []
+
+        def need(ok: bool, message: str) -> None:
+            if not ok:
+                out.append(message)
+
+        for key in _POSITIVE:
+            need(getattr(self, key) > 0, f"{p}.{key}={getattr(self, key)} must be above 0")
+        for key in ("num_nextn_predict_layers", "n_shared_experts", "num_hash_layers"):
+            need(getattr(self, key) >= 0, f"{p}.{key}={getattr(self, key)} must be 0 or more")
+        if out:
+            return out
+        layers = self.num_hidden_layers
+        need(
+            len(self.compress_ratios) in (layers, layers + self.num_nextn_predict_layers),
+            f"{p}.compress_ratios has {len(self.compress_ratios)} entries but {p}.num_hidden_layers={layers} and"
+            f" {p}.num_nextn_predict_layers={self.num_nextn_predict_layers}: it needs one ratio a main layer, then"
+            " one 0 a MTP block",
+        )
+        for name in ("layer_kinds", "routers"):
+            given = getattr(self, name)
+            need(
+                len(given) in (0, layers),
+                f"{p}.{name} has {len(given)} entries but {p}.num_hidden_layers={layers}",
+            )
+        if out:
+            return out
+        for layer, ratio in enumerate(self.compress_ratios[:layers]):
+            if not self.layer_kinds:
+                need(
+                    ratio in _KIND_OF_RATIO,
+                    f"{p}.compress_ratios[{layer}]={ratio} has no default kind (0 swa, 4 csa, 128 hca):"
+                    f" name it in {p}.layer_kinds (now {list(self.layer_kinds)})",
+                )
+                continue
+            kind = LayerKind(self.layer_kinds[layer])
+            compressed = kind in (LayerKind.csa, LayerKind.hca)
+            need(
+                (ratio > 0) == compressed,
+                f"{p}.compress_ratios[{layer}]={ratio} does not fit {p}.layer_kinds[{layer}]={kind.value}",
+            )
+        extra = self.compress_ratios[layers:]
+        need(
+            not any(extra),
+            f"{p}.compress_ratios ends in {list(extra)} but the {self.num_nextn_predict_layers} MTP block(s)"
+            f" ({p}.num_nextn_predict_layers) are window-only: ratio 0",
+        )
+        self._divisibility(p, need)
+        self._released_only(p, need)
+        return out
+
+    def _divisibility(self, p: str, need: Any) -> None:
+        heads, groups = self.num_attention_heads, self.o_groups
+        need(heads % groups == 0, f"{p}.num_attention_heads={heads} must be a multiple of {p}.o_groups={groups}")
+        rope = self.qk_rope_head_dim
+        need(rope % 2 == 0, f"{p}.qk_rope_head_dim={rope} must be even ({p}.head_dim={self.head_dim})")
+        for key in ("head_dim", "index_head_dim"):
+            dim = getattr(self, key)
+            need(rope <= dim, f"{p}.qk_rope_head_dim={rope} must not exceed {p}.{key}={dim}")
+        index_dim = self.index_head_dim
+        need(
+            index_dim & (index_dim - 1) == 0,
+            f"{p}.index_head_dim={index_dim} must be a power of two (Hadamard transform,"
+            f" {p}.index_n_heads={self.index_n_heads})",
+        )
+        need(
+            self.num_experts_per_tok <= self.n_routed_experts,
+            f"{p}.num_experts_per_tok={self.num_experts_per_tok} must not exceed"
+            f" {p}.n_routed_experts={self.n_routed_experts}",
+        )
+        need(
+            self.num_hash_layers <= self.num_hidden_layers,
+            f"{p}.num_hash_layers={self.num_hash_layers} must not exceed"
+            f" {p}.num_hidden_layers={self.num_hidden_layers}",
+        )
+
+    def _released_only(self, p: str, need: Any) -> None:
+        for key, only in _ONLY.items():
+            value = getattr(self, key)
+            need(value == only, f"{p}.{key}={value} is not part of DeepSeek-V4, which has {key}={only}")
+
+
+_KIND_OF_RATIO = {0: LayerKind.swa, 4: LayerKind.csa, 128: LayerKind.hca}
+_POSITIVE = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim",
+    "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk",
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "hc_mult", "hc_sinkhorn_iters",
+    "swiglu_limit", "loss_chunk_tokens",
+)  # fmt: skip
+_ONLY = {
+    "num_key_value_heads": 1,
+    "scoring_func": "sqrtsoftplus",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+}

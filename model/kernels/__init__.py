@@ -1,0 +1,1 @@
+"""Package model/kernels; see ARCHITECTURE.md."""

@@ -1,0 +1,80 @@
+"""The one linear layer and the one grouped expert linear; their op is the seam for FP8, fake-quant and kernels.
+
+An op is a function ``(x, w) -> y`` (grouped: ``(x, w, offsets) -> y``), backward included, and is replaceable as a
+whole: a cast before a matmul could not express FP8 dgrad and wgrad. The weight is the fp32 master; an op brings it to
+the activation's dtype itself, so that under FSDP2 (weights already cast) nothing is cast twice.
+"""
+
+# Legend: B batch, T tokens, N rows, I in, O out, E experts, G groups
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LinearOp = Callable[[Tensor, Tensor], Tensor]
+GroupedLinearOp = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def linear_op(x: Tensor, w_OI: Tensor) -> Tensor:
+    """``x @ w.T`` in the dtype of ``x``."""
+    return F.linear(x, w_OI.to(x.dtype))
+
+
+def grouped_linear_op(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+    """Rows ``offsets[e-1]:offsets[e]`` of ``x`` times ``w[e].T`` for every expert, in the dtype of ``x``.
+
+    Args:
+        x_NI: rows sorted by expert.
+        w_EOI: one matrix an expert.
+        offsets_E: int32 cumulative row counts; the last must be N, or the rows behind it are undefined.
+    """
+    return F.grouped_mm(x_NI, w_EOI.to(x_NI.dtype).transpose(-2, -1), offs=offsets_E)
+
+
+class Linear(nn.Module):
+    """A bias-free linear map ``[..., in] -> [..., out]``.
+
+    Attributes:
+        weight: [out, in], fp32 master.
+        op: the seam; set it to another :data:`LinearOp` to change the arithmetic.
+    """
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.op: LinearOp = linear_op
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the op."""
+        return self.op(x, self.weight)
+
+
+class BlockLinear(Linear):
+    """``groups`` independent linears stacked in one weight ``[groups * out_per_group, in]`` (wo_a, V4_SPEC B.3)."""
+
+    def __init__(self, in_features: int, out_features: int, groups: int) -> None:
+        super().__init__(in_features, out_features)
+        self.groups = groups
+
+    def forward(self, x_BTGI: Tensor) -> Tensor:
+        """Map group g of ``[..., groups, in]`` by block g; returns ``[..., out_features]``."""
+        blocks = self.weight.chunk(self.groups, dim=0)
+        return torch.cat([self.op(x, w) for x, w in zip(x_BTGI.unbind(-2), blocks, strict=True)], dim=-1)
+
+
+class GroupedLinear(nn.Module):
+    """One linear per expert, weights stacked ``[E, out, in]`` (never fused, so that Muon sees logical matrices)."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.op: GroupedLinearOp = grouped_linear_op
+
+    def forward(self, x_NI: Tensor, offsets_E: Tensor) -> Tensor:
+        """Apply the op to rows sorted by expert."""
+        return self.op(x_NI, self.weight, offsets_E)

@@ -1,0 +1,1 @@
+"""Package model/moe; see ARCHITECTURE.md."""

@@ -1,0 +1,1 @@
+"""Package optim; see ARCHITECTURE.md."""

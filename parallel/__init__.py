@@ -1,0 +1,1 @@
+"""Package parallel; see ARCHITECTURE.md."""

@@ -1,0 +1,1 @@
+"""Package quant; see ARCHITECTURE.md."""
