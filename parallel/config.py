@@ -1,0 +1,128 @@
+"""Degrees of the parallel layout: the ``parallel`` section of a run's config.
+
+The mesh axes are ``pp dp_replicate dp_shard cp ep``; ``ep`` is folded out of the data axes, so it does not multiply the
+world size. One degree may be -1, "the rest of the world".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from enum import StrEnum
+
+# Names as in torch.distributed.pipelining, lower case; "1f1b" is no identifier, hence the functional form.
+Schedule = StrEnum(
+    "Schedule",
+    {
+        name: name
+        for name in (
+            "gpipe",
+            "1f1b",
+            "interleaved1f1b",
+            "interleavedzerobubble",
+            "zbvzerobubble",
+            "dualpipev",
+        )
+    },
+)
+_DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
+_AXES = ("pp", "dp_replicate", "dp_shard", "cp")  # their product is the world size
+
+
+@dataclass
+class ParallelConfig:
+    """How ranks share the work; every value 1 is one process.
+
+    Attributes:
+        dp_replicate: replicas whose parameters are whole copies of each other (HSDP's outer axis).
+        dp_shard: ranks that share one copy of the parameters (FSDP2); -1 = the rest of the world.
+        ep: ranks that share the routed experts; divides ``dp_replicate * dp_shard * cp``.
+        pp: pipeline stages.
+        cp: sequence shards.
+        schedule: order of microbatches in the pipeline; only with ``pp`` above 1.
+    """
+
+    dp_replicate: int = 1
+    dp_shard: int = -1
+    ep: int = 1
+    pp: int = 1
+    cp: int = 1
+    schedule: Schedule = Schedule("1f1b")
+
+    def validate(self, prefix: str = "parallel") -> None:
+        """Refuse degrees that no world could have.
+
+        Raises:
+            ValueError: names the keys and their values.
+        """
+        for key in _DEGREES:
+            value = getattr(self, key)
+            if value < 1 and value != -1:
+                raise ValueError(
+                    f"{prefix}.{key}={value} must be 1 or more, or -1 for the rest of the world"
+                )
+        rest = [key for key in _AXES if getattr(self, key) == -1]
+        if len(rest) > 1:
+            raise ValueError(
+                f"{prefix}.{rest[0]}=-1 and {prefix}.{rest[1]}=-1: only one of them can be the rest"
+            )
+        if self.ep == -1:
+            raise ValueError(
+                f"{prefix}.ep=-1: give a number, since ep is part of the data axes (dp_shard={self.dp_shard})"
+            )
+        if self.pp == 1 and self.schedule != Schedule("1f1b"):
+            raise ValueError(
+                f"{prefix}.schedule={self.schedule.value} needs {prefix}.pp above 1 (now {self.pp})"
+            )
+        if self.cp > 1:
+            raise ValueError(
+                f"{prefix}.cp={self.cp}: context parallelism is not built yet, only {prefix}.cp=1 runs"
+            )
+
+    def resolve(self, world_size: int, prefix: str = "parallel") -> ParallelConfig:
+        """Replace -1 by a number and check the product against the world.
+
+        Args:
+            world_size: number of ranks.
+            prefix: config path for messages.
+
+        Raises:
+            ValueError: the degrees do not multiply to ``world_size``, or ep does not divide the data axes.
+        """
+        known = 1
+        for key in _AXES:
+            known *= max(1, getattr(self, key))
+        out = self
+        for key in _AXES:
+            if getattr(self, key) == -1:
+                if world_size % known:
+                    raise ValueError(
+                        f"{prefix}.{key}=-1 cannot be the rest: the other degrees multiply to {known}, which does not"
+                        f" divide the world size {world_size}"
+                    )
+                out = replace(self, **{key: world_size // known})
+                known = world_size
+        if known != world_size:
+            shown = " * ".join(f"{key}={getattr(self, key)}" for key in _AXES)
+            raise ValueError(
+                f"{prefix}: {shown} = {known} ranks, but the world size is {world_size}"
+            )
+        if out.data_degree % out.ep:
+            raise ValueError(
+                f"{prefix}.ep={out.ep} must divide dp_replicate * dp_shard * cp = {out.data_degree} data ranks"
+            )
+        return out
+
+    @property
+    def data_degree(self) -> int:
+        """Ranks over which the rows of a global batch are spread (after :meth:`resolve`)."""
+        return self.dp_replicate * self.dp_shard * self.cp
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks (after :meth:`resolve`)."""
+        return self.pp * self.data_degree
+
+    def __str__(self) -> str:
+        """Degrees above 1, e.g. ``pp=2 dp_shard=4 ep=4``."""
+        named = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if f.name in _DEGREES]
+        return " ".join(n for n in named if not n.endswith("=1")) or "one process"

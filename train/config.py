@@ -1,0 +1,331 @@
+"""The whole configuration of a run: typed sections, and :func:`load`, which turns Hydra's result into a RunConfig.
+
+``RunConfig`` is seen only by ``train/``; every other package gets its own section. Nothing is changed after
+:func:`load`; derived values are functions (the plan of stages: ``train/stages.py``). Progress is counted in tokens of
+the global batch, lengths in tokens, times in seconds, "every" in optimizer steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from typing import Any, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config import DataConfig
+from model.config import ModelConfig
+from optim.config import OptimConfig
+from parallel.config import ParallelConfig
+from quant.config import QuantConfig
+from train.errors import UserError, one_line
+
+
+class Engine(StrEnum):
+    """What runs a step."""
+
+    torch = "torch"
+    deepspeed = "deepspeed"
+
+
+class Precision(StrEnum):
+    """Compute dtype of the matmuls; parameters are fp32 masters either way (model/precision.py)."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(StrEnum):
+    """Where the run computes; auto takes CUDA where there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class IndexerPhase(StrEnum):
+    """What CSA layers attend to and what the indexer learns from (V4_SPEC B.8)."""
+
+    full = "full"  # every visible entry, no top-k, no indexer loss
+    warmup = "warmup"  # every visible entry; only the indexer trains
+    sparse = "sparse"  # the indexer's top-k; everything trains
+
+
+class ActivationCheckpoint(StrEnum):
+    """What the backward pass recomputes."""
+
+    none = "none"
+    block = "block"
+    selective = "selective"
+
+
+class WandbMode(StrEnum):
+    """Weights & Biases, never on without being asked for."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class StageConfig:
+    """One stretch of a run. What is None is taken from the ``train`` section.
+
+    Attributes:
+        name: for messages and the plan.
+        until_tokens: the stage ends when this many tokens of the whole run are trained.
+        seq_len: tokens of a row.
+        global_batch_tokens: tokens of a step.
+        ramp_from_tokens: tokens of the stage's first step; the batch grows linearly from here to
+            ``global_batch_tokens`` in steps of their greatest common divisor. 0 = no ramp.
+        ramp_tokens: trained tokens over which the batch grows.
+        micro_batch_size: rows of a forward pass on each rank.
+        cp: sequence shards that this stage needs; above 1 cannot run yet.
+        indexer_phase: full, warmup or sparse.
+        lr: constant learning rate of the stage instead of the schedule's (indexer warm-up).
+        mtp_loss_weight: weight of the MTP loss, instead of the ``train`` section's two values.
+        bias_update_speed: speed of the expert bias.
+        quantised: whether the ``quant`` section acts in this stage.
+        yarn: whether the compressed layers' YaRN table acts; None: by ``model.yarn_from_seq_len``.
+    """
+
+    name: str = ""
+    until_tokens: int = 0
+    seq_len: int | None = None
+    global_batch_tokens: int | None = None
+    ramp_from_tokens: int = 0
+    ramp_tokens: int = 0
+    micro_batch_size: int | None = None
+    cp: int = 1
+    indexer_phase: IndexerPhase | None = None
+    lr: float | None = None
+    mtp_loss_weight: float | None = None
+    bias_update_speed: float | None = None
+    quantised: bool = True
+    yarn: bool | None = None
+
+
+@dataclass
+class TrainConfig:
+    """The loop. ``steps`` of a run without ``stages`` fixes its length; with stages it only ends the run earlier (0: not).
+
+    Attributes:
+        steps: optimizer steps of the run.
+        seq_len: tokens of a row.
+        global_batch_tokens: tokens of an optimizer step over all ranks.
+        micro_batch_size: rows of a forward pass on each rank.
+        precision: fp32 or bf16 matmuls.
+        device: auto, cpu or cuda.
+        stages: the plan, in order; empty: one stage made from this section.
+        indexer_phase: phase of the one stage.
+        mtp_loss_weight: weight of the MTP loss until the learning rate decays.
+        mtp_loss_weight_decay: its weight from the first decaying step on.
+        indexer_loss_weight: weight of the indexer's KL loss; 0 = off.
+        balance_loss_weight: weight of the per-document balance loss; 0 = off.
+        bias_update_speed: change of the expert bias a step; 0 = off.
+        bias_stops_at_decay: freeze the expert bias from the first decaying step on.
+        eval_every: steps between evaluations; 0 = only at the end.
+        eval_only: evaluate once and leave.
+        eval_tokens: tokens of an evaluation, always the same rows; 0 = the whole validation split.
+        checkpoint_every: steps between checkpoints; 0 = only at the end or when stopped.
+        keep_checkpoints: how many of the newest are kept; 0 = all.
+        time_limit_seconds: save and leave with exit code 75 after this long; 0 = no limit.
+        log_every: steps between console lines.
+        monitor_every: steps between the costly monitors (indexer recall, stream norms); 0 = never.
+        activation_checkpoint: what the backward pass recomputes.
+        ema_decay: decay of the averaged weights, per step; 0 = none are kept.
+        profile_start: first step that is profiled.
+        profile_steps: number of profiled steps; 0 = no profile.
+    """
+
+    steps: int = 1000
+    seq_len: int = 512
+    global_batch_tokens: int = 8192
+    micro_batch_size: int = 8
+    precision: Precision = Precision.bf16
+    device: Device = Device.auto
+    stages: list[StageConfig] = field(default_factory=list)
+    indexer_phase: IndexerPhase = IndexerPhase.sparse
+    mtp_loss_weight: float = 0.3
+    mtp_loss_weight_decay: float = 0.1
+    indexer_loss_weight: float = 1e-2
+    balance_loss_weight: float = 1e-4
+    bias_update_speed: float = 1e-3
+    bias_stops_at_decay: bool = False
+    eval_every: int = 0
+    eval_only: bool = False
+    eval_tokens: int = 65536
+    checkpoint_every: int = 0
+    keep_checkpoints: int = 2
+    time_limit_seconds: float = 0.0
+    log_every: int = 10
+    monitor_every: int = 50
+    activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint.none
+    ema_decay: float = 0.0
+    profile_start: int = 10
+    profile_steps: int = 0
+
+    def validate(self, prefix: str = "train") -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+            ValueError: names the keys and their values.
+        """
+        for key in ("seq_len", "global_batch_tokens", "micro_batch_size", "log_every"):
+            _need(getattr(self, key) > 0, f"{prefix}.{key}={getattr(self, key)} must be above 0")
+        for key in _NOT_NEGATIVE:
+            _need(getattr(self, key) >= 0, f"{prefix}.{key}={getattr(self, key)} must be 0 or more")
+        _need(
+            self.ema_decay < 1,
+            f"{prefix}.ema_decay={self.ema_decay} must be below 1 (a fraction kept each step; 0 = off)",
+        )
+        _need(
+            bool(self.stages) or self.steps > 0 or self.eval_only,
+            f"{prefix}.steps={self.steps} must be above 0, since {prefix}.stages is empty",
+        )
+
+
+@dataclass
+class SampleConfig:
+    """Text written at the end of a run.
+
+    Attributes:
+        prompt: what the model continues.
+        tokens: length of the continuation; 0 = no text.
+        temperature: 0 = the likeliest token each time.
+    """
+
+    prompt: str = "The function returns"
+    tokens: int = 120
+    temperature: float = 0.7
+
+
+@dataclass
+class WandbConfig:
+    """Weights & Biases.
+
+    Attributes:
+        mode: disabled, offline or online.
+        project: project that the run is shown under.
+        entity: team or user; empty: the account's own.
+        name: name of the run; empty: the run folder's name.
+    """
+
+    mode: WandbMode = WandbMode.disabled
+    project: str = "v4-pretrain"
+    entity: str = ""
+    name: str = ""
+
+
+@dataclass
+class RunConfig:
+    """Everything that fixes a run.
+
+    Attributes:
+        run_dir: the run's own folder; the same folder resumes.
+        seed: of initialisation and data order.
+        engine: torch, or deepspeed.
+        init_from: run folder or checkpoint whose weights a new run starts from; empty: fresh weights.
+        tensorboard: also write TensorBoard event files.
+    """
+
+    run_dir: str = "runs/default"
+    seed: int = 0
+    engine: Engine = Engine.torch
+    init_from: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    quant: QuantConfig = field(default_factory=QuantConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False
+
+
+_NOT_NEGATIVE = (
+    "steps", "mtp_loss_weight", "mtp_loss_weight_decay", "indexer_loss_weight", "balance_loss_weight",
+    "bias_update_speed", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "time_limit_seconds",
+    "monitor_every", "ema_decay", "profile_start", "profile_steps",
+)  # fmt: skip
+
+
+def _need(ok: bool, message: str) -> None:
+    if not ok:
+        raise UserError(message)
+
+
+def load(cfg: DictConfig) -> RunConfig:
+    """Turn a composed config into a validated RunConfig.
+
+    Raises:
+        UserError: an unknown key, a wrong type, or values that cannot be together; one line naming keys and values.
+    """
+    try:
+        raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"config: {one_line(error)}") from error
+    _refuse_unknown(raw, RunConfig, "")
+    try:
+        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), raw))
+    except OmegaConfBaseException as error:
+        raise UserError(describe(error)) from error
+    assert isinstance(run, RunConfig)
+    validate(run)
+    return run
+
+
+def validate(run: RunConfig) -> None:
+    """Check every section, then what must hold between them.
+
+    Raises:
+        ValueError: names the keys and both values.
+    """
+    run.model.validate()
+    run.data.validate()
+    run.optim.validate()
+    run.quant.validate()
+    run.parallel.validate()
+    run.train.validate()
+    _need(bool(run.run_dir.strip()), f"run_dir={run.run_dir!r} must name a folder")
+    _need(run.sample.tokens >= 0, f"sample.tokens={run.sample.tokens} must be 0 or more")
+    _need(
+        run.sample.temperature >= 0,
+        f"sample.temperature={run.sample.temperature} must be 0 or more",
+    )
+    _need(
+        run.engine is Engine.torch,
+        f"engine={run.engine.value} is not built yet: only engine={Engine.torch.value} runs",
+    )
+
+
+def describe(error: OmegaConfBaseException) -> str:
+    """One line for an error of the config library: the full key, what was given, what was wanted."""
+    key = getattr(error, "full_key", None) or "config"
+    return f"{key}: {str(error).splitlines()[0]}"
+
+
+def _refuse_unknown(raw: Any, schema: Any, path: str) -> None:
+    """Raise UserError at the first key of ``raw`` that the dataclass ``schema`` does not have."""
+    if get_origin(schema) is list and isinstance(raw, list):
+        for index, item in enumerate(raw):
+            _refuse_unknown(item, get_args(schema)[0], f"{path}[{index}]")
+        return
+    if not (isinstance(schema, type) and is_dataclass(schema) and isinstance(raw, dict)):
+        return
+    types = get_type_hints(schema)
+    known = [f.name for f in fields(schema)]
+    for key, value in raw.items():
+        full = f"{path}.{key}" if path else str(key)
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = (
+                f"did you mean {full.removesuffix(str(key))}{near[0]}?"
+                if near
+                else f"known: {', '.join(known)}"
+            )
+            raise UserError(f"unknown config key {full}={value}: {hint}")
+        _refuse_unknown(value, types[key], full)
