@@ -1,0 +1,41 @@
+"""The one switch between the plain and the fast implementation of an op (``model.kernels``).
+
+Each op has a short reference in plain PyTorch, which is the definition, and a fast path that is
+tested against it. Both have the same signature. Adding an op is one line in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from model.config import Kernels
+from model.kernels import mhc
+
+Op = Callable[..., Any]
+
+# op -> (reference, fast)
+_OPS: dict[str, tuple[Op, Op]] = {
+    "mhc_pre": (mhc.mhc_pre, mhc.mhc_pre),
+    "mhc_merge": (mhc.mhc_merge, mhc.mhc_merge),
+    "mhc_head": (mhc.mhc_head, mhc.mhc_head),
+}
+
+
+def op_names() -> list[str]:
+    """Names that :func:`select` knows, sorted."""
+    return sorted(_OPS)
+
+
+def select(op_name: str, kernels: Kernels) -> Op:
+    """Return the implementation of ``op_name`` that ``kernels`` asks for.
+
+    Raises:
+        ValueError: no such op, or no such choice of kernels.
+    """
+    if op_name not in _OPS:
+        raise ValueError(f"unknown op {op_name!r}: known ops are {op_names()}")
+    if kernels not in list(Kernels):
+        raise ValueError(f"model.kernels={kernels!r} is none of {[k.value for k in Kernels]}")
+    reference, fast = _OPS[op_name]
+    return reference if Kernels(kernels) is Kernels.reference else fast
