@@ -1,0 +1,194 @@
+"""What a run reports: one table of metrics, and the file ``metrics.jsonl`` (DESIGN section 1, 3).
+
+The file holds one JSON object a step, in order. Fields marked *measured* depend on the machine and
+the moment; every other field is a function of config, data and code, equal between equal runs. A
+value that is not a finite number is written as null. After a resume the file is cut back to the
+checkpoint's step and goes on from there, so that it reads as if the run had never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Reduction(StrEnum):
+    """How the values of microbatches and ranks become the value of a step."""
+
+    sum = "sum"  # shares, normalised beforehand: they add up
+    mean = "mean"  # <name>.sum over <name>.count, each added up
+    same = "same"  # every rank knows the same value
+    max = "max"  # the largest of any rank
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One field of ``metrics.jsonl``.
+
+    Attributes:
+        name: of the field; stable.
+        unit: of the value.
+        reduction: over microbatches and ranks.
+        measured: whether equal runs may differ in it.
+    """
+
+    name: str
+    unit: str
+    reduction: Reduction
+    measured: bool = False
+
+
+METRICS = (
+    Metric("step", "optimizer steps done", Reduction.same),
+    Metric("tokens", "tokens trained, padding included", Reduction.same),
+    Metric("stage", "name of the stage", Reduction.same),
+    Metric("loss", "nats per target token", Reduction.sum),
+    Metric("loss_mtp", "nats per target token, mean over depths", Reduction.sum),
+    Metric("loss_indexer", "nats per query, mean over csa layers", Reduction.sum),
+    Metric("loss_balance", "1 at perfect balance, mean over learned layers", Reduction.sum),
+    Metric("grad_norm", "global norm before clipping", Reduction.same),
+    Metric("lr", "learning rate", Reduction.same),
+    Metric("skipped_steps", "steps skipped since the start, not finite", Reduction.same),
+    Metric("documents", "document pieces of the step", Reduction.same),
+    Metric("padding", "fraction of the step's positions", Reduction.same),
+    Metric(
+        "expert_load_cv", "deviation / mean of tokens per expert, mean over layers", Reduction.same
+    ),
+    Metric("expert_load_max", "largest / mean tokens per expert, worst layer", Reduction.same),
+    Metric("dead_experts", "experts that got no token, all layers", Reduction.same),
+    Metric("clamped", "fraction of expert activations", Reduction.mean),
+    Metric("captured_mass", "fraction of the teacher's mass in the top-k", Reduction.mean),
+    Metric("recall", "fraction of the teacher's top-k in the indexer's", Reduction.mean),
+    Metric("leaves_out", "fraction of queries that see more than top-k entries", Reduction.mean),
+    Metric("stream_gain", "norm after / norm before a block", Reduction.mean),
+    Metric("val_loss", "nats per target token", Reduction.sum),
+    Metric("val_bits_per_byte", "bits per byte of validation text", Reduction.sum),
+    Metric("tokens_per_second", "tokens per second, padding included", Reduction.same, True),
+    Metric("step_seconds", "seconds", Reduction.max, True),
+    Metric("data_seconds", "seconds of the step spent on the batch", Reduction.max, True),
+    Metric("eval_seconds", "seconds of the evaluation after the step", Reduction.max, True),
+    Metric("checkpoint_seconds", "seconds the run stood still for a save", Reduction.max, True),
+    Metric("peak_memory_bytes", "bytes, largest of any rank", Reduction.max, True),
+    Metric("mfu", "fraction of the machine's measured matmul rate", Reduction.same, True),
+)
+BY_NAME = {metric.name: metric for metric in METRICS}
+MEASURED = frozenset(metric.name for metric in METRICS if metric.measured)
+
+Record = dict[str, Any]
+
+
+def unmeasured(record: Mapping[str, Any]) -> Record:
+    """The fields that equal runs share."""
+    return {name: value for name, value in record.items() if name not in MEASURED}
+
+
+def monitor_values(monitors: Mapping[str, Tensor]) -> Record:
+    """Divide the summed ``<name>.sum`` by ``<name>.count``; names with a count of 0 are left out.
+
+    Raises:
+        KeyError: a monitor that has no line in :data:`METRICS`.
+    """
+    values: Record = {}
+    for key, total in monitors.items():
+        name, _, part = key.rpartition(".")
+        if part != "sum":
+            continue
+        assert BY_NAME[name].reduction is Reduction.mean, name
+        count = float(monitors[f"{name}.count"])
+        if count:
+            values[name] = float(total) / count
+    return values
+
+
+def load_values(expert_load: Mapping[str, Tensor]) -> Record:
+    """How evenly tokens were spread over experts, from gate name -> tokens per expert [E]."""
+    loads = [load_E.double() for load_E in expert_load.values() if float(load_E.sum()) > 0]
+    if not loads:
+        return {}
+    return {
+        "expert_load_cv": float(
+            sum(load_E.std(correction=0) / load_E.mean() for load_E in loads) / len(loads)
+        ),
+        "expert_load_max": max(float(load_E.max() / load_E.mean()) for load_E in loads),
+        "dead_experts": sum(int((load_E == 0).sum()) for load_E in loads),
+    }
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: of the GPU where it computes there, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+# ---- the file ------------------------------------------------------------------------------------
+class MetricsFile:
+    """``metrics.jsonl`` of a run; every write reaches the operating system at once.
+
+    Args:
+        path: the file; made when the first line is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append one step.
+
+        Raises:
+            KeyError: a field that has no line in :data:`METRICS`.
+        """
+        line = json.dumps({BY_NAME[k].name: _json_value(v) for k, v in record.items()})
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def cut(self, step: int) -> None:
+        """Remove what lies behind ``step``, half lines included; 0 empties the file."""
+        if not self.path.exists():
+            return
+        kept = [line for line, record in _complete_lines(self.path) if record["step"] <= step]
+        aside = self.path.with_suffix(".cut")
+        aside.write_text("".join(kept), encoding="utf-8")
+        os.replace(aside, self.path)
+
+    def sync(self) -> None:
+        """Make the file durable: called before a checkpoint that counts on it is published."""
+        if self.path.exists():
+            with self.path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """All complete lines of a metrics file, in order."""
+    return [record for _, record in _complete_lines(path)] if path.exists() else []
+
+
+def _complete_lines(path: Path) -> Iterator[tuple[str, Record]]:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if not line.endswith("\n"):
+            return  # a kill in the middle of a write
+        yield line, json.loads(line)
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def describe(records: Iterable[Metric] = METRICS) -> str:
+    """The table as Markdown, for the documents."""
+    rows = [f"| `{m.name}` | {m.unit} | {m.reduction} | {m.measured} |" for m in records]
+    return "\n".join(["| field | unit | reduction | measured |", "|---|---|---|---|", *rows])
