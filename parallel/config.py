@@ -1,7 +1,7 @@
 """Degrees of the parallel layout: the ``parallel`` section of a run's config.
 
-The mesh axes are ``pp dp_replicate dp_shard cp ep``; ``ep`` is folded out of the data axes, so it does not multiply the
-world size. One degree may be -1, "the rest of the world".
+The mesh axes are ``pp dp_replicate dp_shard cp ep``; ``ep`` is folded out of the data axes, so it
+does not multiply the world size. One degree may be -1, "the rest of the world".
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
-# Names as in torch.distributed.pipelining, lower case; "1f1b" is no identifier, hence the functional form.
+# Names as in torch.distributed.pipelining, lower case; "1f1b" is no
+# identifier, hence the functional form.
 Schedule = StrEnum(
     "Schedule",
     {
@@ -24,6 +25,7 @@ Schedule = StrEnum(
         )
     },
 )
+_DEFAULT_SCHEDULE = Schedule("1f1b")
 _DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp")  # their product is the world size
 
@@ -46,7 +48,7 @@ class ParallelConfig:
     ep: int = 1
     pp: int = 1
     cp: int = 1
-    schedule: Schedule = Schedule("1f1b")
+    schedule: Schedule = _DEFAULT_SCHEDULE
 
     def validate(self, prefix: str = "parallel") -> None:
         """Refuse degrees that no world could have.
@@ -67,15 +69,17 @@ class ParallelConfig:
             )
         if self.ep == -1:
             raise ValueError(
-                f"{prefix}.ep=-1: give a number, since ep is part of the data axes (dp_shard={self.dp_shard})"
+                f"{prefix}.ep=-1: give a number, since ep is part of the data axes"
+                f" ({prefix}.dp_shard={self.dp_shard})"
             )
-        if self.pp == 1 and self.schedule != Schedule("1f1b"):
+        if self.pp == 1 and self.schedule != _DEFAULT_SCHEDULE:
             raise ValueError(
                 f"{prefix}.schedule={self.schedule.value} needs {prefix}.pp above 1 (now {self.pp})"
             )
         if self.cp > 1:
             raise ValueError(
-                f"{prefix}.cp={self.cp}: context parallelism is not built yet, only {prefix}.cp=1 runs"
+                f"{prefix}.cp={self.cp}: context parallelism is not built yet, only"
+                f" {prefix}.cp=1 runs"
             )
 
     def resolve(self, world_size: int, prefix: str = "parallel") -> ParallelConfig:
@@ -86,7 +90,8 @@ class ParallelConfig:
             prefix: config path for messages.
 
         Raises:
-            ValueError: the degrees do not multiply to ``world_size``, or ep does not divide the data axes.
+            ValueError: the degrees do not multiply to ``world_size``, or ep does not divide the
+                data axes.
         """
         known = 1
         for key in _AXES:
@@ -96,8 +101,8 @@ class ParallelConfig:
             if getattr(self, key) == -1:
                 if world_size % known:
                     raise ValueError(
-                        f"{prefix}.{key}=-1 cannot be the rest: the other degrees multiply to {known}, which does not"
-                        f" divide the world size {world_size}"
+                        f"{prefix}.{key}=-1 cannot be the rest: the other degrees multiply to"
+                        f" {known}, which does not divide the world size {world_size}"
                     )
                 out = replace(self, **{key: world_size // known})
                 known = world_size
@@ -108,7 +113,8 @@ class ParallelConfig:
             )
         if out.data_degree % out.ep:
             raise ValueError(
-                f"{prefix}.ep={out.ep} must divide dp_replicate * dp_shard * cp = {out.data_degree} data ranks"
+                f"{prefix}.ep={out.ep} must divide the {out.data_degree} data ranks"
+                f" (dp_replicate * dp_shard * cp)"
             )
         return out
 

@@ -1,8 +1,9 @@
-"""The whole configuration of a run: typed sections, and :func:`load`, which turns Hydra's result into a RunConfig.
+"""The whole configuration of a run: typed sections, and :func:`load`, which makes a RunConfig.
 
-``RunConfig`` is seen only by ``train/``; every other package gets its own section. Nothing is changed after
-:func:`load`; derived values are functions (the plan of stages: ``train/stages.py``). Progress is counted in tokens of
-the global batch, lengths in tokens, times in seconds, "every" in optimizer steps.
+``RunConfig`` is seen only by ``train/``; every other package gets its own section. Nothing is
+changed after :func:`load`; derived values are functions (the plan of stages: ``train/stages.py``).
+Progress is counted in tokens of the global batch, lengths in tokens, times in seconds, "every" in
+optimizer steps.
 """
 
 from __future__ import annotations
@@ -88,7 +89,6 @@ class StageConfig:
         mtp_loss_weight: weight of the MTP loss, instead of the ``train`` section's two values.
         bias_update_speed: speed of the expert bias.
         quantised: whether the ``quant`` section acts in this stage.
-        yarn: whether the compressed layers' YaRN table acts; None: by ``model.yarn_from_seq_len``.
     """
 
     name: str = ""
@@ -104,15 +104,15 @@ class StageConfig:
     mtp_loss_weight: float | None = None
     bias_update_speed: float | None = None
     quantised: bool = True
-    yarn: bool | None = None
 
 
 @dataclass
 class TrainConfig:
-    """The loop. ``steps`` of a run without ``stages`` fixes its length; with stages it only ends the run earlier (0: not).
+    """The loop.
 
     Attributes:
-        steps: optimizer steps of the run.
+        steps: optimizer steps of the run. With ``stages``, which fix the schedules' horizon, it
+            only ends the run earlier (0: it does not).
         seq_len: tokens of a row.
         global_batch_tokens: tokens of an optimizer step over all ranks.
         micro_batch_size: rows of a forward pass on each rank.
@@ -179,7 +179,7 @@ class TrainConfig:
             _need(getattr(self, key) >= 0, f"{prefix}.{key}={getattr(self, key)} must be 0 or more")
         _need(
             self.ema_decay < 1,
-            f"{prefix}.ema_decay={self.ema_decay} must be below 1 (a fraction kept each step; 0 = off)",
+            f"{prefix}.ema_decay={self.ema_decay} must be below 1 (fraction kept a step; 0 = off)",
         )
         _need(
             bool(self.stages) or self.steps > 0 or self.eval_only,
@@ -227,7 +227,7 @@ class RunConfig:
         run_dir: the run's own folder; the same folder resumes.
         seed: of initialisation and data order.
         engine: torch, or deepspeed.
-        init_from: run folder or checkpoint whose weights a new run starts from; empty: fresh weights.
+        init_from: run folder or checkpoint whose weights a new run starts from; empty: fresh.
         tensorboard: also write TensorBoard event files.
     """
 
@@ -247,9 +247,10 @@ class RunConfig:
 
 
 _NOT_NEGATIVE = (
-    "steps", "mtp_loss_weight", "mtp_loss_weight_decay", "indexer_loss_weight", "balance_loss_weight",
-    "bias_update_speed", "eval_every", "eval_tokens", "checkpoint_every", "keep_checkpoints", "time_limit_seconds",
-    "monitor_every", "ema_decay", "profile_start", "profile_steps",
+    "steps", "mtp_loss_weight", "mtp_loss_weight_decay", "indexer_loss_weight",
+    "balance_loss_weight", "bias_update_speed", "eval_every", "eval_tokens", "checkpoint_every",
+    "keep_checkpoints", "time_limit_seconds", "monitor_every", "ema_decay", "profile_start",
+    "profile_steps",
 )  # fmt: skip
 
 
@@ -262,7 +263,7 @@ def load(cfg: DictConfig) -> RunConfig:
     """Turn a composed config into a validated RunConfig.
 
     Raises:
-        UserError: an unknown key, a wrong type, or values that cannot be together; one line naming keys and values.
+        UserError: an unknown key, a wrong type, or values that cannot be together.
     """
     try:
         raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
@@ -297,13 +298,13 @@ def validate(run: RunConfig) -> None:
         f"sample.temperature={run.sample.temperature} must be 0 or more",
     )
     _need(
-        run.engine is Engine.torch,
+        run.engine == Engine.torch,
         f"engine={run.engine.value} is not built yet: only engine={Engine.torch.value} runs",
     )
 
 
 def describe(error: OmegaConfBaseException) -> str:
-    """One line for an error of the config library: the full key, what was given, what was wanted."""
+    """One line for an error of the config library: the full key, what was given and wanted."""
     key = getattr(error, "full_key", None) or "config"
     return f"{key}: {str(error).splitlines()[0]}"
 

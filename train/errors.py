@@ -1,8 +1,8 @@
 """Exit codes, and what counts as the user's error (DESIGN section 1, point 5).
 
-Our code raises ``ValueError`` for input that cannot be and ``assert`` for its own invariants. A ``ValueError`` that some
-library raised from within is a fault of ours, so it keeps its traceback: :func:`is_user_error` tells them apart by the
-file that raised.
+Our code raises ``ValueError`` for input that cannot be and ``assert`` for its own invariants. A
+``ValueError`` that some library raised from within is a fault of ours, so it keeps its traceback:
+:func:`is_user_error` tells them apart by the file that raised.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class UserError(ValueError):
 
 
 def is_user_error(error: BaseException) -> bool:
-    """Whether the text of ``error`` is meant for the user: a ``ValueError`` raised by a line of our own packages."""
+    """Whether the text of ``error`` is meant for the user: a ``ValueError`` that we raised."""
     if isinstance(error, UserError):
         return True
     if not isinstance(error, ValueError) or error.__traceback__ is None:

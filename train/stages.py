@@ -1,0 +1,290 @@
+"""The plan of a run: which stage a token position lies in and what a step there does (V4_SPEC C.2).
+
+Progress is counted in trained tokens: positions of rows, padding included, so that it depends on
+the config alone and not on the documents. A step begins at some position, belongs to the stage in
+which it begins, and moves the position by its global batch. Everything here is a pure function of
+the config; nothing remembers where the run stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from model.config import LayerKind, ModelConfig
+from train.config import IndexerPhase, RunConfig, StageConfig, TrainConfig
+from train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage with every value filled in; fields as in :class:`train.config.StageConfig`."""
+
+    name: str
+    start_tokens: int
+    until_tokens: int
+    seq_len: int
+    global_batch_tokens: int
+    ramp_from_tokens: int
+    ramp_tokens: int
+    micro_batch_size: int
+    cp: int
+    indexer_phase: IndexerPhase
+    lr: float | None
+    mtp_loss_weight: float | None
+    bias_update_speed: float | None
+    quantised: bool
+
+    @property
+    def quantum_tokens(self) -> int:
+        """Tokens by which the batch grows at a time; every batch of the stage is a multiple."""
+        return math.gcd(self.ramp_from_tokens, self.global_batch_tokens)
+
+    def batch_tokens(self, tokens: int) -> int:
+        """Tokens of the step that begins at position ``tokens``."""
+        done = tokens - self.start_tokens
+        if not self.ramp_from_tokens or done >= self.ramp_tokens:
+            return self.global_batch_tokens
+        grown = (self.global_batch_tokens - self.ramp_from_tokens) * done // self.ramp_tokens
+        return self.ramp_from_tokens + grown // self.quantum_tokens * self.quantum_tokens
+
+    def constant_until(self, tokens: int) -> int:
+        """First position from which a step may differ in size from the one that begins here."""
+        batch = self.batch_tokens(tokens)
+        if batch == self.global_batch_tokens:
+            return self.until_tokens
+        grown = batch + self.quantum_tokens - self.ramp_from_tokens
+        rise = self.global_batch_tokens - self.ramp_from_tokens
+        return min(self.until_tokens, self.start_tokens - (-grown * self.ramp_tokens // rise))
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the side losses in one step, and the speed of the expert bias."""
+
+    mtp: float
+    indexer: float
+    balance: float
+    bias_update_speed: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run.
+
+    Attributes:
+        stages: in order, without gaps.
+        steps: optimizer steps that the run takes.
+        end_tokens: position after the last of them.
+        total_tokens: horizon of the schedules; beyond ``end_tokens`` where ``train.steps`` ends the
+            run early.
+    """
+
+    stages: tuple[Stage, ...]
+    steps: int
+    end_tokens: int
+    total_tokens: int
+
+    def stage(self, tokens: int) -> Stage:
+        """Stage of the step that begins at position ``tokens``."""
+        for stage in self.stages:
+            if tokens < stage.until_tokens:
+                return stage
+        return self.stages[-1]
+
+    def batch_tokens(self, tokens: int) -> int:
+        """Tokens of the step that begins at position ``tokens``."""
+        return self.stage(tokens).batch_tokens(tokens)
+
+    def reached(self) -> tuple[Stage, ...]:
+        """Stages in which at least one step begins."""
+        return tuple(s for s in self.stages if self.step_at(s.start_tokens) < self.steps)
+
+    def step_at(self, tokens: int) -> int:
+        """Number of steps that begin before position ``tokens``."""
+        return _count(self.stages, tokens, None)[0]
+
+    def tokens_at(self, step: int) -> int:
+        """Position at which step number ``step`` (from 0) begins, within the stages."""
+        return _count(self.stages, self.stages[-1].until_tokens, step)[1]
+
+
+def resolve(run: RunConfig) -> Plan:
+    """Fill in the stages of a run and count its steps.
+
+    Raises:
+        UserError: stages that cannot be, or one that is reached and cannot run yet; names it and
+            the values.
+    """
+    train = run.train
+    stages = tuple(_stages(train))
+    for index, stage in enumerate(stages):
+        _check_stage(stage, _label(train, index), run)
+    total = stages[-1].until_tokens
+    steps, end = _count(stages, total, train.steps or None)
+    plan = Plan(stages, steps, end, total)
+    for index, stage in enumerate(plan.reached()):
+        before = plan.step_at(stage.start_tokens)
+        if plan.step_at(stage.until_tokens) == before:
+            raise UserError(
+                f"{_label(train, index)}: no step begins in it, since until_tokens={stage.until_tokens}"
+                f" and the last step before it ends at {plan.tokens_at(before)}"
+            )
+        if stage.cp > 1:
+            raise UserError(
+                f"{_label(train, index)} needs cp={stage.cp} (rows of {stage.seq_len} tokens in"
+                f" {stage.cp} shards), but context parallelism is not built yet; what comes before"
+                f" it runs with train.steps={before}"
+            )
+    return plan
+
+
+def loss_weights(stage: Stage, train: TrainConfig, decaying: bool) -> LossWeights:
+    """Weights of a step of ``stage``.
+
+    Args:
+        stage: the stage it belongs to.
+        train: the ``train`` section.
+        decaying: whether the learning rate has begun to decay.
+    """
+    mtp = train.mtp_loss_weight_decay if decaying else train.mtp_loss_weight
+    speed = train.bias_update_speed if stage.bias_update_speed is None else stage.bias_update_speed
+    full, warmup = (stage.indexer_phase == p for p in (IndexerPhase.full, IndexerPhase.warmup))
+    if warmup:  # everything but the indexer stands still
+        return LossWeights(0.0, train.indexer_loss_weight, 0.0, 0.0)
+    return LossWeights(
+        mtp=mtp if stage.mtp_loss_weight is None else stage.mtp_loss_weight,
+        indexer=0.0 if full else train.indexer_loss_weight,
+        balance=train.balance_loss_weight,
+        bias_update_speed=0.0 if decaying and train.bias_stops_at_decay else speed,
+    )
+
+
+def trains(name: str, stage: Stage, weights: LossWeights) -> bool:
+    """Whether the parameter ``name`` learns in a step of ``stage``; if not, it does not move."""
+    if ".attn.indexer." in name:
+        return weights.indexer > 0
+    if stage.indexer_phase == IndexerPhase.warmup:
+        return False
+    return weights.mtp > 0 or not name.startswith("mtp.")
+
+
+def check_rows(plan: Plan, data_degree: int) -> None:
+    """Check that every batch that is reached splits into whole microbatches on each rank.
+
+    Args:
+        plan: the resolved plan.
+        data_degree: ranks over which the rows of a batch are spread.
+
+    Raises:
+        UserError: names the stage and both values.
+    """
+    for stage in plan.reached():
+        rows, unit = stage.quantum_tokens // stage.seq_len, stage.micro_batch_size * data_degree
+        if rows % unit:
+            what = "batches that grow by" if stage.ramp_from_tokens else "a batch of"
+            raise UserError(
+                f"stage {stage.name}: {what} {rows} rows (train.global_batch_tokens="
+                f"{stage.global_batch_tokens}, seq_len={stage.seq_len}) must be a multiple of"
+                f" train.micro_batch_size={stage.micro_batch_size} times {data_degree} data rank(s)"
+            )
+
+
+def _stages(train: TrainConfig) -> Iterator[Stage]:
+    listed = train.stages or [
+        StageConfig(name="all", until_tokens=max(1, train.steps) * train.global_batch_tokens)
+    ]
+    start = 0
+    for index, s in enumerate(listed):
+        yield Stage(
+            name=s.name or str(index),
+            start_tokens=start,
+            until_tokens=s.until_tokens,
+            seq_len=_given(s.seq_len, train.seq_len),
+            global_batch_tokens=_given(s.global_batch_tokens, train.global_batch_tokens),
+            ramp_from_tokens=s.ramp_from_tokens,
+            ramp_tokens=s.ramp_tokens,
+            micro_batch_size=_given(s.micro_batch_size, train.micro_batch_size),
+            cp=s.cp,
+            indexer_phase=train.indexer_phase if s.indexer_phase is None else s.indexer_phase,
+            lr=s.lr,
+            mtp_loss_weight=s.mtp_loss_weight,
+            bias_update_speed=s.bias_update_speed,
+            quantised=s.quantised,
+        )
+        start = s.until_tokens
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _label(train: TrainConfig, index: int) -> str:
+    """Config path of a stage, with its name where it has one."""
+    if not train.stages:
+        return "train"
+    name = train.stages[index].name
+    return f"train.stages[{index}]" + (f" ({name})" if name else "")
+
+
+def _check_stage(stage: Stage, label: str, run: RunConfig) -> None:
+    def need(ok: bool, message: str) -> None:
+        if not ok:
+            raise UserError(f"{label}: {message}" if run.train.stages else f"train.{message}")
+
+    batch, seq_len = stage.global_batch_tokens, stage.seq_len
+    for key in ("seq_len", "global_batch_tokens", "micro_batch_size", "cp"):
+        need(getattr(stage, key) > 0, f"{key}={getattr(stage, key)} must be above 0")
+    need(
+        stage.until_tokens > stage.start_tokens,
+        f"until_tokens={stage.until_tokens} must lie beyond the end of the stage before it,"
+        f" {stage.start_tokens}",
+    )
+    need(
+        batch % seq_len == 0, f"global_batch_tokens={batch} must be a multiple of seq_len={seq_len}"
+    )
+    limit = run.model.max_position_embeddings
+    need(seq_len <= limit, f"seq_len={seq_len} exceeds model.max_position_embeddings={limit}")
+    ramp = stage.ramp_from_tokens
+    need(
+        0 <= ramp < batch and ramp % seq_len == 0,
+        f"ramp_from_tokens={ramp} must be a multiple of seq_len={seq_len} below"
+        f" global_batch_tokens={batch}",
+    )
+    need(
+        (stage.ramp_tokens > 0) == (ramp > 0),
+        f"ramp_tokens={stage.ramp_tokens} and ramp_from_tokens={ramp} belong together",
+    )
+    for key in ("lr", "mtp_loss_weight", "bias_update_speed"):
+        value = getattr(stage, key)
+        need(value is None or value >= 0, f"{key}={value} must be 0 or more")
+    if stage.indexer_phase == IndexerPhase.warmup:
+        weight = run.train.indexer_loss_weight
+        need(
+            weight > 0,
+            f"indexer_phase=warmup trains nothing with train.indexer_loss_weight={weight}",
+        )
+        need(
+            _has_indexer(run.model),
+            f"indexer_phase=warmup needs a csa layer, but model.name={run.model.name} has none"
+            f" (model.attention={run.model.attention})",
+        )
+
+
+def _has_indexer(model: ModelConfig) -> bool:
+    return any(model.kind(layer) is LayerKind.csa for layer in range(model.num_hidden_layers))
+
+
+def _count(stages: tuple[Stage, ...], until: int, max_steps: int | None) -> tuple[int, int]:
+    """Steps that begin before ``until`` (at most ``max_steps``), and the position after them."""
+    steps = tokens = 0
+    for stage in stages:
+        end = min(until, stage.until_tokens)
+        while tokens < end and (max_steps is None or steps < max_steps):
+            batch = stage.batch_tokens(tokens)
+            here = -(-(min(end, stage.constant_until(tokens)) - tokens) // batch)
+            if max_steps is not None:
+                here = min(here, max_steps - steps)
+            steps, tokens = steps + here, tokens + here * batch
+    return steps, tokens
