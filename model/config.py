@@ -100,13 +100,19 @@ class ModelConfig:
     hc_mult: int = 4
     hc_sinkhorn_iters: int = 20
     hc_eps: float = 1e-6
-    hc_gamma: bool = False  # learned RMSNorm weight of the mHC projection, folded on export (V4_SPEC B.2)
-    hc_identity_base: float = 0.0  # diagonal added to the comb base at initialisation; 0 = uniform start
+    hc_gamma: bool = (
+        False  # learned RMSNorm weight of the mHC projection, folded on export (V4_SPEC B.2)
+    )
+    hc_identity_base: float = (
+        0.0  # diagonal added to the comb base at initialisation; 0 = uniform start
+    )
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     compress_rope_theta: float = 160000.0
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    yarn_from_seq_len: int = 0  # YaRN acts from this training sequence length on, tokens; 0 = always
+    yarn_from_seq_len: int = (
+        0  # YaRN acts from this training sequence length on, tokens; 0 = always
+    )
     max_position_embeddings: int = 1048576
     tie_word_embeddings: bool = False
     attention_bias: bool = False
@@ -143,7 +149,9 @@ class ModelConfig:
         if listed is kind:
             return self.compress_ratios[layer]
         same_kind = [
-            self.compress_ratios[i] for i in range(self.num_hidden_layers) if self._listed_kind(i) is kind
+            self.compress_ratios[i]
+            for i in range(self.num_hidden_layers)
+            if self._listed_kind(i) is kind
         ]
         return same_kind[0] if same_kind else {LayerKind.csa: 4, LayerKind.hca: 128}[kind]
 
@@ -184,13 +192,19 @@ class ModelConfig:
         values["compress_ratios"] = list(values["compress_ratios"])
         scaling = dict(config_json.get("rope_scaling") or {"factor": 1.0})
         values["rope_scaling"] = RopeScaling(
-            **{f.name: type(f.default)(scaling[f.name]) for f in fields(RopeScaling) if f.name in scaling}
+            **{
+                f.name: type(f.default)(scaling[f.name])
+                for f in fields(RopeScaling)
+                if f.name in scaling
+            }
         )
         values.setdefault("num_nextn_predict_layers", 0)
         values.setdefault("num_hash_layers", 0)
         values["name"] = str(config_json.get("name", config_json.get("model_type", "official")))
         config = cls(**values)
-        missing = config.num_hidden_layers + config.num_nextn_predict_layers - len(config.compress_ratios)
+        missing = (
+            config.num_hidden_layers + config.num_nextn_predict_layers - len(config.compress_ratios)
+        )
         if 0 < missing <= config.num_nextn_predict_layers:
             config.compress_ratios = config.compress_ratios + [0] * missing
         config.validate()
@@ -260,9 +274,15 @@ class ModelConfig:
 
     def _divisibility(self, p: str, need: Any) -> None:
         heads, groups = self.num_attention_heads, self.o_groups
-        need(heads % groups == 0, f"{p}.num_attention_heads={heads} must be a multiple of {p}.o_groups={groups}")
+        need(
+            heads % groups == 0,
+            f"{p}.num_attention_heads={heads} must be a multiple of {p}.o_groups={groups}",
+        )
         rope = self.qk_rope_head_dim
-        need(rope % 2 == 0, f"{p}.qk_rope_head_dim={rope} must be even ({p}.head_dim={self.head_dim})")
+        need(
+            rope % 2 == 0,
+            f"{p}.qk_rope_head_dim={rope} must be even ({p}.head_dim={self.head_dim})",
+        )
         for key in ("head_dim", "index_head_dim"):
             dim = getattr(self, key)
             need(rope <= dim, f"{p}.qk_rope_head_dim={rope} must not exceed {p}.{key}={dim}")
@@ -286,7 +306,10 @@ class ModelConfig:
     def _released_only(self, p: str, need: Any) -> None:
         for key, only in _ONLY.items():
             value = getattr(self, key)
-            need(value == only, f"{p}.{key}={value} is not part of DeepSeek-V4, which has {key}={only}")
+            need(
+                value == only,
+                f"{p}.{key}={value} is not part of DeepSeek-V4, which has {key}={only}",
+            )
 
 
 _KIND_OF_RATIO = {0: LayerKind.swa, 4: LayerKind.csa, 128: LayerKind.hca}

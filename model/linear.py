@@ -23,6 +23,18 @@ def linear_op(x: Tensor, w_OI: Tensor) -> Tensor:
     return F.linear(x, w_OI.to(x.dtype))
 
 
+def grouped_linear_reference(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+    """Same as :func:`grouped_linear_op`, every row by a product of its own.
+
+    A row's bits then do not depend on how many rows its expert got, which a grouped matmul cannot promise: this is the
+    mode in which isolation and causality hold bit for bit. Slow: it copies a matrix per row.
+    """
+    row_N = torch.arange(x_NI.shape[0], device=x_NI.device)
+    expert_N = torch.bucketize(row_N, offsets_E, right=True, out_int32=True)
+    w_NIO = w_EOI.to(x_NI.dtype).transpose(-2, -1)[expert_N]
+    return torch.bmm(x_NI[:, None, :], w_NIO)[:, 0]
+
+
 def grouped_linear_op(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
     """Rows ``offsets[e-1]:offsets[e]`` of ``x`` times ``w[e].T`` for every expert, in the dtype of ``x``.
 
@@ -63,18 +75,38 @@ class BlockLinear(Linear):
     def forward(self, x_BTGI: Tensor) -> Tensor:
         """Map group g of ``[..., groups, in]`` by block g; returns ``[..., out_features]``."""
         blocks = self.weight.chunk(self.groups, dim=0)
-        return torch.cat([self.op(x, w) for x, w in zip(x_BTGI.unbind(-2), blocks, strict=True)], dim=-1)
+        return torch.cat(
+            [self.op(x, w) for x, w in zip(x_BTGI.unbind(-2), blocks, strict=True)], dim=-1
+        )
 
 
 class GroupedLinear(nn.Module):
     """One linear per expert, weights stacked ``[E, out, in]`` (never fused, so that Muon sees logical matrices)."""
 
-    def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
+    def __init__(
+        self,
+        num_experts: int,
+        in_features: int,
+        out_features: int,
+        op: GroupedLinearOp = grouped_linear_op,
+    ) -> None:
         super().__init__()
-        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.num_experts, self.in_features, self.out_features = (
+            num_experts,
+            in_features,
+            out_features,
+        )
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
-        self.op: GroupedLinearOp = grouped_linear_op
+        self.op = op
 
     def forward(self, x_NI: Tensor, offsets_E: Tensor) -> Tensor:
         """Apply the op to rows sorted by expert."""
         return self.op(x_NI, self.weight, offsets_E)
+
+
+class ActivationCast(nn.Module):
+    """Named seam on an activation (KV entries, indexer q and k): identity until quantisation swaps it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x``."""
+        return x

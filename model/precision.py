@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 PRECISIONS = ("fp32", "bf16")  # values of train.precision
 
 

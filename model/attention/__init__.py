@@ -1,1 +1,17 @@
-"""Package model/attention; see ARCHITECTURE.md."""
+"""Attention by layer kind: the registry table."""
+
+from collections.abc import Callable
+
+from model.attention.core import WindowAttention
+from model.attention.csa import CompressedSparseAttention
+from model.attention.hca import HeavilyCompressedAttention
+from model.config import LayerKind, ModelConfig
+
+Builder = Callable[[ModelConfig, LayerKind, str, int], WindowAttention]
+
+ATTENTION: dict[LayerKind, Builder] = {
+    LayerKind.swa: lambda config, kind, name, ratio: WindowAttention(config, kind, name),
+    LayerKind.dense: lambda config, kind, name, ratio: WindowAttention(config, kind, name),
+    LayerKind.csa: CompressedSparseAttention,
+    LayerKind.hca: HeavilyCompressedAttention,
+}

@@ -1,0 +1,94 @@
+"""Shared front and back of every attention: queries, window KV, sink, inverse RoPE, grouped output (V4_SPEC B.3)."""
+
+# Legend: B rows, T tokens, D hidden, Q query latent, H heads, K head dim, G output groups
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.config import LayerKind, ModelConfig
+from model.context import ForwardContext, RopeTable
+from model.kernels.attention import AttentionResult, EntrySet
+from model.kernels.select import select
+from model.linear import ActivationCast, BlockLinear, Linear
+from model.norm import RMSNorm
+from model.rope import apply_rope
+
+Aux = dict[str, Tensor]
+
+
+class WindowAttention(nn.Module):
+    """Sliding-window attention with sink; CSA and HCA add entries by overriding :meth:`entries`.
+
+    Args:
+        config: the model.
+        kind: what the layer attends to besides its window.
+        name: FQN, for replay and monitors.
+    """
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, name: str) -> None:
+        super().__init__()
+        self.name, self.kind = name, kind
+        self.heads, self.head_dim, self.groups = (
+            config.num_attention_heads,
+            config.head_dim,
+            config.o_groups,
+        )
+        self.window, self.eps = config.sliding_window, config.rms_norm_eps
+        D, Q, width = config.hidden_size, config.q_lora_rank, self.heads * self.head_dim
+        self.wq_a = Linear(D, Q)
+        self.q_norm = RMSNorm(Q, self.eps, config.kernels)
+        self.wq_b = Linear(Q, width)
+        self.wkv = Linear(D, self.head_dim)
+        self.kv_norm = RMSNorm(self.head_dim, self.eps, config.kernels)
+        self.kv_cast = ActivationCast()
+        self.attn_sink = nn.Parameter(torch.empty(self.heads))
+        self.wo_a = BlockLinear(width // self.groups, self.groups * config.o_lora_rank, self.groups)
+        self.wo_b = Linear(self.groups * config.o_lora_rank, D)
+        self._attention = select("attention", config.kernels)
+        self._rms_norm = select("rms_norm", config.kernels)
+
+    def forward(self, u_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Aux]:
+        """Attend.
+
+        Args:
+            u_BTD: normalised input.
+            context: plan, tables and phase.
+
+        Returns:
+            Output [B, T, D] and side results (indexer loss, monitors).
+        """
+        B, T, _ = u_BTD.shape
+        cos, sin = self.rope(context)
+        q_latent_BTQ = self.q_norm(self.wq_a(u_BTD))
+        q_BTHK = self.wq_b(q_latent_BTQ).view(B, T, self.heads, self.head_dim)
+        q_BTHK = apply_rope(self._rms_norm(q_BTHK, None, self.eps), cos, sin)
+        kv_BTK = self.kv_cast(apply_rope(self.kv_norm(self.wkv(u_BTD)), cos, sin))
+        entries, finish = self.entries(u_BTD, q_latent_BTQ, context)
+        window = T if self.kind is LayerKind.dense else self.window
+        result = self._attention(
+            q_BTHK, kv_BTK, self.attn_sink, context.plan.start_BT, window, entries
+        )
+        aux = finish(q_BTHK, result) if finish is not None else {}
+        o_BTHK = apply_rope(result.o_BTHK, cos, -sin)
+        o_BTGI = o_BTHK.reshape(B, T, self.groups, -1)
+        return self.wo_b(self.wo_a(o_BTGI)), aux
+
+    def rope(self, context: ForwardContext) -> RopeTable:
+        """The layer's one table."""
+        return context.window_rope
+
+    def entries(self, u_BTD: Tensor, q_latent_BTQ: Tensor, context: ForwardContext) -> Entries:
+        """Compressed entries to attend to, and what to compute once attention is known."""
+        return None, None
+
+
+class Finish:
+    """Computes an attention's side results from its queries and denominators."""
+
+    def __call__(self, q_BTHK: Tensor, result: AttentionResult) -> Aux:
+        """Return losses and monitors by name."""
+        raise NotImplementedError
+
+
+Entries = tuple[EntrySet | None, Finish | None]

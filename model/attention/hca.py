@@ -1,0 +1,31 @@
+"""Heavily compressed attention: window plus all causal entries of long, disjoint blocks (V4_SPEC B.5, paper 2.3.2)."""
+
+# Legend: B rows, T tokens, D hidden, Q query latent
+from __future__ import annotations
+
+from torch import Tensor
+
+from model.attention.compressor import Compressor
+from model.attention.core import Entries, WindowAttention
+from model.config import LayerKind, ModelConfig
+from model.context import ForwardContext, RopeTable
+from model.kernels.attention import EntrySet
+
+
+class HeavilyCompressedAttention(WindowAttention):
+    """Window attention whose softmax also holds every complete block before the query."""
+
+    def __init__(self, config: ModelConfig, kind: LayerKind, name: str, ratio: int) -> None:
+        super().__init__(config, kind, name)
+        self.ratio = ratio
+        self.compressor = Compressor(config, ratio, config.head_dim, overlap=False)
+
+    def rope(self, context: ForwardContext) -> RopeTable:
+        """The compressed layers' table."""
+        return context.compressed_rope
+
+    def entries(self, u_BTD: Tensor, q_latent_BTQ: Tensor, context: ForwardContext) -> Entries:
+        """All visible entries."""
+        plan = context.plan.compressed[self.ratio]
+        kv_BEK = self.compressor(u_BTD, plan, context.entry_rope[self.ratio])
+        return EntrySet(kv_BEK, plan.first_BT, plan.stop_BT), None

@@ -1,0 +1,70 @@
+"""What every layer of one forward pass shares: plan, RoPE tables, phase and what to report."""
+
+# Legend: B rows, T tokens, R rotation pairs, E entries
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from torch import Tensor
+
+from model.config import LayerKind, ModelConfig
+from model.rope import rope_frequencies, rope_tables
+from model.sequence_plan import SequencePlan, build_sequence_plan
+
+RopeTable = tuple[Tensor, Tensor]
+
+
+class IndexerPhase(StrEnum):
+    """How CSA layers attend and what trains the indexer (V4_SPEC B.8, C.2)."""
+
+    full = "full"  # every visible entry is attended; the indexer learns over all of them
+    warmup = "warmup"  # as full, everything but the indexer frozen
+    sparse = "sparse"  # the indexer's top-k is attended; it learns over that set
+
+
+@dataclass
+class ForwardContext:
+    """Shared by the layers of one forward pass.
+
+    Attributes:
+        plan: positions and visibility.
+        window_rope: (cos, sin) [B, T, R] of window-only layers.
+        compressed_rope: (cos, sin) [B, T, R] of compressed layers.
+        entry_rope: ratio -> (cos, sin) [B, E, R] of the compressed entries.
+        phase: the indexer's phase.
+        indexer_loss: compute the indexer's KL.
+        balance_loss: compute the balance loss.
+        monitors: compute the costly monitors too.
+        replay: FQN of a gate or indexer -> indices to use instead of its own choice (weights stay its own).
+        record: filled with the indices that were chosen, by FQN; None: nothing is kept.
+    """
+
+    plan: SequencePlan
+    window_rope: RopeTable
+    compressed_rope: RopeTable
+    entry_rope: dict[int, RopeTable]
+    phase: IndexerPhase = IndexerPhase.sparse
+    indexer_loss: bool = False
+    balance_loss: bool = False
+    monitors: bool = False
+    replay: dict[str, Tensor] = field(default_factory=dict)
+    record: dict[str, Tensor] | None = None
+
+
+def build_context(config: ModelConfig, document_ids_BT: Tensor, yarn: bool) -> ForwardContext:
+    """Plan and RoPE tables of a batch."""
+    plan = build_sequence_plan(document_ids_BT, config.ratios)
+    window = rope_frequencies(config, compressed=False)
+    compressed = rope_frequencies(config, compressed=True, yarn=yarn)
+    return ForwardContext(
+        plan=plan,
+        window_rope=rope_tables(plan.position_BT, window),
+        compressed_rope=rope_tables(plan.position_BT, compressed),
+        entry_rope={m: rope_tables(p.position_BE, compressed) for m, p in plan.compressed.items()},
+    )
+
+
+def is_compressed(kind: LayerKind) -> bool:
+    """Whether layers of this kind have entries (and so the compressed RoPE base)."""
+    return kind in (LayerKind.csa, LayerKind.hca)

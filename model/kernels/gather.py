@@ -1,0 +1,90 @@
+"""Row gathers whose backward pass is a gather too: no scatter-add, deterministic, one pass (ours, not the paper's)."""
+
+# Legend: B rows, T tokens, N gathered rows, C channels, K experts per token
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _rows(x_BTC: Tensor, index_BN: Tensor) -> Tensor:
+    """``x[b, index[b, n]]``, zeros where the index is T."""
+    B, T, C = x_BTC.shape
+    flat = index_BN.clamp(max=T - 1) + torch.arange(B, device=x_BTC.device)[:, None] * T
+    out = x_BTC.reshape(B * T, C).index_select(0, flat.flatten()).view(B, -1, C)
+    return out.masked_fill_((index_BN == T)[..., None], 0)
+
+
+class _Injective(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_BTC: Tensor, index_BN: Tensor, inverse_BT: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_BT)
+        return _rows(x_BTC, index_BN)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BNC: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_BT,) = ctx.saved_tensors
+        return _rows(grad_BNC, inverse_BT), None, None
+
+
+def gather_rows(x_BTC: Tensor, index_BN: Tensor, inverse_BT: Tensor) -> Tensor:
+    """Gather rows, each of which is taken at most once.
+
+    Args:
+        x_BTC: the table of every batch row.
+        index_BN: row taken, T for none (gives zeros).
+        inverse_BT: place in the result that row t went to, N for none.
+    """
+    return _Injective.apply(x_BTC, index_BN, inverse_BT)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return x_TC.index_select(0, token_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NC: Tensor) -> tuple[Tensor, None, None]:
+        (place_TK,) = ctx.saved_tensors
+        return _sum_rows(grad_NC, place_TK).to(grad_NC.dtype), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_NC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_N)
+        ctx.dtype = rows_NC.dtype
+        return _sum_rows(rows_NC, place_TK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor, None, None]:
+        (token_N,) = ctx.saved_tensors
+        return grad_TC.to(ctx.dtype).index_select(0, token_N), None, None
+
+
+def _sum_rows(rows_NC: Tensor, place_TK: Tensor) -> Tensor:
+    """fp32 sum of each token's K rows, in the order of K."""
+    picked = [rows_NC.index_select(0, place_T).float() for place_T in place_TK.unbind(1)]
+    total = picked[0]
+    for other in picked[1:]:
+        total += other
+    return total
+
+
+def spread(x_TC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+    """Copy each token to its K places: ``out[n] = x[token[n]]``; backward sums a token's K gradients in fp32.
+
+    Args:
+        x_TC: tokens.
+        token_N: token of every row.
+        place_TK: the K rows of every token (the inverse of ``token``).
+    """
+    return _Spread.apply(x_TC, token_N, place_TK)
+
+
+def collect(rows_NC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+    """Sum each token's K rows in fp32: the inverse direction of :func:`spread`."""
+    return _Collect.apply(rows_NC, token_N, place_TK)

@@ -1,0 +1,123 @@
+"""The objective and the chunked cross-entropy (V4_SPEC B.8, B.10, B.11).
+
+Every normaliser is a count of the whole global batch, known before the forward pass, so a microbatch's loss is its
+share and shares add up over microbatches, ranks and pipeline stages.
+"""
+
+# Legend: N positions, D hidden, V vocabulary, K prediction depths
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.context import IndexerPhase
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What one step minimises, and the global counts that normalise it.
+
+    Attributes:
+        targets_K: positions with a label in the global batch, for the main head and every MTP depth.
+        tokens: non-padding tokens of the global batch.
+        mtp_weight: weight of the MTP loss (mean over depths).
+        indexer_weight: weight of each CSA layer's KL; 0 switches the indexer's loss off.
+        balance_weight: weight of each learned layer's balance loss; 0 switches it off.
+        indexer_phase: how CSA layers attend and learn.
+        monitors: also compute the costly monitors.
+        replay: indices to use instead of the model's own choices, by FQN of gate or attention.
+        record: filled with the indices chosen, if given.
+    """
+
+    targets_K: tuple[float, ...]
+    tokens: float
+    mtp_weight: float = 0.3
+    indexer_weight: float = 1e-2
+    balance_weight: float = 1e-4
+    indexer_phase: IndexerPhase = IndexerPhase.sparse
+    monitors: bool = False
+    replay: dict[str, Tensor] | None = None
+    record: dict[str, Tensor] | None = None
+
+
+@dataclass
+class ModelOutput:
+    """Shares of one microbatch.
+
+    Attributes:
+        total: this microbatch's share of the objective.
+        losses: ``loss``, ``loss_mtp``, ``loss_indexer``, ``loss_balance``: shares, detached.
+        expert_load: gate FQN -> tokens per expert [E].
+        monitors: ``<name>.sum`` and ``<name>.count``; the value is sum / count.
+    """
+
+    total: Tensor
+    losses: dict[str, Tensor]
+    expert_load: dict[str, Tensor]
+    monitors: dict[str, Tensor]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Forms loss and gradients together, a chunk of positions at a time; backward only scales them."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
+        needs_x, needs_w = ctx.needs_input_grad[:2]
+        w_fp32 = w_VD.float()
+        grad_x = torch.zeros_like(x_ND, dtype=torch.float32) if needs_x else None
+        grad_w = torch.zeros_like(w_fp32) if needs_w else None
+        total = torch.zeros((), device=x_ND.device, dtype=torch.float32)
+        for begin in range(0, x_ND.shape[0], chunk):
+            x, labels = x_ND[begin : begin + chunk].float(), labels_N[begin : begin + chunk]
+            counted = labels >= 0
+            logits = F.linear(x, w_fp32)
+            picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+            lse = logits.logsumexp(dim=-1)
+            total += ((lse - picked) * counted).sum()
+            if grad_x is None and grad_w is None:
+                continue
+            grad = logits.sub_(lse[:, None]).exp_()
+            grad.scatter_add_(
+                1, labels.clamp(min=0)[:, None], grad.new_full((len(labels), 1), -1.0)
+            )
+            grad *= counted[:, None]
+            if grad_x is not None:
+                torch.mm(grad, w_fp32, out=grad_x[begin : begin + chunk])
+            if grad_w is not None:
+                grad_w.addmm_(grad.T, x)
+        ctx.save_for_backward(grad_x, grad_w)
+        ctx.dtypes = x_ND.dtype, w_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_x, grad_w = ctx.saved_tensors
+        x_dtype, w_dtype = ctx.dtypes
+        return (
+            None if grad_x is None else (grad_x * grad).to(x_dtype),
+            None if grad_w is None else (grad_w * grad).to(w_dtype),
+            None,
+            None,
+        )
+
+
+def cross_entropy_sum(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
+    """Sum of cross-entropies in nats over the labelled positions; logits in fp32, never [N, V] at once.
+
+    Args:
+        x_ND: normalised output of the model.
+        w_VD: prediction head.
+        labels_N: token ids, negative where nothing is predicted.
+        chunk: positions of logits alive at once.
+    """
+    return _ChunkedCrossEntropy.apply(x_ND, w_VD, labels_N, chunk)
+
+
+def cross_entropy_reference(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> Tensor:
+    """The same by plain autograd."""
+    logits = F.linear(x_ND.float(), w_VD.float())
+    return F.cross_entropy(logits, labels_N.clamp(min=-1), ignore_index=-1, reduction="sum")

@@ -1,0 +1,44 @@
+"""Balance without and with a loss: the selection bias, and the sequence-wise loss per document (V4_SPEC B.10)."""
+
+# Legend: N tokens, E experts, K experts per token, G documents
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from model.moe.router import Gate, Routing
+from model.sequence_plan import SequencePlan
+
+
+def expert_load(index_NK: Tensor, valid_N: Tensor, num_experts: int) -> Tensor:
+    """Tokens routed to every expert [E], fp32, padding left out."""
+    weights = valid_N[:, None].expand_as(index_NK).float()
+    return torch.bincount(index_NK.flatten(), weights.flatten(), minlength=num_experts).float()
+
+
+def balance_loss(routing: Routing, plan: SequencePlan) -> Tensor:
+    """Sum over documents of ``length * sum_e f_e P_e``; divide by the global token count for the mean.
+
+    ``f_e = E / (K * length) * tokens of the document sent to e`` (biased choice, no gradient) and
+    ``P_e = mean over the document of s_e / sum(s)`` (unbiased scores); 1 where a document is perfectly balanced.
+    """
+    index_NK, _, score_NE = routing
+    K, E = index_NK.shape[1], score_NE.shape[1]
+    document_N, valid_N = plan.document_BT.flatten(), plan.valid_BT.flatten()
+    cell_NK = document_N[:, None] * E + index_NK
+    count_GE = torch.bincount(cell_NK.flatten(), minlength=plan.num_documents * E).view(-1, E)
+    f_NE = count_GE[document_N].float() * (E / K) / plan.length_BT.flatten()[:, None]
+    share_NE = score_NE / score_NE.sum(dim=-1, keepdim=True)
+    return ((f_NE * share_NE).sum(dim=-1) * valid_N).sum()
+
+
+@torch.no_grad()
+def update_bias(gate: Gate, load_E: Tensor, speed: float) -> None:
+    """Move the selection bias after a step: ``b_e += speed * sign(mean load - load_e)``.
+
+    Args:
+        gate: a learned gate.
+        load_E: tokens per expert over the whole global batch.
+        speed: step of the bias, 0 to leave it.
+    """
+    gate.bias += speed * torch.sign(load_E.mean() - load_E)
