@@ -274,14 +274,17 @@ class TrainingFlops:
         return sum(self.forward.values()) + sum(self.backward.values())
 
 
+KeysOf = Callable[[ModelConfig, LayerKind, int, int, str, bool], Keys]
+
+
 def training_flops(
     config: ModelConfig,
     seq_len: int,
     phase: str = "sparse",
     indexer_loss: bool = True,
-    keys_of: Callable[[ModelConfig, LayerKind, int, int, str, bool], Keys] = mean_keys,
+    keys_of: KeysOf = mean_keys,
 ) -> TrainingFlops:
-    """FLOPs per token of forward and backward.
+    """FLOPs per token of forward and backward, by part.
 
     A backward pass costs twice the forward one: gradients of inputs and of weights. The indexer
     differs: its inputs are detached (no gradient of inputs), and its scores are differentiated on
@@ -298,35 +301,52 @@ def training_flops(
     Raises:
         ValueError: unknown phase, or a warm-up without the indexer's loss.
     """
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+    for _, part, cost, back in _costs(config, seq_len, phase, indexer_loss, keys_of):
+        forward[part] = forward.get(part, 0.0) + cost
+        backward[part] = backward.get(part, 0.0) + back
+    return TrainingFlops(forward, backward)
+
+
+def training_flops_by_block(
+    config: ModelConfig, seq_len: int, phase: str = "sparse", indexer_loss: bool = True
+) -> dict[str, float]:
+    """The same by ``layers.N``, ``head`` (with hc_head) and ``mtp.K``, forward plus backward.
+
+    Pipeline stages are balanced by it; arguments as in :func:`training_flops`.
+    """
+    blocks: dict[str, float] = {}
+    for block, _, cost, back in _costs(config, seq_len, phase, indexer_loss, mean_keys):
+        blocks[block] = blocks.get(block, 0.0) + cost + back
+    return blocks
+
+
+def _costs(
+    config: ModelConfig, seq_len: int, phase: str, indexer_loss: bool, keys_of: KeysOf
+) -> Iterator[tuple[str, str, float, float]]:
+    """Block, part, forward and backward FLOPs per token of everything."""
     if phase not in ("full", "warmup", "sparse"):
         raise ValueError(f"indexer phase {phase!r} is none of full, warmup, sparse")
     if phase == "warmup" and not indexer_loss:
         raise ValueError("indexer phase 'warmup' trains the indexer alone but indexer_loss=False")
-    forward: dict[str, float] = {}
-    backward: dict[str, float] = {}
-
-    def add(part: str, cost: float, back: float | None = None) -> None:
-        frozen = phase == "warmup" and part != "indexer"
-        forward[part] = forward.get(part, 0.0) + cost
-        back = 2 * cost if back is None else back
-        backward[part] = backward.get(part, 0.0) + (0.0 if frozen else back)
-
+    backward = 0.0 if phase == "warmup" else 2.0  # times the forward cost
     for layer in range(config.num_hidden_layers):
         kind, ratio = config.kind(layer), config.ratio(layer)
         keys = keys_of(config, kind, ratio, seq_len, phase, indexer_loss)
         for part, cost in _block_flops(config, kind, ratio, keys):
-            add(part, cost)
+            yield f"layers.{layer}", part, cost, backward * cost
         if kind is LayerKind.csa:
-            add("indexer", *_indexer_flops(config, ratio, keys))
-    add("mhc", _hc_head_flops(config))
-    head = 2.0 * config.vocab_size * config.hidden_size
-    add("head", head)
+            yield f"layers.{layer}", "indexer", *_indexer_flops(config, keys)
+    collapse, head = _hc_head_flops(config), 2.0 * config.vocab_size * config.hidden_size
+    yield "head", "mhc", collapse, backward * collapse
+    yield "head", "head", head, backward * head
     keys = keys_of(config, LayerKind.swa, 0, seq_len, phase, indexer_loss)
-    for _ in range(config.num_nextn_predict_layers):
-        add("mtp", sum(cost for _, cost in _block_flops(config, LayerKind.swa, 0, keys)))
-        projections = 2.0 * (1 + config.num_streams) * config.hidden_size**2
-        add("mtp", projections + _hc_head_flops(config) + head)
-    return TrainingFlops(forward, backward)
+    for depth in range(config.num_nextn_predict_layers):
+        block = sum(cost for _, cost in _block_flops(config, LayerKind.swa, 0, keys))
+        projections = 2.0 * (1 + config.num_streams) * config.hidden_size**2  # e_proj, h_proj
+        cost = block + projections + collapse + head
+        yield f"mtp.{depth}", "mtp", cost, backward * cost
 
 
 def _block_flops(
@@ -352,16 +372,16 @@ def _compressor_flops(width: int, dim: int, overlap: bool) -> float:
     return 4.0 * channels * width + 2.0 * channels  # two projections, one weighted sum
 
 
-def _indexer_flops(config: ModelConfig, ratio: int, keys: Keys) -> tuple[float, float]:
+def _indexer_flops(config: ModelConfig, keys: Keys) -> tuple[float, float]:
     """Forward and backward FLOPs per token of one indexer."""
     if not keys.scored:
         return 0.0, 0.0
     heads, dim, width = config.index_n_heads, config.index_head_dim, config.hidden_size
-    projections = 2.0 * heads * (dim * config.q_lora_rank + width)
-    projections += _compressor_flops(width, dim, overlap=True)
+    projections = 2.0 * heads * (dim * config.q_lora_rank + width) + 8.0 * dim * width
+    pooling = 4.0 * dim
     a_score = 2.0 * heads * (dim + 1)  # every head's dot product, then their weighted sum
-    backward = projections + 2 * a_score * keys.taught if keys.taught else 0.0
-    return projections + a_score * keys.scored, backward
+    forward = projections + pooling + a_score * keys.scored
+    return forward, (projections + 2 * (pooling + a_score * keys.taught) if keys.taught else 0.0)
 
 
 def _mhc_flops(config: ModelConfig) -> float:
