@@ -16,10 +16,12 @@ class Batch:
 
     Attributes:
         input_ids_BT: int64 token ids; padding holds 0.
-        document_ids_BT: int64, equal for the tokens of one document inside a row, -1 for padding. A document occupies
-            one contiguous run of a row.
-        labels_BTK: int64; ``[b, t, k]`` is the token ``1 + k`` places after position t of the same document (taken
-            from the document itself, also where the row cuts it), or ``IGNORE`` where that lies beyond the document.
+        document_ids_BT: int64, equal for the tokens of one document inside a row, -1 for padding. A
+            document occupies one contiguous run of a row.
+        labels_BTK: int64; ``[b, t, k]`` is the token ``1 + k`` places after position t of the same
+            document (taken
+            from the document itself, also where the row cuts it), or ``IGNORE`` where that lies
+            beyond the document.
     """
 
     input_ids_BT: Tensor

@@ -1,8 +1,8 @@
-"""Model configuration: keys spelled as in the released ``config.json`` (V4_SPEC A.1), so that both can be diffed.
+"""Model configuration: keys spelled as in the released ``config.json`` (V4_SPEC A.1).
 
-A layer is explicit: ``layer_kinds`` names it (swa | csa | hca | dense) and ``compress_ratios`` gives its ratio. A
-released config has ratios only (0, 4, 128); :meth:`ModelConfig.from_official` maps them onto kinds. CSA overlaps two
-windows and HCA does not, whatever the ratio.
+A layer is explicit: ``layer_kinds`` names it (swa | csa | hca | dense) and ``compress_ratios``
+gives its ratio. A released config has ratios only (0, 4, 128); :meth:`ModelConfig.from_official`
+maps them onto kinds. CSA overlaps two windows and HCA does not, whatever the ratio.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class RopeScaling:
 
 @dataclass
 class ModelConfig:
-    """Everything that fixes the shapes and the maths of a model. Sizes are in elements unless said otherwise."""
+    """What fixes the shapes and the maths of a model; sizes in elements unless said otherwise."""
 
     name: str = "v4_nano"
     vocab_size: int = 4096
@@ -78,7 +78,7 @@ class ModelConfig:
     o_groups: int = 2
     o_lora_rank: int = 128
     # One ratio a main layer, then one a MTP block (0, as released).
-    compress_ratios: list[int] = field(default_factory=lambda: [0, 0, 4, 64, 4, 64, 0])
+    compress_ratios: list[int] = field(default_factory=lambda: [0, 0, 4, 128, 4, 128, 0])
     # One kind a main layer; empty: ratio 0 is swa, 4 is csa, 128 is hca.
     layer_kinds: list[LayerKind] = field(default_factory=list)
     sliding_window: int = 64
@@ -123,7 +123,7 @@ class ModelConfig:
     kernels: Kernels = Kernels.fast
     loss_chunk_tokens: int = 2048  # tokens of logits alive at once in the loss
 
-    # ---- derived --------------------------------------------------------------------------------------------------
+    # ---- derived ---------------------------------------------------------------------------------
     def kind(self, layer: int) -> LayerKind:
         """Kind of main layer ``layer`` after the ablation switch."""
         listed = (
@@ -139,8 +139,8 @@ class ModelConfig:
     def ratio(self, layer: int) -> int:
         """Tokens per compressed entry of main layer ``layer``; 0 where the layer has none.
 
-        Under ``attention=csa`` or ``hca`` a layer takes the smallest, respectively largest ratio that the listed
-        layers of that kind use.
+        Under ``attention=csa`` or ``hca`` a layer takes the smallest, respectively largest ratio
+        that the listed layers of that kind use.
         """
         kind = self.kind(layer)
         if kind not in (LayerKind.csa, LayerKind.hca):
@@ -176,13 +176,14 @@ class ModelConfig:
             return LayerKind(self.layer_kinds[layer])
         return _KIND_OF_RATIO[self.compress_ratios[layer]]
 
-    # ---- import ---------------------------------------------------------------------------------------------------
+    # ---- import ----------------------------------------------------------------------------------
     @classmethod
     def from_official(cls, config_json: dict[str, Any]) -> ModelConfig:
         """Build from a released ``config.json``; keys that do not shape the model are passed over.
 
         Raises:
-            ValueError: a key that must be there is missing, or the values cannot be (see :meth:`validate`).
+            ValueError: a key that must be there is missing, or the values cannot be (see
+                :meth:`validate`).
         """
         known = {f.name for f in fields(cls)}
         values = {k: v for k, v in config_json.items() if k in known and v is not None}
@@ -192,11 +193,7 @@ class ModelConfig:
         values["compress_ratios"] = list(values["compress_ratios"])
         scaling = dict(config_json.get("rope_scaling") or {"factor": 1.0})
         values["rope_scaling"] = RopeScaling(
-            **{
-                f.name: type(f.default)(scaling[f.name])
-                for f in fields(RopeScaling)
-                if f.name in scaling
-            }
+            **{name: cast(scaling[name]) for name, cast in _SCALING.items() if name in scaling}
         )
         values.setdefault("num_nextn_predict_layers", 0)
         values.setdefault("num_hash_layers", 0)
@@ -210,7 +207,7 @@ class ModelConfig:
         config.validate()
         return config
 
-    # ---- validation -----------------------------------------------------------------------------------------------
+    # ---- validation ------------------------------------------------------------------------------
     def validate(self, prefix: str = "model") -> None:
         """Refuse what cannot be built.
 
@@ -236,9 +233,9 @@ class ModelConfig:
         layers = self.num_hidden_layers
         need(
             len(self.compress_ratios) in (layers, layers + self.num_nextn_predict_layers),
-            f"{p}.compress_ratios has {len(self.compress_ratios)} entries but {p}.num_hidden_layers={layers} and"
-            f" {p}.num_nextn_predict_layers={self.num_nextn_predict_layers}: it needs one ratio a main layer, then"
-            " one 0 a MTP block",
+            f"{p}.compress_ratios has {len(self.compress_ratios)} entries but"
+            f" {p}.num_hidden_layers={layers} and {p}.num_nextn_predict_layers="
+            f"{self.num_nextn_predict_layers}: one ratio a main layer, then one 0 a MTP block",
         )
         for name in ("layer_kinds", "routers"):
             given = getattr(self, name)
@@ -252,21 +249,22 @@ class ModelConfig:
             if not self.layer_kinds:
                 need(
                     ratio in _KIND_OF_RATIO,
-                    f"{p}.compress_ratios[{layer}]={ratio} has no default kind (0 swa, 4 csa, 128 hca):"
-                    f" name it in {p}.layer_kinds (now {list(self.layer_kinds)})",
+                    f"{p}.compress_ratios[{layer}]={ratio} has no default kind (0 swa, 4 csa,"
+                    f" 128 hca): name it in {p}.layer_kinds (now {list(self.layer_kinds)})",
                 )
                 continue
             kind = LayerKind(self.layer_kinds[layer])
             compressed = kind in (LayerKind.csa, LayerKind.hca)
             need(
                 (ratio > 0) == compressed,
-                f"{p}.compress_ratios[{layer}]={ratio} does not fit {p}.layer_kinds[{layer}]={kind.value}",
+                f"{p}.compress_ratios[{layer}]={ratio} does not fit"
+                f" {p}.layer_kinds[{layer}]={kind.value}",
             )
         extra = self.compress_ratios[layers:]
         need(
             not any(extra),
-            f"{p}.compress_ratios ends in {list(extra)} but the {self.num_nextn_predict_layers} MTP block(s)"
-            f" ({p}.num_nextn_predict_layers) are window-only: ratio 0",
+            f"{p}.compress_ratios ends in {list(extra)} but MTP blocks"
+            f" ({p}.num_nextn_predict_layers={self.num_nextn_predict_layers}) are window-only: ratio 0",
         )
         self._divisibility(p, need)
         self._released_only(p, need)
@@ -313,12 +311,34 @@ class ModelConfig:
 
 
 _KIND_OF_RATIO = {0: LayerKind.swa, 4: LayerKind.csa, 128: LayerKind.hca}
+_SCALING: dict[str, type] = {
+    "factor": float,
+    "original_max_position_embeddings": int,
+    "beta_fast": float,
+    "beta_slow": float,
+}
 _POSITIVE = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "head_dim", "qk_rope_head_dim",
-    "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk",
-    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "hc_mult", "hc_sinkhorn_iters",
-    "swiglu_limit", "loss_chunk_tokens",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "head_dim",
+    "qk_rope_head_dim",
+    "q_lora_rank",
+    "o_groups",
+    "o_lora_rank",
+    "sliding_window",
+    "index_n_heads",
+    "index_head_dim",
+    "index_topk",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "hc_mult",
+    "hc_sinkhorn_iters",
+    "swiglu_limit",
+    "loss_chunk_tokens",
+)
 _ONLY = {
     "num_key_value_heads": 1,
     "scoring_func": "sqrtsoftplus",

@@ -36,7 +36,8 @@ class ForwardContext:
         indexer_loss: compute the indexer's KL.
         balance_loss: compute the balance loss.
         monitors: compute the costly monitors too.
-        replay: FQN of a gate or indexer -> indices to use instead of its own choice (weights stay its own).
+        replay: FQN of a gate or indexer -> indices to use instead of its own choice (weights stay
+            its own).
         record: filled with the indices that were chosen, by FQN; None: nothing is kept.
     """
 

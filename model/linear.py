@@ -1,8 +1,10 @@
-"""The one linear layer and the one grouped expert linear; their op is the seam for FP8, fake-quant and kernels.
+"""The one linear layer and the one grouped expert linear; their op is a seam.
 
-An op is a function ``(x, w) -> y`` (grouped: ``(x, w, offsets) -> y``), backward included, and is replaceable as a
-whole: a cast before a matmul could not express FP8 dgrad and wgrad. The weight is the fp32 master; an op brings it to
-the activation's dtype itself, so that under FSDP2 (weights already cast) nothing is cast twice.
+An op is a function ``(x, w) -> y`` (grouped: ``(x, w, offsets) -> y``), backward included, and is
+replaceable as a
+whole: a cast before a matmul could not express FP8 dgrad and wgrad. The weight is the fp32 master;
+an op brings it to the activation's dtype itself, so that under FSDP2 (weights already cast) nothing
+is cast twice.
 """
 
 # Legend: B batch, T tokens, N rows, I in, O out, E experts, G groups
@@ -26,8 +28,9 @@ def linear_op(x: Tensor, w_OI: Tensor) -> Tensor:
 def grouped_linear_reference(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
     """Same as :func:`grouped_linear_op`, every row by a product of its own.
 
-    A row's bits then do not depend on how many rows its expert got, which a grouped matmul cannot promise: this is the
-    mode in which isolation and causality hold bit for bit. Slow: it copies a matrix per row.
+    A row's bits then do not depend on how many rows its expert got, which a grouped matmul cannot
+    promise: this is the mode in which isolation and causality hold bit for bit. Slow: it copies a
+        matrix per row.
     """
     row_N = torch.arange(x_NI.shape[0], device=x_NI.device)
     expert_N = torch.bucketize(row_N, offsets_E, right=True, out_int32=True)
@@ -36,12 +39,13 @@ def grouped_linear_reference(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> 
 
 
 def grouped_linear_op(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-    """Rows ``offsets[e-1]:offsets[e]`` of ``x`` times ``w[e].T`` for every expert, in the dtype of ``x``.
+    """Rows ``offsets[e-1]:offsets[e]`` of ``x`` times ``w[e].T``, in the dtype of ``x``.
 
     Args:
         x_NI: rows sorted by expert.
         w_EOI: one matrix an expert.
-        offsets_E: int32 cumulative row counts; the last must be N, or the rows behind it are undefined.
+        offsets_E: int32 cumulative row counts; the last must be N, or the rows behind it are
+            undefined.
     """
     return F.grouped_mm(x_NI, w_EOI.to(x_NI.dtype).transpose(-2, -1), offs=offsets_E)
 
@@ -66,7 +70,7 @@ class Linear(nn.Module):
 
 
 class BlockLinear(Linear):
-    """``groups`` independent linears stacked in one weight ``[groups * out_per_group, in]`` (wo_a, V4_SPEC B.3)."""
+    """Independent linears stacked in one weight [groups * out, in] (wo_a, V4_SPEC B.3)."""
 
     def __init__(self, in_features: int, out_features: int, groups: int) -> None:
         super().__init__(in_features, out_features)
@@ -81,7 +85,7 @@ class BlockLinear(Linear):
 
 
 class GroupedLinear(nn.Module):
-    """One linear per expert, weights stacked ``[E, out, in]`` (never fused, so that Muon sees logical matrices)."""
+    """One linear per expert, stacked [E, out, in]; never fused, so that Muon sees matrices."""
 
     def __init__(
         self,
@@ -105,7 +109,7 @@ class GroupedLinear(nn.Module):
 
 
 class ActivationCast(nn.Module):
-    """Named seam on an activation (KV entries, indexer q and k): identity until quantisation swaps it."""
+    """Named seam on an activation (KV, indexer q and k): identity until quantisation swaps it."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return ``x``."""

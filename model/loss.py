@@ -1,7 +1,7 @@
 """The objective and the chunked cross-entropy (V4_SPEC B.8, B.10, B.11).
 
-Every normaliser is a count of the whole global batch, known before the forward pass, so a microbatch's loss is its
-share and shares add up over microbatches, ranks and pipeline stages.
+Every normaliser is a count of the whole global batch, known before the forward pass, so a
+microbatch's loss is its share and shares add up over microbatches, ranks and pipeline stages.
 """
 
 # Legend: N positions, D hidden, V vocabulary, K prediction depths
@@ -22,7 +22,8 @@ class Objective:
     """What one step minimises, and the global counts that normalise it.
 
     Attributes:
-        targets_K: positions with a label in the global batch, for the main head and every MTP depth.
+        targets_K: positions with a label in the global batch, for the main head and every MTP
+            depth.
         tokens: non-padding tokens of the global batch.
         mtp_weight: weight of the MTP loss (mean over depths).
         indexer_weight: weight of each CSA layer's KL; 0 switches the indexer's loss off.
@@ -62,7 +63,7 @@ class ModelOutput:
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Forms loss and gradients together, a chunk of positions at a time; backward only scales them."""
+    """Forms loss and gradients together, chunk by chunk; backward only scales them."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
@@ -106,7 +107,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_sum(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
-    """Sum of cross-entropies in nats over the labelled positions; logits in fp32, never [N, V] at once.
+    """Sum of cross-entropies over the labelled positions, nats; fp32 logits, never [N, V] at once.
 
     Args:
         x_ND: normalised output of the model.

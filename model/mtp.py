@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more block that keeps the streams, sharing embedding and head (V4_SPEC B.11)."""
+"""Multi-token prediction: one more block on the streams (V4_SPEC B.11)."""
 
 # Legend: B rows, T tokens, S streams, D hidden
 from __future__ import annotations
@@ -14,9 +14,10 @@ from model.norm import RMSNorm
 
 
 class MTPBlock(Block):
-    """Depth k reads the streams of depth k - 1 (the main model's before its hc_head) and the token k places ahead.
+    """Reads the streams of the depth before and the token that many places ahead.
 
-    A whole block of its own: window-only attention, learned gate, own mHC, hc_head and norm.
+    Depth 1 reads the main model's streams before its hc_head. A whole block of its own:
+    window-only attention, learned gate, own mHC, hc_head and norm; embedding and head are shared.
 
     Args:
         config: the model.
@@ -46,7 +47,8 @@ class MTPBlock(Block):
             context: shared by all layers.
 
         Returns:
-            Streams [B, T, S, D], collapsed and normalised output [B, T, D] for the head, side results.
+            Streams [B, T, S, D], collapsed and normalised output [B, T, D] for the head, side
+            results.
         """
         mixed_BTSD = self.e_proj(self.enorm(next_BTD)).unsqueeze(2) + self.h_proj(
             self.hnorm(x_BTSD)

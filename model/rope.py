@@ -1,7 +1,8 @@
 """Interleaved partial RoPE with YaRN on the compressed layers (V4_SPEC B.4).
 
-A layer has one table, used for q, window KV, compressed entries, the indexer's q and k, and (inverted) the output.
-Only the LAST ``2 * R`` channels are rotated, as pairs (0,1), (2,3), ...; there is no attention factor.
+A layer has one table, used for q, window KV, compressed entries, the indexer's q and k, and
+(inverted) the output. Only the LAST ``2 * R`` channels are rotated, as pairs (0,1), (2,3), ...;
+there is no attention factor.
 """
 
 # Legend: B rows, T tokens, R rotation pairs, K channels
@@ -57,7 +58,7 @@ def rope_tables(positions: Tensor, frequencies_R: Tensor) -> tuple[Tensor, Tenso
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the last 2R channels of ``x [..., K]`` as interleaved pairs; fp32 inside, dtype of ``x``.
+    """Rotate the last 2R channels of ``x [..., K]`` as interleaved pairs; fp32 inside.
 
     Args:
         x: [B, T, K], or [B, T, H, K] with heads.

@@ -1,10 +1,12 @@
-"""SequencePlan: where every branch may look, built once per batch from document ids (DESIGN section 3).
+"""SequencePlan: where every branch may look, built once per batch from document ids.
 
-Window, CSA, HCA, indexer, MTP and balance loss all read it; no layer counts positions itself. Documents are maximal
-runs of equal ids in a row; padding has id -1, forms no entries, sees nothing and is seen by nothing.
+Window, CSA, HCA, indexer, MTP and balance loss all read it; no layer counts positions itself.
+Documents are maximal runs of equal ids in a row; padding has id -1, forms no entries, sees nothing
+and is seen by nothing.
 """
 
-# Legend: B rows, T tokens, E compressed entries of a row (padded to a common count), M tokens of an entry's own block
+# Legend: B rows, T tokens, E compressed entries of a row (padded to a common count), M tokens of an
+# entry's own block
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -17,14 +19,16 @@ from torch import Tensor
 class CompressedPlan:
     """Compressed entries of one ratio, numbered along the row, document after document.
 
-    A document of n tokens has n // ratio entries; the remainder is dropped (V4_SPEC B.5). The entries that a query may
-    use form one range, those of its document whose last token is not after it (B.6). Where entry e has a previous
-    block (``has_previous``), that block is entry e - 1.
+    A document of n tokens has n // ratio entries; the remainder is dropped (V4_SPEC B.5). The
+    entries that a query may use form one range, those of its document whose last token is not after
+    it (B.6). Where entry e has a previous block (``has_previous``), that block is entry e - 1.
 
     Attributes:
         ratio: tokens per entry (M).
-        tokens_BEM: row positions of the tokens of each entry's own block; T (one past the row) where there is none.
-        slot_BT: the place e * M + j that token t takes in ``tokens``, or E * M where it feeds no entry.
+        tokens_BEM: row positions of the tokens of each entry's own block; T (one past the row)
+            where there is none.
+        slot_BT: the place e * M + j that token t takes in ``tokens``, or E * M where it feeds no
+            entry.
         valid_BE: entry exists.
         has_previous_BE: the entry is not its document's first.
         position_BE: position in the document of the block's first token.
@@ -54,8 +58,10 @@ class SequencePlan:
     Attributes:
         valid_BT: not padding.
         position_BT: position inside the document, 0 in padding.
-        start_BT: row position of the document's first token; for padding one past the token (sees nothing).
-        document_BT: number of the document in the batch, 0 .. num_documents - 1; padding runs are counted too.
+        start_BT: row position of the document's first token; for padding one past the token (sees
+            nothing).
+        document_BT: number of the document in the batch, 0 .. num_documents - 1; padding runs are
+            counted too.
         length_BT: tokens of the document that holds t.
         num_documents: runs in the batch.
         compressed: a plan for every ratio in use.

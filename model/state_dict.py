@@ -1,7 +1,7 @@
-"""Names: ours <-> official (V4_SPEC E.1) <-> transformers (V4_SPEC E.2). Values are kept; only names and stacking change.
+"""Names: ours <-> official (V4_SPEC E.1) <-> transformers (V4_SPEC E.2); values are kept.
 
-Ours differ from the official ones where the official name has an underscore group (``hc_attn_fn`` is
-``hc_attn.fn`` here) and in the experts, which are stacked here and one by one there.
+Ours differ from the official ones where the official name has an underscore group (``hc_attn_fn``
+is ``hc_attn.fn`` here) and in the experts, which are stacked here and one by one there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def our_name(official: str) -> str:
 
 
 def to_official(model: nn.Module) -> dict[str, Tensor]:
-    """All weights and tables under the official names, detached; a learned gamma is folded into its fn.
+    """All weights and tables under the official names, detached; gamma is folded into fn.
 
     Expert tensors are views of the stacks. ``tid2eid`` is int64, as on disk.
     """
@@ -68,13 +68,14 @@ def load_official(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:
         raise ValueError(
-            f"checkpoint does not fit the model: {len(missing)} tensors missing (first {missing[:3]}),"
-            f" {len(extra)} not known (first {extra[:3]})"
+            f"checkpoint does not fit the model: {len(missing)} tensors missing"
+            f" (first {missing[:3]}), {len(extra)} not known (first {extra[:3]})"
         )
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
             raise ValueError(
-                f"tensor {name} has shape {tuple(tensors[name].shape)}, the model wants {tuple(shape)}"
+                f"tensor {name} has shape {tuple(tensors[name].shape)},"
+                f" the model wants {tuple(shape)}"
             )
     for name, target in state.items():
         if name.endswith(".gamma"):
@@ -153,7 +154,7 @@ def transformers_name(official: str) -> str:
 
 
 def to_transformers(model: nn.Module) -> dict[str, Tensor]:
-    """All weights under ``transformers``' names: experts stacked with gate and up fused, MTP left out (it has none)."""
+    """All weights under ``transformers``' names: gate and up fused, MTP left out (it has none)."""
     state = model.state_dict()
     result: dict[str, Tensor] = {}
     for name, value in official_items({k: v for k, v in state.items() if not _STACK.fullmatch(k)}):
@@ -208,7 +209,7 @@ def _main_items(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def official_config(config: ModelConfig) -> dict[str, object]:
-    """A ``config.json`` of this model in the released keys; layer kinds beside the ratios, for other ratios than 4, 128."""
+    """A ``config.json`` of this model in the released keys, with layer kinds beside the ratios."""
     keys = [k for k in ModelConfig.__dataclass_fields__ if k not in _OURS]
     values: dict[str, object] = {key: getattr(config, key) for key in keys}
     layers = config.num_hidden_layers

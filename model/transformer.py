@@ -1,7 +1,7 @@
 """DeepSeekV4: embedding, blocks over the streams, head, MTP and all losses (V4_SPEC B.1).
 
-Single-device PyTorch. The pieces (:meth:`embed_tokens`, the blocks, :meth:`collapse`, :meth:`losses`) are separate so
-that a pipeline stage can hold some of them.
+Single-device PyTorch. The pieces (:meth:`embed_tokens`, the blocks, :meth:`collapse`,
+:meth:`losses`) are separate so that a pipeline stage can hold some of them.
 """
 
 # Legend: B rows, T tokens, S streams, D hidden, V vocabulary, K prediction depths
@@ -22,7 +22,7 @@ from model.norm import RMSNorm
 
 
 class DeepSeekV4(nn.Module):
-    """The whole model. Parameters are created uninitialised (also on the meta device): see ``model/init.py``.
+    """The whole model; parameters are created uninitialised, see ``model/init.py``.
 
     Args:
         config: sizes and switches; validated here.
@@ -63,7 +63,7 @@ class DeepSeekV4(nn.Module):
             {str(k): MTPBlock(config, f"mtp.{k}") for k in range(config.num_nextn_predict_layers)}
         )
 
-    # ---- pieces ---------------------------------------------------------------------------------------------------
+    # ---- pieces ----------------------------------------------------------------------------------
     def embed_tokens(self, ids_BT: Tensor) -> Tensor:
         """Embeddings [B, T, D] in the compute dtype."""
         return self.embed(ids_BT).to(self.compute_dtype)
@@ -98,7 +98,8 @@ class DeepSeekV4(nn.Module):
 
         Args:
             x_BTSD: streams of the main model before its hc_head.
-            next_ids_BTK: the token 1 + k places ahead of each position; anything where there is none.
+            next_ids_BTK: the token 1 + k places ahead of each position; anything where there is
+                none.
             context: shared by all layers.
 
         Returns:
@@ -115,7 +116,7 @@ class DeepSeekV4(nn.Module):
             results.append(aux)
         return outputs, results
 
-    # ---- whole passes ---------------------------------------------------------------------------------------------
+    # ---- whole passes ----------------------------------------------------------------------------
     def forward(
         self,
         input_ids_BT: Tensor,

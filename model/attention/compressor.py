@@ -1,10 +1,12 @@
-"""Compressor: m tokens become one entry by a softmax over the tokens, per channel (V4_SPEC B.5, paper 2.3.1, 2.3.2).
+"""Compressor: m tokens become one entry by a softmax over the tokens, per channel.
 
-With overlap (CSA) an entry mixes its own block, read from the second half of the channels, with the block before it,
-read from the first half; without (HCA) only its own. Everything is fp32 until the norm.
+V4_SPEC B.5, paper 2.3.1 and 2.3.2. With overlap (CSA) an entry mixes its own block, read from the
+second half of the channels, with the block before it, read from the first half; without (HCA) only
+its own. Everything is fp32 until the norm.
 """
 
-# Legend: B rows, T tokens, D hidden, E entries, M tokens of a block, C channels of the projections, K entry dim
+# Legend: B rows, T tokens, D hidden, E entries, M tokens of a block, C channels of the projections,
+# K entry dim
 from __future__ import annotations
 
 import torch
@@ -40,7 +42,7 @@ class Compressor(nn.Module):
         self.cast = ActivationCast()
 
     def forward(self, u_BTD: Tensor, plan: CompressedPlan, rope: RopeTable) -> Tensor:
-        """Entries [B, E, dim] in the dtype of ``u``, normalised and rotated at their block's first position."""
+        """Entries [B, E, dim] in the dtype of ``u``, normalised, rotated at their first token."""
         u_fp32 = u_BTD.float()
         k_BEMC = self._blocks(self.wkv(u_fp32), plan)
         z_BEMC = self._blocks(self.wgate(u_fp32), plan) + self.ape.float()

@@ -1,4 +1,7 @@
-"""Compressed sparse attention: window plus the indexer's top-k of short, overlapping blocks (V4_SPEC B.5, B.7, paper 2.3.1)."""
+"""Compressed sparse attention: window plus the indexer's top-k of short, overlapping blocks.
+
+V4_SPEC B.5, B.7, paper 2.3.1.
+"""
 
 # Legend: B rows, T tokens, D hidden, Q query latent, N chosen entries
 from __future__ import annotations
@@ -18,7 +21,7 @@ from model.kernels.select import select
 
 
 class CompressedSparseAttention(WindowAttention):
-    """Window attention whose softmax also holds the chosen entries (all visible ones in the full phases)."""
+    """Window attention plus the chosen entries (all visible ones in the full phases)."""
 
     def __init__(self, config: ModelConfig, kind: LayerKind, name: str, ratio: int) -> None:
         super().__init__(config, kind, name)

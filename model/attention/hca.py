@@ -1,4 +1,7 @@
-"""Heavily compressed attention: window plus all causal entries of long, disjoint blocks (V4_SPEC B.5, paper 2.3.2)."""
+"""Heavily compressed attention: window plus all causal entries of long, disjoint blocks.
+
+V4_SPEC B.5, paper 2.3.2.
+"""
 
 # Legend: B rows, T tokens, D hidden, Q query latent
 from __future__ import annotations

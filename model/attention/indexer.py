@@ -1,6 +1,7 @@
-"""Lightning indexer: which compressed entries a CSA query attends to (V4_SPEC B.7, B.8, paper 2.3.1)."""
+"""Lightning indexer: which entries a CSA query attends to (V4_SPEC B.7, B.8, paper 2.3.1)."""
 
-# Legend: B rows, T tokens, D hidden, J indexer heads, L indexer head dim, E entries, N chosen entries
+# Legend: B rows, T tokens, D hidden, J indexer heads, L indexer head dim, E entries, N chosen
+# entries
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -17,8 +18,10 @@ from model.sequence_plan import CompressedPlan
 class LightningIndexer(nn.Module):
     """Scores ``I[t, i] = sum_h w[t, h] relu(q[t, h] . k[i])`` over the compressed entries.
 
-    Its inputs are detached: the LM loss never reaches it, and its own loss never reaches the model. Without
-    quantisation the two Hadamard transforms of the released code cancel; a quantising cast brings them in.
+    Its inputs are detached: the LM loss never reaches it, and its own loss never reaches the model.
+        Without
+    quantisation the two Hadamard transforms of the released code cancel; a quantising cast brings
+    them in.
 
     Args:
         config: the model.
@@ -41,7 +44,7 @@ class LightningIndexer(nn.Module):
         rope: RopeTable,
         entry_rope: RopeTable,
     ) -> IndexerInputs:
-        """Queries [B, T, J, L], keys [B, E, L] and head weights [B, T, J] with both constant factors."""
+        """Queries [B, T, J, L], keys [B, E, L], head weights [B, T, J] with both factors."""
         B, T, _ = u_BTD.shape
         u, q_latent = u_BTD.detach(), q_latent_BTQ.detach()
         q_BTJL = self.wq_b(q_latent).view(B, T, self.heads, self.dim)

@@ -1,7 +1,8 @@
 """Attention over a sliding window and compressed entries: the plain reference (V4_SPEC B.3).
 
-Keys are values (one shared KV head). Window tokens and entries share ONE softmax, whose denominator also holds a
-learned sink per head. The reference forms every score; ``attention_fast.py`` never holds more than a chunk of queries.
+Keys are values (one shared KV head). Window tokens and entries share ONE softmax, whose denominator
+also holds a learned sink per head. The reference forms every score; ``attention_fast.py`` never
+holds more than a chunk of queries.
 """
 
 # Legend: B rows, T tokens, H heads, K head dim, E entries, N chosen entries
@@ -22,7 +23,8 @@ class EntrySet:
         kv_BEK: the entries.
         first_BT: first visible entry of each query.
         stop_BT: one past the last visible entry.
-        index_BTN: the indexer's choice among the visible (distinct, -1 = none), or None for all visible.
+        index_BTN: the indexer's choice among the visible (distinct, -1 = none), or None for all
+            visible.
     """
 
     kv_BEK: Tensor
@@ -44,7 +46,7 @@ class AttentionResult(NamedTuple):
 
 
 def window_mask(start_BT: Tensor, window: int) -> Tensor:
-    """[B, T, T] bool: key j is visible to query t iff it is of its document and among its last ``window`` tokens."""
+    """[B, T, T] bool: key j is in the document of query t and among its last ``window`` tokens."""
     T = start_BT.shape[1]
     row_T = torch.arange(T, device=start_BT.device)
     lowest_BT = torch.maximum(start_BT, row_T - (window - 1))

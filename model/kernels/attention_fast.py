@@ -1,11 +1,12 @@
-"""Attention and indexer in chunks of queries: memory linear in T, scores recomputed in the backward pass.
+"""Attention and indexer in chunks of queries: memory linear in T, scores recomputed in backward.
 
-The window is a band: a chunk of C queries meets C + window - 1 tokens. Entries are a slice (all visible ones) with a
-mask while the slice is short, or gathered per query when the choice is much smaller than the slice.
+The window is a band: a chunk of C queries meets C + window - 1 tokens. Entries are a slice (all
+visible ones) with a mask while the slice is short, or gathered per query when the choice is much
+smaller than the slice.
 """
 
-# Legend: B rows, C queries of a chunk, H heads, K head dim, E entries, N chosen, G keys of a group, J, L indexer heads
-# and head dim
+# Legend: B rows, C queries of a chunk, H heads, K head dim, E entries, N chosen, G keys of a group,
+# J, L indexer heads and head dim
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -17,9 +18,11 @@ from torch import Tensor
 from model.kernels.attention import AttentionResult, EntrySet
 from model.kernels.indexer import IndexerInputs
 
-# Elements of one chunk's score tensor: 2^20 fp32 = 4 MiB, about a core's share of the last-level cache.
+# Elements of one chunk's score tensor: 2^20 fp32 = 4 MiB, about a core's share of the last-level
+# cache.
 _CHUNK_ELEMENTS = 1 << 20
-# Gathering keys per query moves N * K elements a query; masking computes the whole slice. Masking wins up to here.
+# Gathering keys per query moves N * K elements a query; masking computes the whole slice. Masking
+# wins up to here.
 _MASK_UP_TO = 6
 
 
@@ -183,7 +186,7 @@ class _ChunkedAttention(torch.autograd.Function):
                 both_p = torch.cat((grad_s, p.to(q.dtype)), dim=2)
                 _accumulate(target, k, both_p, torch.cat((q, grad_o), dim=2))
             grad_q[:, chunk] = grad_q_chunk
-        if grad_entries is not None:
+        if grad_entries is not None and entry_kv_BEK is not None:
             grad_entries = grad_entries.to(entry_kv_BEK.dtype)
         return (
             grad_q,
@@ -326,7 +329,7 @@ class _ChunkedIndexerLoss(torch.autograd.Function):
 
 
 def _teacher(q_BCHK: Tensor, lse_BCH: Tensor, keys: Tensor, mask_BCG: Tensor) -> Tensor:
-    """Attention mass over heads with the full denominator, normalised over the keys of each query."""
+    """Attention mass over heads, full denominator, normalised over the keys of each query."""
     p = _score(q_BCHK, keys, mask_BCG).sub_(lse_BCH[..., None]).exp_()
     mass = p.sum(dim=2)
     return mass / mass.sum(dim=-1, keepdim=True).clamp(min=1e-30)

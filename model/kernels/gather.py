@@ -1,4 +1,4 @@
-"""Row gathers whose backward pass is a gather too: no scatter-add, deterministic, one pass (ours, not the paper's)."""
+"""Row gathers whose backward pass is a gather too: no scatter-add, deterministic, one pass."""
 
 # Legend: B rows, T tokens, N gathered rows, C channels, K experts per token
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _sum_rows(rows_NC: Tensor, place_TK: Tensor) -> Tensor:
 
 
 def spread(x_TC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
-    """Copy each token to its K places: ``out[n] = x[token[n]]``; backward sums a token's K gradients in fp32.
+    """Copy each token to its K places: ``out[n] = x[token[n]]``; backward sums them in fp32.
 
     Args:
         x_TC: tokens.

@@ -2,12 +2,14 @@
 
     I[t, i] = sum_h w[t, h] * relu(q[t, h] . k[i])
 
-The choice carries no gradient. The loss is KL(teacher || softmax(I)) over the set S_t of entries that attention used:
-all visible ones in the phases ``full`` and ``warmup``, the chosen ones in ``sparse``. The teacher is the attention
-probability formed with the FULL denominator (window, sink and entries), summed over heads, then normalised over S_t.
+The choice carries no gradient. The loss is KL(teacher || softmax(I)) over the set S_t of entries
+that attention used: all visible ones in the phases ``full`` and ``warmup``, the chosen ones in
+``sparse``. The teacher is the attention probability formed with the FULL denominator (window, sink
+and entries), summed over heads, then normalised over S_t.
 """
 
-# Legend: B rows, T tokens, H attention heads, K head dim, J indexer heads, L indexer head dim, E entries, N chosen
+# Legend: B rows, T tokens, H attention heads, K head dim, J indexer heads, L indexer head dim, E
+# entries, N chosen
 from __future__ import annotations
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor
 
 from model.kernels.attention import EntrySet, entry_mask
 
-# The indexer's inputs: rotated (and cast) queries, keys, and per-head weights with both constant factors applied.
+# The indexer's inputs: rotated (and cast) queries, keys, and per-head weights with both constant
+# factors applied.
 IndexerInputs = tuple[Tensor, Tensor, Tensor]
 
 
@@ -87,11 +90,13 @@ def indexer_monitors(
     topk: int,
     num_queries: int = 64,
 ) -> dict[str, Tensor]:
-    """How good the choice is, on ``num_queries`` queries of each row that see more than ``topk`` entries.
+    """How good the choice is, on some queries of each row that see more than ``topk`` entries.
 
     Returns:
-        ``captured_mass``: share of the teacher's mass over all visible entries that the indexer's top-k holds;
-        ``recall``: share of the teacher's own top-k among them; ``leaves_out``: share of all queries whose top-k
+        ``captured_mass``: share of the teacher's mass over all visible entries that the indexer's
+            top-k holds;
+        ``recall``: share of the teacher's own top-k among them; ``leaves_out``: share of all
+            queries whose top-k
         leaves visible entries out. Each as ``.sum`` and ``.count``.
     """
     visible_BT = entries.stop_BT - entries.first_BT

@@ -1,4 +1,4 @@
-"""Balance without and with a loss: the selection bias, and the sequence-wise loss per document (V4_SPEC B.10)."""
+"""Balance: the selection bias, and the sequence-wise loss per document (V4_SPEC B.10)."""
 
 # Legend: N tokens, E experts, K experts per token, G documents
 from __future__ import annotations
@@ -17,10 +17,11 @@ def expert_load(index_NK: Tensor, valid_N: Tensor, num_experts: int) -> Tensor:
 
 
 def balance_loss(routing: Routing, plan: SequencePlan) -> Tensor:
-    """Sum over documents of ``length * sum_e f_e P_e``; divide by the global token count for the mean.
+    """Sum over documents of ``length * sum_e f_e P_e``; the mean after division by all tokens.
 
     ``f_e = E / (K * length) * tokens of the document sent to e`` (biased choice, no gradient) and
-    ``P_e = mean over the document of s_e / sum(s)`` (unbiased scores); 1 where a document is perfectly balanced.
+    ``P_e = mean over the document of s_e / sum(s)`` (unbiased scores); 1 where a document is
+    perfectly balanced.
     """
     index_NK, _, score_NE = routing
     K, E = index_NK.shape[1], score_NE.shape[1]

@@ -1,6 +1,7 @@
 """Dispatcher seam: bring each token's copies to its experts, and the results back (V4_SPEC B.9).
 
-The local dispatcher sorts rows by expert; expert parallelism replaces it by an all-to-all behind the same Protocol.
+The local dispatcher sorts rows by expert; expert parallelism replaces it by an all-to-all behind
+the same Protocol.
 """
 
 # Legend: N tokens, D hidden, R rows (token copies), K experts per token, E experts

@@ -1,4 +1,4 @@
-"""The MoE sublayer: route, dispatch, experts, combine, plus the shared expert (V4_SPEC B.9, paper 2.1)."""
+"""The MoE sublayer: route, dispatch, experts, combine, shared expert (V4_SPEC B.9, paper 2.1)."""
 
 # Legend: B rows, T tokens, N tokens of all rows, D hidden, K experts per token
 from __future__ import annotations
@@ -40,7 +40,8 @@ class MoE(nn.Module):
         """Apply the layer.
 
         Returns:
-            Output [B, T, D] and side results: ``load:<gate FQN>``, ``balance`` (sum over documents), monitors.
+            Output [B, T, D] and side results: ``load:<gate FQN>``, ``balance`` (sum over
+                documents), monitors.
         """
         B, T, D = u_BTD.shape
         u_ND, valid_N = u_BTD.reshape(B * T, D), context.plan.valid_BT.flatten()

@@ -1,4 +1,4 @@
-"""Gate: sqrt(softplus) scores, biased top-k or a fixed table, renormalised and scaled weights (V4_SPEC B.9)."""
+"""Gate: sqrt(softplus) scores, biased top-k or a fixed table, scaled weights (V4_SPEC B.9)."""
 
 # Legend: N tokens, D hidden, E experts, K experts per token, V vocabulary
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Routing(NamedTuple):
 class Gate(nn.Module):
     """Scores experts and chooses; all in fp32.
 
-    The choice may come from the biased scores (learned), from the token's id (hash; the gate's weight is trained all
-    the same), or from the caller (replay, anticipatory routing). The weights always come from the current unbiased
-    scores.
+    The choice may come from the biased scores (learned), from the token's id (hash; the gate's
+    weight is trained all the same), or from the caller (replay, anticipatory routing). The weights
+    always come from the current unbiased scores.
 
     Args:
         config: the model.

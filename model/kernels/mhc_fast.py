@@ -1,0 +1,174 @@
+"""mHC as fused kernels with analytic gradients (V4_SPEC B.2); the reference is ``mhc.py``.
+
+On CPU the kernels are the C++ of ``cpu/mhc.cpp`` (one pass over the streams per call), elsewhere
+and without a compiler the torch formulas of ``mhc_torch.py``. Streams are fp32 or bf16, parameters
+fp32.
+
+The streams are mixed by the merge, but differentiated by the backward pass of ``mhc_pre``, which
+reads them anyway: the merge hands its incoming gradient through. So ``mhc_pre`` returns the streams
+once more, as a :class:`StreamMix` that stands for ``comb^T x`` in the graph; the merge must get that
+one.
+"""
+
+# Legend: B batch, T tokens, N = B * T, S streams (a second S: destination), D hidden, C = S * D,
+# M = (2 + S) * S mix channels
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.kernels import mhc_ops
+from model.kernels.mhc import StreamMix
+
+_OPS = torch.ops.v4
+
+
+class _Pre(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NSD: Tensor,
+        fn_MC: Tensor,
+        base_M: Tensor,
+        scale_3: Tensor,
+        iters: int,
+        eps: float,
+        rms_eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        u_ND, post_NS, comb_NSS, mix_NM, rms_N = _OPS.mhc_pre(
+            x_NSD, fn_MC, base_M, scale_3, iters, eps, rms_eps
+        )
+        ctx.save_for_backward(x_NSD, fn_MC, base_M, scale_3, mix_NM, rms_N)
+        ctx.iters, ctx.eps = iters, eps
+        ctx.set_materialize_grads(False)
+        return u_ND, x_NSD.view_as(x_NSD), post_NS, comb_NSS
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any,
+        grad_u_ND: Tensor | None,
+        grad_new_NSD: Tensor | None,
+        grad_post_NS: Tensor | None,
+        grad_comb_NSS: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        x_NSD, fn_MC, base_M, scale_3, mix_NM, rms_N = ctx.saved_tensors
+        N, S, D = x_NSD.shape
+        if grad_u_ND is None:
+            grad_u_ND = x_NSD.new_zeros(N, D)
+        if grad_new_NSD is None:
+            grad_new_NSD = torch.zeros_like(x_NSD)
+        if grad_post_NS is None:
+            grad_post_NS = mix_NM.new_zeros(N, S)
+        grads = _OPS.mhc_pre_backward(
+            x_NSD, fn_MC, base_M, scale_3, ctx.iters, ctx.eps, mix_NM, rms_N,
+            grad_u_ND, grad_new_NSD, grad_post_NS, grad_comb_NSS,
+        )  # fmt: skip
+        return *grads, None, None, None
+
+
+class _Merge(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, x_NSD: Tensor, post_NS: Tensor, comb_NSS: Tensor) -> Tensor:
+        ctx.save_for_backward(y_ND, post_NS)
+        return _OPS.mhc_merge(y_ND, x_NSD, post_NS, comb_NSS)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NSD: Tensor) -> tuple[Tensor | None, ...]:
+        y_ND, post_NS = ctx.saved_tensors
+        grad_NSD = grad_NSD.contiguous()
+        grad_y_ND, grad_post_NS = _OPS.mhc_merge_backward(grad_NSD, y_ND, post_NS)
+        # For the streams: the gradient of comb^T x itself. _Pre takes it through comb.
+        return grad_y_ND, grad_NSD, grad_post_NS, None
+
+
+class _Head(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NSD: Tensor,
+        fn_SC: Tensor,
+        base_S: Tensor,
+        scale_1: Tensor,
+        eps: float,
+        rms_eps: float,
+    ) -> Tensor:
+        y_ND, mix_NS, rms_N = _OPS.mhc_head(x_NSD, fn_SC, base_S, scale_1, eps, rms_eps)
+        ctx.save_for_backward(x_NSD, fn_SC, base_S, scale_1, mix_NS, rms_N)
+        ctx.eps = eps
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        x_NSD, fn_SC, base_S, scale_1, mix_NS, rms_N = ctx.saved_tensors
+        grads = _OPS.mhc_head_backward(
+            x_NSD, fn_SC, base_S, scale_1, ctx.eps, mix_NS, rms_N, grad_ND
+        )
+        return *grads, None, None
+
+
+def mhc_pre(
+    x_BTSD: Tensor,
+    fn_MC: Tensor,
+    base_M: Tensor,
+    scale_3: Tensor,
+    iters: int,
+    eps: float,
+    rms_eps: float,
+) -> tuple[Tensor, StreamMix]:
+    """Fused :func:`model.kernels.mhc.mhc_pre`: same arguments and results.
+
+    Raises:
+        ValueError: streams that are neither fp32 nor bf16, or parameters that are not fp32.
+    """
+    x_NSD = _rows(x_BTSD, fn_MC, base_M, scale_3)
+    u_ND, new_NSD, post_NS, comb_NSS = _Pre.apply(
+        x_NSD, fn_MC.contiguous(), base_M, scale_3, iters, eps, rms_eps
+    )
+    lead = x_BTSD.shape[:-2]
+    post_BTS, comb_BTSS = post_NS.unflatten(0, lead), comb_NSS.unflatten(0, lead)
+    return u_ND.unflatten(0, lead), StreamMix(new_NSD.view(x_BTSD.shape), post_BTS, comb_BTSS)
+
+
+def mhc_merge(y_BTD: Tensor, mix: StreamMix) -> Tensor:
+    """Fused :func:`model.kernels.mhc.mhc_merge`; ``mix`` must come from the fused pre.
+
+    Raises:
+        ValueError: y and the streams differ in dtype.
+    """
+    x_BTSD = mix.x_BTSD
+    if y_BTD.dtype != x_BTSD.dtype:
+        raise ValueError(
+            f"model.kernels=fast mixes one dtype: sublayer output {y_BTD.dtype}, streams"
+            f" {x_BTSD.dtype}"
+        )
+    new_NSD = _Merge.apply(
+        y_BTD.flatten(0, -2).contiguous(),
+        x_BTSD.flatten(0, -3),
+        mix.post_BTS.flatten(0, -2),
+        mix.comb_BTSS.flatten(0, -3),
+    )
+    return new_NSD.view(x_BTSD.shape)
+
+
+def mhc_head(
+    x_BTSD: Tensor, fn_SC: Tensor, base_S: Tensor, scale_1: Tensor, eps: float, rms_eps: float
+) -> Tensor:
+    """Fused :func:`model.kernels.mhc.mhc_head`: same arguments, result and errors as the pre."""
+    x_NSD = _rows(x_BTSD, fn_SC, base_S, scale_1)
+    y_ND = _Head.apply(x_NSD, fn_SC.contiguous(), base_S, scale_1, eps, rms_eps)
+    return y_ND.unflatten(0, x_BTSD.shape[:-2])
+
+
+def _rows(x_BTSD: Tensor, *parameters: Tensor) -> Tensor:
+    if x_BTSD.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"model.kernels=fast takes fp32 or bf16 streams, not {x_BTSD.dtype}")
+    for parameter in parameters:
+        if parameter.dtype is not torch.float32:
+            raise ValueError(f"mHC parameters must be fp32, not {parameter.dtype}")
+    return x_BTSD.contiguous().flatten(0, -3)
