@@ -1,0 +1,182 @@
+"""Composition: parameters and a config in, one :class:`Optimizer` out.
+
+The table of ``optim/groups.py`` says who owns what; an engine per owner does the arithmetic. To
+add an optimizer, write its file and add a line to :data:`ENGINES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from optim.adamw import AdamW, AdamWEntry
+from optim.config import OptimConfig, StateDtype
+from optim.groups import Owner, ParamRecord, build_table
+from optim.muon import Muon, MuonEntry
+
+State = dict[str, dict[str, Tensor]]
+
+
+class Engine(Protocol):
+    """One algorithm over the parameters that it owns."""
+
+    state: State
+
+    def step(self, lr: float, names: Iterable[str]) -> list[str]:
+        """Move the named parameters and return their names."""
+        ...
+
+
+class Optimizer:
+    """All parameters of a model, each moved by exactly one algorithm.
+
+    Attributes:
+        table: one record a parameter (params.csv).
+        moved: parameter -> algorithm that ran on it in the last step; what the audit compares with
+            the table.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, Parameter],
+        table: list[ParamRecord],
+        engines: Mapping[Owner, Engine],
+        trainable: Callable[[str], bool] | None = None,
+    ) -> None:
+        self.table = table
+        self.moved: dict[str, str] = {}
+        self._parameters = dict(parameters)
+        self._engines = dict(engines)
+        self._owner = {record.name: record.owner for record in table}
+        self.set_trainable(trainable)
+
+    def set_trainable(self, trainable: Callable[[str], bool] | None) -> None:
+        """Start a phase: only parameters for which this holds move (None: all). State stays."""
+        self._active = [n for n in self._parameters if trainable is None or trainable(n)]
+
+    def trainable_parameters(self) -> dict[str, Parameter]:
+        """What the current phase moves, in table order; the set whose gradient norm is clipped."""
+        return {name: self._parameters[name] for name in self._active}
+
+    def step(self, lr: float) -> None:
+        """Move every trainable parameter; a missing gradient counts as zero.
+
+        Args:
+            lr: learning rate of this step, from :func:`optim.schedule.learning_rate`.
+
+        Raises:
+            ValueError: a parameter of this phase does not require a gradient, so it could only
+                decay.
+        """
+        for name in self._active:
+            if not self._parameters[name].requires_grad:
+                raise ValueError(
+                    f"optim: {name} is trained in this phase but has requires_grad=False"
+                )
+        self.moved = {}
+        for owner, engine in self._engines.items():
+            names = [name for name in self._active if self._owner[name] is owner]
+            self.moved.update(dict.fromkeys(engine.step(lr, names), type(engine).__name__.lower()))
+
+    def zero_grad(self) -> None:
+        """Drop the gradients of all parameters, frozen ones too."""
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+    def state_dict(self) -> State:
+        """Parameter -> its state tensors (not copies), complete from step 0, free of any layout."""
+        state: State = {}
+        for engine in self._engines.values():
+            state.update(engine.state)
+        return {name: dict(state[name]) for name in self._parameters}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Copy a saved state in.
+
+        Raises:
+            ValueError: parameters, state names or shapes differ; nothing was copied then.
+        """
+        own = self.state_dict()
+        _need_equal("parameters", state.keys(), own.keys())
+        for name, tensors in own.items():
+            _need_equal(f"state of {name}", state[name].keys(), tensors.keys())
+            for key, tensor in tensors.items():
+                saved = tuple(state[name][key].shape)
+                if saved != tuple(tensor.shape):
+                    raise ValueError(
+                        f"optimizer state: {name}.{key} was saved with shape {saved}, now it is"
+                        f" {tuple(tensor.shape)}"
+                    )
+        for name, tensors in own.items():
+            for key, tensor in tensors.items():
+                tensor.copy_(state[name][key])
+
+
+def _need_equal(what: str, saved: Iterable[str], own: Iterable[str]) -> None:
+    saved, own = set(saved), set(own)
+    if saved != own:
+        raise ValueError(
+            f"optimizer state: {what} differ: only saved {sorted(saved - own)},"
+            f" only here {sorted(own - saved)}"
+        )
+
+
+def build_optimizer(
+    named_parameters: Iterable[tuple[str, Parameter]],
+    config: OptimConfig,
+    trainable: Callable[[str], bool] | None = None,
+    split_counts: Mapping[str, int] | None = None,
+) -> Optimizer:
+    """Build the optimizer of a model.
+
+    Args:
+        named_parameters: fully qualified name and parameter, each once.
+        config: the ``optim`` section.
+        trainable: parameters of the first phase; ``None`` = all.
+        split_counts: sizes of the model by which a Muon split may cut rows, ``{"o_groups": ...}``
+            at least.
+
+    Raises:
+        ValueError: see :meth:`OptimConfig.validate` and :func:`optim.groups.build_table`.
+    """
+    config.validate()
+    parameters = dict(named_parameters)
+    table = build_table({n: p.shape for n, p in parameters.items()}, config, split_counts)
+    engines = {owner: build(parameters, table, config) for owner, build in ENGINES.items()}
+    return Optimizer(parameters, table, engines, trainable)
+
+
+def _build_muon(
+    parameters: Mapping[str, Parameter], table: list[ParamRecord], config: OptimConfig
+) -> Engine:
+    entries = [
+        MuonEntry(r.name, parameters[r.name], r.num_matrices, r.weight_decay)
+        for r in table
+        if r.owner is Owner.muon
+    ]
+    for entry in entries:
+        if hasattr(entry.parameter, "to_local"):
+            raise ValueError(
+                f"optim.name=muon: {entry.name} is sharded, optim/muon.py needs it whole"
+            )
+    return Muon(entries, config.muon, _STATE_DTYPES[config.state_dtype])
+
+
+def _build_adamw(
+    parameters: Mapping[str, Parameter], table: list[ParamRecord], config: OptimConfig
+) -> Engine:
+    entries = [
+        AdamWEntry(r.name, parameters[r.name], r.weight_decay)
+        for r in table
+        if r.owner is Owner.adamw
+    ]
+    return AdamW(entries, config.adamw, _STATE_DTYPES[config.state_dtype])
+
+
+_STATE_DTYPES = {StateDtype.fp32: torch.float32, StateDtype.bf16: torch.bfloat16}
+ENGINES = {Owner.muon: _build_muon, Owner.adamw: _build_adamw}

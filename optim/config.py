@@ -1,0 +1,170 @@
+"""The ``optim`` section of a run: which optimizer, its constants, its learning-rate schedule.
+
+Defaults are the paper's (DeepSeek-V4 section 4.2.2, V4_SPEC C.1 and C.2); what the report leaves
+open follows V4_SPEC H. Plain dataclasses without ``frozen`` or ``Literal``, so that Hydra can
+compose them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class OptimizerName(StrEnum):
+    """Who moves the matrices; everything else is AdamW's either way."""
+
+    muon = "muon"
+    adamw = "adamw"  # the ablation
+
+
+class ScheduleKind(StrEnum):
+    """Shape of the learning rate after the linear warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"  # falls from the first token to the last
+    wsd = "wsd"  # constant, then a linear tail
+    cosine_tail = "cosine_tail"  # constant, then a cosine tail (the paper's)
+
+
+class MatmulDtype(StrEnum):
+    """Dtype of the Newton-Schulz matmuls."""
+
+    auto = "auto"  # bf16 where the device multiplies bf16 natively, else fp32
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class StateDtype(StrEnum):
+    """Storage of momentum and moments; the arithmetic is fp32 either way."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass
+class NewtonSchulzStage:
+    """``steps`` iterations ``X <- a X + b (X X^T) X + c (X X^T)^2 X``."""
+
+    steps: int = 1
+    a: float = 2.0
+    b: float = -1.5
+    c: float = 0.5
+
+
+def _hybrid() -> list[NewtonSchulzStage]:
+    return [NewtonSchulzStage(8, 3.4445, -4.7750, 2.0315), NewtonSchulzStage(2, 2.0, -1.5, 0.5)]
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over the run (``optim/schedule.py`` holds the formulas)."""
+
+    kind: ScheduleKind = ScheduleKind.cosine_tail
+    warmup_steps: int = 2000  # linear, reaching optim.lr at this step; 0 = none
+    end_lr_ratio: float = 0.1  # last learning rate as a fraction of optim.lr
+    decay_start: float = 0.9  # where the tail begins, fraction of the run's tokens
+    decay_start_tokens: int = 0  # the same in tokens; above 0 it replaces decay_start
+
+
+@dataclass
+class MuonConfig:
+    """Muon (DeepSeek-V4 section 2.4, algorithm 1)."""
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    newton_schulz: list[NewtonSchulzStage] = field(default_factory=_hybrid)
+    rms: float = 0.18  # root mean square of the update before the learning rate
+    weight_decay: float = 0.1
+    dtype: MatmulDtype = MatmulDtype.auto
+    # Parameter pattern -> split, over optim/groups.py: "whole", "experts", or the name of a count
+    # (o_groups, num_attention_heads, index_n_heads) by which the rows are cut into matrices of
+    # their own.
+    splits: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class AdamWConfig:
+    """AdamW with decoupled decay, for all that Muon does not own."""
+
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-20
+    weight_decay: float = 0.1
+
+
+@dataclass
+class OptimConfig:
+    """Everything under ``optim``."""
+
+    name: OptimizerName = OptimizerName.muon
+    lr: float = 2.7e-4  # peak
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    muon: MuonConfig = field(default_factory=MuonConfig)
+    adamw: AdamWConfig = field(default_factory=AdamWConfig)
+    state_dtype: StateDtype = StateDtype.fp32
+    grad_clip: float = 1.0  # bound of the global gradient norm; 0 = no clipping
+
+    def validate(self, prefix: str = "optim") -> None:
+        """Refuse values that cannot be.
+
+        Raises:
+            ValueError: names the keys and their values.
+        """
+        for ok, message in (
+            *_base_checks(self, prefix),
+            *_schedule_checks(self.schedule, f"{prefix}.schedule"),
+            *_muon_checks(self.muon, f"{prefix}.muon"),
+            *_adamw_checks(self.adamw, f"{prefix}.adamw"),
+        ):
+            if not ok:
+                raise ValueError(message)
+
+
+Checks = Iterator[tuple[bool, str]]
+
+
+def _base_checks(c: OptimConfig, p: str) -> Checks:
+    yield c.name in set(OptimizerName), f"{p}.name={c.name} must be one of {[*OptimizerName]}"
+    yield c.lr > 0, f"{p}.lr={c.lr} must be above 0"
+    yield c.grad_clip >= 0, f"{p}.grad_clip={c.grad_clip} must be 0 (off) or above"
+    states = [*StateDtype]
+    yield c.state_dtype in states, f"{p}.state_dtype={c.state_dtype} must be one of {states}"
+
+
+def _schedule_checks(c: ScheduleConfig, p: str) -> Checks:
+    kinds = [*ScheduleKind]
+    yield c.kind in kinds, f"{p}.kind={c.kind} must be one of {kinds}"
+    yield c.warmup_steps >= 0, f"{p}.warmup_steps={c.warmup_steps} must be 0 or more"
+    yield 0 <= c.end_lr_ratio <= 1, f"{p}.end_lr_ratio={c.end_lr_ratio} must lie in [0, 1]"
+    yield (
+        0 <= c.decay_start <= 1,
+        f"{p}.decay_start={c.decay_start} is a fraction: it must lie in [0, 1]",
+    )
+    yield (
+        c.decay_start_tokens >= 0,
+        f"{p}.decay_start_tokens={c.decay_start_tokens} must be 0 or more",
+    )
+
+
+def _muon_checks(c: MuonConfig, p: str) -> Checks:
+    yield 0 <= c.momentum < 1, f"{p}.momentum={c.momentum} must lie in [0, 1)"
+    yield c.rms > 0, f"{p}.rms={c.rms} must be above 0"
+    yield c.weight_decay >= 0, f"{p}.weight_decay={c.weight_decay} must be 0 or more"
+    dtypes = [*MatmulDtype]
+    yield c.dtype in dtypes, f"{p}.dtype={c.dtype} must be one of {dtypes}"
+    yield len(c.newton_schulz) > 0, f"{p}.newton_schulz={c.newton_schulz} needs at least one stage"
+    for i, stage in enumerate(c.newton_schulz):
+        yield stage.steps > 0, f"{p}.newton_schulz[{i}].steps={stage.steps} must be above 0"
+        yield (
+            stage.a > 0,
+            f"{p}.newton_schulz[{i}].a={stage.a} must be above 0 (b={stage.b}, c={stage.c})",
+        )
+
+
+def _adamw_checks(c: AdamWConfig, p: str) -> Checks:
+    betas = list(c.betas)
+    yield len(betas) == 2, f"{p}.betas={betas} must hold 2 values, has {len(betas)}"
+    yield all(0 <= b < 1 for b in betas), f"{p}.betas={betas} must lie in [0, 1)"
+    yield c.eps > 0, f"{p}.eps={c.eps} must be above 0"
+    yield c.weight_decay >= 0, f"{p}.weight_decay={c.weight_decay} must be 0 or more"
