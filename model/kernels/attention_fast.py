@@ -18,9 +18,9 @@ from torch import Tensor
 from model.kernels.attention import AttentionResult, EntrySet
 from model.kernels.indexer import IndexerInputs
 
-# Elements of one chunk's score tensor: 2^20 fp32 = 4 MiB, about a core's share of the last-level
-# cache.
-_CHUNK_ELEMENTS = 1 << 20
+# Elements of one chunk's score tensor: 2^18 fp32 = 1 MiB, about a core's L2 cache. Measured: 2^16 pays
+# more for calls, 2^20 for memory traffic (docs/LOG.md).
+_CHUNK_ELEMENTS = 1 << 18
 # Gathering keys per query moves N * K elements a query; masking computes the whole slice. Masking
 # wins up to here.
 _MASK_UP_TO = 6
@@ -37,7 +37,7 @@ class _Keys(NamedTuple):
 
 def _chunk_size(rows_by_heads: int, keys: int, tokens: int) -> int:
     size = max(_CHUNK_ELEMENTS // max(rows_by_heads * keys, 1), 1)
-    return max(32, min(256, 1 << (size.bit_length() - 1), tokens))
+    return max(16, min(256, 1 << (size.bit_length() - 1), tokens))
 
 
 def _chunks(T: int, size: int) -> Iterator[slice]:
@@ -253,6 +253,8 @@ def index_topk_chunked(
 ) -> Tensor:
     """Same as ``index_topk_reference``, in chunks of queries."""
     q_BTJL, k_BEL, w_BTJ = indexer
+    if q_BTJL.device.type == "cpu":  # bf16 dots would be cast to fp32 afterwards: costs more
+        q_BTJL, k_BEL = q_BTJL.float(), k_BEL.float()
     B, T, J, _ = q_BTJL.shape
     E = k_BEL.shape[1]
     count = min(topk, E)

@@ -1,0 +1,137 @@
+"""Chunked attention, choice and indexer loss against their references.
+
+Both compute in fp32 and differ in summation order only: 2e-6 relative Frobenius. Documents,
+padding, odd lengths and chunk edges are in every case; ``chunk`` forces many chunks, ``gather``
+forces the gathered path.
+"""
+
+import pytest
+import torch
+
+from model.kernels import attention_fast
+from model.kernels.attention import EntrySet, attention_reference
+from model.kernels.indexer import index_scores, index_topk_reference, indexer_loss_reference
+from model.sequence_plan import build_sequence_plan
+
+H, K, J, L, WINDOW = 4, 16, 16, 8, 12
+
+
+def relative(a, b):
+    return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
+
+
+@pytest.fixture(params=["whole", "chunk", "gather"])
+def path(request, monkeypatch):
+    if request.param != "whole":
+        monkeypatch.setattr(attention_fast, "_chunk_size", lambda rows, keys, tokens: 16)
+    if request.param == "gather":
+        monkeypatch.setattr(attention_fast, "_MASK_UP_TO", 0)
+    return request.param
+
+
+def problem(ratio, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    runs = [[(0, 37), (1, 50), (2, 3)], [(0, 70), (-1, 9), (3, 11)]]
+    ids = torch.tensor([[d for d, n in row for _ in range(n)] for row in runs])
+    plan = build_sequence_plan(ids, (ratio,))
+    B, T = ids.shape
+    E = plan.compressed[ratio].num_entries
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=generator).requires_grad_()
+
+    tensors = {
+        "q": leaf(B, T, H, K), "kv": leaf(B, T, K), "sink": leaf(H), "entries": leaf(B, E, K),
+        "qi": leaf(B, T, J, L), "ki": leaf(B, E, L), "w": leaf(B, T, J),
+    }  # fmt: skip
+    return plan, plan.compressed[ratio], tensors
+
+
+def entry_set(compressed, tensors, topk):
+    index = None
+    if topk:
+        indexer = (tensors["qi"], tensors["ki"], tensors["w"])
+        index = index_topk_reference(indexer, compressed.first_BT, compressed.stop_BT, topk)
+    return EntrySet(tensors["entries"], compressed.first_BT, compressed.stop_BT, index)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("ratio", "topk", "window"), [(4, 0, 12), (4, 3, 12), (4, 99, 5), (16, 0, 12), (4, 3, 90)]
+)
+def test_chunked_attention_matches_reference(path, ratio, topk, window):
+    results = []
+    for op in (attention_reference, attention_fast.attention_chunked):
+        plan, compressed, tensors = problem(ratio)
+        result = op(
+            tensors["q"],
+            tensors["kv"],
+            tensors["sink"],
+            plan.start_BT,
+            window,
+            entry_set(compressed, tensors, topk),
+        )
+        weights = torch.randn(result.o_BTHK.shape, generator=torch.Generator().manual_seed(1))
+        (result.o_BTHK * weights).sum().backward()
+        grads = [tensors[name].grad for name in ("q", "kv", "sink", "entries")]
+        results.append([result.o_BTHK, result.lse_BTH, *grads])
+    for mine, expected in zip(results[1], results[0], strict=True):
+        assert relative(mine, expected) < 2e-6
+
+
+def test_window_only_attention_matches_reference(path):
+    plan, _, t = problem(4)
+    expected = attention_reference(t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, None)
+    mine = attention_fast.attention_chunked(t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, None)
+    assert relative(mine.o_BTHK, expected.o_BTHK) < 2e-6
+
+
+def test_padding_queries_get_zero():
+    plan, compressed, t = problem(4)
+    result = attention_fast.attention_chunked(
+        t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, entry_set(compressed, t, 3)
+    )
+    assert (result.o_BTHK[~plan.valid_BT] == 0).all()
+    assert result.o_BTHK[plan.valid_BT].abs().sum(-1).min() > 0
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("topk", [1, 3, 8, 99])
+def test_chunked_topk_matches_reference(path, topk):
+    _, compressed, t = problem(4)
+    indexer = (t["qi"], t["ki"], t["w"])
+    expected = index_topk_reference(indexer, compressed.first_BT, compressed.stop_BT, topk)
+    mine = attention_fast.index_topk_chunked(indexer, compressed.first_BT, compressed.stop_BT, topk)
+    assert torch.equal(mine.sort(-1).values, expected.sort(-1).values)
+
+
+def test_topk_takes_highest_visible_scores():
+    _, compressed, t = problem(4)
+    indexer = (t["qi"], t["ki"], t["w"])
+    scores = index_scores(*indexer)
+    index = attention_fast.index_topk_chunked(indexer, compressed.first_BT, compressed.stop_BT, 3)
+    for b in range(index.shape[0]):
+        for q in range(index.shape[1]):
+            visible = range(int(compressed.first_BT[b, q]), int(compressed.stop_BT[b, q]))
+            best = sorted(visible, key=lambda e: -scores[b, q, e].item())[:3]
+            assert sorted(e for e in index[b, q].tolist() if e >= 0) == sorted(best)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("topk", [0, 3])
+def test_chunked_indexer_loss_matches_reference(path, topk):
+    results = []
+    for op in (indexer_loss_reference, attention_fast.indexer_loss_chunked):
+        plan, compressed, t = problem(4)
+        entries = entry_set(compressed, t, topk)
+        lse = attention_reference(
+            t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, entries
+        ).lse_BTH
+        loss = op((t["qi"], t["ki"], t["w"]), t["q"], lse, entries)
+        (3.0 * loss).backward()
+        assert t["q"].grad is None  # the loss trains the indexer only
+        assert t["entries"].grad is None
+        results.append([loss.detach(), t["qi"].grad, t["ki"].grad, t["w"].grad])
+    assert results[0][0] > 0
+    for mine, expected in zip(results[1], results[0], strict=True):
+        assert relative(mine, expected) < 1e-5

@@ -1,0 +1,80 @@
+"""ModelConfig: kinds from released ratios, ablation switches, refusals that name both values."""
+
+import pytest
+
+from model.config import LayerKind, ModelConfig, Router
+
+RELEASED = {
+    "model_type": "deepseek_v4", "vocab_size": 129280, "hidden_size": 4096, "num_hidden_layers": 4,
+    "compress_ratios": [0, 128, 4, 128, 0], "num_nextn_predict_layers": 1, "num_hash_layers": 3,
+    "rope_scaling": {
+        "type": "yarn", "factor": 16, "original_max_position_embeddings": 65536,
+        "beta_fast": 32, "beta_slow": 1,
+    },
+    "torch_dtype": "bfloat16", "quantization_config": {"fmt": "e4m3"},
+}  # fmt: skip
+
+
+@pytest.mark.core
+def test_released_ratios_become_kinds():
+    config = ModelConfig.from_official(RELEASED)
+    assert [config.kind(i).value for i in range(4)] == ["swa", "hca", "csa", "hca"]
+    assert [config.ratio(i) for i in range(4)] == [0, 128, 4, 128]
+    assert [config.router(i) for i in range(4)] == [Router.hash] * 3 + [Router.learned]
+    assert config.rope_scaling.factor == 16.0
+
+
+@pytest.mark.parametrize(
+    ("attention", "expected"),
+    [
+        ("hybrid", [("swa", 0), ("csa", 4), ("hca", 32)]),
+        ("csa", [("swa", 0), ("csa", 4), ("csa", 4)]),
+        ("hca", [("swa", 0), ("hca", 32), ("hca", 32)]),
+        ("swa", [("swa", 0), ("swa", 0), ("swa", 0)]),
+        ("dense", [("swa", 0), ("dense", 0), ("dense", 0)]),
+    ],
+)
+def test_attention_switch_turns_every_compressed_layer(attention, expected):
+    config = ModelConfig(
+        num_hidden_layers=3,
+        compress_ratios=[0, 4, 32, 0],
+        layer_kinds=["swa", "csa", "hca"],
+        attention=attention,
+    )
+    assert [(config.kind(i), config.ratio(i)) for i in range(3)] == [
+        (LayerKind(k), r) for k, r in expected
+    ]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"compress_ratios": [0, 4]}, ["compress_ratios has 2", "num_hidden_layers=6"]),
+        ({"compress_ratios": [0, 0, 4, 7, 4, 128, 0]}, ["compress_ratios[3]=7", "layer_kinds"]),
+        (
+            {"compress_ratios": [0, 0, 4, 128, 4, 128, 4]},
+            ["compress_ratios ends in [4]", "num_nextn_predict_layers=1"],
+        ),
+        ({"num_attention_heads": 6, "o_groups": 4}, ["num_attention_heads=6", "o_groups=4"]),
+        ({"num_experts_per_tok": 17}, ["num_experts_per_tok=17", "n_routed_experts=16"]),
+        ({"qk_rope_head_dim": 15}, ["qk_rope_head_dim=15", "head_dim=64"]),
+        ({"qk_rope_head_dim": 48}, ["qk_rope_head_dim=48", "index_head_dim=32"]),
+        ({"index_head_dim": 48}, ["index_head_dim=48", "index_n_heads=16"]),
+        ({"num_hash_layers": 9}, ["num_hash_layers=9", "num_hidden_layers=6"]),
+        ({"layer_kinds": ["swa"]}, ["layer_kinds has 1", "num_hidden_layers=6"]),
+        ({"hidden_size": 0}, ["hidden_size=0"]),
+        ({"tie_word_embeddings": True}, ["tie_word_embeddings=True", "False"]),
+        ({"scoring_func": "softmax"}, ["scoring_func=softmax", "sqrtsoftplus"]),
+    ],
+)
+def test_impossible_config_names_key_and_values(changes, named):
+    with pytest.raises(ValueError, match="model") as error:
+        ModelConfig(**changes).validate()
+    assert all(part in str(error.value) for part in named)
+    assert "\n" not in str(error.value)
+
+
+def test_released_config_without_a_needed_key_is_refused():
+    with pytest.raises(ValueError, match="compress_ratios is missing"):
+        ModelConfig.from_official({k: v for k, v in RELEASED.items() if k != "compress_ratios"})
