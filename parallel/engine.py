@@ -1,0 +1,194 @@
+"""The engine: everything about a step that depends on how the work is spread over processes.
+
+``train`` decides what a step is (which rows, which weights, which learning rate) and asks an
+:class:`Engine` to run it; layouts and DeepSpeed come in as further implementations. The engine
+here runs one process and plain torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import Batch
+from model.config import Router
+from model.loss import ModelOutput, Objective
+from model.moe.balance import update_bias
+from model.moe.router import Gate
+from optim.build import Optimizer
+from optim.clip import clip_grad_norm
+
+
+@dataclass
+class Shares:
+    """Results of microbatches, added up over microbatches and ranks.
+
+    Attributes:
+        total: the objective.
+        losses: its parts, by name, without their weights.
+        expert_load: gate name -> tokens per expert [E].
+        monitors: ``<name>.sum`` and ``<name>.count``.
+    """
+
+    total: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    expert_load: dict[str, Tensor] = field(default_factory=dict)
+    monitors: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, output: ModelOutput) -> None:
+        """Add one microbatch."""
+        total = output.total.detach()
+        self.total = total if self.total is None else self.total + total
+        for mine, theirs in (
+            (self.losses, output.losses),
+            (self.expert_load, output.expert_load),
+            (self.monitors, output.monitors),
+        ):
+            for name, value in theirs.items():
+                mine[name] = mine[name] + value if name in mine else value
+
+
+@dataclass(frozen=True)
+class Update:
+    """What became of a step's gradients.
+
+    Attributes:
+        grad_norm: global norm before clipping.
+        applied: False where the norm was not finite: weights and optimizer state are untouched.
+    """
+
+    grad_norm: float
+    applied: bool
+
+
+class Engine(Protocol):
+    """One step of training, evaluation, and the state that a checkpoint holds.
+
+    Attributes:
+        model: the model, or the part of it that lives here; parameters bear their global names.
+        optimizer: owns the parameters' updates.
+        device: where this process computes.
+        rank: number of this process; 0 writes files.
+        data_rank: which share of a batch's rows this process computes.
+        data_degree: number of such shares.
+    """
+
+    model: nn.Module
+    optimizer: Optimizer
+    device: torch.device
+    rank: int
+    data_rank: int
+    data_degree: int
+
+    def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
+        """Run this process's microbatches and leave the gradient of the whole global batch."""
+        ...
+
+    def evaluate(self, batches: Iterable[Batch], objective: Objective) -> Shares:
+        """Run microbatches without gradients."""
+        ...
+
+    def optimizer_step(self, lr: float, finite: bool) -> Update:
+        """Clip, update, drop the gradients; nothing is updated unless all ranks are finite."""
+        ...
+
+    def update_biases(self, expert_load: dict[str, Tensor], speed: float) -> None:
+        """Move every learned gate's selection bias by the global batch's load."""
+        ...
+
+    def set_trainable(self, trains: Callable[[str], bool]) -> None:
+        """Freeze the parameters whose names ``trains`` denies: no gradient, decay, momentum."""
+        ...
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors of a checkpoint by layout-free name; loading fills them in place."""
+        ...
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank raised ``flag``."""
+        ...
+
+
+class TorchEngine:
+    """One process, plain torch.
+
+    Args:
+        model: initialised, on ``device``.
+        optimizer: of its parameters.
+        device: where to compute.
+        grad_clip: bound of the global gradient norm; 0 = none.
+    """
+
+    rank = data_rank = 0
+    data_degree = 1
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, device: torch.device, grad_clip: float
+    ) -> None:
+        self.model, self.optimizer, self.device = model, optimizer, device
+        self._grad_clip = grad_clip
+
+    def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
+        """Accumulate the gradients of all microbatches; their losses are normalised already."""
+        shares = Shares()
+        for batch in batches:
+            output = self._forward(batch, objective)
+            output.total.backward()
+            shares.add(output)
+        return shares
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], objective: Objective) -> Shares:
+        """Run microbatches without gradients."""
+        shares = Shares()
+        for batch in batches:
+            shares.add(self._forward(batch, objective))
+        return shares
+
+    def optimizer_step(self, lr: float, finite: bool) -> Update:
+        """Clip and update; with a norm or loss that is not finite, only drop the gradients."""
+        norm = clip_grad_norm(self.optimizer.trainable_parameters().values(), self._grad_clip)
+        applied = finite and math.isfinite(norm)
+        if applied:
+            self.optimizer.step(lr)
+        self.optimizer.zero_grad()
+        return Update(norm, applied)
+
+    @torch.no_grad()
+    def update_biases(self, expert_load: dict[str, Tensor], speed: float) -> None:
+        """Move every learned gate's selection bias by the global batch's load."""
+        for name, load_E in expert_load.items():
+            gate = self.model.get_submodule(name)
+            assert isinstance(gate, Gate)
+            if gate.router is Router.learned:
+                update_bias(gate, load_E, speed)
+
+    def set_trainable(self, trains: Callable[[str], bool]) -> None:
+        """Freeze the parameters for whose names ``trains`` is false."""
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trains(name))
+        self.optimizer.set_trainable(trains)
+
+    def state(self) -> dict[str, Tensor]:
+        """``model.<name>`` of parameters and saved buffers, and ``optim.<name>.<state>``."""
+        tensors = {f"model.{name}": t.detach() for name, t in self.model.state_dict().items()}
+        for name, states in self.optimizer.state_dict().items():
+            tensors |= {f"optim.{name}.{key}": t for key, t in states.items()}
+        return tensors
+
+    def agree(self, flag: bool) -> bool:
+        """There is nobody else."""
+        return flag
+
+    def _forward(self, batch: Batch, objective: Objective) -> ModelOutput:
+        return self.model(
+            batch.input_ids_BT.to(self.device),
+            batch.document_ids_BT.to(self.device),
+            batch.labels_BTK.to(self.device),
+            objective,
+        )

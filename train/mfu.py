@@ -1,0 +1,45 @@
+"""How fast this machine multiplies matrices: the denominator of MFU.
+
+MFU here is useful FLOPs (``model/flops.py``, recomputation not counted) per second over the rate
+of a plain square matmul on the same device, threads and dtype. A published peak would be unknown
+for most CPUs and out of reach on the rest.
+"""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+
+def measured_matmul_rate(
+    device: torch.device, dtype: torch.dtype, size: int = 0, seconds: float = 0.3
+) -> float:
+    """FLOPs per second of the best of several ``[size, size] @ [size, size]`` products.
+
+    Args:
+        device: where the run computes.
+        dtype: of the run's matmuls.
+        size: rows and columns; 0 takes 1024 on a CPU and 8192 on a GPU.
+        seconds: how long to measure; at least three products are timed after a first that warms up.
+    """
+    size = size or (8192 if device.type == "cuda" else 1024)
+    x = torch.ones(size, size, device=device, dtype=dtype)
+    _timed(x)
+    times = [_timed(x) for _ in range(3)]
+    while sum(times) < seconds:
+        times.append(_timed(x))
+    return 2 * size**3 / min(times)
+
+
+def _timed(x: torch.Tensor) -> float:
+    _synchronize(x.device)
+    begin = time.perf_counter()
+    torch.mm(x, x)
+    _synchronize(x.device)
+    return time.perf_counter() - begin
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

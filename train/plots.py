@@ -1,0 +1,50 @@
+"""``loss.png``: what a user would look at rather than read, drawn from ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+Record = dict[str, Any]
+_PANELS = (
+    ("loss (nats per token)", ("loss", "val_loss"), False),
+    ("side losses", ("loss_mtp", "loss_indexer", "loss_balance"), False),
+    ("gradient norm", ("grad_norm",), True),
+    ("expert load", ("expert_load_cv", "expert_load_max"), False),
+)
+
+
+def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:
+    """Draw losses, gradient norm and expert load over trained tokens.
+
+    Args:
+        records: steps in order, as in ``metrics.jsonl``.
+        path: PNG to write.
+        title: above the panels.
+    """
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    for axes, (name, fields, log_scale) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
+        for field in fields:
+            _curve(axes, records, field)
+        axes.set_title(name)
+        axes.set_xlabel("tokens")
+        axes.grid(alpha=0.3)
+        if log_scale and axes.lines:
+            axes.set_yscale("log")
+        if axes.lines:
+            axes.legend()
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+
+
+def _curve(axes: Axes, records: Sequence[Record], field: str) -> None:
+    points = [(r["tokens"], r[field]) for r in records if r.get(field) is not None]
+    if points:
+        tokens, values = zip(*points, strict=True)
+        axes.plot(
+            tokens, values, label=field, marker="o" if len(points) < 40 else None, markersize=3
+        )

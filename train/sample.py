@@ -1,0 +1,73 @@
+"""Text written by a model, one plain full forward pass per token (no cache)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class HasLogits(Protocol):
+    """A model that predicts the next token."""
+
+    def logits(self, input_ids_BT: Tensor) -> Tensor:
+        """Logits [B, T, V] of the token after each position."""
+        ...
+
+
+class TextTokenizer(Protocol):
+    """Text to ids and back."""
+
+    @property
+    def eos_id(self) -> int:
+        """End of a document."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        ...
+
+
+@torch.no_grad()
+def continue_text(
+    model: HasLogits,
+    tokenizer: TextTokenizer,
+    prompt: str,
+    num_tokens: int,
+    temperature: float,
+    seed: int,
+    device: torch.device,
+) -> str:
+    """Continue ``prompt`` until ``num_tokens`` are written or the document ends.
+
+    Args:
+        model: computes logits in fp32.
+        tokenizer: of the run.
+        prompt: beginning; where it has no ids, an end-of-document token starts the text.
+        num_tokens: length of the continuation, tokens.
+        temperature: 0 takes the likeliest token each time.
+        seed: of the draws; the same seed and model write the same text.
+        device: where the model computes.
+
+    Returns:
+        Prompt and continuation.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    begin = len(ids)
+    for _ in range(num_tokens):
+        logits_V = model.logits(torch.tensor([ids], device=device))[0, -1].float().cpu()
+        if temperature == 0:
+            token = int(logits_V.argmax())
+        else:
+            weights_V = torch.softmax(logits_V / temperature, dim=-1)
+            token = int(torch.multinomial(weights_V, 1, generator=generator))
+        if token == tokenizer.eos_id:
+            break
+        ids.append(token)
+    return prompt + tokenizer.decode(ids[begin:])
