@@ -120,8 +120,13 @@ class ParallelConfig:
 
     @property
     def data_degree(self) -> int:
+        """Ranks that hold different tokens (after :meth:`resolve`)."""
+        return self.row_degree * self.cp
+
+    @property
+    def row_degree(self) -> int:
         """Ranks over which the rows of a global batch are spread (after :meth:`resolve`)."""
-        return self.dp_replicate * self.dp_shard * self.cp
+        return self.dp_replicate * self.dp_shard
 
     @property
     def world_size(self) -> int:

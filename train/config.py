@@ -9,10 +9,12 @@ optimizer steps.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, get_args, get_origin, get_type_hints
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -254,6 +256,9 @@ _NOT_NEGATIVE = (
 )  # fmt: skip
 
 
+ConfigStore.instance().store("run_schema", RunConfig)
+
+
 def _need(ok: bool, message: str) -> None:
     if not ok:
         raise UserError(message)
@@ -309,24 +314,48 @@ def describe(error: OmegaConfBaseException) -> str:
     return f"{key}: {str(error).splitlines()[0]}"
 
 
+def dump(run: RunConfig) -> str:
+    """The resolved config as YAML, as written to a run folder's ``config.yaml``."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def unknown_key(path: Sequence[str], schema: Any, also: Sequence[str] = ()) -> str | None:
+    """What to say of a dotted key that the schema does not have; None where it is known.
+
+    Args:
+        path: the parts of the key.
+        schema: the dataclass it is looked up in; lists and dicts inside it are not followed.
+        also: further names that would have been right at the top.
+    """
+    for depth, key in enumerate(path):
+        if not is_dataclass(schema):
+            return None
+        own = [f.name for f in fields(schema)]
+        known = [*own, *(name for name in also if depth == 0 and name not in own)]
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            prefix = "".join(f"{part}." for part in path[:depth])
+            if near:
+                return f"did you mean {prefix}{near[0]}?"
+            return f"{prefix.rstrip('.') or 'the config'} has {', '.join(known)}"
+        if key not in own:
+            return None
+        schema = get_type_hints(schema)[key]
+    return None
+
+
 def _refuse_unknown(raw: Any, schema: Any, path: str) -> None:
     """Raise UserError at the first key of ``raw`` that the dataclass ``schema`` does not have."""
     if get_origin(schema) is list and isinstance(raw, list):
         for index, item in enumerate(raw):
             _refuse_unknown(item, get_args(schema)[0], f"{path}[{index}]")
         return
-    if not (isinstance(schema, type) and is_dataclass(schema) and isinstance(raw, dict)):
+    if not (is_dataclass(schema) and isinstance(raw, dict)):
         return
     types = get_type_hints(schema)
-    known = [f.name for f in fields(schema)]
     for key, value in raw.items():
         full = f"{path}.{key}" if path else str(key)
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = (
-                f"did you mean {full.removesuffix(str(key))}{near[0]}?"
-                if near
-                else f"known: {', '.join(known)}"
-            )
-            raise UserError(f"unknown config key {full}={value}: {hint}")
+        problem = unknown_key([str(key)], schema)
+        if problem is not None:
+            raise UserError(f"unknown config key {full}={value}: {problem}")
         _refuse_unknown(value, types[key], full)

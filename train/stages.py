@@ -128,16 +128,25 @@ def resolve(run: RunConfig) -> Plan:
         before = plan.step_at(stage.start_tokens)
         if plan.step_at(stage.until_tokens) == before:
             raise UserError(
-                f"{_label(train, index)}: no step begins in it, since until_tokens={stage.until_tokens}"
-                f" and the last step before it ends at {plan.tokens_at(before)}"
+                f"{_label(train, index)}: no step begins in it, since until_tokens="
+                f"{stage.until_tokens} and the last step before it ends at {plan.tokens_at(before)}"
             )
+    return plan
+
+
+def refuse_unbuilt(plan: Plan, train: TrainConfig) -> None:
+    """Refuse a plan that reaches a stage which this code cannot run yet.
+
+    Raises:
+        UserError: names the stage, and how many steps come before it.
+    """
+    for index, stage in enumerate(plan.reached()):
         if stage.cp > 1:
             raise UserError(
                 f"{_label(train, index)} needs cp={stage.cp} (rows of {stage.seq_len} tokens in"
                 f" {stage.cp} shards), but context parallelism is not built yet; what comes before"
-                f" it runs with train.steps={before}"
+                f" it runs with train.steps={plan.step_at(stage.start_tokens)}"
             )
-    return plan
 
 
 def loss_weights(stage: Stage, train: TrainConfig, decaying: bool) -> LossWeights:
@@ -170,24 +179,24 @@ def trains(name: str, stage: Stage, weights: LossWeights) -> bool:
     return weights.mtp > 0 or not name.startswith("mtp.")
 
 
-def check_rows(plan: Plan, data_degree: int) -> None:
+def check_rows(plan: Plan, row_degree: int) -> None:
     """Check that every batch that is reached splits into whole microbatches on each rank.
 
     Args:
         plan: the resolved plan.
-        data_degree: ranks over which the rows of a batch are spread.
+        row_degree: ranks over which the rows of a batch are spread.
 
     Raises:
         UserError: names the stage and both values.
     """
     for stage in plan.reached():
-        rows, unit = stage.quantum_tokens // stage.seq_len, stage.micro_batch_size * data_degree
+        rows, unit = stage.quantum_tokens // stage.seq_len, stage.micro_batch_size * row_degree
         if rows % unit:
             what = "batches that grow by" if stage.ramp_from_tokens else "a batch of"
             raise UserError(
                 f"stage {stage.name}: {what} {rows} rows (train.global_batch_tokens="
                 f"{stage.global_batch_tokens}, seq_len={stage.seq_len}) must be a multiple of"
-                f" train.micro_batch_size={stage.micro_batch_size} times {data_degree} data rank(s)"
+                f" train.micro_batch_size={stage.micro_batch_size} times {row_degree} data rank(s)"
             )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from model.config import ModelConfig
 from train.config import IndexerPhase, StageConfig, TrainConfig
-from train.stages import check_rows, loss_weights, resolve, trains
+from train.stages import check_rows, loss_weights, refuse_unbuilt, resolve, trains
 
 pytestmark = pytest.mark.core
 
@@ -189,10 +189,11 @@ def test_stage_that_cannot_run_is_refused_when_reached_only():
     stages = [*STAGES, StageConfig(name="1m", until_tokens=9000, cp=8)]
     stages[3].seq_len, stages[3].global_batch_tokens = 64, 64
     before = len(simulate(STAGES, 10**9))
+    train = TrainConfig(steps=0, stages=stages)
     with pytest.raises(ValueError, match=rf"\(1m\) needs cp=8 .* train.steps={before}$"):
-        resolve(make_run(TrainConfig(steps=0, stages=stages)))
-    plan = resolve(make_run(TrainConfig(steps=before, stages=stages)))
-    assert plan.steps == before
+        refuse_unbuilt(resolve(make_run(train)), train)
+    train.steps = before
+    refuse_unbuilt(resolve(make_run(train)), train)
 
 
 def test_stage_that_a_step_jumps_over_is_refused():
@@ -214,6 +215,6 @@ def test_indexer_warmup_needs_an_indexer_and_its_loss():
 def test_batches_must_split_over_ranks_and_microbatches():
     train = TrainConfig(steps=2, seq_len=16, global_batch_tokens=128, micro_batch_size=4)
     plan = resolve(make_run(train))
-    check_rows(plan, data_degree=2)
+    check_rows(plan, row_degree=2)
     with pytest.raises(ValueError, match=r"a batch of 8 rows .*=4 times 4 data rank"):
-        check_rows(plan, data_degree=4)
+        check_rows(plan, row_degree=4)

@@ -1,0 +1,49 @@
+# Every target sets itself up in .venv; after the first time it starts at once.
+#   make pretrain [ARGS="model=v4_micro train.steps=100"]     the main job
+#   make test                                                 all tests but the slow ones
+#   make quick                                                the most telling tests
+#   make check                                                lint, format, types
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+STAMP_DEV := $(VENV)/.installed-dev
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline DS_ACCELERATOR=cpu $(BIN)/python -m pytest -q -n $(WORKERS)
+ARGS ?=
+WORKERS ?= 2
+
+.PHONY: pretrain test quick slow check format
+
+pretrain: $(STAMP)
+	$(BIN)/python train/pretrain.py $(ARGS)
+
+test: $(STAMP_DEV)
+	$(PYTEST) -m "not slow" $(ARGS)
+
+quick: $(STAMP_DEV)
+	$(PYTEST) -m "core and not slow" $(ARGS)
+
+slow: $(STAMP_DEV)
+	$(PYTEST) -m slow $(ARGS)
+
+check: $(STAMP_DEV)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: $(STAMP_DEV)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# pip runs only when pyproject.toml is newer than the stamp.
+$(STAMP): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e .
+	touch $@
+
+$(STAMP_DEV): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install -q -e ".[dev]"
+	touch $(STAMP) $@

@@ -1,0 +1,72 @@
+"""Every YAML of conf/ composes with the defaults and gives a valid run with a plan."""
+
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from train.overrides import CONF, compose_run, groups, options
+from train.stages import refuse_unbuilt, resolve
+
+CHOICES = [(group, option) for group in groups() for option in options(group)]
+
+
+@pytest.mark.core
+def test_defaults_compose_to_the_small_model():
+    run = compose_run()
+    assert (run.model.name, run.run_dir) == ("v4_nano", "runs/v4_nano")
+    assert resolve(run).steps == run.train.steps
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES, ids=lambda v: v)
+def test_option_composes_and_has_a_plan(group, option):
+    run = compose_run([f"{group}={option}"])
+    plan = resolve(run)
+    assert plan.steps > 0
+    if group == "model":
+        assert run.model.name == option
+    if group == "train":
+        assert run.train.steps == plan.steps or run.train.stages
+
+
+def test_every_folder_of_conf_is_a_group_that_is_asked_for():
+    folders = {path.name for path in Path(CONF).iterdir() if path.is_dir()}
+    assert folders - {"study"} == set(groups())
+
+
+def test_every_model_size_has_a_recipe_of_its_own():
+    """``train`` is optional in the defaults list, so a missing file would pass unnoticed."""
+    assert options("train") == options("model")
+
+
+def test_model_files_hold_plain_model_keys():
+    for option in options("model"):
+        text = (CONF / "model" / f"{option}.yaml").read_text()
+        assert "@package" not in text
+        assert OmegaConf.create(text)["name"] == option
+
+
+@pytest.mark.parametrize("name", ["v4_flash", "v4_pro"])
+def test_paper_presets_say_which_stage_cannot_run_yet(name):
+    run = compose_run([f"model={name}"])
+    plan = resolve(run)
+    with pytest.raises(ValueError, match=r"sparse_1m\) needs cp=16 .*not built yet") as caught:
+        refuse_unbuilt(plan, run.train)
+    steps = int(str(caught.value).rpartition("=")[2])
+    assert plan.tokens_at(steps) >= plan.stages[-1].start_tokens
+    run.train.steps = steps
+    refuse_unbuilt(resolve(run), run.train)
+
+
+@pytest.mark.parametrize("name", ["v4_tiny", "v4_micro", "v4_nano", "v4_mini", "v4_small"])
+def test_small_sizes_make_every_part_matter(name):
+    """Selection leaves entries out, and a row holds several HCA blocks (issue: the model)."""
+    run = compose_run([f"model={name}"])
+    model, seq_len = run.model, run.train.seq_len
+    assert model.index_topk <= seq_len / 16
+    assert 8 * max(model.ratios) <= seq_len
+    assert model.sliding_window <= seq_len / 4
+    assert {model.kind(i).value for i in range(model.num_hidden_layers)} == {"swa", "csa", "hca"}
+    assert model.num_hash_layers >= 1
+    assert model.num_nextn_predict_layers >= 1
+    assert model.index_n_heads >= 16

@@ -1,0 +1,132 @@
+"""The command line before Hydra reads it: groups, keys and flags, checked with nearest match.
+
+Hydra takes ``+model=x`` only for groups that do not stand in the defaults list and ``model=x`` only
+for those that do; here both work, since the ``+`` is taken off. ``+foo=1`` would add a key
+silently, a misspelt option of an optional group would be dropped silently; both are refused here,
+and everything else is left to Hydra's own composition.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from train.config import RunConfig, load, unknown_key
+from train.errors import ROOT, UserError
+
+CONF = ROOT / "conf"
+_FLAGS = (
+    "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p",
+    "--run", "-r", "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc",
+    "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun",
+)  # fmt: skip
+_WITH_VALUE = (
+    "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name",
+    "-cn", "--config-dir", "-cd", "--experimental-rerun",
+)  # fmt: skip
+_FOREIGN = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+
+
+def groups(conf: Path = CONF) -> list[str]:
+    """Groups that stand in the defaults list of ``conf/config.yaml``."""
+    config = OmegaConf.load(conf / "config.yaml")
+    assert isinstance(config, DictConfig)
+    entries = [entry for entry in config._get_node("defaults") if isinstance(entry, DictConfig)]
+    keys = [str(key).split() for entry in entries for key in entry]
+    return [key[-1] for key in keys if key[0] != "override"]
+
+
+def options(group: str, conf: Path = CONF) -> list[str]:
+    """Options of a group: its files without their suffix."""
+    return sorted(path.stem for path in (conf / group).glob("*.yaml"))
+
+
+def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
+    """Check arguments and return them as Hydra wants them.
+
+    Args:
+        args: the command line without the program.
+        conf: folder of the groups.
+
+    Raises:
+        UserError: an unknown flag, group option or key; names the nearest match.
+    """
+    known = groups(conf)
+    plus = re.compile(rf"^\++(?=({'|'.join(known)})=)")
+    cleaned = [plus.sub("", arg) for arg in args]
+    own_conf = not any(arg.split("=")[0] in _FOREIGN for arg in cleaned)
+    for arg in _overrides(cleaned):
+        _check_override(arg, known, conf if own_conf else None)
+    return cleaned
+
+
+def compose_run(args: Sequence[str] = (), conf: Path = CONF) -> RunConfig:
+    """The validated run that a command line describes, for scripts and tests.
+
+    Args:
+        args: groups and keys as on the command line, without flags.
+        conf: folder of the groups.
+
+    Raises:
+        ValueError: as :func:`normalise` and :func:`train.config.load`.
+    """
+    with initialize_config_dir(str(conf), version_base=None):
+        return load(compose("config", normalise(args, conf)))
+
+
+def _overrides(args: Sequence[str]) -> Iterable[str]:
+    """Arguments that are overrides; flags are checked on the way."""
+    value_of = ""
+    for arg in args:
+        if arg.startswith("-"):
+            flag = arg.split("=")[0]
+            if flag not in _FLAGS:
+                raise UserError(f"unknown flag {flag}: {_hint(flag, _FLAGS, 'see --help')}")
+            value_of = flag if "=" not in arg and flag in _WITH_VALUE else ""
+        elif value_of:
+            value_of = ""
+        else:
+            yield arg
+
+
+def _check_override(arg: str, known: Sequence[str], conf: Path | None) -> None:
+    try:
+        override = OverridesParser.create().parse_override(arg)
+    except HydraException as error:
+        near = [group for group in known if conf and arg in options(group, conf)]
+        hint = f"did you mean {near[0]}={arg}?" if near else "give GROUP=OPTION or KEY=VALUE"
+        raise UserError(f"cannot read the argument {arg!r}: {hint}") from error
+    key = override.key_or_group
+    if key.split(".")[0].split("/")[0] == "hydra":
+        return
+    if key in known:
+        if conf is not None:
+            _check_option(key, arg.partition("=")[2], conf)
+        return
+    problem = unknown_key(key.split("."), RunConfig, known)
+    if problem is not None:
+        raise UserError(f"unknown config key {arg.lstrip('+~')}: {problem}")
+
+
+def _check_option(group: str, value: str, conf: Path) -> None:
+    """Every option named in a plain or comma-separated value must be a file of the group."""
+    if not re.fullmatch(r"[\w.,\- ]*", value) or value == "null":
+        return  # a Hydra function such as glob(...); composition will judge
+    have = options(group, conf)
+    for option in (part.strip() for part in value.split(",")):
+        if option not in have:
+            raise UserError(
+                f"{group}={option}: conf/{group} has no such file; {_hint(option, have)}"
+            )
+
+
+def _hint(word: str, known: Sequence[str], otherwise: str = "") -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise or f"there are: {', '.join(known)}"

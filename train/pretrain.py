@@ -1,0 +1,153 @@
+"""Entry: ``python train/pretrain.py [GROUP=OPTION ...] [KEY=VALUE ...]``, also under torchrun.
+
+``cli`` reads the command line with Hydra, ``main`` is one run. An exit code is the contract (DESIGN
+section 1): 0 finished, 2 input that cannot be (one line, from rank 0 only), 75 stopped early and
+resumable, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: the repository root, not train/, must be first
+    _here = Path(__file__).resolve().parent
+    sys.path[:] = [str(_here.parent), *(p for p in sys.path if Path(p).resolve() != _here)]
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from train import fit
+from train.config import load
+from train.errors import ExitCode, UserError, is_user_error, one_line
+from train.overrides import CONF, normalise
+from train.run_folder import check_run_folder
+from train.stages import check_rows, refuse_unbuilt, resolve
+
+log = logging.getLogger(__name__)
+
+
+def main(cfg: DictConfig) -> int:
+    """One run: config, plan, fit check, then build and train.
+
+    Returns:
+        An :class:`ExitCode`.
+
+    Raises:
+        ValueError: the input cannot be; nothing was written.
+    """
+    run = load(cfg)
+    plan = resolve(run)
+    world = fit.this_world(run.train.device)
+    fit.check(run, plan, world)
+    refuse_unbuilt(plan, run.train)
+    layout = run.parallel.resolve(world.ranks)
+    check_rows(plan, layout.row_degree)
+    check_run_folder(run)
+    # Imported late: torch takes seconds, which no misspelt key should cost.
+    from train.build import build  # noqa: PLC0415
+
+    return build(run).fit()
+
+
+def cli(args: Sequence[str]) -> int:
+    """Run what a command line asks for, several jobs in turn under ``-m``.
+
+    Args:
+        args: the command line without the program.
+
+    Returns:
+        The exit code; of several jobs the worst (1 before 2 before 75 before 0).
+    """
+    codes: list[int] = []
+    pid = os.getpid()
+
+    def job(cfg: DictConfig) -> None:
+        code = _guarded(lambda: main(_in_own_folder(cfg, args)))
+        codes.append(code)
+        if os.getpid() != pid and code:  # a launcher's worker process: the list stays behind
+            raise RuntimeError(f"job {HydraConfig.get().job.override_dirname} left with {code}")
+
+    def compose_and_run() -> int:
+        argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+        sys.argv = [argv[0], *normalise(args)]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come here instead of to stderr
+        try:
+            hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
+        finally:
+            sys.argv = argv
+            GlobalHydra.instance().clear()
+            os.environ.pop("HYDRA_FULL_ERROR")
+            if full_error is not None:
+                os.environ["HYDRA_FULL_ERROR"] = full_error
+        order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)
+        return next((code for code in order if code in codes), ExitCode.finished)
+
+    return _guarded(compose_and_run)
+
+
+def _guarded(body: Callable[[], int]) -> int:
+    """Run ``body``; turn the user's errors into one line and exit code 2."""
+    try:
+        return int(body())
+    except fit.DoesNotFitError as error:
+        _tell(f"{error.table}\n{one_line(error)}")
+    except (HydraException, OmegaConfBaseException) as error:
+        _tell(_composition_error(error))
+    except ValueError as error:
+        if not is_user_error(error):
+            raise
+        _tell(one_line(error))
+    except KeyboardInterrupt:
+        _tell("stopped before the first step; the same command starts again")
+        return ExitCode.resumable
+    return ExitCode.user_error
+
+
+def _tell(text: str) -> None:
+    if _rank() == 0:
+        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.flush()
+
+
+def _composition_error(error: Exception) -> str:
+    """Hydra's own error in one line; its cause, where there is one, names the types."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+    text = str(error).splitlines()[0].removeprefix("Error merging override ")
+    if cause is None:
+        return one_line(UserError(text))
+    return f"{text}: {str(cause).splitlines()[0]}"
+
+
+def _in_own_folder(cfg: DictConfig, args: Sequence[str]) -> DictConfig:
+    """Give each job of a multirun its own folder, named by what is swept: equal on every rank."""
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.mode != RunMode.MULTIRUN:
+        return cfg
+    swept = [o for o in hydra_cfg.overrides.task if o not in args and f"+{o}" not in args]
+    if swept and not any(o.startswith("run_dir=") for o in swept):
+        name = ",".join(swept).replace("/", "_")
+        cfg = cfg.copy()
+        cfg.run_dir = f"{cfg.run_dir}_sweep/{name}"
+    log.info("job %d: %s", hydra_cfg.job.num, cfg.run_dir)
+    return cfg
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(
+        level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s"
+    )
+    sys.exit(cli(sys.argv[1:]))
