@@ -453,12 +453,13 @@ def _losses(result, objective, ce, kl: dict[int, Tensor], balance: dict[int, Ten
     mtp = sum(shares[1:], zero) / max(len(shares) - 1, 1)
     kl_sum = sum(kl.values(), zero) / objective.tokens
     balance_sum = sum(balance.values(), zero) / objective.tokens
-    result.losses = {
+    losses = {
         "loss": shares[0],
         "loss_mtp": mtp,
         "loss_indexer": kl_sum / max(len(kl), 1),
         "loss_balance": balance_sum / max(len(balance), 1),
     }
+    result.losses = {name: value.detach() for name, value in losses.items()}
     result.total = (
         shares[0]
         + objective.mtp_weight * mtp

@@ -11,11 +11,12 @@ scale have a gradient that cancels to 1/50 of its usual size, and fp32 leaves 2e
 # Legend: B rows, T tokens, E entries
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import Kernels, LayerKind, ModelConfig
@@ -59,8 +60,9 @@ CASES = [
 KERNELS = [Kernels.reference, Kernels.fast]
 
 
-def hf_run(case: Case) -> tuple[nn.Module, Tensor, Weights, dict[str, Tensor], dict[str, Tensor]]:
-    """(model, logits, gradients of the mean cross-entropy, index scores, chosen entries)."""
+@functools.cache
+def hf_run(case: Case) -> tuple[Tensor, Weights, dict[str, Tensor], dict[str, Tensor]]:
+    """(logits, gradients of the mean cross-entropy, index scores, chosen entries)."""
     model = build_hf(case.config, make_weights(case))
     scores, chosen = hf_index_scores(model)
     batch = make_batch(case)
@@ -69,7 +71,7 @@ def hf_run(case: Case) -> tuple[nn.Module, Tensor, Weights, dict[str, Tensor], d
         labels = batch.labels_BTK[..., 0]
         F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-1).backward()
     grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-    return model, logits.detach(), grads, scores, chosen
+    return logits.detach(), grads, scores, chosen
 
 
 def assert_gradients(ours: Weights, theirs: Weights) -> None:
@@ -112,8 +114,9 @@ def same_where_it_matters(ours: Tensor, theirs: Tensor, scores: Tensor, ratio: i
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.name}-{c.seed}".replace(" ", "_"))
 def test_model_matches_transformers(case: Case, kernels: Kernels) -> None:
-    case = replace(case, weights=LM_ONLY, config=replace(case.config, kernels=kernels))
-    _, logits, grads, scores, chosen = hf_run(case)
+    case = replace(case, weights=LM_ONLY)
+    logits, grads, scores, chosen = hf_run(case)
+    case = replace(case, config=replace(case.config, kernels=kernels))
     ours = run_ours(case)
     worst = float((ours.logits_BTV - logits).abs().max())
     assert worst <= LOGITS, f"logits differ by {worst:.1e}"
@@ -133,14 +136,11 @@ def test_model_matches_transformers(case: Case, kernels: Kernels) -> None:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("topk", [3, 64])
+@pytest.mark.parametrize(("seed", "topk"), [(1, 3), (2, 3), (3, 64)])
 def test_oracle_matches_transformers(seed: int, topk: int) -> None:
     """Proves the oracle itself: B.1 to B.9, before anything of ours is involved."""
-    case = Case(
-        "oracle", tiny_config(index_topk=topk), rows=((43,), (43,)), seed=seed, weights=LM_ONLY
-    )
-    _, logits, grads, scores, chosen = hf_run(case)
+    case = Case("oracle", tiny_config(index_topk=topk), rows=((43,),), seed=seed, weights=LM_ONLY)
+    logits, grads, scores, chosen = hf_run(case)
     leaves, batch = as_leaves(make_weights(case)), make_batch(case)
     targets, tokens = counts(case, batch)
     result = run_oracle(
@@ -205,7 +205,7 @@ def test_single_kind_matches_transformers(kind: str) -> None:
         num_hidden_layers=2, layer_kinds=[LayerKind(kind)] * 2, compress_ratios=[ratio] * 2
     )
     case = Case(kind, config, rows=((37,),), seed=4, weights=LM_ONLY)
-    _, logits, grads, _, _ = hf_run(case)
+    logits, grads, _, _ = hf_run(case)
     ours = run_ours(case)
     assert float((ours.logits_BTV - logits).abs().max()) <= LOGITS
     assert_gradients(hf_view(ours.grads), grads)
@@ -214,7 +214,7 @@ def test_single_kind_matches_transformers(kind: str) -> None:
 def test_loss_is_the_mean_over_targets() -> None:
     """Our reported loss equals transformers' mean cross-entropy on the same labels."""
     case = Case("loss", tiny_config(), rows=((43,),), weights=LM_ONLY)
-    _, logits, _, _, _ = hf_run(case)
+    logits, _, _, _ = hf_run(case)
     model, batch = build_ours(case, make_weights(case)), make_batch(case)
     targets, tokens = counts(case, batch)
     output = model(
