@@ -52,11 +52,6 @@ def rows():
     return random_rows(ROWS, SEQ_LEN, 128, seed=3)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return small_model()
-
-
 def gradients(model, rows, micro_batch_size):
     model.zero_grad()
     engine = engine_of(model)
@@ -66,13 +61,36 @@ def gradients(model, rows, micro_batch_size):
     return shares, {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
+@pytest.fixture(scope="module", params=["fresh", "trained"])
+def in_one_pass(request):
+    """Gradients of one pass over all rows; ``trained``: layers that write as much as they read.
+
+    In a fresh model they write little, so the streams are nearly parallel, and the norm behind
+    hc_head is blind to their common length: its gradient is a difference of equal numbers, 1e-9
+    beside a global norm of 0.5, and has no digits that rounding leaves alone.
+    """
+    fresh = request.param == "fresh"
+    model = small_model() if fresh else small_model(initializer_range=0.2)
+    if not fresh:
+        for name, parameter in model.named_parameters():
+            if "hc_" in name and name.endswith((".base", ".scale")):
+                torch.nn.init.normal_(parameter, std=0.5)
+    rows = random_rows(ROWS, SEQ_LEN, 128, seed=3)
+    return fresh, model, rows, *gradients(model, rows, ROWS)
+
+
 @pytest.mark.core
 @pytest.mark.parametrize("micro_batch_size", [4, 2, 1, 3])
-def test_gradients_do_not_depend_on_microbatches(model, rows, micro_batch_size):
-    whole, expected = gradients(model, rows, 8)
+def test_gradients_do_not_depend_on_microbatches(in_one_pass, micro_batch_size):
+    fresh, model, rows, whole, expected = in_one_pass
     cut, got = gradients(model, rows, micro_batch_size)
-    worst = max((relative(got[n], expected[n]), n) for n in expected)
-    assert worst[0] < 1e-5, worst
+    if fresh:
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in expected.values()))
+        worst = max((float((got[n] - expected[n]).norm()) / norm, n) for n in expected)
+        assert worst[0] < 1e-6, worst
+    else:
+        worst = max((relative(got[n], expected[n]), n) for n in expected)
+        assert worst[0] < 1e-5, worst
     assert all(float(g.norm()) > 0 for g in expected.values())
     for name, value in whole.losses.items():
         assert relative(cut.losses[name], value) < 1e-5, name
@@ -80,7 +98,7 @@ def test_gradients_do_not_depend_on_microbatches(model, rows, micro_batch_size):
     for name, load in whole.expert_load.items():
         assert torch.equal(cut.expert_load[name], load), name
     for name, value in whole.monitors.items():
-        if name != "stream_gain.sum" and name != "stream_gain.count":  # a mean over microbatches
+        if not name.startswith("stream_gain"):  # a mean over microbatches
             assert relative(cut.monitors[name], value) < 1e-4, name
 
 
