@@ -15,6 +15,12 @@ _HF_KIND = {
     LayerKind.csa: "compressed_sparse_attention",
     LayerKind.hca: "heavily_compressed_attention",
 }
+# Plain PyTorch everywhere, so that nothing hides behind a kernel.
+_EAGER: dict[str, Any] = {
+    "attn_implementation": "eager",
+    "experts_implementation": "eager",
+    "dtype": "float32",
+}
 
 
 def tiny_config(**overrides: Any) -> ModelConfig:
@@ -100,9 +106,7 @@ def build_hf(config: ModelConfig, weights: Weights) -> nn.Module:
         index_topk=config.index_topk,
         rms_norm_eps=config.rms_norm_eps,
         use_cache=False,
-        attn_implementation="eager",
-        experts_implementation="eager",
-        dtype="float32",
+        **_EAGER,
     )
     model = DeepseekV4ForCausalLM(hf_config).float()
     model.load_state_dict(hf_view(weights), strict=True)

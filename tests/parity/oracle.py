@@ -152,7 +152,7 @@ def hyper_connection(
     post = 2 * torch.sigmoid(scale[1] * mix[:, n : 2 * n] + base[n : 2 * n])
     comb = (scale[2] * mix[:, 2 * n :] + base[2 * n :]).view(-1, n, n)
     comb = sinkhorn(comb, config.hc_sinkhorn_iters, config.hc_eps)
-    u = sum(pre[:, j, None] * x_TSD[:, j] for j in range(n))
+    u = torch.stack([pre[:, j, None] * x_TSD[:, j] for j in range(n)]).sum(dim=0)
     return u, post, comb
 
 
@@ -161,7 +161,8 @@ def collapse(x_TSD: Tensor, w: Weights, name: str, config: ModelConfig) -> Tenso
         return x_TSD[:, 0]
     mix = _mix(x_TSD, w, name, config)
     weight = torch.sigmoid(w[f"{name}_scale"] * mix + w[f"{name}_base"]) + config.hc_eps
-    return sum(weight[:, j, None] * x_TSD[:, j] for j in range(config.hc_mult))
+    streams = [weight[:, j, None] * x_TSD[:, j] for j in range(config.hc_mult)]
+    return torch.stack(streams).sum(dim=0)
 
 
 def sublayer(x_TSD, w, name, config, apply) -> Tensor:
@@ -204,8 +205,8 @@ def compress(
     return entries
 
 
-def index_scores(u_TD, qr_TR, w, name, ratio, config, freqs) -> list[Tensor | None]:
-    """Each query's scores over its visible entries, None where it sees none; inputs detached."""
+def index_scores(u_TD, qr_TR, w, name, ratio, config, freqs) -> list[Tensor]:
+    """Each query's scores over its visible entries (there may be none); inputs detached."""
     u_TD, qr_TR = u_TD.detach(), qr_TR.detach()
     keys = compress(u_TD, w, f"{name}.compressor", ratio, True, config, freqs)
     weight_TJ = u_TD @ w[f"{name}.weights_proj.weight"].T
@@ -217,7 +218,8 @@ def index_scores(u_TD, qr_TR, w, name, ratio, config, freqs) -> list[Tensor | No
     for t in range(len(u_TD)):
         visible = keys[: (t + 1) // ratio]
         closeness = [torch.relu(q_TJL[t] @ key) for key in visible]  # one [J] an entry
-        out.append(torch.stack([(weight_TJ[t] * c).sum() for c in closeness]) if visible else None)
+        scores = [(weight_TJ[t] * c).sum() for c in closeness]
+        out.append(torch.stack(scores) if scores else torch.zeros(0))
     return out
 
 
@@ -242,7 +244,7 @@ def attention(
     kv_TK = rms_norm(u_TD @ w[f"{name}.wkv.weight"].T, eps, w[f"{name}.kv_norm.weight"])
     kv_TK = rotate(kv_TK, positions(kv_TK), freqs)
     entries: list[Tensor] = []
-    scores: list[Tensor | None] = [None] * T
+    scores: list[Tensor] = []
     if kind in (LayerKind.csa, LayerKind.hca):
         overlap = kind is LayerKind.csa
         entries = compress(u_TD, w, f"{name}.compressor", ratio, overlap, config, freqs)
@@ -364,7 +366,9 @@ def run_document(
         )  # fmt: skip
     logits = rms_norm(collapse(x, w, "hc_head", config), eps, w["norm.weight"]) @ w["head.weight"].T
     mtp_logits: list[Tensor] = []
-    for depth in range(config.num_nextn_predict_layers if labels_TP is not None else 0):
+    if labels_TP is None:
+        return logits, mtp_logits
+    for depth in range(config.num_nextn_predict_layers):
         name = f"mtp.{depth}"
         x = _mtp_input(x, labels_TP[:, depth].clamp(min=0), w, name, config)
         x = block(x, ids_T, w, name, LayerKind.swa, 0, Router.learned, config, tape, yarn)

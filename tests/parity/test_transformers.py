@@ -173,10 +173,12 @@ def test_oracle_names_are_all_of_a_checkpoint() -> None:
     case = Case("names", config, rows=((40,),))
     leaves, batch = as_leaves(make_weights(case)), make_batch(case)
     targets, tokens = counts(case, batch)
-    run_oracle(
+    result = run_oracle(
         leaves, config, batch.input_ids_BT, None, batch.labels_BTK,
         OracleObjective(targets, tokens, 1.0, 1.0, 1.0),
-    ).total.backward()  # fmt: skip
+    )  # fmt: skip
+    assert result.total is not None
+    result.total.backward()
     silent = [n for n, w in leaves.items() if w.requires_grad and w.grad is None]
     assert all(".experts." in n for n in silent), silent
 
