@@ -228,7 +228,7 @@ def fp4_value(codes: Tensor) -> Tensor:
 
 
 def pack_fp4(codes: Tensor) -> Tensor:
-    """Pack uint8 codes ``[..., C]`` into int8 ``[..., C / 2]``, the even column in the low nibble."""
+    """Uint8 codes ``[..., C]`` as int8 ``[..., C / 2]``, the even column in the low nibble."""
     return (codes[..., 0::2] | codes[..., 1::2] << 4).view(torch.int8)
 
 
@@ -245,11 +245,11 @@ def _as_rows(x: Tensor, fmt: BlockFormat) -> tuple[Tensor, int]:
     if x.dim() < (2 if fmt.rows > 1 else 1):
         raise ValueError(f"{fmt.name} needs a matrix, got shape {tuple(x.shape)}")
     if fmt.rows == 1:
-        return x.reshape(-1, x.shape[-1]), 1
+        return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), 1
     rows = x.shape[-2] + -x.shape[-2] % fmt.rows
     if rows != x.shape[-2]:
         x = F.pad(x, (0, 0, 0, rows - x.shape[-2]))
-    return x.reshape(-1, x.shape[-1]), rows
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), rows
 
 
 def _restore(out_NC: Tensor, shape: torch.Size, rows: int) -> Tensor:
@@ -261,6 +261,8 @@ def _restore(out_NC: Tensor, shape: torch.Size, rows: int) -> Tensor:
 def _chunks(x_NC: Tensor, fmt: BlockFormat) -> Iterator[slice]:
     """Row ranges that are worked on in turn: on a CPU what its cache holds, else all at once."""
     total, cols = x_NC.shape
+    if cols == 0:
+        return
     step = total
     if x_NC.device.type == "cpu":
         step = max(1, _CHUNK // max(1, cols * fmt.rows)) * fmt.rows

@@ -8,6 +8,7 @@ else should use it.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 
 import torch
 from torch import Tensor
@@ -40,11 +41,13 @@ def scale_exponent(amax: float, largest: float, floor: float) -> int:
 
 
 def nearest_code(magnitude: float, magnitudes: list[float]) -> int:
-    """Index of the nearest entry; between two equally near ones the even index."""
-    distances = [abs(magnitude - value) for value in magnitudes]
-    best = min(distances)
-    candidates = [code for code, distance in enumerate(distances) if distance == best]
-    return next((code for code in candidates if code % 2 == 0), candidates[0])
+    """Index of the nearest entry of an ascending table; of two equally near the even index."""
+    above = min(bisect_left(magnitudes, magnitude), len(magnitudes) - 1)
+    below = max(above - 1, 0)
+    to_above, to_below = abs(magnitudes[above] - magnitude), abs(magnitude - magnitudes[below])
+    if to_above == to_below:
+        return above if above % 2 == 0 else below
+    return above if to_above < to_below else below
 
 
 def quantise_blocks(
@@ -64,7 +67,7 @@ def quantise_blocks(
         and the values that they stand for, float64 ``[R, C]``. A block with NaN or Inf: codes 0,
         byte 255, values NaN.
     """
-    x = x_RC.double()
+    x = x_RC.detach().double()
     num_rows, num_cols = x.shape
     codes = torch.zeros(x.shape, dtype=torch.int64)
     scales = torch.zeros(-(-num_rows // rows), -(-num_cols // cols), dtype=torch.int64)
