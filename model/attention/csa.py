@@ -69,7 +69,7 @@ class _IndexerFinish(Finish):
         aux: Aux = {}
         if self.context.indexer_loss:
             aux["indexer_kl"] = self.layer._indexer_loss(
-                self.indexer, q_BTHK, result.lse_BTH, self.entries
+                self.indexer, q_BTHK, result.lse_BTH, self.entries, result.mass_BTN
             )
         if self.context.monitors:
             found = indexer_monitors(

@@ -39,10 +39,13 @@ class AttentionResult(NamedTuple):
     Attributes:
         o_BTHK: weighted values, dtype of q.
         lse_BTH: log of the full denominator (window, sink and entries), fp32, no gradient.
+        mass_BTN: probability of every chosen entry summed over heads, fp32, no gradient; None
+            where all visible entries are used, or where the implementation does not give it.
     """
 
     o_BTHK: Tensor
     lse_BTH: Tensor
+    mass_BTN: Tensor | None = None
 
 
 def window_mask(start_BT: Tensor, window: int) -> Tensor:

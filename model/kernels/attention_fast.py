@@ -18,8 +18,8 @@ from torch import Tensor
 from model.kernels.attention import AttentionResult, EntrySet
 from model.kernels.indexer import IndexerInputs
 
-# Elements of one chunk's score tensor: 2^18 fp32 = 1 MiB, about a core's L2 cache. Measured: 2^16 pays
-# more for calls, 2^20 for memory traffic (docs/LOG.md).
+# Elements of one chunk's score tensor: 2^18 fp32 = 1 MiB, about a core's L2 cache. Measured: 2^16
+# pays more for calls, 2^20 for memory traffic (docs/LOG.md).
 _CHUNK_ELEMENTS = 1 << 18
 # Gathering keys per query moves N * K elements a query; masking computes the whole slice. Masking
 # wins up to here.
@@ -338,7 +338,11 @@ def _teacher(q_BCHK: Tensor, lse_BCH: Tensor, keys: Tensor, mask_BCG: Tensor) ->
 
 
 def indexer_loss_chunked(
-    indexer: IndexerInputs, q_BTHK: Tensor, lse_BTH: Tensor, entries: EntrySet
+    indexer: IndexerInputs,
+    q_BTHK: Tensor,
+    lse_BTH: Tensor,
+    entries: EntrySet,
+    mass_BTN: Tensor | None = None,
 ) -> Tensor:
     """Same as ``indexer_loss_reference``, in memory linear in T."""
     q, k, w = indexer

@@ -54,7 +54,11 @@ def index_topk_reference(
 
 
 def indexer_loss_reference(
-    indexer: IndexerInputs, q_BTHK: Tensor, lse_BTH: Tensor, entries: EntrySet
+    indexer: IndexerInputs,
+    q_BTHK: Tensor,
+    lse_BTH: Tensor,
+    entries: EntrySet,
+    mass_BTN: Tensor | None = None,
 ) -> Tensor:
     """Sum over queries of the KL divergence in nats; gradient to the indexer's inputs only.
 
@@ -63,6 +67,8 @@ def indexer_loss_reference(
         q_BTHK: attention's rotated queries.
         lse_BTH: attention's log denominators.
         entries: the entries attention used; queries that see none add 0.
+        mass_BTN: attention's probability of every chosen entry, where it gave one; formed again
+            from q and lse here.
     """
     mask_BTE = entry_mask(entries)
     with torch.no_grad():

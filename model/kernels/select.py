@@ -10,16 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 from model.config import Kernels
-from model.kernels import attention, attention_fast, elementwise, indexer, mhc
+from model.kernels import attention, attention_cpu, elementwise, indexer, indexer_cpu, mhc
 from model.linear import grouped_linear_op, grouped_linear_reference
 
 Op = Callable[..., Any]
 
 # op -> (reference, fast)
 _OPS: dict[str, tuple[Op, Op]] = {
-    "attention": (attention.attention_reference, attention_fast.attention_chunked),
-    "index_topk": (indexer.index_topk_reference, attention_fast.index_topk_chunked),
-    "indexer_loss": (indexer.indexer_loss_reference, attention_fast.indexer_loss_chunked),
+    "attention": (attention.attention_reference, attention_cpu.attention_cpu),
+    "index_topk": (indexer.index_topk_reference, indexer_cpu.index_topk_cpu),
+    "indexer_loss": (indexer.indexer_loss_reference, indexer_cpu.indexer_loss_cpu),
     "grouped_linear": (grouped_linear_reference, grouped_linear_op),
     "rms_norm": (elementwise.rms_norm, elementwise.rms_norm),
     "swiglu": (elementwise.swiglu, elementwise.swiglu),

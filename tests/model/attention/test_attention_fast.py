@@ -1,32 +1,56 @@
-"""Chunked attention, choice and indexer loss against their references.
+"""Attention, choice and indexer loss, chunked and in C++, against their references.
 
-Both compute in fp32 and differ in summation order only: 2e-6 relative Frobenius. Documents,
-padding, odd lengths and chunk edges are in every case; ``chunk`` forces many chunks, ``gather``
-forces the gathered path.
+All compute in fp32 and differ in summation order only: 2e-6 relative Frobenius, 1e-5 for the loss's
+gradients, which are differences of probabilities. Documents, padding, odd lengths and chunk edges
+are in every case; ``chunk`` forces many chunks, ``gather`` the gathered path, ``cpp`` forbids the
+C++ kernels to fall back.
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import pytest
 import torch
 
-from model.kernels import attention_fast
+from model.kernels import attention_cpu, attention_fast, indexer_cpu
 from model.kernels.attention import EntrySet, attention_reference
 from model.kernels.indexer import index_scores, index_topk_reference, indexer_loss_reference
 from model.sequence_plan import build_sequence_plan
 
-H, K, J, L, WINDOW = 4, 16, 16, 8, 12
+H, K, J, L, WINDOW = 6, 80, 17, 16, 12
 
 
 def relative(a, b):
     return ((a - b).norm() / b.norm().clamp(min=1e-12)).item()
 
 
-@pytest.fixture(params=["whole", "chunk", "gather"])
-def path(request, monkeypatch):
-    if request.param != "whole":
+class Ops(NamedTuple):
+    attention: Callable
+    topk: Callable
+    loss: Callable
+
+
+CHUNKED = Ops(
+    attention_fast.attention_chunked,
+    attention_fast.index_topk_chunked,
+    attention_fast.indexer_loss_chunked,
+)
+CPP = Ops(attention_cpu.attention_cpu, indexer_cpu.index_topk_cpu, indexer_cpu.indexer_loss_cpu)
+
+
+@pytest.fixture(params=["whole", "chunk", "gather", "cpp 1 thread", "cpp 2 threads"])
+def ops(request, monkeypatch):
+    if request.param == "whole":
+        return CHUNKED
+    if request.param in ("chunk", "gather"):
         monkeypatch.setattr(attention_fast, "_chunk_size", lambda rows, keys, tokens: 16)
-    if request.param == "gather":
-        monkeypatch.setattr(attention_fast, "_MASK_UP_TO", 0)
-    return request.param
+        if request.param == "gather":
+            monkeypatch.setattr(attention_fast, "_MASK_UP_TO", 0)
+        return CHUNKED
+    monkeypatch.setattr(attention_cpu, "attention_chunked", None)
+    monkeypatch.setattr(indexer_cpu, "index_topk_chunked", None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: int(request.param.split()[1]))
+    return CPP
 
 
 def problem(ratio, seed=0):
@@ -59,9 +83,9 @@ def entry_set(compressed, tensors, topk):
 @pytest.mark.parametrize(
     ("ratio", "topk", "window"), [(4, 0, 12), (4, 3, 12), (4, 99, 5), (16, 0, 12), (4, 3, 90)]
 )
-def test_chunked_attention_matches_reference(path, ratio, topk, window):
+def test_chunked_attention_matches_reference(ops, ratio, topk, window):
     results = []
-    for op in (attention_reference, attention_fast.attention_chunked):
+    for op in (attention_reference, ops.attention):
         plan, compressed, tensors = problem(ratio)
         result = op(
             tensors["q"],
@@ -79,16 +103,16 @@ def test_chunked_attention_matches_reference(path, ratio, topk, window):
         assert relative(mine, expected) < 2e-6
 
 
-def test_window_only_attention_matches_reference(path):
+def test_window_only_attention_matches_reference(ops):
     plan, _, t = problem(4)
     expected = attention_reference(t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, None)
-    mine = attention_fast.attention_chunked(t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, None)
+    mine = ops.attention(t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, None)
     assert relative(mine.o_BTHK, expected.o_BTHK) < 2e-6
 
 
-def test_padding_queries_get_zero():
+def test_padding_queries_get_zero(ops):
     plan, compressed, t = problem(4)
-    result = attention_fast.attention_chunked(
+    result = ops.attention(
         t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, entry_set(compressed, t, 3)
     )
     assert (result.o_BTHK[~plan.valid_BT] == 0).all()
@@ -97,19 +121,19 @@ def test_padding_queries_get_zero():
 
 @pytest.mark.core
 @pytest.mark.parametrize("topk", [1, 3, 8, 99])
-def test_chunked_topk_matches_reference(path, topk):
+def test_chunked_topk_matches_reference(ops, topk):
     _, compressed, t = problem(4)
     indexer = (t["qi"], t["ki"], t["w"])
     expected = index_topk_reference(indexer, compressed.first_BT, compressed.stop_BT, topk)
-    mine = attention_fast.index_topk_chunked(indexer, compressed.first_BT, compressed.stop_BT, topk)
+    mine = ops.topk(indexer, compressed.first_BT, compressed.stop_BT, topk)
     assert torch.equal(mine.sort(-1).values, expected.sort(-1).values)
 
 
-def test_topk_takes_highest_visible_scores():
+def test_topk_takes_highest_visible_scores(ops):
     _, compressed, t = problem(4)
     indexer = (t["qi"], t["ki"], t["w"])
     scores = index_scores(*indexer)
-    index = attention_fast.index_topk_chunked(indexer, compressed.first_BT, compressed.stop_BT, 3)
+    index = ops.topk(indexer, compressed.first_BT, compressed.stop_BT, 3)
     for b in range(index.shape[0]):
         for q in range(index.shape[1]):
             visible = range(int(compressed.first_BT[b, q]), int(compressed.stop_BT[b, q]))
@@ -118,16 +142,14 @@ def test_topk_takes_highest_visible_scores():
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("topk", [0, 3])
-def test_chunked_indexer_loss_matches_reference(path, topk):
+@pytest.mark.parametrize("topk", [0, 3, 99])
+def test_indexer_loss_matches_reference(ops, topk):
     results = []
-    for op in (indexer_loss_reference, attention_fast.indexer_loss_chunked):
+    for op in (indexer_loss_reference, ops.loss):
         plan, compressed, t = problem(4)
         entries = entry_set(compressed, t, topk)
-        lse = attention_reference(
-            t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, entries
-        ).lse_BTH
-        loss = op((t["qi"], t["ki"], t["w"]), t["q"], lse, entries)
+        found = ops.attention(t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, entries)
+        loss = op((t["qi"], t["ki"], t["w"]), t["q"], found.lse_BTH, entries, found.mass_BTN)
         (3.0 * loss).backward()
         assert t["q"].grad is None  # the loss trains the indexer only
         assert t["entries"].grad is None
@@ -135,3 +157,35 @@ def test_chunked_indexer_loss_matches_reference(path, topk):
     assert results[0][0] > 0
     for mine, expected in zip(results[1], results[0], strict=True):
         assert relative(mine, expected) < 1e-5
+
+
+def test_cpp_mass_is_the_probability_of_chosen_entries(ops):
+    plan, compressed, t = problem(4)
+    entries = entry_set(compressed, t, 3)
+    found = ops.attention(t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, entries)
+    if found.mass_BTN is None:
+        assert ops is CHUNKED
+        return
+    index = entries.index_BTN
+    picked = t["entries"].gather(1, index.clamp(min=0).flatten(1)[..., None].expand(-1, -1, K))
+    scores = torch.einsum("bthk,btnk->bthn", t["q"], picked.view(*index.shape, K)) * K**-0.5
+    expected = (scores - found.lse_BTH[..., None]).exp().sum(2).masked_fill(index < 0, 0.0)
+    assert torch.allclose(found.mass_BTN, expected, atol=1e-5)
+
+
+def test_cpp_attention_in_bf16_is_closer_to_float64_than_the_reference(monkeypatch):
+    """bf16 tensors, fp32 arithmetic: only the inputs and the output are rounded."""
+    monkeypatch.setattr(attention_cpu, "attention_chunked", None)
+    plan, compressed, t = problem(4)
+    rounded = {name: tensor.detach().bfloat16() for name, tensor in t.items()}
+    index = entry_set(compressed, t, 3).index_BTN
+
+    def run(op, dtype):
+        kv = EntrySet(rounded["entries"].to(dtype), compressed.first_BT, compressed.stop_BT, index)
+        tensors = [rounded[name].to(dtype) for name in ("q", "kv")]
+        return op(*tensors, t["sink"].detach(), plan.start_BT, WINDOW, kv).o_BTHK.double()
+
+    exact = run(attention_reference, torch.float64)
+    mine = relative(run(attention_cpu.attention_cpu, torch.bfloat16), exact)
+    assert mine < 3e-3
+    assert mine <= relative(run(attention_reference, torch.bfloat16), exact)
