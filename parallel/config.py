@@ -7,25 +7,16 @@ does not multiply the world size. One degree may be -1, "the rest of the world".
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from enum import StrEnum
 
-# Names as in torch.distributed.pipelining, lower case; "1f1b" is no
-# identifier, hence the functional form.
-Schedule = StrEnum(
-    "Schedule",
-    {
-        name: name
-        for name in (
-            "gpipe",
-            "1f1b",
-            "interleaved1f1b",
-            "interleavedzerobubble",
-            "zbvzerobubble",
-            "dualpipev",
-        )
-    },
+# As in torch.distributed.pipelining, lower case. Not an enum: "1f1b" cannot be a member's name.
+SCHEDULES = (
+    "gpipe",
+    "1f1b",
+    "interleaved1f1b",
+    "interleavedzerobubble",
+    "zbvzerobubble",
+    "dualpipev",
 )
-_DEFAULT_SCHEDULE = Schedule("1f1b")
 _DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp")  # their product is the world size
 
@@ -48,7 +39,7 @@ class ParallelConfig:
     ep: int = 1
     pp: int = 1
     cp: int = 1
-    schedule: Schedule = _DEFAULT_SCHEDULE
+    schedule: str = "1f1b"
 
     def validate(self, prefix: str = "parallel") -> None:
         """Refuse degrees that no world could have.
@@ -62,6 +53,8 @@ class ParallelConfig:
                 raise ValueError(
                     f"{prefix}.{key}={value} must be 1 or more, or -1 for the rest of the world"
                 )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"{prefix}.schedule={self.schedule} is none of {', '.join(SCHEDULES)}")
         rest = [key for key in _AXES if getattr(self, key) == -1]
         if len(rest) > 1:
             raise ValueError(
@@ -72,9 +65,9 @@ class ParallelConfig:
                 f"{prefix}.ep=-1: give a number, since ep is part of the data axes"
                 f" ({prefix}.dp_shard={self.dp_shard})"
             )
-        if self.pp == 1 and self.schedule != _DEFAULT_SCHEDULE:
+        if self.pp == 1 and self.schedule != "1f1b":
             raise ValueError(
-                f"{prefix}.schedule={self.schedule.value} needs {prefix}.pp above 1 (now {self.pp})"
+                f"{prefix}.schedule={self.schedule} needs {prefix}.pp above 1 (now {self.pp})"
             )
         if self.cp > 1:
             raise ValueError(

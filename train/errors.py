@@ -30,6 +30,18 @@ class UserError(ValueError):
     """Input that cannot be, whoever noticed first; its text is the one line that the user reads."""
 
 
+class DoesNotFitError(UserError):
+    """The run needs more memory than a rank has.
+
+    Attributes:
+        table: what it needs, what there is, and what would fit.
+    """
+
+    def __init__(self, message: str, table: str) -> None:
+        super().__init__(message)
+        self.table = table
+
+
 def is_user_error(error: BaseException) -> bool:
     """Whether the text of ``error`` is meant for the user: a ``ValueError`` that we raised."""
     if isinstance(error, UserError):

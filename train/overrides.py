@@ -13,10 +13,10 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
 
 from train.config import RunConfig, load, unknown_key
 from train.errors import ROOT, UserError
@@ -36,9 +36,8 @@ _FOREIGN = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd
 
 def groups(conf: Path = CONF) -> list[str]:
     """Groups that stand in the defaults list of ``conf/config.yaml``."""
-    config = OmegaConf.load(conf / "config.yaml")
-    assert isinstance(config, DictConfig)
-    entries = [entry for entry in config._get_node("defaults") if isinstance(entry, DictConfig)]
+    config = yaml.safe_load((conf / "config.yaml").read_text())
+    entries = [entry for entry in config["defaults"] if isinstance(entry, dict)]
     keys = [str(key).split() for entry in entries for key in entry]
     return [key[-1] for key in keys if key[0] != "override"]
 

@@ -26,9 +26,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from train import fit
 from train.config import load
-from train.errors import ExitCode, UserError, is_user_error, one_line
+from train.errors import DoesNotFitError, ExitCode, UserError, is_user_error, one_line
 from train.overrides import CONF, normalise
 from train.run_folder import check_run_folder
 from train.stages import check_rows, refuse_unbuilt, resolve
@@ -47,15 +46,16 @@ def main(cfg: DictConfig) -> int:
     """
     run = load(cfg)
     plan = resolve(run)
+    # Imported late: torch takes seconds, which no misspelt key should cost.
+    from train import fit  # noqa: PLC0415
+    from train.build import build  # noqa: PLC0415
+
     world = fit.this_world(run.train.device)
     fit.check(run, plan, world)
     refuse_unbuilt(plan, run.train)
     layout = run.parallel.resolve(world.ranks)
     check_rows(plan, layout.row_degree)
     check_run_folder(run)
-    # Imported late: torch takes seconds, which no misspelt key should cost.
-    from train.build import build  # noqa: PLC0415
-
     return build(run).fit()
 
 
@@ -99,8 +99,8 @@ def _guarded(body: Callable[[], int]) -> int:
     """Run ``body``; turn the user's errors into one line and exit code 2."""
     try:
         return int(body())
-    except fit.DoesNotFitError as error:
-        _tell(f"{error.table}\n{one_line(error)}")
+    except DoesNotFitError as error:
+        _tell(one_line(error), before=error.table)
     except (HydraException, OmegaConfBaseException) as error:
         _tell(_composition_error(error))
     except ValueError as error:
@@ -113,9 +113,9 @@ def _guarded(body: Callable[[], int]) -> int:
     return ExitCode.user_error
 
 
-def _tell(text: str) -> None:
+def _tell(text: str, before: str = "") -> None:
     if _rank() == 0:
-        sys.stderr.write(f"error: {text}\n")
+        sys.stderr.write(f"{before}\n\nerror: {text}\n" if before else f"error: {text}\n")
         sys.stderr.flush()
 
 
