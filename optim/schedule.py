@@ -13,9 +13,7 @@ import math
 from optim.config import OptimConfig, ScheduleConfig, ScheduleKind
 
 
-def learning_rate(
-    config: OptimConfig, *, step: int, tokens: int, total_tokens: int, peak: float | None = None
-) -> float:
+def learning_rate(config: OptimConfig, *, step: int, tokens: int, total_tokens: int) -> float:
     """Learning rate of a step: the peak times the warm-up factor times the factor of the shape.
 
     Args:
@@ -23,10 +21,8 @@ def learning_rate(
         step: number of the step that is about to run, the first is 1.
         tokens: consumed before it.
         total_tokens: of the whole run; at and beyond it the factor stays at ``end_lr_ratio``.
-        peak: instead of ``optim.lr``, where a stage has its own.
     """
-    peak = config.lr if peak is None else peak
-    return peak * warmup(config.schedule, step) * decay(config.schedule, tokens, total_tokens)
+    return config.lr * warmup(config.schedule, step) * decay(config.schedule, tokens, total_tokens)
 
 
 def warmup(schedule: ScheduleConfig, step: int) -> float:
