@@ -2,8 +2,8 @@
 
 A block holds one connection per sublayer and uses both kinds alike::
 
-    u_BTD, post, comb = connection(x_BTSD)
-    x_BTSD = connection.merge(sublayer(norm(u_BTD)), x_BTSD, post, comb)
+    u_BTD, *mix = connection(x_BTSD)
+    x_BTSD = connection.merge(sublayer(norm(u_BTD)), x_BTSD, *mix)
 
 The arithmetic (V4_SPEC B.2) lives in ``model/kernels/mhc.py`` (reference) and beside it (fast). All
 parameters are fp32 masters, created uninitialised: ``model/init.py`` fills them.
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.kernels.mhc import StreamMix
 from model.kernels.select import select
 
 
@@ -42,14 +43,21 @@ class HyperConnection(nn.Module):
         self.pre_op = select("mhc_pre", config.kernels)
         self.merge_op = select("mhc_merge", config.kernels)
 
-    def forward(self, x_BTSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return ``(u_BTD, post_BTS, comb_BTSS)``; u is in the dtype of x, not yet normalised."""
+    def forward(self, x_BTSD: Tensor) -> tuple[Tensor, StreamMix]:
+        """Return ``(u_BTD, mix)``; u is in the dtype of x, not yet normalised."""
         fn_MC = _fold(self.fn, self.gamma)
         return self.pre_op(x_BTSD, fn_MC, self.base, self.scale, self.iters, self.eps, self.rms_eps)
 
-    def merge(self, y_BTD: Tensor, x_BTSD: Tensor, post_BTS: Tensor, comb_BTSS: Tensor) -> Tensor:
-        """Return ``post (x) y + comb^T x`` in the dtype of x, which is the x of :meth:`forward`."""
-        return self.merge_op(y_BTD, x_BTSD, post_BTS, comb_BTSS)
+    def merge(self, y_BTD: Tensor, x_BTSD: Tensor, mix: StreamMix) -> Tensor:
+        """Return ``post (x) y + comb^T x`` in the dtype of x.
+
+        Args:
+            y_BTD: the sublayer's output.
+            x_BTSD: what was given to :meth:`forward`; ``mix`` holds it too, and in the fast path
+                with the gradient of both uses.
+            mix: from :meth:`forward`.
+        """
+        return self.merge_op(y_BTD, mix)
 
 
 class HyperHead(nn.Module):
@@ -78,11 +86,11 @@ class HyperHead(nn.Module):
 class PlainResidual(nn.Module):
     """The ablation twin: one stream, ``x + sublayer(x)``; no parameters, same interface."""
 
-    def forward(self, x_BTSD: Tensor) -> tuple[Tensor, None, None]:
-        """Return the stream itself and no weights."""
-        return x_BTSD.squeeze(-2), None, None
+    def forward(self, x_BTSD: Tensor) -> tuple[Tensor]:
+        """Return the stream itself and no mix."""
+        return (x_BTSD.squeeze(-2),)
 
-    def merge(self, y_BTD: Tensor, x_BTSD: Tensor, post: None = None, comb: None = None) -> Tensor:
+    def merge(self, y_BTD: Tensor, x_BTSD: Tensor) -> Tensor:
         """Return ``x + y``."""
         return x_BTSD + y_BTD.unsqueeze(-2)
 

@@ -18,9 +18,12 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +34,7 @@ _FLAGS = (
     "-std=c++17",
     "-O3",
     "-march=native",
+    "-mtune=generic",  # gcc 12 schedules 512-bit code badly for CPUs newer than itself
     "-fPIC",
     "-fopenmp",
     "-fno-math-errno",
@@ -38,24 +42,62 @@ _FLAGS = (
 )
 
 
-@functools.cache
-def load(source: str, *defines: str) -> ctypes.CDLL | None:
-    """Return the library of ``cpu/<source>`` built with ``-D<define>``, or None without a compiler.
+# Letters of a C signature; a pointer takes a contiguous tensor of the right dtype, or None.
+_C_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_long, "f": ctypes.c_float}
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
-    Says once, as a warning, that there is no compiler.
+
+class KernelLibrary:
+    """The exported functions of one library, each in a version per dtype of its main tensors.
+
+    Args:
+        library: the loaded file; exports ``<name>_f32`` and ``<name>_bf16``.
+        signatures: name -> one letter per argument; the last one is the number of threads.
+    """
+
+    def __init__(self, library: ctypes.CDLL, signatures: Mapping[str, str]) -> None:
+        self._functions = {}
+        for name, letters in signatures.items():
+            for dtype, suffix in _SUFFIX.items():
+                function = library[f"{name}_{suffix}"]
+                function.argtypes = [_C_TYPES[letter] for letter in letters]
+                function.restype = None
+                self._functions[name, dtype] = function
+
+    def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
+        """Run ``name`` on torch's number of threads; tensors go in by their address."""
+        raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        self._functions[name, dtype](*raw, torch.get_num_threads())
+
+
+_LIBRARIES: dict[tuple[str, ...], KernelLibrary | None] = {}
+
+
+def kernel_library(
+    source: str, signatures: Mapping[str, str], *defines: str
+) -> KernelLibrary | None:
+    """Return the library of ``cpu/<source>`` built with ``-D<define>``; it stays loaded.
+
+    None where there is no compiler, which is said once, as a warning.
 
     Raises:
         RuntimeError: the compiler failed; holds its output.
     """
-    if compiler() is None:
-        return None
+    key = (source, *defines)
+    if key not in _LIBRARIES:
+        path = _built(source, defines) if compiler() else None
+        _LIBRARIES[key] = path and KernelLibrary(ctypes.CDLL(str(path)), signatures)
+    return _LIBRARIES[key]
+
+
+def _built(source: str, defines: tuple[str, ...]) -> Path:
     folder = _cache_folder()
     library = folder / f"{Path(source).stem}-{_fingerprint(source, defines)}.so"
     if not library.exists():
         with _lock(folder / f"{library.stem}.lock"):
             if not library.exists():
                 _compile(source, defines, library)
-    return ctypes.CDLL(str(library))
+    return library
 
 
 @functools.cache
@@ -111,7 +153,7 @@ def _openmp_library() -> str | None:
 
 
 def _cache_folder() -> Path:
-    """A private folder: the user's cache, or one under the temporary folder if that is read-only."""
+    """A private folder: the user's cache, or one under the temporary folder if that is not ours."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     choices = (home / "v4_pretrain", Path(tempfile.gettempdir()) / f"v4_pretrain-{os.getuid()}")
     for folder in choices:

@@ -11,8 +11,18 @@ destination k).
 # M = (2 + S) * S mix channels
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class StreamMix(NamedTuple):
+    """What writes a sublayer's output back: the streams as they were read, and the weights."""
+
+    x_BTSD: Tensor
+    post_BTS: Tensor
+    comb_BTSS: Tensor
 
 
 def sinkhorn(logits_SS: Tensor, iters: int, eps: float) -> Tensor:
@@ -49,7 +59,7 @@ def mhc_pre(
     iters: int,
     eps: float,
     rms_eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, StreamMix]:
     """Read a sublayer's input from the streams, and the weights that write it back (steps 1-6).
 
     Args:
@@ -63,7 +73,7 @@ def mhc_pre(
         rms_eps: inside the root of the RMS.
 
     Returns:
-        ``(u_BTD, post_BTS, comb_BTSS)``: u in the dtype of x, the weights in that of fn.
+        ``(u_BTD, mix)``: u in the dtype of x, the weights of the mix in that of fn.
     """
     S = x_BTSD.shape[-2]
     mix_BTM = rms_projection(x_BTSD, fn_MC, rms_eps)
@@ -71,15 +81,16 @@ def mhc_pre(
     post_BTS = 2.0 * torch.sigmoid(scale_3[1] * mix_BTM[..., S : 2 * S] + base_M[S : 2 * S])
     logits_BTSS = (scale_3[2] * mix_BTM[..., 2 * S :] + base_M[2 * S :]).unflatten(-1, (S, S))
     u_BTD = (pre_BTS.unsqueeze(-1) * x_BTSD).sum(-2).to(x_BTSD.dtype)
-    return u_BTD, post_BTS, sinkhorn(logits_BTSS, iters, eps)
+    return u_BTD, StreamMix(x_BTSD, post_BTS, sinkhorn(logits_BTSS, iters, eps))
 
 
-def mhc_merge(y_BTD: Tensor, x_BTSD: Tensor, post_BTS: Tensor, comb_BTSS: Tensor) -> Tensor:
+def mhc_merge(y_BTD: Tensor, mix: StreamMix) -> Tensor:
     """Write a sublayer's output into the mixed streams (step 7).
 
     Returns:
         ``post (x) y + comb^T x`` in the dtype of x.
     """
+    x_BTSD, post_BTS, comb_BTSS = mix
     mixed_BTSD = comb_BTSS.transpose(-1, -2) @ x_BTSD.to(comb_BTSS.dtype)
     return (post_BTS.unsqueeze(-1) * y_BTD.unsqueeze(-2) + mixed_BTSD).to(x_BTSD.dtype)
 

@@ -4,10 +4,9 @@ On CPU the kernels are the C++ of ``cpu/mhc.cpp`` (one pass over the streams per
 and without a compiler the torch formulas of ``mhc_torch.py``. Streams are fp32 or bf16, parameters
 fp32.
 
-The streams are mixed by the merge, but differentiated by the backward pass of ``mhc_pre``, which
-reads them anyway: the merge hands its incoming gradient through. So ``mhc_pre`` returns the streams
-once more, as a :class:`StreamMix` that stands for ``comb^T x`` in the graph; the merge must get that
-one.
+The merge mixes the streams, but the backward pass of ``mhc_pre``, which reads them anyway, takes
+the gradient through that mixing: the merge hands its incoming gradient on. So ``mhc_pre`` returns
+the streams once more, in a :class:`StreamMix`; there they stand for ``comb^T x`` in the graph.
 """
 
 # Legend: B batch, T tokens, N = B * T, S streams (a second S: destination), D hidden, C = S * D,
@@ -20,10 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.kernels import mhc_ops
 from model.kernels.mhc import StreamMix
-
-_OPS = torch.ops.v4
+from model.kernels.mhc_ops import OPS
 
 
 class _Pre(torch.autograd.Function):
@@ -38,7 +35,7 @@ class _Pre(torch.autograd.Function):
         eps: float,
         rms_eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        u_ND, post_NS, comb_NSS, mix_NM, rms_N = _OPS.mhc_pre(
+        u_ND, post_NS, comb_NSS, mix_NM, rms_N = OPS.mhc_pre(
             x_NSD, fn_MC, base_M, scale_3, iters, eps, rms_eps
         )
         ctx.save_for_backward(x_NSD, fn_MC, base_M, scale_3, mix_NM, rms_N)
@@ -63,7 +60,7 @@ class _Pre(torch.autograd.Function):
             grad_new_NSD = torch.zeros_like(x_NSD)
         if grad_post_NS is None:
             grad_post_NS = mix_NM.new_zeros(N, S)
-        grads = _OPS.mhc_pre_backward(
+        grads = OPS.mhc_pre_backward(
             x_NSD, fn_MC, base_M, scale_3, ctx.iters, ctx.eps, mix_NM, rms_N,
             grad_u_ND, grad_new_NSD, grad_post_NS, grad_comb_NSS,
         )  # fmt: skip
@@ -74,14 +71,14 @@ class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y_ND: Tensor, x_NSD: Tensor, post_NS: Tensor, comb_NSS: Tensor) -> Tensor:
         ctx.save_for_backward(y_ND, post_NS)
-        return _OPS.mhc_merge(y_ND, x_NSD, post_NS, comb_NSS)
+        return OPS.mhc_merge(y_ND, x_NSD, post_NS, comb_NSS)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NSD: Tensor) -> tuple[Tensor | None, ...]:
         y_ND, post_NS = ctx.saved_tensors
         grad_NSD = grad_NSD.contiguous()
-        grad_y_ND, grad_post_NS = _OPS.mhc_merge_backward(grad_NSD, y_ND, post_NS)
+        grad_y_ND, grad_post_NS = OPS.mhc_merge_backward(grad_NSD, y_ND, post_NS)
         # For the streams: the gradient of comb^T x itself. _Pre takes it through comb.
         return grad_y_ND, grad_NSD, grad_post_NS, None
 
@@ -97,7 +94,7 @@ class _Head(torch.autograd.Function):
         eps: float,
         rms_eps: float,
     ) -> Tensor:
-        y_ND, mix_NS, rms_N = _OPS.mhc_head(x_NSD, fn_SC, base_S, scale_1, eps, rms_eps)
+        y_ND, mix_NS, rms_N = OPS.mhc_head(x_NSD, fn_SC, base_S, scale_1, eps, rms_eps)
         ctx.save_for_backward(x_NSD, fn_SC, base_S, scale_1, mix_NS, rms_N)
         ctx.eps = eps
         return y_ND
@@ -106,7 +103,7 @@ class _Head(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_NSD, fn_SC, base_S, scale_1, mix_NS, rms_N = ctx.saved_tensors
-        grads = _OPS.mhc_head_backward(
+        grads = OPS.mhc_head_backward(
             x_NSD, fn_SC, base_S, scale_1, ctx.eps, mix_NS, rms_N, grad_ND
         )
         return *grads, None, None

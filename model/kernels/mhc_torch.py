@@ -22,7 +22,7 @@ def pre(
     eps: float,
     rms_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return ``(u_ND, post_NS, comb_NSS, mix_NM, rms_N)``; the last two are for the backward pass."""
+    """Return ``(u_ND, post_NS, comb_NSS, mix_NM, rms_N)``; the last two for the backward pass."""
     S = x_NSD.shape[1]
     flat_NC, mix_NM, rms_N = _mix(x_NSD, fn_MC, rms_eps)
     logits_MN = _logits(mix_NM, base_M, scale_3, S)
@@ -150,7 +150,7 @@ def _logits(mix_NM: Tensor, base_M: Tensor, scale: Tensor, S: int) -> Tensor:
 
 
 def _sinkhorn(logits_SSN: Tensor, iters: int, eps: float) -> tuple[Tensor, list[Tensor]]:
-    """Sinkhorn over planes; the tape holds the softmax, then output and 1 / divisor of each step."""
+    """Sinkhorn over planes; the tape: the softmax, then output and 1 / divisor of each step."""
     soft_SSN = logits_SSN.softmax(1)
     comb_SSN, tape = soft_SSN + eps, [soft_SSN]
     for half in range(2 * iters):

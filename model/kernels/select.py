@@ -10,7 +10,15 @@ from collections.abc import Callable
 from typing import Any
 
 from model.config import Kernels
-from model.kernels import attention, attention_cpu, elementwise, indexer, indexer_cpu, mhc
+from model.kernels import (
+    attention,
+    attention_cpu,
+    elementwise,
+    indexer,
+    indexer_cpu,
+    mhc,
+    mhc_fast,
+)
 from model.linear import grouped_linear_op, grouped_linear_reference
 
 Op = Callable[..., Any]
@@ -23,9 +31,9 @@ _OPS: dict[str, tuple[Op, Op]] = {
     "grouped_linear": (grouped_linear_reference, grouped_linear_op),
     "rms_norm": (elementwise.rms_norm, elementwise.rms_norm),
     "swiglu": (elementwise.swiglu, elementwise.swiglu),
-    "mhc_pre": (mhc.mhc_pre, mhc.mhc_pre),
-    "mhc_merge": (mhc.mhc_merge, mhc.mhc_merge),
-    "mhc_head": (mhc.mhc_head, mhc.mhc_head),
+    "mhc_pre": (mhc.mhc_pre, mhc_fast.mhc_pre),
+    "mhc_merge": (mhc.mhc_merge, mhc_fast.mhc_merge),
+    "mhc_head": (mhc.mhc_head, mhc_fast.mhc_head),
 }
 
 

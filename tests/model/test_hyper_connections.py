@@ -11,7 +11,7 @@ import torch
 
 from model.config import Kernels, ModelConfig
 from model.hyper_connections import HyperConnection, HyperHead, PlainHead, PlainResidual
-from model.kernels.mhc import mhc_head, mhc_merge, mhc_pre, sinkhorn
+from model.kernels.mhc import StreamMix, mhc_head, mhc_merge, mhc_pre, sinkhorn
 from model.kernels.select import op_names, select
 
 GOLDEN_LOGITS = [[1, 2, 3, 4], [0, 1, 0, 1], [-1, 0, 2, 1], [0.5, 0.5, -0.5, -0.5]]
@@ -107,8 +107,9 @@ def test_sinkhorn_rows_and_columns_sum_to_one():
 @pytest.mark.parametrize(("S", "iters"), [(4, 20), (2, 3), (3, 1)])
 def test_reference_equals_the_oracle(S, iters):
     x, y, fn, base, scale = random_case(S, D=5)
-    u, post, comb = mhc_pre(x, fn, base, scale, iters, 1e-6, 1e-6)
-    new = mhc_merge(y, x, post, comb)
+    u, mix = mhc_pre(x, fn, base, scale, iters, 1e-6, 1e-6)
+    new = mhc_merge(y, mix)
+    _, post, comb = mix
     for t in range(x.shape[1]):
         args = (fn.tolist(), base.tolist(), scale.tolist(), iters, 1e-6)
         want_u, want_new = oracle_step(x[0, t].tolist(), y[0, t].tolist(), *args)
@@ -123,7 +124,7 @@ def test_merge_applies_the_transpose():
     x[0, 0, 0] = torch.tensor([3.0, 5.0])
     comb = torch.zeros(1, 1, 4, 4)
     comb[0, 0, 0, 1] = 1.0
-    new = mhc_merge(torch.zeros(1, 1, 2), x, torch.ones(1, 1, 4), comb)
+    new = mhc_merge(torch.zeros(1, 1, 2), StreamMix(x, torch.ones(1, 1, 4), comb))
     want = torch.zeros(1, 1, 4, 2)
     want[0, 0, 1] = torch.tensor([3.0, 5.0])
     assert torch.equal(new, want)
@@ -132,18 +133,18 @@ def test_merge_applies_the_transpose():
 def test_post_is_twice_a_sigmoid_without_eps_and_pre_has_one():
     """Base -40: sigmoid is 4e-18, so pre shows its eps alone and post shows none."""
     x, _, fn, base, scale = random_case(4, D=5)
-    u, post, _ = mhc_pre(x, fn, base * 0 - 40, scale * 0, 20, 1e-6, 1e-6)
+    u, (_, post, _) = mhc_pre(x, fn, base * 0 - 40, scale * 0, 20, 1e-6, 1e-6)
     assert post.max() < 1e-16
     assert torch.allclose(u, x.sum(-2) * 1e-6, rtol=1e-9, atol=0)
-    _, post, _ = mhc_pre(x, fn, base * 0 + 40, scale * 0, 20, 1e-6, 1e-6)
+    _, (_, post, _) = mhc_pre(x, fn, base * 0 + 40, scale * 0, 20, 1e-6, 1e-6)
     assert torch.equal(post, torch.full_like(post, 2.0))
 
 
 def test_rms_covers_all_streams_and_keeps_its_eps_inside_the_root():
-    """Tiny streams: with eps inside the root the mix shrinks; a norm per stream would not see it."""
+    """Tiny streams: with eps inside the root the mix shrinks; one norm per stream differs."""
     x, _, fn, base, scale = random_case(4, D=5)
     x = x * 1e-4
-    _, post, _ = mhc_pre(x, fn, base, scale, 20, 1e-6, 1e-6)
+    _, (_, post, _) = mhc_pre(x, fn, base, scale, 20, 1e-6, 1e-6)
     flat = x.flatten(-2)
     mix = (flat @ fn.T) / torch.sqrt(flat.square().mean(-1, keepdim=True) + 1e-6)
     assert torch.allclose(post, 2 * torch.sigmoid(scale[1] * mix[..., 4:8] + base[4:8]), atol=1e-12)
@@ -173,8 +174,9 @@ def test_connection_parameters_and_dtypes(gamma):
 def test_connection_runs_bf16_streams_with_fp32_weights():
     connection, head = filled(HyperConnection(tiny_config())), filled(HyperHead(tiny_config()))
     x = torch.randn(2, 3, 4, 8).bfloat16()
-    u, post, comb = connection(x)
-    new = connection.merge(u, x, post, comb)
+    u, mix = connection(x)
+    new = connection.merge(u, x, mix)
+    _, post, comb = mix
     assert (u.dtype, new.dtype, head(x).dtype) == (torch.bfloat16,) * 3
     assert (post.dtype, comb.dtype) == (torch.float32, torch.float32)
     assert (u.shape, post.shape, comb.shape) == ((2, 3, 8), (2, 3, 4), (2, 3, 4, 4))
@@ -187,16 +189,17 @@ def test_gamma_equals_a_folded_projection():
     folded.fn.data = with_gamma.fn.data * with_gamma.gamma.data
     folded.base.data, folded.scale.data = with_gamma.base.data, with_gamma.scale.data
     x = torch.randn(1, 5, 4, 8)
-    for a, b in zip(with_gamma(x), folded(x), strict=True):
-        assert torch.equal(a, b)
+    (u, mix), (want_u, want_mix) = with_gamma(x), folded(x)
+    for got, want in zip((u, *mix), (want_u, *want_mix), strict=True):
+        assert torch.equal(got, want)
 
 
 def test_plain_residual_is_x_plus_y():
     plain, head = PlainResidual(), PlainHead()
     x, y = torch.randn(2, 3, 1, 8), torch.randn(2, 3, 8)
-    u, post, comb = plain(x)
+    u, *mix = plain(x)
     assert torch.equal(u, x[:, :, 0])
-    assert torch.equal(head(plain.merge(y, x, post, comb)), x[:, :, 0] + y)
+    assert torch.equal(head(plain.merge(y, x, *mix)), x[:, :, 0] + y)
     assert list(plain.parameters()) == []
 
 

@@ -57,23 +57,42 @@ void pack_rows(float* to, const float* from, const Shape& s, int rows) {
       load_row(to + m * s.stride + j * s.padded, from + (m * S + j) * s.hidden, s.hidden, s.padded);
 }
 
-// mix[m][t] = <x[t], fn[m]>
-template <int M>
-void project(Channels& mix, const float* x, const float* fn, const Shape& s) {
+// Asks for a cache line that the next tile will read. The arithmetic of a tile takes longer than its
+// memory traffic; without this the two would alternate.
+template <typename T>
+INLINE void ask(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
+// out[t][m] = lane sums of <x[t], fn[m]> for a block of tokens and rows held in registers.
+template <int ROWS, typename T>
+__attribute__((noinline)) void dots(float (*out)[ROWS][LANES], const float* x, const float* fn,
+                                    long stride, long width, const T* ahead) {
+  vf acc[GROUP][ROWS] = {};
+  for (long k = 0; k < width; k += LANES) {
+    vf xs[GROUP];
+    ask(ahead + k);
+    repeat<GROUP>([&](auto t) { xs[t] = load(x + t * stride + k); });
+    repeat<ROWS>([&](auto m) {
+      vf f = load(fn + m * stride + k);
+      repeat<GROUP>([&](auto t) { acc[t][m] += xs[t] * f; });
+    });
+  }
+  repeat<GROUP>([&](auto t) { repeat<ROWS>([&](auto m) { store(out[t][m], acc[t][m]); }); });
+}
+
+// mix[m][t] = <x[t], fn[m]>; ahead: the streams of the next tile.
+template <int M, typename T>
+void project(Channels& mix, const float* x, const float* fn, const Shape& s, const T* ahead) {
   constexpr int ROWS = divisor(M, 6);
+  float lanes[GROUP][ROWS][LANES];
+  long row = 0;
   for (int m0 = 0; m0 < M; m0 += ROWS)
     for (int t0 = 0; t0 < TILE; t0 += GROUP) {
-      vf acc[GROUP][ROWS] = {};
-      for (long k = 0; k < s.width(); k += LANES) {
-        vf xs[GROUP];
-        UNROLL for (int t = 0; t < GROUP; ++t) xs[t] = load(x + (t0 + t) * s.stride + k);
-        UNROLL for (int m = 0; m < ROWS; ++m) {
-          vf f = load(fn + (m0 + m) * s.stride + k);
-          UNROLL for (int t = 0; t < GROUP; ++t) acc[t][m] += xs[t] * f;
-        }
-      }
-      UNROLL for (int m = 0; m < ROWS; ++m)
-        UNROLL for (int t = 0; t < GROUP; ++t) mix[m0 + m][t0 + t] = sum(acc[t][m]);
+      dots<ROWS>(lanes, x + t0 * s.stride, fn + m0 * s.stride, s.stride, s.width(),
+                 ahead + row++ % TILE * S * s.hidden);
+      for (int m = 0; m < ROWS; ++m)
+        for (int t = 0; t < GROUP; ++t) mix[m0 + m][t0 + t] = sum(load(lanes[t][m]));
     }
 }
 
@@ -111,13 +130,13 @@ struct Sinkhorn {
   }
   template <bool COLUMNS>
   void half_step(vf* tape, vf eps) {
-    UNROLL for (int a = 0; a < S; ++a) {
+    repeat<S>([&](auto a) {
       vf total = eps;
-      UNROLL for (int b = 0; b < S; ++b) total += COLUMNS ? c[b][a] : c[a][b];
+      repeat<S>([&](auto b) { total += COLUMNS ? c[b][a] : c[a][b]; });
       vf inverse = 1.0f / total;
-      UNROLL for (int b = 0; b < S; ++b) (COLUMNS ? c[b][a] : c[a][b]) *= inverse;
+      repeat<S>([&](auto b) { (COLUMNS ? c[b][a] : c[a][b]) *= inverse; });
       if (tape) tape[S * S + a] = inverse;
-    }
+    });
     if (tape) memcpy(tape, c, sizeof(c));
   }
   void run(int iters, float eps, vf* tape) {
@@ -132,14 +151,16 @@ struct Sinkhorn {
   // c holds the gradient of the output; it becomes that of the logits.
   template <bool COLUMNS>
   void half_step_backward(const vf* tape) {
-    UNROLL for (int a = 0; a < S; ++a) {
+    repeat<S>([&](auto a) {
       vf dot = {};
-      UNROLL for (int b = 0; b < S; ++b) dot += COLUMNS ? c[b][a] * tape[b * S + a] : c[a][b] * tape[a * S + b];
-      UNROLL for (int b = 0; b < S; ++b) {
+      repeat<S>([&](auto b) {
+        dot += COLUMNS ? c[b][a] * tape[b * S + a] : c[a][b] * tape[a * S + b];
+      });
+      repeat<S>([&](auto b) {
         vf& g = COLUMNS ? c[b][a] : c[a][b];
         g = (g - dot) * tape[S * S + a];
-      }
-    }
+      });
+    });
   }
   void backward(int iters, const vf* tape) {
     for (int i = iters - 1; i >= 0; --i) {
@@ -182,12 +203,11 @@ template <typename T>
 void collapse(T* u, const Channels& w, const float* x, const Shape& s, Tile tile) {
   for (long t = 0; t < tile.count; ++t) {
     T* to = u + (tile.first + t) * s.hidden;
-    for (long d = 0; d < s.hidden; d += LANES) {
+    for_chunks(s.hidden, [&](long d, auto chunk) {
       vf acc = {};
-      UNROLL for (int j = 0; j < S; ++j) acc += w[j][t] * load(x + t * s.stride + j * s.padded + d);
-      if (d + LANES <= s.hidden) store(to + d, acc);
-      else store_part(to + d, acc, s.hidden - d);
-    }
+      repeat<S>([&](auto j) { acc += w[j][t] * load(x + t * s.stride + j * s.padded + d); });
+      chunk.store(to + d, acc);
+    });
   }
 }
 
@@ -218,7 +238,7 @@ void pre(const T* x, const float* fn, Gates gates, Shape s, T* u, float* post, f
       float rms[TILE];
       load_tokens(streams.p, s.stride, x, s, tile, S);
       inverse_rms(rms, streams.p, s, gates.rms_eps);
-      project<M>(mix, streams.p, packed.p, s);
+      project<M>(mix, streams.p, packed.p, s, x + (tile.first + TILE) * S * s.hidden);
       for (int m = 0; m < M; ++m)
         for (int t = 0; t < TILE; ++t) mix[m][t] *= rms[t];
       weights<HEAD>(w, mix, gates);
@@ -244,12 +264,13 @@ void weight_gradients(Channels& dw, const float* x, const float* dnew, const flo
         vf a = load(xj + d);
         to_pre += a * load(du + t * (s.padded + SKEW) + d);
         if (HEAD) continue;
-        UNROLL for (int k = 0; k < S; ++k)
+        repeat<S>([&](auto k) {
           to_comb[k] += a * load(dnew + t * s.stride + k * s.padded + d);
+        });
       }
       dw[j][t] = sum(to_pre);
       if (HEAD) continue;
-      for (int k = 0; k < S; ++k) dw[2 * S + j * S + k][t] = sum(to_comb[k]);
+      repeat<S>([&](auto k) { dw[2 * S + j * S + k][t] = sum(to_comb[k]); });
     }
 }
 
@@ -275,51 +296,65 @@ void logit_gradients(Channels& dw, Channels& w, const Channels& mix, const Gates
   }
 }
 
-// dfn[m] += sum_t dp[m][t] x[t]
-template <int M>
-void accumulate_dfn(float* dfn, const Channels& dp, const float* x, const Shape& s) {
+// dfn[m] += sum_t dp[m][t] x[t]; ahead: the streams of the next tile.
+template <int M, typename T>
+void accumulate_dfn(float* dfn, const Channels& dp, const float* x, const Shape& s,
+                    const T* ahead) {
   constexpr int ROWS = divisor(M, LANES == 16 ? 12 : 6);
   for (long k = 0; k < s.width(); k += STEP)
     for (int m0 = 0; m0 < M; m0 += ROWS) {
       vf acc[ROWS][2];
-      UNROLL for (int m = 0; m < ROWS; ++m)
-        for (int h = 0; h < 2; ++h) acc[m][h] = load(dfn + (m0 + m) * s.stride + k + h * LANES);
+      float* to = dfn + m0 * s.stride + k;
+      repeat<ROWS>([&](auto m) {
+        repeat<2>([&](auto h) { acc[m][h] = load(to + m * s.stride + h * LANES); });
+      });
       for (int t = 0; t < TILE; ++t) {
         vf a = load(x + t * s.stride + k), b = load(x + t * s.stride + k + LANES);
-        UNROLL for (int m = 0; m < ROWS; ++m)
+        ask(ahead + t * S * s.hidden + k + (m0 ? LANES : 0));
+        repeat<ROWS>([&](auto m) {
           acc[m][0] += dp[m0 + m][t] * a, acc[m][1] += dp[m0 + m][t] * b;
+        });
       }
-      UNROLL for (int m = 0; m < ROWS; ++m)
-        for (int h = 0; h < 2; ++h) store(dfn + (m0 + m) * s.stride + k + h * LANES, acc[m][h]);
+      repeat<ROWS>([&](auto m) {
+        repeat<2>([&](auto h) { store(to + m * s.stride + h * LANES, acc[m][h]); });
+      });
     }
 }
 
 // x becomes its own gradient: pre_j du + sum_k C_jk dnew_k + sum_m dp_m fn_m - shrink x.
-template <int M, bool HEAD>
+// ahead: dnew of the next tile.
+template <int M, bool HEAD, typename T>
 void stream_gradients(float* x, const float* dnew, const float* du, const float* fn,
-                      const Channels& w, const Channels& dp, const float* shrink, const Shape& s) {
+                      const Channels& w, const Channels& dp, const float* shrink, const Shape& s,
+                      const T* ahead) {
   for (int t0 = 0; t0 < TILE; t0 += GROUP)
     for (int j = 0; j < S; ++j)
       for (long d = 0; d < s.padded; d += STEP) {
         long k = j * s.padded + d;
         vf acc[GROUP][2];
-        UNROLL for (int t = 0; t < GROUP; ++t)
-          for (int h = 0; h < 2; ++h) {
+        repeat<GROUP>([&](auto t) {
+          repeat<2>([&](auto h) {
             long at = d + h * LANES;
-            vf a = w[j][t0 + t] * load(du + (t0 + t) * (s.padded + SKEW) + at) -
-                   shrink[t0 + t] * load(x + (t0 + t) * s.stride + j * s.padded + at);
-            if (!HEAD)
-              UNROLL for (int n = 0; n < S; ++n) a += w[2 * S + j * S + n][t0 + t] *
-                     load(dnew + (t0 + t) * s.stride + n * s.padded + at);
+            float* xt = x + (t0 + t) * s.stride;
+            vf a = w[j][t0 + t] * load(du + (t0 + t) * (s.padded + SKEW) + at);
+            a -= shrink[t0 + t] * load(xt + k + h * LANES);
+            if (!HEAD) repeat<S>([&](auto n) {
+              a += w[2 * S + j * S + n][t0 + t] *
+                   load(dnew + (t0 + t) * s.stride + n * s.padded + at);
+            });
             acc[t][h] = a;
-          }
-        UNROLL for (int m = 0; m < M; ++m) {
+            if (!HEAD) ask(ahead + ((t0 + t) * S + j) * s.hidden + at);
+          });
+        });
+        for (int m = 0; m < M; ++m) {
           vf f0 = load(fn + m * s.stride + k), f1 = load(fn + m * s.stride + k + LANES);
-          UNROLL for (int t = 0; t < GROUP; ++t)
+          repeat<GROUP>([&](auto t) {
             acc[t][0] += dp[m][t0 + t] * f0, acc[t][1] += dp[m][t0 + t] * f1;
+          });
         }
-        UNROLL for (int t = 0; t < GROUP; ++t)
-          for (int h = 0; h < 2; ++h) store(x + (t0 + t) * s.stride + k + h * LANES, acc[t][h]);
+        repeat<GROUP>([&](auto t) {
+          repeat<2>([&](auto h) { store(x + (t0 + t) * s.stride + k + h * LANES, acc[t][h]); });
+        });
       }
 }
 
@@ -372,8 +407,9 @@ void pre_backward(const T* x, const float* fn, Gates gates, Shape s, const float
           store(&dw[m][v], g * r);
         }
       }
-      accumulate_dfn<M>(my_fn, dw, streams.p, s);
-      stream_gradients<M, HEAD>(streams.p, gradients.p, inputs.p, packed.p, w, dw, shrink, s);
+      accumulate_dfn<M>(my_fn, dw, streams.p, s, x + (tile.first + TILE) * S * s.hidden);
+      stream_gradients<M, HEAD>(streams.p, gradients.p, inputs.p, packed.p, w, dw, shrink, s,
+                                dnew + (tile.first + TILE) * S * s.hidden);
       for (long t = 0; t < tile.count; ++t)
         for (int j = 0; j < S; ++j)
           store_row(dx + ((tile.first + t) * S + j) * s.hidden,
@@ -409,18 +445,15 @@ void merge(const T* y, const T* x, const float* post, const float* comb, Shape s
     vf p[S], c[S][S];
     for (int k = 0; k < S; ++k) p[k] = splat(post[t * S + k]);
     for (int m = 0; m < S * S; ++m) c[m / S][m % S] = splat(comb[t * S * S + m]);
-    for (long d = 0; d < n; d += LANES) {
-      bool whole = d + LANES <= n;
-      vf in = whole ? load(yt + d) : load_part(yt + d, n - d), xs[S];
-      UNROLL for (int j = 0; j < S; ++j)
-        xs[j] = whole ? load(xt + j * n + d) : load_part(xt + j * n + d, n - d);
-      UNROLL for (int k = 0; k < S; ++k) {
+    for_chunks(n, [&](long d, auto chunk) {
+      vf in = chunk.load(yt + d), xs[S];
+      repeat<S>([&](auto j) { xs[j] = chunk.load(xt + j * n + d); });
+      repeat<S>([&](auto k) {
         vf acc = p[k] * in;
-        UNROLL for (int j = 0; j < S; ++j) acc += c[j][k] * xs[j];
-        if (whole) store(to + k * n + d, acc);
-        else store_part(to + k * n + d, acc, n - d);
-      }
-    }
+        repeat<S>([&](auto j) { acc += c[j][k] * xs[j]; });
+        chunk.store(to + k * n + d, acc);
+      });
+    });
   }
 }
 
@@ -434,18 +467,16 @@ void merge_backward(const T* dnew, const T* y, const float* post, Shape s, T* dy
     const T *g = dnew + t * S * n, *yt = y + t * n;
     vf p[S], acc[S] = {};
     for (int k = 0; k < S; ++k) p[k] = splat(post[t * S + k]);
-    for (long d = 0; d < n; d += LANES) {
-      bool whole = d + LANES <= n;
-      vf in = whole ? load(yt + d) : load_part(yt + d, n - d), to_y = {};
-      UNROLL for (int k = 0; k < S; ++k) {
-        vf gk = whole ? load(g + k * n + d) : load_part(g + k * n + d, n - d);
+    for_chunks(n, [&](long d, auto chunk) {
+      vf in = chunk.load(yt + d), to_y = {};
+      repeat<S>([&](auto k) {
+        vf gk = chunk.load(g + k * n + d);
         to_y += p[k] * gk;
         acc[k] += gk * in;
-      }
-      if (whole) store(dy + t * n + d, to_y);
-      else store_part(dy + t * n + d, to_y, n - d);
-    }
-    for (int k = 0; k < S; ++k) dpost[t * S + k] = sum(acc[k]);
+      });
+      chunk.store(dy + t * n + d, to_y);
+    });
+    repeat<S>([&](auto k) { dpost[t * S + k] = sum(acc[k]); });
   }
 }
 

@@ -1,5 +1,6 @@
-// Vectors of LANES floats, bf16 rows, exp and sums: what the CPU kernels share. Plain GCC vector
-// extensions, no intrinsics: the compiler maps them to whatever -march=native offers.
+// Vectors of LANES floats, bf16 rows, exp and sums: what the CPU kernels share. GCC vector extensions,
+// which the compiler maps to whatever -march=native offers; intrinsics only to widen and narrow
+// 16-bit lanes, where it needs five instructions for one.
 // Every reduction has one fixed order, so results do not depend on the run.
 #pragma once
 
@@ -7,6 +8,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <omp.h>
+#include <utility>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 #define LANES 16
@@ -16,9 +21,20 @@
 #define LANES 4
 #endif
 
-#define UNROLL _Pragma("GCC unroll 16")
+#define INLINE inline __attribute__((always_inline))
 
 namespace {
+
+// f(0), f(1), ... f(N - 1), spelled out before the optimiser runs: arrays of vectors that are indexed
+// by the loop variable only then live in registers.
+template <int N, typename F, int... I>
+INLINE void repeat_each(F&& f, std::integer_sequence<int, I...>) {
+  (f(std::integral_constant<int, I>{}), ...);
+}
+template <int N, typename F>
+INLINE void repeat(F&& f) {
+  repeat_each<N>(f, std::make_integer_sequence<int, N>{});
+}
 
 typedef uint16_t bf16;
 typedef float vf __attribute__((vector_size(4 * LANES)));
@@ -28,71 +44,96 @@ typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 typedef float vf_unaligned __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-inline vf splat(float a) { return a - vf{}; }
+inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
 
-inline vf load(const float* p) { return *(const vf_unaligned*)p; }
-inline vf load(const bf16* p) {
-  vh half = *(const vh_unaligned*)p;
-  return (vf)(__builtin_convertvector(half, vu) << 16);
+INLINE vf splat(float a) { return a - vf{}; }
+
+INLINE vu widen(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  return __builtin_convertvector((vh)*(const vh_unaligned*)p, vu);
+#endif
+}
+INLINE void narrow(bf16* p, vu a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)a));
+#else
+  *(vh_unaligned*)p = __builtin_convertvector(a, vh);
+#endif
 }
 
-inline void store(float* p, vf a) { *(vf_unaligned*)p = a; }
-inline void store(bf16* p, vf a) {  // round to nearest even; a NaN stays one
+INLINE vf load(const float* p) { return *(const vf_unaligned*)p; }
+INLINE vf load(const bf16* p) { return (vf)(widen(p) << 16); }
+
+INLINE void store(float* p, vf a) { *(vf_unaligned*)p = a; }
+INLINE void store(bf16* p, vf a) {  // round to nearest even; a NaN stays one
   vu bits = (vu)a;
   vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = (a == a) ? rounded : (bits >> 16) | 0x40;
-  *(vh_unaligned*)p = __builtin_convertvector(rounded, vh);
+  narrow(p, (a == a) ? rounded : (bits >> 16) | 0x40);
 }
 
-// The last n < LANES elements of a row; the others read as zero.
-template <typename T>
-inline vf load_part(const T* p, long n) {
-  T part[LANES] = {};
-  memcpy(part, p, n * sizeof(T));
-  return load(part);
-}
-template <typename T>
-inline void store_part(T* p, vf a, long n) {
-  T part[LANES];
-  store(part, a);
-  memcpy(p, part, n * sizeof(T));
+// Walks a row of n elements: f(i, chunk) with i = 0, LANES, ...; the chunk loads and stores LANES
+// elements, or what is left of the row at its end (the rest reads as zero).
+struct WholeChunk {
+  template <typename T>
+  INLINE vf load(const T* p) const {
+    return ::load(p);
+  }
+  template <typename T>
+  INLINE void store(T* p, vf a) const {
+    ::store(p, a);
+  }
+};
+struct LastChunk {
+  long n;
+  template <typename T>
+  INLINE vf load(const T* p) const {
+    T part[LANES] = {};
+    memcpy(part, p, n * sizeof(T));
+    return ::load(part);
+  }
+  template <typename T>
+  INLINE void store(T* p, vf a) const {
+    T part[LANES];
+    ::store(part, a);
+    memcpy(p, part, n * sizeof(T));
+  }
+};
+template <typename F>
+INLINE void for_chunks(long n, F&& f) {
+  long i = 0;
+  for (; i + LANES <= n; i += LANES) f(i, WholeChunk{});
+  if (i < n) f(i, LastChunk{n - i});
 }
 
 // fp32 copy of a row, filled up with zeros to `padded` elements (a multiple of LANES).
 template <typename T>
 inline void load_row(float* to, const T* from, long n, long padded) {
-  long i = 0;
-  for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
-  if (i < n) store(to + i, load_part(from + i, n - i)), i += LANES;
-  for (; i < padded; i += LANES) store(to + i, vf{});
+  for_chunks(n, [&](long i, auto chunk) { store(to + i, chunk.load(from + i)); });
+  for (long i = round_up(n, LANES); i < padded; i += LANES) store(to + i, vf{});
 }
 template <typename T>
 inline void store_row(T* to, const float* from, long n) {
-  long i = 0;
-  for (; i + LANES <= n; i += LANES) store(to + i, load(from + i));
-  if (i < n) store_part(to + i, load(from + i), n - i);
+  for_chunks(n, [&](long i, auto chunk) { chunk.store(to + i, load(from + i)); });
 }
 
 // Sum of all lanes, by halves.
-template <int N>
-inline float sum_of(const float* p) {
-  typedef float half __attribute__((vector_size(2 * N)));
-  half low, high;
-  memcpy(&low, p, sizeof(half));
-  memcpy(&high, p + N / 2, sizeof(half));
-  low += high;
-  return sum_of<N / 2>((const float*)&low);
+template <int... I>
+INLINE vf add_halves(vf a, int half, std::integer_sequence<int, I...>) {
+  for (; half; half /= 2) a += __builtin_shuffle(a, (vi){(I ^ half)...});
+  return a;
 }
-template <>
-inline float sum_of<2>(const float* p) {
-  return p[0] + p[1];
+INLINE float sum(vf a) {
+  return add_halves(a, LANES / 2, std::make_integer_sequence<int, LANES>{})[0];
 }
-inline float sum(vf a) { return sum_of<LANES>((const float*)&a); }
 
-inline vf max(vf a, vf b) { return a > b ? a : b; }
+INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 
 // e^a to about 1 ulp; below -87 it stops at 1.6e-38, above 88 at 1.7e38; a NaN stays one.
-inline vf exp(vf a) {
+INLINE vf exp(vf a) {
   a = a < splat(-87.0f) ? splat(-87.0f) : a;
   a = a > splat(88.0f) ? splat(88.0f) : a;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -111,9 +152,7 @@ inline vf exp(vf a) {
   return (vf)((vi)p + exponent);
 }
 
-inline vf sigmoid(vf a) { return 1.0f / (1.0f + exp(-a)); }
-
-inline long round_up(long n, long to) { return (n + to - 1) / to * to; }
+INLINE vf sigmoid(vf a) { return 1.0f / (1.0f + exp(-a)); }
 
 // A 64-byte aligned buffer of floats, uninitialised.
 struct Buffer {
