@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from quant.fake_quant import straight_through
 from quant.probe import QuantProbe
@@ -32,7 +33,8 @@ class _StoredWeight(nn.Module):
     def weight(self) -> Tensor:
         master = self._parameters["weight"]
         assert master is not None
-        if self.stored_probe is None:
+        # A sharded parameter is not what the model computes with: FSDP reads and keeps it.
+        if self.stored_probe is None or isinstance(master, DTensor):
             return master
         self.stored_probe.saw(self.stored_name)
         return straight_through(master, to_bf16)
