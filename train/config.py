@@ -324,10 +324,13 @@ def unknown_key(path: Sequence[str], schema: Any, also: Sequence[str] = ()) -> s
 
     Args:
         path: the parts of the key.
-        schema: the dataclass it is looked up in; lists and dicts inside it are not followed.
+        schema: the dataclass it is looked up in; a part inside a list or dict is free.
         also: further names that would have been right at the top.
     """
     for depth, key in enumerate(path):
+        if get_origin(schema) in (list, dict):
+            schema = get_args(schema)[-1]
+            continue
         if not is_dataclass(schema):
             return None
         own = [f.name for f in fields(schema)]
@@ -350,6 +353,10 @@ def _refuse_unknown(raw: Any, schema: Any, path: str) -> None:
         for index, item in enumerate(raw):
             _refuse_unknown(item, get_args(schema)[0], f"{path}[{index}]")
         return
+    if get_origin(schema) is dict and isinstance(raw, dict):
+        for name, item in raw.items():
+            _refuse_unknown(item, get_args(schema)[1], f"{path}.{name}")
+        return
     if not (is_dataclass(schema) and isinstance(raw, dict)):
         return
     types = get_type_hints(schema)
@@ -357,5 +364,8 @@ def _refuse_unknown(raw: Any, schema: Any, path: str) -> None:
         full = f"{path}.{key}" if path else str(key)
         problem = unknown_key([str(key)], schema)
         if problem is not None:
+            problem = problem.replace(
+                "did you mean ", f"did you mean {full.removesuffix(str(key))}"
+            )
             raise UserError(f"unknown config key {full}={value}: {problem}")
         _refuse_unknown(value, types[key], full)
