@@ -75,8 +75,9 @@ def main() -> None:
     config.muon.dtype = MatmulDtype.bf16
     parameters = random_parameters(model_shapes(model), device)
     ours = build_optimizer(parameters.items(), config, split_counts={"o_groups": model.o_groups})
-    peer_step = build_peer(ours.table, parameters, config)
-    pairs, rate = measure(lambda: ours.step(LR), peer_step, args.repeats, args.warmup, device)
+    peer = build_peer(ours.table, parameters, config)
+    steps = (lambda: ours.step(LR), lambda: [optimizer.step() for optimizer in peer])
+    pairs, rate = measure(*steps, args.repeats, args.warmup, device)
     report = summarise(model.name, ours.table, config, pairs, rate, device)
     print(render(report))
     if args.json:
@@ -107,8 +108,8 @@ def random_parameters(
 
 def build_peer(
     table: list[ParamRecord], parameters: dict[str, Parameter], config: OptimConfig
-) -> Callable[[], None]:
-    """One step of torch.optim.Muon over 2-D matrices and of fused AdamW over the rest."""
+) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+    """torch.optim.Muon over 2-D matrices, in table order, and fused AdamW over the rest."""
     matrices, rest = [], {0.0: [], config.adamw.weight_decay: []}
     for record in table:
         parameter = parameters[record.name]
@@ -134,12 +135,7 @@ def build_peer(
         eps=config.adamw.eps,
         fused=True,
     )
-
-    def step() -> None:
-        muon.step()
-        adamw.step()
-
-    return step
+    return muon, adamw
 
 
 def _unbind(parameter: Parameter, num_matrices: int) -> list[Parameter]:
@@ -158,8 +154,8 @@ def _clone(value: Tensor, grad: Tensor | None) -> Parameter:
 
 
 def measure(
-    ours: Callable[[], None],
-    peer: Callable[[], None],
+    ours: Callable[[], object],
+    peer: Callable[[], object],
     repeats: int,
     warmup: int,
     device: torch.device,

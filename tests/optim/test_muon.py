@@ -14,7 +14,7 @@ from torch.nn import Parameter
 import optim.muon
 from optim.config import MatmulDtype, MuonConfig, NewtonSchulzStage
 from optim.muon import Muon, MuonEntry, expand, matmul_dtype
-from optim.newton_schulz import newton_schulz_reference
+from optim.newton_schulz import newton_schulz, newton_schulz_reference
 from tests.helpers import relative
 
 LR, DECAY = 0.02, 0.1
@@ -102,6 +102,21 @@ def test_six_steps_match_float64(nesterov, chunk_elements, monkeypatch):
     for name, (weight, momentum) in oracle.items():
         assert relative(parameters[name].detach(), weight) < 1e-5, name
         assert relative(muon.state[name]["momentum"], momentum) < 1e-6, name
+
+
+def test_chunks_mix_parameters_of_a_shape_and_keep_to_their_size(monkeypatch):
+    sizes = []
+
+    def record(batch, *args):
+        sizes.append(tuple(batch.shape))
+        return newton_schulz(batch, *args)
+
+    monkeypatch.setitem(optim.muon.CHUNK_ELEMENTS, "cpu", 3 * 8 * 20)
+    monkeypatch.setattr(optim.muon, "newton_schulz", record)
+    kinds = {"a": ((5, 8, 20), 5), "b": ((8, 20), 1), "c": ((2, 8, 20), 2), "d": ((20, 8), 1)}
+    parameters, muon = make(kinds)
+    muon.step(LR, kinds)
+    assert sizes == [(3, 8, 20), (3, 8, 20), (2, 8, 20), (1, 20, 8)]
 
 
 def test_experts_move_as_if_they_were_alone():
