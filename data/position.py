@@ -1,0 +1,55 @@
+"""Where a run stands in its data, and the rows of a pool that are still to come there.
+
+Another row length in the middle of a pool: the rows that were taken stay taken; the tokens of the
+others, pieces that continue each other joined, are packed anew with the new length. The lengths and
+row counts that came before in this pool are part of the position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data.keyed import mix, permute
+from data.mixture import Pool
+from data.packing import Row, pack, unread, whole_documents
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands.
+
+    Attributes:
+        epoch: pass over the data.
+        pool: number in the epoch.
+        row: rows taken from the pool with ``seq_len``.
+        seq_len: tokens of a row; 0 before the first.
+        earlier: (tokens of a row, rows taken) before the row length changed inside this pool.
+    """
+
+    epoch: int = 0
+    pool: int = 0
+    row: int = 0
+    seq_len: int = 0
+    earlier: tuple[tuple[int, int], ...] = ()
+
+    def at(self, seq_len: int) -> Position:
+        """The same place, going on with another row length."""
+        if seq_len == self.seq_len:
+            return self
+        taken = ((self.seq_len, self.row),) if self.row else ()
+        return Position(self.epoch, self.pool, 0, seq_len, self.earlier + taken)
+
+
+def rows_of(pool: Pool, position: Position) -> list[Row]:
+    """The rows of a pool at a position's row length, those taken earlier left out."""
+    spans = whole_documents(pool.lengths.tolist())
+    for number, (seq_len, taken) in enumerate(position.earlier):
+        spans = unread(_shuffled(pack(spans, seq_len), mix(pool.key, number))[taken:])
+    return _shuffled(pack(spans, position.seq_len), mix(pool.key, len(position.earlier)))
+
+
+def _shuffled(rows: list[Row], key: int) -> list[Row]:
+    order = permute(np.arange(len(rows)), len(rows), key) if rows else np.empty(0, np.int64)
+    return [rows[i] for i in order.tolist()]

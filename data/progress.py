@@ -1,0 +1,47 @@
+"""A map over work items with a progress bar, in this process or in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import TypeVar
+
+from tqdm import tqdm
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def progress_map(
+    job: Callable[[Item], Result],
+    items: Sequence[Item],
+    sizes: Sequence[int],
+    workers: int,
+    what: str,
+) -> list[Result]:
+    """Results of a job over items, in order.
+
+    Args:
+        job: picklable where there are several workers, which are spawned, not forked (the threads
+            of ``tokenizers`` do not survive a fork).
+        items: its arguments.
+        sizes: bytes of work of each, for the bar, which shows on terminals only.
+        workers: processes; 1 = this one.
+        what: text of the bar.
+    """
+    out: list[Result] = []
+    with tqdm(total=sum(sizes), desc=what, unit="B", unit_scale=True, disable=None) as bar:
+
+        def collect(results: Iterable[Result]) -> None:
+            for size, result in zip(sizes, results, strict=True):
+                out.append(result)
+                bar.update(size)
+
+        if workers == 1 or len(items) <= 1:
+            collect(map(job, items))
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
+                collect(pool.map(job, items))
+    return out

@@ -1,0 +1,133 @@
+"""A streamed source as something that pools draw from: tokenised while training, in its own order.
+
+Every process reads the whole stream (a pool must be known before its rows can be divided), which is
+for what does not fit the disk; scripts/prepare_data.py is the quick way for the rest.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from data.config import ValidationConfig
+from data.keyed import mix
+from data.mixture import Drawn
+from data.near_duplicates import OverlapCounter
+from data.prepare import reserved_documents
+from data.sources import DocumentStream
+from data.tokenizer import Tokenizer
+
+_SAMPLE = 256  # documents from which lengths and token frequencies are estimated
+
+
+class ListDocuments:
+    """Tokenised documents in memory."""
+
+    def __init__(self, ids: list[np.ndarray]) -> None:
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def lengths(self, index_N: np.ndarray) -> np.ndarray:
+        """Tokens of some documents, EOS included."""
+        return np.array([len(self._ids[i]) for i in index_N], dtype=np.int64)
+
+    def tokens(self, index: int, start: int, stop: int) -> np.ndarray:
+        """Some tokens of a document."""
+        return self._ids[index][start:stop]
+
+
+class StreamSource:
+    """One stream. Its first documents are its validation text; repeats of them are left out.
+
+    Args:
+        name: of the source.
+        stream: its documents.
+        tokenizer: makes the ids.
+        validation: ``data.validation``.
+        seed: of the run, for fill-in-the-middle.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        stream: DocumentStream,
+        tokenizer: Tokenizer,
+        validation: ValidationConfig,
+        seed: int,
+    ) -> None:
+        self.name = name
+        self._stream = stream
+        self._tokenizer = tokenizer
+        self._key = mix(seed, *name.encode())
+        reserved = reserved_documents(stream, validation.bytes)
+        self._first = len(reserved)
+        self.validation_texts = [text for text in reserved if text.strip()]
+        self._counter = OverlapCounter(self.validation_texts, validation.ngram)
+        self._max_overlap = validation.max_overlap
+        self._resume = stream.state()
+        self._sample = self._encode(stream.read(self._first, _SAMPLE))[1]
+        if not self._sample:
+            raise ValueError(
+                f"data.sources.{name}: no documents to train on after the first {self._first},"
+                f" which data.validation.bytes={validation.bytes} holds out"
+            )
+
+    def draw(self, start: int, count: int) -> list[Drawn]:
+        """Draws of passes one after the other; the length of a pass is known once it was read."""
+        out: list[Drawn] = []
+        while count > 0:
+            epoch, place = self._locate(start)
+            drawn = self.draw_epoch(epoch, place, count)
+            if drawn is None:
+                continue  # the pass ended here: now its length is known
+            read = self._read_count
+            out += drawn
+            start, count = start + read, count - read
+        return out
+
+    def draw_epoch(self, epoch: int, start: int, count: int) -> list[Drawn] | None:
+        """The next documents of a pass, without those that repeat validation text."""
+        self._resume = self._stream.state()
+        texts = self._stream.read(self._first + start, count)
+        self._read_count = len(texts)
+        if not texts:
+            return None
+        places, ids = self._encode(texts)
+        documents = ListDocuments(ids)
+        keys = [mix(self._key, epoch, start + place) for place in places]
+        return [Drawn(documents, i, key) for i, key in enumerate(keys)]
+
+    def mean_length(self) -> float:
+        """Tokens of an average document among the first."""
+        return sum(len(ids) for ids in self._sample) / len(self._sample)
+
+    @property
+    def token_counts(self) -> np.ndarray:
+        """Occurrences of each token id among the first documents; int64 [V]."""
+        return np.bincount(np.concatenate(self._sample), minlength=self._tokenizer.vocab_size)
+
+    def state(self) -> list[Any]:
+        """Where the last draw began, for :meth:`seek`."""
+        return list(self._resume)
+
+    def seek(self, state: list[Any]) -> None:
+        """Spare the next draw the reading of what comes before it."""
+        self._stream.seek(int(state[0]), state[1])
+
+    def _locate(self, start: int) -> tuple[int, int]:
+        if self._stream.length is None:
+            return 0, start
+        return divmod(start, self._stream.length - self._first)
+
+    def _encode(self, texts: list[str]) -> tuple[list[int], list[np.ndarray]]:
+        """Places and ids of the documents that have text and repeat no validation document."""
+        kept = [
+            i
+            for i, text in enumerate(texts)
+            if text.strip() and self._counter.repeats(text) <= self._max_overlap
+        ]
+        ids = self._tokenizer.encode_batch([texts[i] for i in kept])
+        return kept, [np.append(x, self._tokenizer.eos_id) for x in ids]

