@@ -1,0 +1,141 @@
+"""Bytes that the forward pass keeps for the backward pass, in closed form (no module is built).
+
+Coarse on purpose: it counts the large tensors that autograd saves in this implementation (fast
+kernels), and leaves out index tables, RoPE tables and weights cast to the compute dtype. The test
+beside it compares it with the tensors that are really saved. No dense [T, T] tensor exists, so
+everything is proportional to tokens.
+"""
+
+# Legend (in comments): D hidden, S streams, H heads, C head dim, R query rank, I expert width
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from model.config import LayerKind, ModelConfig, Residual
+
+MODES = ("none", "block", "selective")  # values of train.activation_checkpoint
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Bytes per token of a microbatch.
+
+    Attributes:
+        kept: from the forward to the backward pass.
+        running: held besides while this block recomputes and differentiates; of all blocks of a
+            rank only one runs at a time.
+    """
+
+    kept: float
+    running: float
+
+
+def block_activation_bytes(
+    config: ModelConfig, kind: LayerKind, ratio: int, compute_bytes: int, mode: str = "none"
+) -> ActivationBytes:
+    """Bytes per token of one block.
+
+    Args:
+        config: the model.
+        kind: of the block.
+        ratio: tokens per compressed entry; 0 where there is none.
+        compute_bytes: of the compute dtype: 4 or 2.
+        mode: ``none`` keeps everything; ``block`` keeps the block's input alone; ``selective``
+            keeps the input and the results of matmuls and attention, the rest is recomputed.
+
+    Raises:
+        ValueError: unknown mode.
+    """
+    if mode not in MODES:
+        raise ValueError(f"train.activation_checkpoint={mode} is none of {', '.join(MODES)}")
+    whole = sum(saved_bytes(config, kind, ratio, compute_bytes).values())
+    if mode == "none":
+        return ActivationBytes(whole, 0.0)
+    entry = float(config.num_streams * config.hidden_size * compute_bytes)
+    if mode == "block":
+        return ActivationBytes(entry, whole)
+    kept = min(entry + _matmul_results(config, kind, compute_bytes), whole)
+    return ActivationBytes(kept, whole - kept)
+
+
+def activation_bytes(
+    config: ModelConfig, tokens: int, compute_bytes: int, mode: str = "none"
+) -> float:
+    """Bytes at the peak of a microbatch of ``tokens`` tokens where one rank holds everything."""
+    blocks = [
+        block_activation_bytes(config, config.kind(i), config.ratio(i), compute_bytes, mode)
+        for i in range(config.num_hidden_layers)
+    ]
+    depths = config.num_nextn_predict_layers
+    blocks += depths * [block_activation_bytes(config, LayerKind.swa, 0, compute_bytes, mode)]
+    heads = (1 + depths) * head_bytes(config, compute_bytes)
+    heads += depths * mtp_bytes(config, compute_bytes)
+    kept = sum(block.kept for block in blocks) + heads
+    running = max(block.running for block in blocks)
+    chunk = min(config.loss_chunk_tokens, tokens)
+    return tokens * (kept + running) + 4.0 * chunk * config.vocab_size
+
+
+def saved_bytes(
+    config: ModelConfig, kind: LayerKind, ratio: int, compute_bytes: int
+) -> dict[str, float]:
+    """Bytes per token that autograd keeps in one block, by part, without checkpointing."""
+    c, width, rank, dim = compute_bytes, config.hidden_size, config.q_lora_rank, config.head_dim
+    wide = config.num_attention_heads * dim
+    upcast = 4.0 * width if c < 4 else 0.0  # an fp32 copy of a sublayer's input
+    # A norm keeps its input, the matmul behind it the result.
+    parts = {"norms": 2 * 2.0 * c * width}
+    parts["attention"] = (
+        2.0 * c * (rank + dim)
+        + 4.0 * c * wide  # queries before norm and after RoPE, attention's result, it rotated back
+        + c * config.o_groups * config.o_lora_rank
+        + 4.0 * config.num_attention_heads
+    )
+    if kind in (LayerKind.csa, LayerKind.hca):
+        overlap = kind is LayerKind.csa
+        parts["compressor"] = upcast + _compressor_saved(dim, ratio, c, overlap)
+    if kind is LayerKind.csa:
+        queries = config.index_n_heads * (c * config.index_head_dim + 4.0)
+        keys = upcast + _compressor_saved(config.index_head_dim, ratio, c, overlap=True)
+        parts["indexer"] = queries + keys + 8.0 * config.index_topk
+    parts["gate"] = upcast + 3 * 4.0 * config.n_routed_experts
+    swiglu = 3.0 * c * config.moe_intermediate_size  # gate, up, and the down projection's input
+    parts["experts"] = config.num_experts_per_tok * (swiglu + c * width)
+    parts["shared"] = config.n_shared_experts * swiglu
+    if Residual(config.residual) is Residual.mhc:
+        streams = config.hc_mult
+        mixes = 4.0 * ((2 + streams) * streams + streams + 1)
+        parts["mhc"] = 2 * (c * streams * width + c * width + mixes)
+    return parts
+
+
+def _compressor_saved(dim: int, ratio: int, compute_bytes: int, overlap: bool) -> float:
+    slots = 2 * dim if overlap else dim  # values and softmax weights in fp32, then the entries
+    return 2 * 4.0 * slots + 2.0 * compute_bytes * dim / ratio
+
+
+def _matmul_results(config: ModelConfig, kind: LayerKind, compute_bytes: int) -> float:
+    """Bytes per token of what matmuls and attention give in one block."""
+    wide = config.num_attention_heads * config.head_dim
+    results = config.q_lora_rank + 2 * wide + config.head_dim
+    results += config.o_groups * config.o_lora_rank + config.hidden_size
+    if kind is LayerKind.csa:
+        results += config.index_n_heads * config.index_head_dim
+    experts = config.num_experts_per_tok + config.n_shared_experts
+    results += experts * (2 * config.moe_intermediate_size + config.hidden_size)
+    compressed = {
+        LayerKind.csa: 4 * config.head_dim + 4 * config.index_head_dim,
+        LayerKind.hca: 2 * config.head_dim,
+    }.get(kind, 0)
+    return float(compute_bytes * results + 4 * compressed)
+
+
+def head_bytes(config: ModelConfig, compute_bytes: int) -> float:
+    """Bytes per token of one prediction head: collapse, norm and the gradient of its input."""
+    streams = config.num_streams if Residual(config.residual) is Residual.mhc else 0
+    return (compute_bytes * (streams + 1) + 4.0) * config.hidden_size
+
+
+def mtp_bytes(config: ModelConfig, compute_bytes: int) -> float:
+    """Bytes per token of what a MTP depth does before its block: two norms, two projections."""
+    return 2.0 * compute_bytes * (1 + config.num_streams) * config.hidden_size
