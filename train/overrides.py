@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -28,8 +30,8 @@ _FLAGS = (
     "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun",
 )  # fmt: skip
 _WITH_VALUE = (
-    "--cfg", "-c", "--package", "-p", "--info", "-i", "--config-path", "-cp", "--config-name",
-    "-cn", "--config-dir", "-cd", "--experimental-rerun",
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
+    "--config-dir", "-cd", "--experimental-rerun",
 )  # fmt: skip
 _FOREIGN = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 
@@ -48,7 +50,7 @@ def options(group: str, conf: Path = CONF) -> list[str]:
 
 
 def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
-    """Check arguments and return them as Hydra wants them.
+    """Check arguments and return them as Hydra wants them: flags first, groups without ``+``.
 
     Args:
         args: the command line without the program.
@@ -60,10 +62,24 @@ def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
     known = groups(conf)
     plus = re.compile(rf"^\++(?=({'|'.join(known)})=)")
     cleaned = [plus.sub("", arg) for arg in args]
-    own_conf = not any(arg.split("=")[0] in _FOREIGN for arg in cleaned)
-    for arg in _overrides(cleaned):
+    flags, overrides = _split(cleaned)
+    own_conf = not any(flag.split("=")[0] in _FOREIGN for flag in flags)
+    for arg in overrides:
         _check_override(arg, known, conf if own_conf else None)
-    return cleaned
+    return [*flags, *_gather_items(overrides)]
+
+
+def swept(task: Sequence[str], args: Sequence[str]) -> list[str]:
+    """Overrides of a multirun's job that differ between its jobs.
+
+    Args:
+        task: the job's overrides.
+        args: the command line as :func:`normalise` returned it.
+    """
+    parser = OverridesParser.create()
+    parsed = parser.parse_overrides(_split(args)[1])
+    fixed = {o.key_or_group for o in parsed if not o.is_sweep_override()}
+    return [o for o in task if parser.parse_override(o).key_or_group not in fixed]
 
 
 def compose_run(args: Sequence[str] = (), conf: Path = CONF) -> RunConfig:
@@ -80,19 +96,62 @@ def compose_run(args: Sequence[str] = (), conf: Path = CONF) -> RunConfig:
         return load(compose("config", normalise(args, conf)))
 
 
-def _overrides(args: Sequence[str]) -> Iterable[str]:
-    """Arguments that are overrides; flags are checked on the way."""
-    value_of = ""
+def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and overrides; Hydra itself takes overrides only in one block."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    awaits_value = False
     for arg in args:
         if arg.startswith("-"):
             flag = arg.split("=")[0]
             if flag not in _FLAGS:
                 raise UserError(f"unknown flag {flag}: {_hint(flag, _FLAGS, 'see --help')}")
-            value_of = flag if "=" not in arg and flag in _WITH_VALUE else ""
-        elif value_of:
-            value_of = ""
+            flags.append("--info=all" if arg in ("--info", "-i") else arg)
+            awaits_value = "=" not in arg and flag in _WITH_VALUE
+        elif awaits_value:
+            flags.append(arg)
+            awaits_value = False
         else:
-            yield arg
+            overrides.append(arg)
+    return flags, overrides
+
+
+def _gather_items(overrides: Sequence[str]) -> list[str]:
+    """Join keys of named items (``data.sources.NAME.KEY=...``) into one override of their dict.
+
+    Hydra cannot add an item by one of its keys. As a whole (``++data.sources={NAME:{KEY:...}}``)
+    items are added, or merged into those that are there.
+    """
+    out: list[str] = []
+    items: dict[str, dict[str, list[str]]] = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        parts = key.split(".")
+        depth = _item_depth(parts)
+        if override.startswith("~") or depth is None or not depth <= len(parts) <= depth + 1:
+            out.append(override)
+            continue
+        keys = items.setdefault(".".join(parts[: depth - 1]), {}).setdefault(parts[depth - 1], [])
+        if len(parts) > depth:
+            keys.append(f"{parts[-1]}:{value}")
+        else:
+            keys.append(value.strip().removeprefix("{").removesuffix("}"))
+    for path, named in items.items():
+        inner = ",".join(f"{name}:{{{','.join(keys)}}}" for name, keys in named.items())
+        out.append(f"++{path}={{{inner}}}")  # the dict is closed to plain overrides
+    return out
+
+
+def _item_depth(parts: Sequence[str]) -> int | None:
+    """How many parts name an item of a dict of sections, if the key leads into one."""
+    schema: Any = RunConfig
+    for depth, part in enumerate(parts):
+        if get_origin(schema) is dict:
+            return depth + 1 if is_dataclass(get_args(schema)[1]) else None
+        if not is_dataclass(schema):
+            return None
+        schema = get_type_hints(schema).get(part)
+    return None
 
 
 def _check_override(arg: str, known: Sequence[str], conf: Path | None) -> None:

@@ -16,7 +16,8 @@ if __name__ == "__main__":  # run as a file: the repository root, not train/, mu
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -28,7 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from train.config import load
 from train.errors import DoesNotFitError, ExitCode, UserError, is_user_error, one_line
-from train.overrides import CONF, normalise
+from train.overrides import CONF, normalise, swept
 from train.run_folder import check_run_folder
 from train.stages import check_rows, refuse_unbuilt, resolve
 
@@ -46,9 +47,7 @@ def main(cfg: DictConfig) -> int:
     """
     run = load(cfg)
     plan = resolve(run)
-    # Imported late: torch takes seconds, which no misspelt key should cost.
-    from train import fit  # noqa: PLC0415
-    from train.build import build  # noqa: PLC0415
+    from train import fit  # noqa: PLC0415  torch takes seconds, which no typo should cost
 
     world = fit.this_world(run.train.device)
     fit.check(run, plan, world)
@@ -56,6 +55,8 @@ def main(cfg: DictConfig) -> int:
     layout = run.parallel.resolve(world.ranks)
     check_rows(plan, layout.row_degree)
     check_run_folder(run)
+    from train.build import build  # noqa: PLC0415
+
     return build(run).fit()
 
 
@@ -72,27 +73,33 @@ def cli(args: Sequence[str]) -> int:
     pid = os.getpid()
 
     def job(cfg: DictConfig) -> None:
-        code = _guarded(lambda: main(_in_own_folder(cfg, args)))
+        code = _guarded(lambda: main(_in_own_folder(cfg, sys.argv[1:])))
         codes.append(code)
         if os.getpid() != pid and code:  # a launcher's worker process: the list stays behind
             raise RuntimeError(f"job {HydraConfig.get().job.override_dirname} left with {code}")
 
     def compose_and_run() -> int:
-        argv, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-        sys.argv = [argv[0], *normalise(args)]
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # composition errors come here instead of to stderr
-        try:
+        with _hydra_reads([sys.argv[0], *normalise(args)]):
             hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
-        finally:
-            sys.argv = argv
-            GlobalHydra.instance().clear()
-            os.environ.pop("HYDRA_FULL_ERROR")
-            if full_error is not None:
-                os.environ["HYDRA_FULL_ERROR"] = full_error
         order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)
         return next((code for code in order if code in codes), ExitCode.finished)
 
     return _guarded(compose_and_run)
+
+
+@contextmanager
+def _hydra_reads(argv: list[str]) -> Iterator[None]:
+    """Let Hydra see ``argv``, raise its errors instead of printing them, and leave no trace."""
+    before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        GlobalHydra.instance().clear()
+        del os.environ["HYDRA_FULL_ERROR"]
+        if full_error is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
 def _guarded(body: Callable[[], int]) -> int:
@@ -133,9 +140,9 @@ def _in_own_folder(cfg: DictConfig, args: Sequence[str]) -> DictConfig:
     hydra_cfg = HydraConfig.get()
     if hydra_cfg.mode != RunMode.MULTIRUN:
         return cfg
-    swept = [o for o in hydra_cfg.overrides.task if o not in args and f"+{o}" not in args]
-    if swept and not any(o.startswith("run_dir=") for o in swept):
-        name = ",".join(swept).replace("/", "_")
+    differing = swept(hydra_cfg.overrides.task, args)
+    if differing and not any(o.startswith("run_dir=") for o in differing):
+        name = ",".join(differing).replace("/", "_")
         cfg = cfg.copy()
         cfg.run_dir = f"{cfg.run_dir}_sweep/{name}"
     log.info("job %d: %s", hydra_cfg.job.num, cfg.run_dir)

@@ -1,0 +1,207 @@
+"""Thirty and more inputs that cannot be: each one clear line, exit code 2, nothing lost.
+
+Most run through the entry's ``cli`` in this process, which is what ``__main__`` calls; a few go
+through a real process, to see the exit code and that nothing else is printed.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.config import dump
+from train.errors import ROOT, ExitCode
+from train.overrides import compose_run
+from train.pretrain import cli
+
+# (what, arguments, what the line must say)
+CASES = [
+    ("model that does not exist", ["model=v4_nan"], "did you mean v4_nano?"),
+    ("model without its group", ["v4_flash"], "did you mean model=v4_flash?"),
+    ("optimizer that does not exist", ["optim=sgd"], "optim=sgd"),
+    ("experiment that does not exist", ["experiment=debug"], "did you mean debug_cpu?"),
+    ("recipe that does not exist", ["train=tiny"], "did you mean v4_tiny?"),
+    ("misspelt key", ["train.stepz=3"], "did you mean train.steps?"),
+    ("misspelt section", ["trainer.steps=3"], "did you mean train?"),
+    ("key that nothing knows, added", ["+foo=1"], "unknown config key foo=1"),
+    ("key that nothing knows, forced", ["++train.foo=1"], "unknown config key train.foo=1"),
+    ("flag that does not exist", ["--steps=3"], "unknown flag --steps"),
+    ("unreadable override", ["train.steps=[1"], "cannot read the argument 'train.steps=[1'"),
+    ("word for a number", ["train.steps=abc"], "train.steps=abc"),
+    ("nothing for a number", ["train.steps="], "train.steps="),
+    ("fraction for a count", ["train.steps=1.5"], "train.steps=1.5"),
+    ("unknown precision", ["train.precision=fp8"], "fp32, bf16"),
+    ("unknown schedule", ["optim.schedule.kind=linear"], "optim.schedule.kind=linear"),
+    ("no steps", ["train.steps=0"], "train.steps=0"),
+    ("negative learning rate", ["optim.lr=-1"], "optim.lr=-1"),
+    ("batch that rows do not fill", ["train.seq_len=100"], "multiple of seq_len=100"),
+    ("microbatch that rows do not fill", ["train.micro_batch_size=3"], "micro_batch_size=3"),
+    ("rows beyond the model", ["train.seq_len=2097152"], "max_position_embeddings"),
+    ("heads that groups do not divide", ["model.o_groups=3"], "model.o_groups=3"),
+    ("more active experts than there are", ["model.num_experts_per_tok=99"], "n_routed_experts"),
+    ("odd rope dims", ["model.qk_rope_head_dim=7"], "model.qk_rope_head_dim=7"),
+    ("ratios shorter than layers", ["model.compress_ratios=[0,4]"], "compress_ratios has 2"),
+    ("engine that is not built", ["engine=deepspeed"], "engine=deepspeed"),
+    ("sequence shards", ["parallel.cp=2"], "parallel.cp=2"),
+    ("layout that the world is not", ["parallel.dp_shard=3"], "the world size is 1"),
+    ("pipeline schedule without pipeline", ["parallel.schedule=gpipe"], "parallel.pp"),
+    ("stage that ends before it begins",
+     ["train.stages=[{until_tokens: 5, global_batch_tokens: 128, seq_len: 128},"
+      "{until_tokens: 5}]"], "train.stages[1]"),
+    ("stage with a misspelt key", ["train.stages=[{until: 5}]"], "until"),
+    ("warm-up of an indexer that is absent",
+     ["train.indexer_phase=warmup", "model.attention=swa"], "needs a csa layer"),
+    ("fill-in-the-middle rate above one", ["data.fim.rate=2"], "data.fim.rate=2"),
+    ("source without a path",
+     ["+data.sources.mine.kind=text"], "data.sources.mine.path"),
+    ("model that cannot fit", ["+model=v4_pro"], "model.name=v4_pro needs"),
+    ("card that is absent", ["experiment=gpu_8gb"], "no CUDA device"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def one_line(capsys):
+    """Run a command line; give its exit code and the error line, and insist that it is one."""
+
+    def run(*args: str) -> tuple[int, str]:
+        code = cli(args)
+        out, err = capsys.readouterr()
+        assert out == ""
+        lines = err.strip().splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert lines[-1] == errors[0]
+        assert "Traceback" not in err
+        return code, errors[0]
+
+    return run
+
+
+@pytest.mark.parametrize(("what", "args", "says"), CASES, ids=[case[0] for case in CASES])
+def test_bad_input_is_one_line_and_leaves_nothing(what, args, says, one_line, tmp_path):
+    if what == "card that is absent" and Path("/dev/nvidia0").exists():
+        pytest.skip("this machine has the card")
+    folder = tmp_path / "run"
+    base = [] if args[0].startswith(("experiment", "+model", "model=")) else ["model=v4_tiny"]
+    code, line = one_line(*base, *args, f"run_dir={folder}")
+    assert code == ExitCode.user_error
+    assert says in line
+    assert not folder.exists()
+
+
+# ---- run folders ------------------------------------------------------------------------------
+def folder_with_a_run(path: Path, *args: str) -> dict[str, bytes]:
+    """A folder as a run leaves it, and its bytes."""
+    (path / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (path / "config.yaml").write_text(dump(compose_run([*args, f"run_dir={path}"])))
+    (path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    return content(path)
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {str(p): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("model=v4_micro", "holds a run with model.name=v4_tiny, but now model.name=v4_micro"),
+        ("optim=adamw", "optim.name=muon, but now optim.name=adamw"),
+        ("seed=7", "seed=0, but now seed=7"),
+        ("train.seq_len=64", "train.seq_len=128, but now train.seq_len=64"),
+    ],
+)
+def test_folder_of_another_run_is_refused_and_kept(change, says, one_line, tmp_path):
+    before = folder_with_a_run(tmp_path, "model=v4_tiny")
+    args = [change] if change.startswith("model=") else ["model=v4_tiny", change]
+    code, line = one_line(*args, f"run_dir={tmp_path}")
+    assert code == ExitCode.user_error
+    assert says in line
+    assert content(tmp_path) == before
+
+
+def test_folder_that_is_no_run_is_refused_and_kept(one_line, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    code, line = one_line("model=v4_tiny", f"run_dir={tmp_path}")
+    assert (code, "is no run folder: it holds thesis.tex" in line) == (2, True)
+    assert content(tmp_path) == {str(tmp_path / "thesis.tex"): b"years of work"}
+
+
+def test_folder_with_a_damaged_config_is_refused_and_kept(one_line, tmp_path):
+    folder_with_a_run(tmp_path, "model=v4_tiny")
+    (tmp_path / "config.yaml").write_text("model: [unclosed")
+    before = content(tmp_path)
+    code, line = one_line("model=v4_tiny", f"run_dir={tmp_path}")
+    assert (code, "config.yaml cannot be read" in line) == (2, True)
+    assert content(tmp_path) == before
+
+
+def test_folder_that_cannot_be_written_is_named(one_line, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("x")
+    code, line = one_line("model=v4_tiny", f"run_dir={file}/run")
+    assert (code, f"{file} is a file" in line) == (2, True)
+    code, line = one_line("model=v4_tiny", "run_dir=/proc/run")
+    assert (code, "run_dir=/proc/run cannot be written" in line) == (2, True)
+
+
+def test_empty_run_dir_is_refused(one_line):
+    code, line = one_line("model=v4_tiny", "run_dir=")
+    assert (code, "run_dir" in line) == (2, True)
+
+
+# ---- files of the data section ------------------------------------------------------------------
+def source(kind: str, path: Path) -> list[str]:
+    return [f"+data.sources.mine.kind={kind}", f"+data.sources.mine.path={path}"]
+
+
+FILES = [
+    ("text that is absent", lambda p: source("text", p / "none.txt"), "none.txt"),
+    ("text that is empty", lambda p: source("text", p / "empty.txt"), "empty"),
+    ("json that is none", lambda p: source("jsonl", p / "bad.jsonl"), "bad.jsonl"),
+    ("store that is absent", lambda p: source("store", p / "store"), "store"),
+    ("store that is damaged", lambda p: source("store", p / "broken_store"), "broken_store"),
+    ("tokenizer that is absent", lambda p: [f"data.tokenizer={p}/none.json"], "none.json"),
+    ("tokenizer that is none", lambda p: [f"data.tokenizer={p}/bad.json"], "bad.json"),
+    ("tokenizer larger than the model", lambda p: ["data.vocab_size=600"], "600"),
+    ("init_from that is absent", lambda p: [f"init_from={p}/nowhere"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize(("what", "args", "says"), FILES, ids=[case[0] for case in FILES])
+def test_bad_file_is_one_line(what, args, says, one_line, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "bad.json").write_text("{}")
+    (tmp_path / "broken_store").mkdir()
+    (tmp_path / "broken_store" / "manifest.json").write_text("{")
+    before, folder = content(tmp_path), tmp_path / "run"
+    code, line = one_line(
+        "model=v4_tiny", *args(tmp_path), f"run_dir={folder}", f"data.cache_dir={tmp_path}/cache"
+    )
+    assert code == ExitCode.user_error
+    assert says in line
+    assert {k: v for k, v in content(tmp_path).items() if k in before} == before
+    assert not (folder / "metrics.jsonl").exists()
+
+
+# ---- as a real process ---------------------------------------------------------------------------
+@pytest.mark.parametrize("arg", ["modle=v4_nano", "train.steps=abc", "experiment=nope"])
+def test_process_prints_one_line_and_leaves_with_2(arg, tmp_path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "train" / "pretrain.py", arg],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_rank_0_prints(one_line, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert cli(["modle=v4_nano"]) == 2
+    assert capsys.readouterr() == ("", "")

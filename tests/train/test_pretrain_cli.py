@@ -1,0 +1,125 @@
+"""The entry from outside: any working directory, ``+model``, help, multirun, exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+import train.build
+from train.errors import ROOT, ExitCode, is_user_error
+from train.pretrain import cli
+
+ENTRY = ROOT / "train" / "pretrain.py"
+SHORT = [
+    "model=v4_tiny",
+    "train.steps=2",
+    "train.eval_tokens=256",
+    "sample.tokens=4",
+]
+
+
+def start(*args: str, cwd: Path, program: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *program, str(ENTRY), *args],
+        cwd=cwd, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+
+
+def test_run_starts_from_any_folder_and_again_does_nothing_more(tmp_path):
+    first = start(*SHORT, cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert steps(tmp_path / "runs" / "v4_tiny") == [1, 2]
+    again = cli([*SHORT, f"run_dir={tmp_path}/runs/v4_tiny"])
+    assert again == ExitCode.finished
+    assert steps(tmp_path / "runs" / "v4_tiny") == [1, 2]
+
+
+def test_multirun_gives_each_job_its_own_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = [*SHORT, "-m", "optim=muon,adamw", "run_dir=study"]
+    assert cli(args) == ExitCode.finished
+    for name in ("muon", "adamw"):
+        assert steps(tmp_path / "study_sweep" / f"optim={name}") == [1, 2]
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_multirun_goes_on_after_a_bad_job_and_tells(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = [*SHORT, "-m", "optim.lr=-1,1e-3", "run_dir=study"]
+    assert cli(args) == ExitCode.user_error
+    assert "error: optim.lr=-1.0" in capsys.readouterr().err
+    assert steps(tmp_path / "study_sweep" / "optim.lr=1e-3") == [1, 2]
+
+
+def test_launcher_runs_the_same_entry(tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "1")
+    done = start("+model=v4_flash", cwd=tmp_path, program=torchrun)
+    assert done.returncode == 1  # the launcher's own code
+    assert "error: model.name=v4_flash needs" in done.stderr
+    assert "smallest layouts that would fit:" in done.stderr
+    assert "exitcode  : 2" in done.stderr
+
+
+@pytest.mark.core
+def test_help_shows_groups_keys_and_examples(tmp_path):
+    done = start("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for text in ("model: v4_flash", "optim: adamw, muon", "train.steps=", "-m optim=muon,adamw"):
+        assert text in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.core
+def test_cfg_shows_the_whole_config_and_runs_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli(["+model=v4_tiny", "--cfg", "job"]) == 0
+    assert "hidden_size: 64" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+class Stub:
+    """A trainer that ends as told."""
+
+    def __init__(self, outcome):
+        self.outcome = outcome
+
+    def fit(self):
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+@pytest.mark.parametrize("code", list(ExitCode))
+def test_exit_code_of_the_trainer_is_that_of_the_process(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.build, "build", lambda run: Stub(code))
+    assert cli(["model=v4_tiny", f"run_dir={tmp_path}"]) == code
+
+
+def test_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
+    """Only a ValueError that our packages raised is the user's: this one comes from a test."""
+    monkeypatch.setattr(train.build, "build", lambda run: Stub(ValueError("shape mismatch")))
+    with pytest.raises(ValueError, match="shape mismatch"):
+        cli(["model=v4_tiny", f"run_dir={tmp_path}"])
+
+
+def test_interrupt_before_the_first_step_is_resumable(tmp_path, monkeypatch, capsys):
+    def interrupt(run):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train.build, "build", interrupt)
+    assert cli(["model=v4_tiny", f"run_dir={tmp_path}"]) == ExitCode.resumable
+    assert "same command" in capsys.readouterr().err
+
+
+@pytest.mark.core
+def test_error_raised_inside_a_library_is_not_the_users():
+    with pytest.raises(ValueError, match="invalid literal") as caught:
+        int("x")
+    assert not is_user_error(caught.value)
