@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.context import RopeTable
 from model.kernels.gather import gather_rows
+from model.kernels.select import select
 from model.linear import ActivationCast, Linear
 from model.norm import RMSNorm
-from model.rope import apply_rope
 from model.sequence_plan import CompressedPlan
 
 
@@ -40,6 +40,7 @@ class Compressor(nn.Module):
         self.ape = nn.Parameter(torch.empty(ratio, channels))
         self.norm = RMSNorm(dim, config.rms_norm_eps, config.kernels)
         self.cast = ActivationCast()
+        self._rope = select("rope", config.kernels)
 
     def forward(self, u_BTD: Tensor, plan: CompressedPlan, rope: RopeTable) -> Tensor:
         """Entries [B, E, dim] in the dtype of ``u``, normalised, rotated at their first token."""
@@ -54,7 +55,7 @@ class Compressor(nn.Module):
             )
             z_BEMC = torch.cat((z_previous, z_BEMC[..., self.dim :]), dim=2)
         e_BEK = (z_BEMC.softmax(dim=2) * k_BEMC).sum(dim=2)
-        return self.cast(apply_rope(self.norm(e_BEK.to(u_BTD.dtype)), *rope))
+        return self.cast(self._rope(self.norm(e_BEK.to(u_BTD.dtype)), *rope))
 
     def _blocks(self, x_BTC: Tensor, plan: CompressedPlan) -> Tensor:
         B, _, C = x_BTC.shape

@@ -12,7 +12,6 @@ from model.kernels.attention import AttentionResult, EntrySet
 from model.kernels.select import select
 from model.linear import ActivationCast, BlockLinear, Linear
 from model.norm import RMSNorm
-from model.rope import apply_rope
 
 Aux = dict[str, Tensor]
 
@@ -47,6 +46,7 @@ class WindowAttention(nn.Module):
         self.wo_b = Linear(self.groups * config.o_lora_rank, D)
         self._attention = select("attention", config.kernels)
         self._rms_norm = select("rms_norm", config.kernels)
+        self._rope = select("rope", config.kernels)
 
     def forward(self, u_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Aux]:
         """Attend.
@@ -62,15 +62,15 @@ class WindowAttention(nn.Module):
         cos, sin = self.rope(context)
         q_latent_BTQ = self.q_norm(self.wq_a(u_BTD))
         q_BTHK = self.wq_b(q_latent_BTQ).view(B, T, self.heads, self.head_dim)
-        q_BTHK = apply_rope(self._rms_norm(q_BTHK, None, self.eps), cos, sin)
-        kv_BTK = self.kv_cast(apply_rope(self.kv_norm(self.wkv(u_BTD)), cos, sin))
+        q_BTHK = self._rope(self._rms_norm(q_BTHK, None, self.eps), cos, sin)
+        kv_BTK = self.kv_cast(self._rope(self.kv_norm(self.wkv(u_BTD)), cos, sin))
         entries, finish = self.entries(u_BTD, q_latent_BTQ, context)
         window = T if self.kind is LayerKind.dense else self.window
         result = self._attention(
             q_BTHK, kv_BTK, self.attn_sink, context.plan.start_BT, window, entries
         )
         aux = finish(q_BTHK, result) if finish is not None else {}
-        o_BTHK = apply_rope(result.o_BTHK, cos, -sin)
+        o_BTHK = self._rope(result.o_BTHK, cos, -sin)
         o_BTGI = o_BTHK.reshape(B, T, self.groups, -1)
         return self.wo_b(self.wo_a(o_BTGI)), aux
 

@@ -10,8 +10,8 @@ from model.attention.compressor import Compressor
 from model.config import ModelConfig
 from model.context import RopeTable
 from model.kernels.indexer import IndexerInputs
+from model.kernels.select import select
 from model.linear import ActivationCast, Linear
-from model.rope import apply_rope
 from model.sequence_plan import CompressedPlan
 
 
@@ -35,6 +35,7 @@ class LightningIndexer(nn.Module):
         self.weights_proj = Linear(config.hidden_size, self.heads)
         self.compressor = Compressor(config, ratio, self.dim, overlap=True)
         self.q_cast = ActivationCast()
+        self._rope = select("rope", config.kernels)
 
     def forward(
         self,
@@ -48,7 +49,7 @@ class LightningIndexer(nn.Module):
         B, T, _ = u_BTD.shape
         u, q_latent = u_BTD.detach(), q_latent_BTQ.detach()
         q_BTJL = self.wq_b(q_latent).view(B, T, self.heads, self.dim)
-        q_BTJL = self.q_cast(apply_rope(q_BTJL, *rope))
+        q_BTJL = self.q_cast(self._rope(q_BTJL, *rope))
         k_BEL = self.compressor(u, plan, entry_rope)
         w_BTJ = self.weights_proj(u).float() * (self.dim * self.heads) ** -0.5
         return q_BTJL, k_BEL, w_BTJ
