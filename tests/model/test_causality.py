@@ -12,7 +12,7 @@ from dataclasses import replace
 import pytest
 
 from model.config import Kernels, LayerKind, Residual
-from tests.parity.models import tiny_config
+from tests.parity.configs import tiny_config
 from tests.parity.properties import check_causality
 
 # around the ends of blocks of 4 and 8, of the window, of the row

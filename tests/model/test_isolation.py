@@ -14,8 +14,8 @@ import torch
 
 from model.config import Kernels, LayerKind, Residual
 from model.loss import Objective
+from tests.parity.configs import tiny_config
 from tests.parity.harness import Case, build_ours, gradients, make_batch, make_weights
-from tests.parity.models import tiny_config
 from tests.parity.properties import check_isolation, check_no_gradient_across
 
 BOTH = [Kernels.reference, Kernels.fast]

@@ -23,6 +23,7 @@ from model.loss import ModelOutput, Objective
 from model.moe.balance import update_bias
 from model.moe.router import Gate
 from model.transformer import DeepSeekV4
+from tests.parity.configs import tiny_config
 from tests.parity.harness import (
     Case,
     build_ours,
@@ -33,7 +34,6 @@ from tests.parity.harness import (
     oracle,
     relative,
 )
-from tests.parity.models import tiny_config
 from tests.parity.oracle import sinkhorn
 from tests.parity.weights import Weights
 

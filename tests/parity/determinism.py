@@ -16,8 +16,8 @@ from model.config import Kernels, LayerKind
 from model.init import init_weights
 from model.loss import Objective
 from model.transformer import DeepSeekV4
+from tests.parity.configs import tiny_config
 from tests.parity.harness import Case, counts, make_batch
-from tests.parity.models import tiny_config
 
 
 def one_step(kernels: Kernels, seed: int) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from model.config import Attention, Kernels, LayerKind, Residual, Router
+from tests.parity.configs import tiny_config
 from tests.parity.harness import (
     Case,
     build_ours,
@@ -23,7 +24,6 @@ from tests.parity.harness import (
     oracle,
     run_ours,
 )
-from tests.parity.models import tiny_config
 from tests.parity.oracle import run_oracle, sinkhorn
 from tests.parity.weights import as_leaves
 

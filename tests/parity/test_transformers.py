@@ -23,6 +23,7 @@ from model.config import Kernels, LayerKind, ModelConfig
 from model.loss import Objective
 from model.state_dict import load_transformers, to_official, to_transformers
 from model.transformer import DeepSeekV4
+from tests.parity.configs import tiny_config
 from tests.parity.harness import (
     Case,
     build_ours,
@@ -34,7 +35,7 @@ from tests.parity.harness import (
     relative,
     run_ours,
 )
-from tests.parity.models import build_hf, hf_index_scores, tiny_config
+from tests.parity.models import build_hf, hf_index_scores
 from tests.parity.oracle import OracleObjective, run_oracle
 from tests.parity.weights import Weights, as_leaves, hf_view
 
