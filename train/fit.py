@@ -2,7 +2,7 @@
 
 Bytes of the fullest rank by kind, what a rank has here, and the smallest layouts that would fit,
 as a table. Parameters, gradients and optimizer states are exact for a given layout; activations
-are the coarse estimate of :func:`activation_bytes`, made to lie above what was measured.
+are the closed form of ``model/activation_memory.py``.
 
 Layouts are sharded as ``parallel`` does it: every parameter over dp_shard (and cp) of its pipeline
 stage, experts over ep first; masters and gradients fp32; a layer is gathered whole in its compute
@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from model.activation_memory import block_activation_bytes, head_bytes, mtp_bytes
 from model.config import LayerKind, ModelConfig
 from model.flops import parameter_counts, parameter_shapes
 from model.precision import precision_of
@@ -196,34 +197,6 @@ def report(run: RunConfig, plan: Plan, layout: ParallelConfig, world: World) -> 
     return "\n".join(lines)
 
 
-def activation_bytes(
-    model: ModelConfig, kind: LayerKind, compute_bytes: int, checkpoint: ActivationCheckpoint
-) -> tuple[float, float]:
-    """Bytes a token that one block keeps for its backward pass, and that it needs while it runs.
-
-    Summed over the tensors that autograd saves (fp32 where the model computes in fp32), so coarse
-    and rather too large than too small; the test compares it with real saved tensors.
-    """
-    c, hidden, streams = compute_bytes, model.hidden_size, model.num_streams
-    wide, inner = streams * hidden, model.moe_intermediate_size
-    heads = model.num_attention_heads * model.head_dim
-    slots = {LayerKind.csa: 32 * model.head_dim, LayerKind.hca: 16 * model.head_dim}
-    whole = wide * (5 * 4 + 3 * c) + hidden * (11 * 4 + 2 * c)
-    whole += heads * (4 + 3 * c) + model.q_lora_rank * (4 + 2 * c) + slots.get(kind, 0)
-    whole += model.o_groups * model.o_lora_rank * c
-    if kind is LayerKind.csa:
-        index = model.index_n_heads * model.index_head_dim
-        whole += 2 * c * index + 32 * model.index_head_dim
-    experts = model.num_experts_per_tok + model.n_shared_experts
-    whole += experts * (inner * (5 * 4 + 2 * c) + hidden * 2 * c)
-    if checkpoint == ActivationCheckpoint.none:
-        return whole, 0.0
-    if checkpoint == ActivationCheckpoint.block:
-        return wide * c, whole
-    matmuls = heads * c + hidden * 3 * c + experts * (2 * inner + hidden) * c
-    return wide * c + matmuls, whole - matmuls
-
-
 @dataclass
 class _Block:
     """Numbers of one position of the network: a block, the embedding, or norm and head.
@@ -322,18 +295,21 @@ class Needs:
     def _activations(
         self, stage: Stage, layout: ParallelConfig, here: list[int]
     ) -> tuple[float, float]:
-        """Bytes kept for one microbatch by the blocks ``here``, and of the running block."""
-        model, train = self.run.model, self.run.train
+        """Bytes kept for one microbatch by the positions ``here``, and of the running block."""
+        model, mode = self.run.model, self.run.train.activation_checkpoint.value
         tokens = stage.micro_batch_size * stage.seq_len / max(stage.cp, layout.cp)
-        compute = 4 if train.precision == Precision.fp32 else 2
+        compute = 4 if self.run.train.precision == Precision.fp32 else 2
         kept = running = 0.0
         for i in here:
-            if not 0 <= i < _num_blocks(model):
-                continue
-            kind = model.kind(i) if i < model.num_hidden_layers else LayerKind.swa
-            a, b = activation_bytes(model, kind, compute, train.activation_checkpoint)
-            kept, running = kept + a * tokens, max(running, b * tokens)
-        return kept, running
+            if 0 <= i < _num_blocks(model):
+                main = i < model.num_hidden_layers
+                kind, ratio = (model.kind(i), model.ratio(i)) if main else (LayerKind.swa, 0)
+                block = block_activation_bytes(model, kind, ratio, compute, mode)
+                kept, running = kept + block.kept, max(running, block.running)
+                kept += 0.0 if main else mtp_bytes(model, compute) + head_bytes(model, compute)
+            elif i >= 0:
+                kept += head_bytes(model, compute)
+        return kept * tokens, running * tokens
 
     def _gathered(self, layout: ParallelConfig, here: list[int]) -> float:
         """Whole weights in their compute dtype: of two blocks when sharded (one is prefetched)."""

@@ -1,17 +1,11 @@
 """Bytes per rank from the config alone, against counts, sharding rules and real saved tensors."""
 
 import pytest
-import torch
 
-from model.config import LayerKind, ModelConfig
 from model.flops import parameter_counts
-from model.init import init_weights
-from model.loss import Objective
-from model.transformer import DeepSeekV4
 from parallel.config import ParallelConfig
-from train.config import ActivationCheckpoint
 from train.errors import DoesNotFitError
-from train.fit import GB, Needs, World, activation_bytes, check, report, smallest_layouts
+from train.fit import GB, Needs, World, check, report, smallest_layouts
 from train.overrides import compose_run
 from train.stages import resolve
 
@@ -122,62 +116,17 @@ def test_report_names_this_world():
     assert "this world: 1 cpu rank(s) of 1.0 GB" in text
 
 
-# ---- activations, against what autograd really saves -----------------------------------------
-def model_of(kind: str, ratio: int, layers: int) -> ModelConfig:
-    return ModelConfig(
-        vocab_size=256, hidden_size=64, num_hidden_layers=layers, num_attention_heads=4,
-        head_dim=32, qk_rope_head_dim=8, q_lora_rank=32, o_groups=2, o_lora_rank=32,
-        compress_ratios=[ratio] * layers, layer_kinds=[LayerKind(kind)] * layers,
-        sliding_window=16, index_n_heads=16, index_head_dim=32, index_topk=8,
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
-        num_hash_layers=0, num_nextn_predict_layers=0,
-    )  # fmt: skip
-
-
-def saved_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of distinct storages that one forward pass saves, parameters and their casts aside."""
-    model = DeepSeekV4(config)
-    init_weights(model, 0)
-    model.compute_dtype = dtype
-    ids = torch.randint(0, config.vocab_size, (2, 128))
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {tuple(sorted(p.shape)) for p in model.parameters()}
-    found: dict[int, int] = {}
-
-    def keep(t: torch.Tensor) -> torch.Tensor:
-        if t.data_ptr() and t.untyped_storage().data_ptr() not in own:
-            if tuple(sorted(t.shape)) not in shapes:
-                found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    objective = Objective(
-        targets_K=(256.0,), tokens=256.0, mtp_weight=0.3, indexer_weight=0.01, balance_weight=1e-4,
-        indexer_phase="sparse", monitors=False,
-    )  # fmt: skip
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        model(ids, torch.zeros_like(ids), ids.roll(-1, 1)[..., None], objective)
-    return sum(found.values())
-
-
-@pytest.mark.parametrize(("kind", "ratio"), [("swa", 0), ("csa", 4), ("hca", 16)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_activation_estimate_is_near_what_is_saved(kind, ratio, dtype):
-    """Coarse on purpose: never far below what is saved, and at most three times it."""
-    configs = [model_of(kind, ratio, layers) for layers in (1, 3)]
-    real = (saved_bytes(configs[1], dtype) - saved_bytes(configs[0], dtype)) / 2 / 256
-    estimate, running = activation_bytes(
-        configs[0], LayerKind(kind), dtype.itemsize, ActivationCheckpoint.none
+def test_recomputing_blocks_keeps_less():
+    none, block = (
+        needs("model=v4_nano", f"train.activation_checkpoint={mode}").peak(ONE, "cpu").activations
+        for mode in ("none", "block")
     )
-    assert running == 0
-    assert 0.9 * real < estimate < 3 * real
+    assert block < none / 2
 
 
-def test_checkpointing_keeps_less_and_runs_one_block():
-    config = model_of("csa", 4, 1)
-    whole, _ = activation_bytes(config, LayerKind.csa, 2, ActivationCheckpoint.none)
-    block, running = activation_bytes(config, LayerKind.csa, 2, ActivationCheckpoint.block)
-    selective, rest = activation_bytes(config, LayerKind.csa, 2, ActivationCheckpoint.selective)
-    assert block == config.hc_mult * config.hidden_size * 2
-    assert running == whole
-    assert block < selective < whole
-    assert rest < running
+def test_pipeline_stages_hold_several_microbatches():
+    n = needs("model=v4_mini", "train.activation_checkpoint=none")
+    layouts = [ParallelConfig(dp_shard=1, pp=4, schedule=s) for s in ("1f1b", "gpipe")]
+    in_order, all_at_once = (n.peak(layout, "cuda").activations for layout in layouts)
+    assert in_order == pytest.approx(n.peak(ONE, "cuda").activations, rel=0.4)  # 4 of a quarter
+    assert all_at_once > 3 * in_order  # 16 microbatches
