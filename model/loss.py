@@ -66,36 +66,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """Forms loss and gradients together, chunk by chunk; backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int, dtype: torch.dtype
+    ) -> Tensor:
         needs_x, needs_w = ctx.needs_input_grad[:2]
-        w_fp32 = w_VD.float()
+        w = w_VD.to(dtype)
         grad_x = torch.zeros_like(x_ND, dtype=torch.float32) if needs_x else None
-        grad_w = torch.zeros_like(w_fp32) if needs_w else None
+        grad_w = torch.zeros_like(w_VD, dtype=torch.float32) if needs_w else None
         total = torch.zeros((), device=x_ND.device, dtype=torch.float32)
         for begin in range(0, x_ND.shape[0], chunk):
-            x, labels = x_ND[begin : begin + chunk].float(), labels_N[begin : begin + chunk]
-            counted = labels >= 0
-            logits = F.linear(x, w_fp32)
-            picked = logits.gather(1, labels.clamp(min=0)[:, None])[:, 0]
-            lse = logits.logsumexp(dim=-1)
-            total += ((lse - picked) * counted).sum()
-            if grad_x is None and grad_w is None:
+            rows = slice(begin, begin + chunk)
+            x, labels = x_ND[rows].to(dtype), labels_N[rows]
+            counted, target = labels >= 0, labels.clamp(min=0)[:, None]
+            logits = project(x, w)
+            top = logits.amax(dim=-1, keepdim=True)
+            picked = logits.gather(1, target) - top
+            p = logits.sub_(top).exp_()  # one exp serves the loss and the gradient
+            normaliser = p.sum(dim=-1, keepdim=True)
+            total += ((normaliser.log() - picked)[:, 0] * counted).sum()
+            if not (needs_x or needs_w):
                 continue
-            grad = logits.sub_(lse[:, None]).exp_()
-            grad.scatter_add_(
-                1, labels.clamp(min=0)[:, None], grad.new_full((len(labels), 1), -1.0)
-            )
-            grad *= counted[:, None]
+            p *= counted[:, None] / normaliser
+            p.scatter_add_(1, target, -counted[:, None].to(p.dtype))
+            grad = p.to(dtype)
             if grad_x is not None:
-                torch.mm(grad, w_fp32, out=grad_x[begin : begin + chunk])
+                grad_x[rows] = grad @ w
             if grad_w is not None:
-                grad_w.addmm_(grad.T, x)
+                grad_w += grad.T @ x
         ctx.save_for_backward(grad_x, grad_w)
         ctx.dtypes = x_ND.dtype, w_VD.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_w = ctx.saved_tensors
         x_dtype, w_dtype = ctx.dtypes
         return (
@@ -103,10 +106,28 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None if grad_w is None else (grad_w * grad).to(w_dtype),
             None,
             None,
+            None,
         )
 
 
-def cross_entropy_sum(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int) -> Tensor:
+def project(x: Tensor, w_VD: Tensor) -> Tensor:
+    """Logits in fp32 of operands of one dtype.
+
+    CUDA keeps the fp32 accumulator of a bf16 product; a CPU rounds it to bf16 once, as there is no
+    such product.
+    """
+    if x.dtype is torch.float32 or x.device.type != "cuda":
+        return F.linear(x, w_VD).float()
+    return torch.mm(x.flatten(0, -2), w_VD.T, out_dtype=torch.float32).unflatten(0, x.shape[:-1])
+
+
+def cross_entropy_sum(
+    x_ND: Tensor,
+    w_VD: Tensor,
+    labels_N: Tensor,
+    chunk: int,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Sum of cross-entropies over the labelled positions, nats; fp32 logits, never [N, V] at once.
 
     Args:
@@ -114,8 +135,9 @@ def cross_entropy_sum(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int) 
         w_VD: prediction head.
         labels_N: token ids, negative where nothing is predicted.
         chunk: positions of logits alive at once.
+        dtype: operands of the head's three products.
     """
-    return _ChunkedCrossEntropy.apply(x_ND, w_VD, labels_N, chunk)
+    return _ChunkedCrossEntropy.apply(x_ND, w_VD, labels_N, chunk, dtype)
 
 
 def cross_entropy_reference(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> Tensor:

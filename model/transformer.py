@@ -16,7 +16,7 @@ from model.config import ModelConfig, Residual
 from model.context import ForwardContext, IndexerPhase, build_context
 from model.hyper_connections import HyperHead, PlainHead
 from model.linear import Linear
-from model.loss import ModelOutput, Objective, cross_entropy_sum
+from model.loss import ModelOutput, Objective, cross_entropy_sum, project
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
 
@@ -29,6 +29,7 @@ class DeepSeekV4(nn.Module):
 
     Attributes:
         compute_dtype: dtype of the streams and of most matmuls; parameters stay fp32 masters.
+        head_dtype: operands of the head's products; the logits are fp32 either way.
         yarn: whether compressed layers use YaRN now (``yarn_from_seq_len`` delays it).
 
     Raises:
@@ -40,6 +41,7 @@ class DeepSeekV4(nn.Module):
         config.validate()
         self.config = config
         self.compute_dtype = torch.float32
+        self.head_dtype = torch.float32
         self.yarn = True
         self.embed = nn.Embedding(
             config.vocab_size,
@@ -161,6 +163,7 @@ class DeepSeekV4(nn.Module):
                 self.head.weight,
                 labels_BTK[..., k].flatten(),
                 self.config.loss_chunk_tokens,
+                self.head_dtype,
             )
             / max(objective.targets_K[k], 1)
             for k, h in enumerate(h_KBTD)
@@ -220,7 +223,7 @@ class DeepSeekV4(nn.Module):
         return [self._project(h_BTD) for h_BTD in outputs]
 
     def _project(self, h_BTD: Tensor) -> Tensor:
-        return F.linear(h_BTD.float(), self.head.weight.float())
+        return project(h_BTD.to(self.head_dtype), self.head.weight.to(self.head_dtype))
 
 
 def _documents(input_ids_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
