@@ -25,7 +25,7 @@ from optim.newton_schulz import Coefficients, newton_schulz
 
 # Elements orthogonalised in one call. On a CPU a chunk has to stay in cache through all
 # iterations; a GPU wants large batches and is bounded by the memory of the workspace.
-CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**27}
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 
 
 @dataclass(frozen=True)
