@@ -72,8 +72,5 @@ class Gate(nn.Module):
         if self.router is Router.hash:
             return self.tid2eid[ids_N].long()
         # stable: ties go to the lower expert
-        return (
-            (score_NE + self.bias)
-            .sort(dim=-1, descending=True, stable=True)
-            .indices[:, : self.topk]
-        )
+        ranked_NE = (score_NE + self.bias).sort(dim=-1, descending=True, stable=True).indices
+        return ranked_NE[:, : self.topk].contiguous()  # a view would keep all E alive
