@@ -45,11 +45,8 @@ class ConfigReads:
     def _watch(self, section: Any, prefix: str) -> None:
         own_class = type(section)
         for f in fields(section):
-            value = getattr(section, f.name)
-            for child in value if isinstance(value, list) else [value]:
-                if is_dataclass(child) and not isinstance(child, type):
-                    # All records of a list share their keys: one read of any counts.
-                    self._watch(child, f"{prefix}{f.name}.")
+            for name, child in _sections(f.name, getattr(section, f.name)):
+                self._watch(child, f"{prefix}{name}.")
         names = {f.name for f in fields(section)}
         read = self.read
 
@@ -68,15 +65,25 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every key that holds a value, not a section, with the value; records of a list once."""
     seen: set[str] = set()
     for f in fields(config):
-        value, key = getattr(config, f.name), f"{prefix}{f.name}"
-        sections = [v for v in (value if isinstance(value, list) else [value]) if is_dataclass(v)]
+        value = getattr(config, f.name)
+        sections = list(_sections(f"{prefix}{f.name}", value))
         if not sections:
-            yield key, value
-        for section in sections:
+            yield f"{prefix}{f.name}", value
+        for key, section in sections:
             for name, leaf in leaves(section, f"{key}."):
                 if name not in seen:
                     seen.add(name)
                     yield name, leaf
+
+
+def _sections(key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Sections that a value holds, with their keys; those of a list share one key."""
+    if is_dataclass(value) and not isinstance(value, type):
+        yield key, value
+    elif isinstance(value, list):
+        yield from ((key, item) for item in value if is_dataclass(item))
+    elif isinstance(value, dict):
+        yield from ((f"{key}.{k}", item) for k, item in value.items() if is_dataclass(item))
 
 
 def _is_use() -> bool:

@@ -68,24 +68,45 @@ METRICS = (
     Metric("expert_load_max", "largest / mean tokens per expert, worst layer", Reduction.same),
     Metric("dead_experts", "experts that got no token, all layers", Reduction.same),
     Metric("clamped", "fraction of expert activations", Reduction.mean),
-    Metric("captured_mass", "fraction of the teacher's mass in the top-k", Reduction.mean),
-    Metric("recall", "fraction of the teacher's top-k in the indexer's", Reduction.mean),
-    Metric("leaves_out", "fraction of queries that see more than top-k entries", Reduction.mean),
+    Metric("indexer_captured_mass", "fraction of the teacher's mass in the top-k", Reduction.mean),
+    Metric("indexer_recall", "fraction of the teacher's top-k in the indexer's", Reduction.mean),
+    Metric(
+        "indexer_leaves_out", "fraction of queries that see more than top-k entries", Reduction.mean
+    ),
     Metric("stream_gain", "norm after / norm before a block", Reduction.mean),
+    Metric("quant_error_*", "squared error / squared norm, per part of quant", Reduction.mean),
+    Metric("quant_zeroed_*", "fraction of non-zero values rounded to zero", Reduction.mean),
+    Metric("quant_saturated_*", "fraction of values at the largest element", Reduction.mean),
+    Metric(
+        "quant_scale_log2_*", "log2 of largest / smallest group scale in a block", Reduction.mean
+    ),
+    Metric("quant_lossy_*", "fraction of blocks that FP8 cannot hold", Reduction.mean),
     Metric("val_loss", "nats per target token", Reduction.sum),
     Metric("val_bits_per_byte", "bits per byte of validation text", Reduction.sum),
     Metric("tokens_per_second", "tokens per second, padding included", Reduction.same, True),
     Metric("step_seconds", "seconds", Reduction.max, True),
-    Metric("data_seconds", "seconds of the step spent on the batch", Reduction.max, True),
     Metric("eval_seconds", "seconds of the evaluation after the step", Reduction.max, True),
-    Metric("checkpoint_seconds", "seconds the run stood still for a save", Reduction.max, True),
+    Metric("checkpoint_seconds", "seconds of the save before the step", Reduction.max, True),
     Metric("peak_memory_bytes", "bytes, largest of any rank", Reduction.max, True),
     Metric("mfu", "fraction of the machine's measured matmul rate", Reduction.same, True),
 )
-BY_NAME = {metric.name: metric for metric in METRICS}
+_BY_NAME = {metric.name: metric for metric in METRICS}
 MEASURED = frozenset(metric.name for metric in METRICS if metric.measured)
 
 Record = dict[str, Any]
+
+
+def metric_of(name: str) -> Metric:
+    """The line of the table that describes a field; ``quant_error_experts`` is of a family.
+
+    Raises:
+        KeyError: there is none.
+    """
+    families = (m for m in METRICS if m.name.endswith("*") and name.startswith(m.name[:-1]))
+    found = _BY_NAME.get(name) or next(families, None)
+    if found is None:
+        raise KeyError(f"metric {name} has no line in the table of train/metrics.py")
+    return found
 
 
 def unmeasured(record: Mapping[str, Any]) -> Record:
@@ -104,7 +125,7 @@ def monitor_values(monitors: Mapping[str, Tensor]) -> Record:
         name, _, part = key.rpartition(".")
         if part != "sum":
             continue
-        assert BY_NAME[name].reduction is Reduction.mean, name
+        assert metric_of(name).reduction is Reduction.mean, name
         count = float(monitors[f"{name}.count"])
         if count:
             values[name] = float(total) / count
@@ -150,7 +171,9 @@ class MetricsFile:
         Raises:
             KeyError: a field that has no line in :data:`METRICS`.
         """
-        line = json.dumps({BY_NAME[k].name: _json_value(v) for k, v in record.items()})
+        for name in record:
+            metric_of(name)
+        line = json.dumps({name: _json_value(value) for name, value in record.items()})
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

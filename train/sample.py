@@ -2,41 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
-from torch import Tensor
 
-
-class HasLogits(Protocol):
-    """A model that predicts the next token."""
-
-    def logits(self, input_ids_BT: Tensor) -> Tensor:
-        """Logits [B, T, V] of the token after each position."""
-        ...
-
-
-class TextTokenizer(Protocol):
-    """Text to ids and back."""
-
-    @property
-    def eos_id(self) -> int:
-        """End of a document."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
-        ...
-
-    def decode(self, ids: list[int]) -> str:
-        """Text of ids."""
-        ...
+from data.tokenizer import Tokenizer
+from model.transformer import DeepSeekV4
 
 
 @torch.no_grad()
 def continue_text(
-    model: HasLogits,
-    tokenizer: TextTokenizer,
+    model: DeepSeekV4,
+    tokenizer: Tokenizer,
     prompt: str,
     num_tokens: int,
     temperature: float,
@@ -46,7 +21,7 @@ def continue_text(
     """Continue ``prompt`` until ``num_tokens`` are written or the document ends.
 
     Args:
-        model: computes logits in fp32.
+        model: trained.
         tokenizer: of the run.
         prompt: beginning; where it has no ids, an end-of-document token starts the text.
         num_tokens: length of the continuation, tokens.

@@ -13,6 +13,7 @@ from train.metrics import (
     MEASURED,
     MetricsFile,
     load_values,
+    metric_of,
     monitor_values,
     read_metrics,
     unmeasured,
@@ -35,6 +36,11 @@ def test_promised_fields_are_in_the_table(tmp_path):
 def test_unknown_field_is_refused(tmp_path):
     with pytest.raises(KeyError, match="lossy"):
         MetricsFile(tmp_path / "metrics.jsonl").write({"step": 1, "lossy": 2.0})
+
+
+def test_families_of_fields_have_one_line():
+    assert metric_of("quant_error_experts") is metric_of("quant_error_experts_input")
+    assert metric_of("quant_scale_log2_experts").name == "quant_scale_log2_*"
 
 
 def test_values_survive_to_the_last_bit_and_nan_is_null(tmp_path):
@@ -70,13 +76,13 @@ def test_cut_without_a_file_makes_none(tmp_path):
 def test_monitors_divide_sums_and_leave_out_what_was_not_counted():
     got = monitor_values(
         {
-            "recall.sum": torch.tensor(3.0),
-            "recall.count": torch.tensor(4.0),
+            "indexer_recall.sum": torch.tensor(3.0),
+            "indexer_recall.count": torch.tensor(4.0),
             "clamped.sum": torch.tensor(0.0),
             "clamped.count": torch.tensor(0.0),
         }
     )
-    assert got == {"recall": 0.75}
+    assert got == {"indexer_recall": 0.75}
     with pytest.raises(KeyError, match="novelty"):
         monitor_values({"novelty.sum": torch.tensor(1.0), "novelty.count": torch.tensor(1.0)})
 

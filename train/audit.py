@@ -1,0 +1,311 @@
+"""The audit: a run that does not do what it was asked to stops in its first steps.
+
+DESIGN section 2, Honest. It goes by what ran, not by what the config says: gradients, bits before
+and after an update, outputs of the seams. Before the first audited step it checks owners, hash
+tables and the isolation of documents; then it holds the first steps of every stage (and of every
+start) against ``train/audit_checks.py``; then it asks what never showed: parameters without a
+gradient, config keys that nothing read. A resumed run is audited again: another machine may do
+otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.batch import IGNORE
+from model.loss import Objective
+from model.transformer import DeepSeekV4
+from optim.groups import build_table
+from parallel.engine import Engine, Shares, Update
+from train.audit_checks import CHECKS, Evidence, lr_to_judge
+from train.config import RunConfig
+from train.config_reads import ConfigReads
+from train.inactive_keys import needed
+from train.params_table import split_counts
+from train.seam_watch import watch_seams
+from train.stages import Plan, Stage, trains
+from train.step import GlobalBatch, StepObserver, StepPlan
+
+log = logging.getLogger(__name__)
+
+AUDITED_STEPS = 3  # at the beginning of every stage and of every start
+_FEW_TOKENS = 16  # an expert that got fewer may have met none whose loss reaches it
+
+
+class AuditError(RuntimeError):
+    """The run does not do what it was asked to; one line a fault, each with the check's name."""
+
+
+class Audit:
+    """Watches the first steps of a run.
+
+    Args:
+        run: what was asked for.
+        plan: its stages.
+        engine: what runs.
+        reads: which config keys were read so far.
+    """
+
+    def __init__(self, run: RunConfig, plan: Plan, engine: Engine, reads: ConfigReads) -> None:
+        assert isinstance(engine.model, DeepSeekV4)
+        self._run, self._plan, self._engine, self._reads = run, plan, engine, reads
+        self._model = engine.model
+        shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        table = build_table(shapes, run.optim, split_counts(run.model))
+        self._records = {record.name: record for record in table}
+        self._stage: Stage | None = None
+        self._steps = 0
+        self._gradients: dict[str, Tensor] = {}
+        self._loads: dict[str, Tensor] = {}
+        self._longest = 0
+        self._unjudged: set[str] = set()
+        self._judging_lr = 0.0
+        self._checked = False
+        self._result: dict[str, Any] = {"steps": [], "checks": [], "not_exercised": []}
+
+    def result(self) -> dict[str, Any]:
+        """What was audited, for the receipt; a fault never gets this far."""
+        return self._result
+
+    @contextmanager
+    def watching(self, step: StepPlan, rows: GlobalBatch) -> Iterator[StepObserver | None]:
+        """Audit ``step`` if it is one of those to be audited.
+
+        Raises:
+            AuditError: something is not as asked.
+        """
+        if step.stage is not self._stage:
+            self._enter_stage(step)
+        if not self._is_due(step):
+            yield None
+            return
+        if not self._checked:
+            _refuse([*self._owners(), *hash_tables(self._model), *isolation(self._model)])
+            self._checked = True
+        observer = _Observer(self._evidence(step, rows), self._engine)
+        with watch_seams(self._model) as observer.evidence.seams:
+            yield observer
+        self._judge(observer.evidence)
+
+    def _enter_stage(self, step: StepPlan) -> None:
+        self._stage, self._steps = step.stage, 0
+        self._gradients, self._loads, self._longest = {}, {}, 0
+        self._unjudged = self._trained(step)
+
+    def _is_due(self, step: StepPlan) -> bool:
+        """The first steps, and the first whose learning rate shows what the first ones hid."""
+        if self._steps < AUDITED_STEPS:
+            return True
+        return bool(self._unjudged) and step.lr >= self._judging_lr
+
+    def _trained(self, step: StepPlan) -> set[str]:
+        return {name for name in self._records if trains(name, step.stage, step.weights)}
+
+    def _evidence(self, step: StepPlan, rows: GlobalBatch) -> Evidence:
+        trained = self._trained(step)
+        state = self._engine.optimizer.state_dict()
+        return Evidence(
+            run=self._run,
+            step=step,
+            model=self._model,
+            trained=trained,
+            records=self._records,
+            before={name: t.detach().clone() for name, t in self._model.state_dict().items()},
+            optimizer_before={
+                name: {key: t.clone() for key, t in tensors.items()}
+                for name, tensors in state.items()
+                if name not in trained
+            },
+            longest_document=longest_document(rows.batch(0, step.num_rows).document_ids_BT),
+        )
+
+    def _judge(self, e: Evidence) -> None:
+        _refuse([f"{name}: {line}" for name, check in CHECKS.items() for line in check(e)])
+        if not e.update.applied:
+            return  # nothing moved; the next step will show
+        self._steps += 1
+        self._result["steps"].append(e.step.number)
+        self._result["checks"] = [*CHECKS, "isolation", "hash_table", "gradient", "config"]
+        for name, norms in e.grad_norms.items():
+            self._gradients[name] = self._gradients.get(name, torch.zeros_like(norms)) + norms
+        for name, load_E in e.shares.expert_load.items():
+            self._loads[name] = self._loads.get(name, torch.zeros_like(load_E)) + load_E
+        self._longest = max(self._longest, e.longest_document)
+        hidden = {name: lr_to_judge(e, name) for name in self._unjudged}
+        self._unjudged = {name for name, lr in hidden.items() if lr > e.step.lr}
+        self._judging_lr = max(hidden.values(), default=0.0)
+        if self._steps == AUDITED_STEPS or e.step.number == self._plan.steps:
+            self._end_window(e)
+
+    def _end_window(self, e: Evidence) -> None:
+        faults: list[str] = []
+        for name in sorted(e.trained):
+            problem, excuse = self._missing_gradient(name)
+            if problem and not excuse:
+                faults.append(f"gradient: {name} {problem} in {self._steps} step(s)")
+            elif problem:
+                self._result["not_exercised"].append(f"{name}: {excuse}")
+        faults += [
+            f"config: {key} was read by nothing"
+            for key in self._reads.unread()
+            if needed(self._run, key)
+        ]
+        self._reads.stop()
+        _refuse(faults)
+        log.info(
+            "audit: stage %s is as asked for (%d parameters, %d checks, steps %s)",
+            e.step.stage.name,
+            len(e.trained),
+            len(self._result["checks"]),
+            self._result["steps"],
+        )
+
+    def _missing_gradient(self, name: str) -> tuple[str, str]:
+        """What is wrong with a parameter's gradient so far, and what excuses it; empty: nothing."""
+        norms = self._gradients.get(name)
+        if ".ffn.experts." in name:
+            load_E = self._loads[f"{name.partition('.experts.')[0]}.gate"]
+            silent = torch.ones_like(load_E) if norms is None else (norms == 0)
+            for expert in silent.nonzero().flatten().tolist():
+                if load_E[expert] >= _FEW_TOKENS:
+                    return f"had no gradient for expert {expert}, which got tokens", ""
+            count = int(silent.sum())
+            few = f"{count} experts got fewer than {_FEW_TOKENS} tokens"
+            return ("had no gradient", few) if count else ("", "")
+        if norms is not None and bool((norms > 0).any()):
+            return "", ""
+        least = self._least_document(name)
+        if self._longest < least:
+            return "had no gradient", f"no document of {least} tokens (longest {self._longest})"
+        return "received no gradient", ""
+
+    def _least_document(self, name: str) -> int:
+        """Tokens that a document needs before a parameter can matter to a loss."""
+        parts = name.split(".")
+        if parts[0] == "mtp":
+            return 3 + int(parts[1])
+        if parts[0] != "layers":
+            return 2
+        ratio = self._run.model.ratio(int(parts[1]))
+        if ".indexer." in name:
+            return 2 * ratio + 1
+        return ratio + 2 if ".compressor." in name else 2
+
+    def _owners(self) -> list[str]:
+        """Every parameter stands in the optimizer's table once, under the owner asked for."""
+        table = Counter(record.name for record in self._engine.optimizer.table)
+        owners = {record.name: record.owner for record in self._engine.optimizer.table}
+        faults = []
+        for name, record in self._records.items():
+            if table[name] != 1:
+                faults.append(f"owner: {name} stands in the optimizer's table {table[name]} times")
+            elif owners[name] is not record.owner:
+                faults.append(
+                    f"owner: {name} belongs to {owners[name].value}, {record.owner.value} was asked"
+                )
+        unknown = sorted(set(table) - set(self._records))
+        return faults + [f"owner: {name} is no parameter of the model" for name in unknown]
+
+
+class _Observer:
+    """Collects the evidence of one step."""
+
+    def __init__(self, evidence: Evidence, engine: Engine) -> None:
+        self.evidence, self._engine = evidence, engine
+
+    def after_backward(self, shares: Shares) -> None:
+        """Note gradients and losses."""
+        e = self.evidence
+        e.shares = shares
+        for name, parameter in e.model.named_parameters():
+            if parameter.requires_grad:
+                e.requires_grad.add(name)
+            if parameter.grad is not None:
+                e.grad_norms[name] = _norms(name, parameter.grad)
+
+    def after_update(self, update: Update) -> None:
+        """Note what moved; frozen parameters keep their state objects, so both are compared."""
+        e = self.evidence
+        e.update = update
+        e.optimizer_after = self._engine.optimizer.state_dict()
+        e.moved = dict(self._engine.optimizer.moved)
+
+
+def _norms(name: str, grad: Tensor) -> Tensor:
+    """Norm of a gradient, one an expert for stacked ones."""
+    if ".ffn.experts." in name:
+        return grad.detach().flatten(1).norm(dim=1).float()
+    return grad.detach().norm().float()[None]
+
+
+def _refuse(faults: list[str]) -> None:
+    if faults:
+        shown = faults[:20] + ([f"... and {len(faults) - 20} more"] if len(faults) > 20 else [])
+        raise AuditError(
+            "the run does not do what it was asked to:\n" + "\n".join(f"  {f}" for f in shown)
+        )
+
+
+# ---- before the first step ----------------------------------------------------------------------
+def hash_tables(model: DeepSeekV4) -> list[str]:
+    """Faults of hash-routed layers: a constant table, or a row that names an expert twice."""
+    faults = []
+    for name, table_VK in model.named_buffers():
+        if not name.endswith(".tid2eid"):
+            continue
+        if bool((table_VK == table_VK[0]).all()):
+            faults.append(f"hash_table: {name} is constant: every token goes to the same experts")
+        elif table_VK.shape[1] > 1 and bool((table_VK.sort(dim=1).values.diff(dim=1) == 0).any()):
+            faults.append(f"hash_table: {name} names an expert twice for one token")
+        elif len(table_VK.unique()) < model.config.n_routed_experts:
+            faults.append(f"hash_table: {name} leaves experts out")
+    return faults
+
+
+def isolation(model: DeepSeekV4) -> list[str]:
+    """Faults of packing: the gradient of one document's loss with respect to another's embeddings.
+
+    It must be exactly zero whatever the precision. Values would only be equal up to rounding, since
+    the experts' products depend on how many rows each gets.
+    """
+    length = 2 * max((1, *model.config.ratios)) + 2
+    device = model.embed.weight.device
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(model.config.vocab_size, (1, 2 * length), generator=generator)
+    documents_BT = torch.arange(2 * length).ge(length).long()[None]
+    depths = 1 + len(model.mtp)
+    labels_BTK = torch.full((1, 2 * length, depths), IGNORE)
+    for k in range(depths):
+        labels_BTK[0, length : 2 * length - 1 - k, k] = ids_BT[0, length + 1 + k :]
+    embedded: list[Tensor] = []
+    handle = model.embed.register_forward_hook(lambda *call: embedded.append(call[2]))
+    objective = Objective((1.0,) * depths, 1.0, 1.0, indexer_weight=0.0, balance_weight=0.0)
+    tracked = model.embed.weight.requires_grad
+    model.embed.weight.requires_grad_(True)
+    try:
+        output = model(ids_BT.to(device), documents_BT.to(device), labels_BTK.to(device), objective)
+        (grad_BTD,) = torch.autograd.grad(output.total, embedded[0])
+    finally:
+        handle.remove()
+        model.embed.weight.requires_grad_(tracked)
+    leak, own = float(grad_BTD[:, :length].abs().max()), float(grad_BTD[:, length:].abs().max())
+    if leak > 0:
+        return [f"isolation: a document's loss reaches the one before it (gradient {leak:.2g})"]
+    return [] if own > 0 else ["isolation: a document's loss does not reach its own tokens"]
+
+
+def longest_document(document_ids_BT: Tensor) -> int:
+    """Tokens of the longest piece of a batch."""
+    positions = torch.arange(document_ids_BT.shape[1])
+    ids_BT = document_ids_BT.cpu()
+    begins_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
+    start_BT = torch.where(begins_BT, positions, 0).cummax(dim=1).values
+    return int(((positions - start_BT + 1) * (ids_BT >= 0)).max())

@@ -1,0 +1,314 @@
+"""What the audit holds against what was asked for (DESIGN section 2, Honest).
+
+Each check looks at the evidence of one step, which is what ran: gradients, bits before and after
+the update, outputs of the seams beside those of the plain ops. It yields one line a fault. To add a
+check, write it and add a line to :data:`CHECKS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.config import LayerKind, Router
+from model.moe.router import Gate
+from model.precision import precision_of
+from model.transformer import DeepSeekV4
+from optim.groups import Owner, ParamRecord
+from parallel.engine import Shares, Update
+from quant.config import ExpertFormat
+from train.config import RunConfig
+from train.seam_watch import SeamReading
+from train.step import StepPlan
+
+_FLAT = (0.5, 1.5)  # singular values of an orthogonalised matrix (5 steps: 0.7 .. 1.2)
+_LOST_DIGITS = 0.02  # rounding of W beside its update, above which an update cannot be judged
+_EPS = torch.finfo(torch.float32).eps
+
+
+@dataclass
+class Evidence:
+    """One audited step.
+
+    Attributes:
+        run: what was asked for.
+        step: what the step was to do.
+        model: after the step.
+        trained: parameters that the phase trains, by the config.
+        records: owner, split and decay of every parameter, by the config.
+        before: parameters and saved buffers before the step, by name.
+        optimizer_before: optimizer state of the frozen parameters before the step.
+        optimizer_after: optimizer state of all parameters after it.
+        requires_grad: names of the parameters that autograd tracked.
+        moved: parameter -> algorithm that the optimizer says it ran.
+        grad_norms: parameter -> norm of its gradient, per expert for stacked ones; none: absent.
+        shares: losses and loads.
+        update: whether it was applied.
+        seams: what the replaceable ops and casts did.
+        longest_document: tokens of the longest piece of the batch.
+    """
+
+    run: RunConfig
+    step: StepPlan
+    model: DeepSeekV4
+    trained: set[str]
+    records: dict[str, ParamRecord]
+    before: dict[str, Tensor]
+    optimizer_before: dict[str, dict[str, Tensor]]
+    optimizer_after: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    requires_grad: set[str] = field(default_factory=set)
+    moved: dict[str, str] = field(default_factory=dict)
+    grad_norms: dict[str, Tensor] = field(default_factory=dict)
+    shares: Shares = field(default_factory=Shares)
+    update: Update = field(default_factory=lambda: Update(0.0, False))
+    seams: SeamReading = field(default_factory=SeamReading)
+    longest_document: int = 0
+
+    @property
+    def applied(self) -> bool:
+        """Whether the step can have moved anything."""
+        return self.update.applied and self.step.lr > 0
+
+    def has_gradient(self, name: str) -> bool:
+        """Whether any element of the parameter's gradient is not zero."""
+        return name in self.grad_norms and bool((self.grad_norms[name] > 0).any())
+
+    def csa_layers(self) -> list[int]:
+        """Layers whose indexer can learn from this batch: it must see two entries to prefer one."""
+        config = self.run.model
+        return [
+            layer
+            for layer in range(config.num_hidden_layers)
+            if config.kind(layer) is LayerKind.csa
+            and self.longest_document > 2 * config.ratio(layer)
+        ]
+
+    def learned_gates(self) -> dict[str, Gate]:
+        """Gates whose choice is learned, by name, as the config lists them."""
+        config = self.run.model
+        names = [
+            f"layers.{layer}.ffn.gate"
+            for layer in range(config.num_hidden_layers)
+            if config.router(layer) is Router.learned
+        ]
+        names += [f"mtp.{k}.ffn.gate" for k in range(config.num_nextn_predict_layers)]
+        gates = {name: self.model.get_submodule(name) for name in names}
+        return {name: gate for name, gate in gates.items() if isinstance(gate, Gate)}
+
+
+Check = Callable[[Evidence], Iterator[str]]
+
+
+# ---- who moves what -----------------------------------------------------------------------------
+def frozen(e: Evidence) -> Iterator[str]:
+    """Trained parameters are tracked; frozen ones keep every bit, optimizer state included."""
+    weights = dict(e.model.named_parameters())
+    for name, weight in weights.items():
+        if name in e.trained and name not in e.requires_grad:
+            yield f"{name} should train in this phase but is frozen (requires_grad=False)"
+        if name in e.trained:
+            continue
+        if not torch.equal(weight, e.before[name]):
+            yield f"{name} is frozen in this phase but moved"
+        if name in e.grad_norms:
+            yield f"{name} is frozen in this phase but received a gradient"
+        for key, tensor in e.optimizer_before.get(name, {}).items():
+            if not torch.equal(tensor, e.optimizer_after[name][key]):
+                yield f"{name} is frozen in this phase but its optimizer state {key} moved"
+
+
+def owner(e: Evidence) -> Iterator[str]:
+    """Every trained parameter was moved, by the algorithm that was asked for."""
+    if not e.applied:
+        return
+    weights = dict(e.model.named_parameters())
+    for name in sorted(e.trained):
+        if e.has_gradient(name) and torch.equal(weights[name], e.before[name]):
+            yield f"{name} received a gradient but did not move: no optimizer owns it"
+            continue
+        asked = e.records[name].owner.value
+        ran = e.moved.get(name, "nothing")
+        if ran != asked:
+            yield f"{name}: {ran} moved it, but {asked} was asked for"
+
+
+def algorithm(e: Evidence) -> Iterator[str]:
+    """The update itself has the form of the algorithm: orthogonal for Muon, AdamW's formula."""
+    if not e.applied:
+        return
+    weights = dict(e.model.named_parameters())
+    for name in sorted(e.trained):
+        if e.has_gradient(name) and e.step.lr >= lr_to_judge(e, name):
+            form = _muon_form if e.records[name].owner is Owner.muon else _adamw_form
+            yield from form(e, name, weights[name].detach())
+
+
+def lr_to_judge(e: Evidence, name: str) -> float:
+    """Learning rate from which an update stands out of the rounding of the weight itself."""
+    muon = e.records[name].owner is Owner.muon
+    scale = e.run.optim.muon.rms if muon else 1.0
+    return _EPS * float(e.before[name].abs().max()) / (_LOST_DIGITS * scale)
+
+
+def _muon_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
+    record, lr = e.records[name], e.step.lr
+    shape = (record.num_matrices, -1, after.shape[-1])
+    norms = e.grad_norms[name]
+    which = int(norms.argmax()) if len(norms) == record.num_matrices else 0
+    old, new = (w.view(shape)[which].double() for w in (e.before[name], after))
+    update = (old * (1 - lr * record.weight_decay) - new) / (lr * e.run.optim.muon.rms)
+    singular = torch.linalg.svdvals(update / max(update.shape) ** 0.5)
+    flat = singular[(singular > _FLAT[0]) & (singular < _FLAT[1])]
+    share = float(flat.square().sum() / singular.square().sum().clamp(min=1e-30))
+    if float(singular[0]) > _FLAT[1] or share < 0.5:
+        yield (
+            f"{name}: muon was asked for, but the update has singular values up to"
+            f" {float(singular[0]):.2g} (orthogonal: 1) and {share:.0%} of its energy near 1"
+        )
+
+
+def _adamw_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
+    state, config = e.optimizer_after[name], e.run.optim.adamw
+    if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
+        yield f"{name}: adamw was asked for, but its state holds {sorted(state)}"
+        return
+    lr, decay, steps = e.step.lr, e.records[name].weight_decay, float(state["step"])
+    first = state["exp_avg"].double() / (1 - config.betas[0] ** steps)
+    second = state["exp_avg_sq"].double() / (1 - config.betas[1] ** steps)
+    expected = first / (second.sqrt() + config.eps)
+    got = (e.before[name].double() * (1 - lr * decay) - after.double()) / lr
+    error = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
+    if error > 0.1:  # bf16 state: 1e-2; rounding of W: up to _LOST_DIGITS an element
+        yield f"{name}: adamw was asked for, but the update is {error:.2g} off its formula"
+
+
+# ---- the objective ------------------------------------------------------------------------------
+def objective(e: Evidence) -> Iterator[str]:
+    """The total that was minimised is the sum of its parts under the weights asked for."""
+    losses, weights = e.shares.losses, e.step.weights
+    config = e.run.model
+    csa = sum(config.kind(i) is LayerKind.csa for i in range(config.num_hidden_layers))
+    parts = {
+        "loss": (1.0, losses["loss"]),
+        "loss_mtp": (weights.mtp, losses["loss_mtp"]),
+        "loss_indexer": (weights.indexer * csa, losses["loss_indexer"]),
+        "loss_balance": (weights.balance * len(e.learned_gates()), losses["loss_balance"]),
+    }
+    assert e.shares.total is not None
+    expected = sum(weight * float(value) for weight, value in parts.values())
+    total = float(e.shares.total)
+    if not abs(total - expected) <= 5e-6 * abs(expected):
+        shown = " + ".join(f"{w:g} * {name} {float(v):.6g}" for name, (w, v) in parts.items())
+        yield f"the objective is {total:.7g}, but {shown} = {expected:.7g}"
+
+
+def mtp(e: Evidence) -> Iterator[str]:
+    """MTP has a loss where it was asked for."""
+    depths = e.run.model.num_nextn_predict_layers
+    if not (depths and e.step.weights.mtp > 0 and e.longest_document > 2):
+        return
+    if len(e.model.mtp) != depths:
+        yield f"model.num_nextn_predict_layers={depths}, but the model has {len(e.model.mtp)}"
+    if not float(e.shares.losses["loss_mtp"]) > 0:
+        loss = float(e.shares.losses["loss_mtp"])
+        yield f"the MTP loss is {loss} with weight {e.step.weights.mtp}"
+
+
+def indexer(e: Evidence) -> Iterator[str]:
+    """The indexers have a loss where it was asked for."""
+    loss = float(e.shares.losses["loss_indexer"])
+    if e.step.weights.indexer > 0 and e.csa_layers() and not loss > 0:
+        yield f"the indexer loss is {loss} with weight {e.step.weights.indexer}"
+
+
+def balance(e: Evidence) -> Iterator[str]:
+    """The balance loss is there where it was asked for; 1 at perfect balance, never 0."""
+    loss = float(e.shares.losses["loss_balance"])
+    if e.step.weights.balance > 0 and e.learned_gates() and not loss > 0:
+        yield f"the balance loss is {loss} with weight {e.step.weights.balance}"
+
+
+def bias(e: Evidence) -> Iterator[str]:
+    """Every learned gate's bias moved by the speed asked for, against the load."""
+    speed = e.step.weights.bias_update_speed if e.update.applied else 0.0
+    for name, gate in e.learned_gates().items():
+        load_E = e.shares.expert_load.get(name)
+        if load_E is None:
+            yield f"{name} reported no expert load"
+            continue
+        expected = e.before[f"{name}.bias"] + speed * torch.sign(load_E.mean() - load_E)
+        if not torch.allclose(gate.bias, expected, rtol=0, atol=1e-3 * speed):
+            moved = float((gate.bias - e.before[f"{name}.bias"]).abs().max())
+            yield f"{name}.bias moved by {moved:g}, train.bias_update_speed asks for {speed:g}"
+
+
+# ---- precision and quantisation -----------------------------------------------------------------
+def precision(e: Evidence) -> Iterator[str]:
+    """The large matmuls ran in the dtype asked for."""
+    asked = e.run.train.precision.value
+    for name, dtype in e.seams.input_dtypes.items():
+        compute = precision_of(f"{name}.weight", asked).compute
+        if dtype != compute and (compute != torch.float32 or asked == "fp32"):
+            yield f"{name} multiplied in {dtype}, train.precision={asked} asks for {compute}"
+
+
+_OP_ERROR = {"fp4": (0.05, 0.4), "fp8": (0.01, 0.05)}  # relative error of a product of its format
+
+
+def quant(e: Evidence) -> Iterator[str]:
+    """Each part of the quant section acted on every module that it names, and nothing else did."""
+    parts = e.run.quant.parts()
+    on = e.step.stage.quantised
+    fp8_inputs = parts.activations  # their error adds to the weights'
+    for name, error in e.seams.op_errors.items():
+        part = _part_of(name)
+        wanted = getattr(parts, part) if part and on else False
+        if part == "experts" and on:
+            wanted = parts.experts.value if parts.experts is not ExpertFormat.none else False
+        low, high = _OP_ERROR["fp4" if wanted == "fp4" else "fp8"]
+        if wanted and not low < error < (0.5 if fp8_inputs else high):
+            yield f"quant.{part}: {name} gave products {error:.2g} off the plain ones"
+        if not wanted and error > 5e-3:
+            yield f"{name} gave products {error:.2g} off the plain ones, unasked by quant"
+    for name, error in e.seams.cast_errors.items():
+        part = "indexer" if ".indexer." in name else "kv"
+        wanted = on and getattr(parts, part)
+        if wanted and not error > 5e-3:
+            yield f"quant.{part}: {name} left its values as they were (relative {error:.2g})"
+        if not wanted and error > 0:
+            yield f"{name} changed its values by {error:.2g}, which quant.{part} did not ask for"
+    for name, rounded in e.seams.rounded_weights.items():
+        if rounded != (on and parts.stored):
+            is_read = "rounded to bf16" if rounded else "in full"
+            yield f"quant.stored={parts.stored}: {name}.weight is read {is_read}"
+
+
+def _part_of(module: str) -> str:
+    """Part of the quant section that names a linear; empty: none does."""
+    leaf = module.rpartition(".")[2]
+    if ".experts." in module:
+        return "experts"
+    if ".shared_experts." in module:
+        return "shared_experts"
+    if leaf in ("e_proj", "h_proj"):
+        return "mtp"
+    if leaf in ("wq_a", "wq_b", "wo_a", "wo_b") or module.endswith(".attn.wkv"):
+        return "attention"
+    return ""
+
+
+CHECKS: dict[str, Check] = {
+    "frozen": frozen,
+    "owner": owner,
+    "algorithm": algorithm,
+    "objective": objective,
+    "mtp": mtp,
+    "indexer": indexer,
+    "balance": balance,
+    "bias": bias,
+    "precision": precision,
+    "quant": quant,
+}

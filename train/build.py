@@ -1,0 +1,182 @@
+"""The composition root: a config in, a :class:`Trainer` out. Read it to see what a run is."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from data.loader import Loader, build_loader
+from data.prepare import build_tokenizer
+from model.init import init_weights
+from model.transformer import DeepSeekV4
+from optim.build import build_optimizer
+from parallel.activation_checkpoint import checkpoint_blocks
+from parallel.engine import Engine, TorchEngine
+from train.audit import Audit
+from train.checkpoint import Checkpoints
+from train.config import Device, Precision, RunConfig, WandbMode, dump
+from train.config_reads import ConfigReads
+from train.ema import WeightAverage
+from train.errors import UserError
+from train.evaluate import Evaluator
+from train.loop import Trainer, restore
+from train.metrics import MetricsFile
+from train.mfu import measured_matmul_rate
+from train.params_table import split_counts, write_params_table
+from train.phase import PhaseSwitch
+from train.profiling import ProfilerWindow
+from train.receipt import plain
+from train.report import RunReport
+from train.run_folder import CHECKPOINTS, CONFIG, METRICS
+from train.stages import Plan, resolve
+from train.stop import StopRequest
+from train.trackers import Console, TensorBoardTracker, Tracker, WandbTracker
+
+PARAMS = "params.csv"
+_DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+
+
+def build(run: RunConfig) -> Trainer:
+    """Put a run together and bring it to where its folder left off.
+
+    Raises:
+        ValueError: the input cannot be; names the key, the file and the values.
+    """
+    config_yaml = dump(run)
+    reads = ConfigReads(run)
+    plan = resolve(run)
+    folder = Path(run.run_dir)
+    stop = StopRequest(run.train.time_limit_seconds)
+    tokenizer = build_tokenizer(run.data)
+    loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
+    model = build_model(run, loader)
+    engine = build_engine(run, model)
+    phase = PhaseSwitch(engine, run.quant)
+    average = build_average(run, model)
+    evaluator = Evaluator(engine, loader, run.train.eval_tokens)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, run.train.keep_checkpoints)
+    metrics = MetricsFile(folder / METRICS)
+    progress = restore(run, engine, loader, average, checkpoints, metrics)
+    open_folder(folder, config_yaml, run, plan, engine, phase, evaluator)
+    return Trainer(
+        run=run,
+        plan=plan,
+        engine=engine,
+        loader=loader,
+        phase=phase,
+        average=average,
+        evaluator=evaluator,
+        audit=Audit(run, plan, engine, reads),
+        checkpoints=checkpoints,
+        metrics=metrics,
+        trackers=build_trackers(run, plan, engine, progress.step),
+        profiler=build_profiler(run, plan, engine),
+        report=RunReport(run, engine, tokenizer, evaluator, metrics, loader.manifest),
+        stop=stop,
+        matmul_rate=measured_matmul_rate(engine.device, _DTYPES[run.train.precision]),
+        progress=progress,
+    )
+
+
+def build_model(run: RunConfig, loader: Loader) -> DeepSeekV4:
+    """The model with its first weights, where it will compute."""
+    model = DeepSeekV4(run.model)
+    init_weights(model, run.seed, loader.token_counts(run.model.vocab_size))
+    model.compute_dtype = _DTYPES[run.train.precision]
+    checkpoint_blocks(model, run.train.activation_checkpoint.value)
+    return model.to(compute_device(run.train.device))
+
+
+def compute_device(asked: Device) -> torch.device:
+    """The device of this process; ``auto`` takes CUDA where there is one."""
+    if asked is Device.cpu or (asked is Device.auto and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def build_engine(run: RunConfig, model: DeepSeekV4) -> Engine:
+    """The engine of this world, with the optimizer.
+
+    Raises:
+        UserError: a layout that no engine runs yet.
+    """
+    layout = run.parallel.resolve(int(os.environ.get("WORLD_SIZE", "1")))
+    if layout.world_size > 1:
+        raise UserError(
+            f"parallel: {layout} on {layout.world_size} processes, but engine={run.engine.value}"
+            " runs one process only yet"
+        )
+    optimizer = build_optimizer(
+        model.named_parameters(), run.optim, split_counts=split_counts(run.model)
+    )
+    return TorchEngine(model, optimizer, model.embed.weight.device, run.optim.grad_clip)
+
+
+def build_average(run: RunConfig, model: DeepSeekV4) -> WeightAverage | None:
+    """The average of the weights, if it was asked for."""
+    decay = run.train.ema_decay
+    return WeightAverage(model.named_parameters(), decay) if decay else None
+
+
+def build_profiler(run: RunConfig, plan: Plan, engine: Engine) -> ProfilerWindow:
+    """The profiler's window.
+
+    Raises:
+        UserError: it lies behind the last step.
+    """
+    start, steps = run.train.profile_start, run.train.profile_steps
+    if steps and start + steps - 1 > plan.steps:
+        raise UserError(
+            f"train.profile_start={start} and train.profile_steps={steps} end behind the run's"
+            f" {plan.steps} steps"
+        )
+    return ProfilerWindow(Path(run.run_dir), start, steps, engine.device)
+
+
+def build_trackers(run: RunConfig, plan: Plan, engine: Engine, done: int) -> list[Tracker]:
+    """What shows metrics besides their file; on rank 0 only."""
+    if engine.rank or run.train.eval_only:
+        return []
+    folder, wandb = Path(run.run_dir), run.wandb
+    trackers: list[Tracker] = [Console(plan.steps, done, run.train.log_every)]
+    if wandb.mode is not WandbMode.disabled:
+        name = wandb.name or folder.name
+        trackers.append(
+            WandbTracker(wandb.mode.value, wandb.project, wandb.entity, name, folder, plain(run))
+        )
+    if run.tensorboard:
+        trackers.append(TensorBoardTracker(folder / "tensorboard", done))
+    return trackers
+
+
+def open_folder(
+    folder: Path,
+    config_yaml: str,
+    run: RunConfig,
+    plan: Plan,
+    engine: Engine,
+    phase: PhaseSwitch,
+    evaluator: Evaluator,
+) -> None:
+    """Write what is known before the first step: the resolved config and the table of parameters.
+
+    Raises:
+        UserError: evaluation is asked for and nothing is held out.
+    """
+    train, seq_len = run.train, plan.stages[0].seq_len
+    if (train.eval_every or train.eval_only) and not evaluator.has_text(seq_len):
+        key = "eval_only" if train.eval_only else "eval_every"
+        raise UserError(
+            f"train.{key}={getattr(train, key)} needs validation text, but"
+            f" data.validation.bytes={run.data.validation.bytes} holds out none"
+        )
+    if engine.rank:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+    phase.quantise(any(stage.quantised for stage in plan.reached()))
+    write_params_table(
+        folder / PARAMS, engine.optimizer.table, train.precision.value, phase.records
+    )

@@ -1,0 +1,87 @@
+"""Validation: nats per target token and bits per byte of text, on rows that never change."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+
+from data.batch import Batch, BatchCounts
+from data.global_batch import GlobalBatch
+from data.loader import Loader
+from model.context import IndexerPhase
+from model.loss import Objective
+from parallel.engine import Engine
+from train.metrics import Record
+from train.step import StepPlan, microbatches
+
+
+class Evaluator:
+    """Evaluates the model that an engine holds, in the state it is in.
+
+    Args:
+        engine: runs the model.
+        loader: has the validation split.
+        num_tokens: of an evaluation; 0 = the whole split.
+    """
+
+    def __init__(self, engine: Engine, loader: Loader, num_tokens: int) -> None:
+        self._engine, self._loader, self._num_tokens = engine, loader, num_tokens
+
+    def has_text(self, seq_len: int) -> bool:
+        """Whether anything is held out."""
+        return bool(self._loader.validation(seq_len, seq_len))
+
+    def evaluate(self, step: StepPlan) -> Record:
+        """Loss and bits per byte on the first rows of the split; nothing where none is held out.
+
+        Args:
+            step: whose row length, microbatch and indexer phase are used.
+        """
+        began = time.perf_counter()
+        batches = self._loader.validation(step.stage.seq_len, self._num_tokens)
+        if not batches:
+            return {}
+        loss, bits = self._measure(step, batches)
+        return {
+            "val_loss": loss,
+            "val_bits_per_byte": bits,
+            "eval_seconds": time.perf_counter() - began,
+        }
+
+    def text(self, step: StepPlan) -> bytes:
+        """The bytes that :meth:`evaluate` measures; empty where none are held out."""
+        if not self.has_text(step.stage.seq_len):
+            return b""
+        return self._loader.validation_bytes(step.stage.seq_len, self._num_tokens)
+
+    def _measure(self, step: StepPlan, batches: list[GlobalBatch]) -> tuple[float, float]:
+        counts = add_counts(batches)
+        objective = Objective(
+            targets_K=tuple(float(n) for n in counts.targets_K),
+            tokens=float(counts.tokens),
+            mtp_weight=0.0,
+            indexer_weight=0.0,
+            balance_weight=0.0,
+            indexer_phase=IndexerPhase(step.stage.indexer_phase.value),
+        )
+        shares = self._engine.evaluate(self._microbatches(step, batches), objective)
+        loss = float(shares.losses["loss"])
+        num_bytes = sum(batch.target_bytes for batch in batches)
+        return loss, loss * counts.targets_K[0] / math.log(2) / max(num_bytes, 1)
+
+    def _microbatches(self, step: StepPlan, batches: list[GlobalBatch]) -> Iterator[Batch]:
+        engine, size = self._engine, step.stage.micro_batch_size
+        for batch in batches:
+            rows = len(batch.rows)
+            yield from microbatches(batch, rows, size, engine.data_rank, engine.data_degree)
+
+
+def add_counts(batches: list[GlobalBatch]) -> BatchCounts:
+    """Counts of several batches together."""
+    depths = range(len(batches[0].counts.targets_K))
+    return BatchCounts(
+        tokens=sum(b.counts.tokens for b in batches),
+        targets_K=tuple(sum(b.counts.targets_K[k] for b in batches) for k in depths),
+        documents=sum(b.counts.documents for b in batches),
+    )

@@ -1,0 +1,85 @@
+"""Config keys that a run may rightly leave unread, and when.
+
+The audit takes every other key that nothing read for a wish that was ignored. Each line here is a
+claim that can be wrong, so it gives its reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+from model.config import LayerKind, Residual
+from optim.config import OptimizerName, ScheduleKind
+from train.config import RunConfig, WandbMode
+
+When = Callable[[RunConfig], bool]
+
+
+def _always(_: RunConfig) -> bool:
+    return True
+
+
+def _no_layer(*kinds: LayerKind) -> When:
+    def when(run: RunConfig) -> bool:
+        layers = range(run.model.num_hidden_layers)
+        return not any(run.model.kind(layer) in kinds for layer in layers)
+
+    return when
+
+
+# Pattern of full keys, why they may stay unread, in which runs.
+INACTIVE: tuple[tuple[str, str, When], ...] = (
+    ("data.vocab_size", "of a trained bpe only", lambda r: r.data.tokenizer != "bpe"),
+    ("data.workers", "the corpus was prepared by an earlier run", _always),
+    ("engine", "only torch is built; validation refuses the rest", _always),
+    ("model.num_key_value_heads", "1 is the only value that validation lets through", _always),
+    ("model.scoring_func", "the only value that validation lets through", _always),
+    ("model.topk_method", "the only value that validation lets through", _always),
+    ("model.norm_topk_prob", "the only value that validation lets through", _always),
+    ("model.tie_word_embeddings", "the only value that validation lets through", _always),
+    ("model.attention_bias", "the only value that validation lets through", _always),
+    (
+        "model.max_position_embeddings",
+        "a bound that the plan of stages is checked against",
+        _always,
+    ),
+    ("model.num_hash_layers", "model.routers names every layer", lambda r: bool(r.model.routers)),
+    ("model.hc_*", "one plain stream", lambda r: Residual(r.model.residual) is Residual.plain),
+    ("model.index_*", "no layer has an indexer", _no_layer(LayerKind.csa)),
+    (
+        "model.compress_rope_theta",
+        "no layer has entries",
+        _no_layer(LayerKind.csa, LayerKind.hca),
+    ),
+    ("model.rope_scaling.*", "no layer has entries", _no_layer(LayerKind.csa, LayerKind.hca)),
+    ("model.rope_scaling.*", "YaRN is off", lambda r: r.model.rope_scaling.factor == 1.0),
+    ("optim.muon.*", "no Muon in this run", lambda r: r.optim.name is OptimizerName.adamw),
+    (
+        "optim.schedule.*",
+        "a constant schedule has no end",
+        lambda r: r.optim.schedule.kind is ScheduleKind.constant,
+    ),
+    (
+        "optim.schedule.decay_start*",
+        "the cosine falls from the start",
+        lambda r: r.optim.schedule.kind is ScheduleKind.cosine,
+    ),
+    (
+        "optim.schedule.decay_start",
+        "given in tokens",
+        lambda r: r.optim.schedule.decay_start_tokens > 0,
+    ),
+    ("quant.*", "nothing is quantised", lambda r: not r.quant.active),
+    ("parallel.schedule", "no pipeline", lambda r: r.parallel.pp == 1),
+    ("train.profile_start", "no profile", lambda r: r.train.profile_steps == 0),
+    ("train.mtp_loss_weight*", "which one acts: where the learning rate stands", _always),
+    ("train.bias_stops_at_decay", "asked when the learning rate decays", _always),
+    ("sample.*", "no text is asked for", lambda r: r.sample.tokens == 0),
+    ("wandb.*", "Weights & Biases is off", lambda r: r.wandb.mode is WandbMode.disabled),
+)
+
+
+def needed(run: RunConfig, key: str) -> bool:
+    """Whether something has to read ``key`` in this run."""
+    return not any(fnmatchcase(key, pattern) and when(run) for pattern, _, when in INACTIVE)

@@ -1,0 +1,293 @@
+"""The trainer: steps, evaluations, checkpoints, and the folder that a run leaves behind.
+
+Order inside a step: batch, train_step, evaluation, the line in ``metrics.jsonl``, then the
+checkpoint, which counts on that line. A run that stops early (signal or time limit) does so between
+steps, saves, and returns the exit code that says "the same command continues".
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from data.loader import Loader
+from model.config import ModelConfig
+from model.flops import training_flops
+from parallel.engine import Engine
+from train import checkpoint
+from train.audit import Audit
+from train.checkpoint import Checkpoints
+from train.config import RunConfig
+from train.ema import WeightAverage
+from train.errors import ExitCode, UserError
+from train.evaluate import Evaluator
+from train.metrics import (
+    MetricsFile,
+    Record,
+    load_values,
+    monitor_values,
+    peak_memory_bytes,
+)
+from train.phase import PhaseSwitch
+from train.profiling import ProfilerWindow
+from train.report import RunReport
+from train.stages import Plan
+from train.step import GlobalBatch, StepPlan, StepResult, plan_step, train_step
+from train.stop import StopRequest
+from train.trackers import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run stands, between steps.
+
+    Attributes:
+        step: optimizer steps done.
+        tokens: positions trained, padding included.
+        skipped_steps: steps that were not finite.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, put together by ``train/build.py``.
+
+    Attributes:
+        run: the config.
+        plan: its stages.
+        engine: runs steps.
+        loader: plans batches.
+        phase: brings the model into the state that a step needs.
+        average: of the weights, if asked for.
+        evaluator: validation loss.
+        audit: of the first steps.
+        checkpoints: of the run's folder.
+        metrics: its ``metrics.jsonl``.
+        trackers: what else shows metrics; none on ranks above 0.
+        profiler: its window.
+        report: what the run leaves behind.
+        stop: whether to leave early.
+        matmul_rate: of this machine, FLOPs per second.
+        progress: where the run stands.
+    """
+
+    run: RunConfig
+    plan: Plan
+    engine: Engine
+    loader: Loader
+    phase: PhaseSwitch
+    average: WeightAverage | None
+    evaluator: Evaluator
+    audit: Audit
+    checkpoints: Checkpoints
+    metrics: MetricsFile
+    trackers: list[Tracker]
+    profiler: ProfilerWindow
+    report: RunReport
+    stop: StopRequest
+    matmul_rate: float
+    progress: Progress = field(default_factory=Progress)
+    _saved_step: int = -1
+    _save_seconds: float = 0.0
+
+    def fit(self) -> int:
+        """Train to the end of the plan, or until asked to stop.
+
+        Returns:
+            An :class:`ExitCode`: finished or resumable.
+        """
+        with self.stop:
+            if self.run.train.eval_only:
+                return self._evaluate_only()
+            self._saved_step = self.progress.step
+            while self.progress.step < self.plan.steps:
+                self._next_step()
+                early = self.engine.agree(bool(self.stop.reason))
+                if early and self.progress.step < self.plan.steps:
+                    return self._leave_early()
+            self._save()
+            self._close(finished=True)
+            return ExitCode.finished
+
+    def _next_step(self) -> None:
+        done = self.progress
+        step = plan_step(done.step + 1, done.tokens, self.plan, self.run.train, self.run.optim)
+        self.phase.enter(step)
+        self.profiler.before(step.number)
+        began = time.perf_counter()
+        rows = self.loader.plan(step.num_rows, step.stage.seq_len)
+        with self.audit.watching(step, rows) as observer:
+            self.phase.probe.begin_step(step.monitors)
+            result = train_step(self.engine, rows, step, observer)
+        seconds = time.perf_counter() - began
+        self.profiler.after(step.number)
+        if self.average is not None and result.update.applied:
+            self.average.update()
+        skipped = 0 if result.update.applied else 1
+        self.progress = Progress(
+            step.number, step.tokens + step.batch_tokens, done.skipped_steps + skipped
+        )
+        if skipped:
+            log.warning("step %d is not finite and was skipped", step.number)
+        record = self._record(step, rows, result, seconds)
+        if _due(step.number, self.run.train.eval_every, self.plan.steps):
+            record |= self.evaluator.evaluate(step)
+        if self.engine.rank == 0:
+            self.metrics.write(record)
+        for tracker in self.trackers:
+            tracker.show(record)
+        if _due(step.number, self.run.train.checkpoint_every):
+            self._try_to_save()
+
+    def _record(
+        self, step: StepPlan, rows: GlobalBatch, result: StepResult, seconds: float
+    ) -> Record:
+        shares, rate = result.shares, step.batch_tokens / seconds
+        record: Record = {
+            "step": self.progress.step,
+            "tokens": self.progress.tokens,
+            "stage": step.stage.name,
+            **{name: float(value) for name, value in shares.losses.items()},
+            "grad_norm": result.update.grad_norm,
+            "lr": step.lr,
+            "skipped_steps": self.progress.skipped_steps,
+            "documents": rows.counts.documents,
+            "padding": 1 - rows.counts.tokens / step.batch_tokens,
+            **load_values(shares.expert_load),
+            **monitor_values({**shares.monitors, **self.phase.probe.metrics()}),
+            "tokens_per_second": rate,
+            "step_seconds": seconds,
+            "peak_memory_bytes": peak_memory_bytes(self.engine.device),
+            "mfu": rate * flops_per_token(self.run.model, step) / self.matmul_rate,
+        }
+        if self._save_seconds:
+            record["checkpoint_seconds"], self._save_seconds = self._save_seconds, 0.0
+        return record
+
+    # ---- saving and leaving ------------------------------------------------------------------
+    def _save(self) -> None:
+        if self._saved_step == self.progress.step:
+            return
+        began = time.perf_counter()
+        self.metrics.sync()
+        state = {"progress": asdict(self.progress), "loader": self.loader.state_dict()}
+        tensors = checkpoint_tensors(self.engine, self.average)
+        path = self.checkpoints.save(self.progress.step, tensors, state)
+        self._saved_step = self.progress.step
+        self._save_seconds = time.perf_counter() - began
+        log.info("saved %s in %.1f s", path, self._save_seconds)
+
+    def _try_to_save(self) -> None:
+        """A full disk costs this checkpoint, not the run."""
+        try:
+            self._save()
+        except (OSError, CheckpointException) as error:
+            log.error("checkpoint of step %d failed, going on: %s", self.progress.step, error)
+
+    def _leave_early(self) -> int:
+        self._save()
+        log.info(
+            "%s: stopped after step %d of %d; the same command continues",
+            self.stop.reason,
+            self.progress.step,
+            self.plan.steps,
+        )
+        self._close(finished=False)
+        return ExitCode.resumable
+
+    def _last_step(self) -> StepPlan:
+        """The plan of the step just done, or of the first where none was."""
+        done, run = self.progress, self.run
+        return plan_step(max(1, done.step), done.tokens, self.plan, run.train, run.optim)
+
+    def _close(self, finished: bool) -> None:
+        if finished:
+            self.phase.enter(self._last_step())
+        if self.engine.rank == 0:
+            step = self._last_step() if finished else None
+            self.report.write(asdict(self.progress), self.audit.result(), step)
+        for tracker in self.trackers:
+            tracker.close()
+
+    def _evaluate_only(self) -> int:
+        done, step = self.progress, self._last_step()
+        self.phase.enter(step)
+        values = {"step": done.step, "tokens": done.tokens, **self.evaluator.evaluate(step)}
+        if self.engine.rank == 0:
+            self.report.write_evaluation(values)
+        return ExitCode.finished
+
+
+def restore(
+    run: RunConfig,
+    engine: Engine,
+    loader: Loader,
+    average: WeightAverage | None,
+    checkpoints: Checkpoints,
+    metrics: MetricsFile,
+) -> Progress:
+    """Bring everything to where the run's newest complete checkpoint left it, or to the start.
+
+    Returns:
+        Where the run stands.
+
+    Raises:
+        UserError: every checkpoint is damaged, or it is another model's.
+    """
+    checkpoints.clean()
+    newest = checkpoints.newest_good()
+    if newest is not None:
+        state = checkpoint.read(newest, checkpoint_tensors(engine, average))
+        progress = Progress(**state["progress"])
+        loader.load_state_dict(state["loader"])
+        log.info("resuming after step %d from %s", progress.step, newest)
+    else:
+        if checkpoints.published():
+            raise UserError(
+                f"run_dir={run.run_dir}: none of its {len(checkpoints.published())} checkpoints is"
+                " whole (see the log); move them away to start again"
+            )
+        progress = Progress()
+        if run.init_from:
+            _start_from(run.init_from, engine, average)
+    if engine.rank == 0:
+        metrics.cut(progress.step)
+    return progress
+
+
+def _start_from(source: str, engine: Engine, average: WeightAverage | None) -> None:
+    """Take weights, expert biases and hash tables from elsewhere; the optimizer starts fresh."""
+    path = checkpoint.locate(source)
+    model = {name: t for name, t in engine.state().items() if name.startswith("model.")}
+    checkpoint.read(path, model, partial=True)
+    if average is not None:
+        average.restart()
+    log.info("starting from the weights of %s", path)
+
+
+def checkpoint_tensors(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by layout-free name."""
+    return engine.state() | (average.state() if average is not None else {})
+
+
+def flops_per_token(config: ModelConfig, step: StepPlan) -> float:
+    """Useful FLOPs of forward and backward per position."""
+    stage = step.stage
+    flops = training_flops(
+        config, stage.seq_len, stage.indexer_phase.value, indexer_loss=step.weights.indexer > 0
+    )
+    return flops.total
+
+
+def _due(step: int, every: int, last: int | None = None) -> bool:
+    return step == last or (every > 0 and step % every == 0)

@@ -1,0 +1,57 @@
+"""``params.csv``: what happens to each parameter, by the tables that the code itself acts on."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from model.config import ModelConfig
+from model.precision import precision_of
+from optim.groups import ParamRecord
+from quant.apply import QuantRecord, describe
+
+COLUMNS = (
+    "name", "shape", "owner", "split", "weight_decay", "storage", "compute", "reduce", "quantised",
+)  # fmt: skip
+
+
+def split_counts(model: ModelConfig) -> dict[str, int]:
+    """Sizes of the model by which a Muon split may cut rows."""
+    return {
+        name: getattr(model, name) for name in ("o_groups", "num_attention_heads", "index_n_heads")
+    }
+
+
+def write_params_table(
+    path: Path, records: Iterable[ParamRecord], precision: str, quantised: Iterable[QuantRecord]
+) -> None:
+    """Write one line a parameter.
+
+    Args:
+        path: CSV to write.
+        records: the optimizer's table.
+        precision: ``train.precision``.
+        quantised: seams that quantisation replaced.
+    """
+    formats = {record.parameter: describe(record) for record in quantised if record.parameter}
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for r in records:
+            dtypes = precision_of(r.name, precision)
+            writer.writerow(
+                [
+                    r.name,
+                    "x".join(str(n) for n in r.shape),
+                    r.owner.value,
+                    r.split,
+                    r.weight_decay,
+                    *(
+                        str(dtype).removeprefix("torch.")
+                        for dtype in (dtypes.storage, dtypes.compute, dtypes.reduce)
+                    ),
+                    formats.get(r.name, "no"),
+                ]
+            )
+

@@ -1,0 +1,116 @@
+"""What a run leaves behind besides checkpoints and metrics: receipt, curve, text, comparison."""
+
+from __future__ import annotations
+
+import logging
+import lzma
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from data.tokenizer import Tokenizer
+from model.transformer import DeepSeekV4
+from parallel.engine import Engine
+from train.config import RunConfig
+from train.evaluate import Evaluator
+from train.metrics import MetricsFile, read_metrics
+from train.plots import draw_losses
+from train.receipt import code_version, config_hash, environment, plain, write_json
+from train.sample import continue_text
+from train.step import StepPlan
+
+log = logging.getLogger(__name__)
+
+CURVE, TEXT, RECEIPT, EVALUATION = "loss.png", "sample.txt", "receipt.json", "evaluation.json"
+
+
+class RunReport:
+    """Writes the last files of a run folder; on rank 0 only.
+
+    Args:
+        run: the config.
+        engine: holds the model.
+        tokenizer: of the run.
+        evaluator: of the validation split.
+        metrics: of the run.
+        manifest: what the data is, by hashes.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        evaluator: Evaluator,
+        metrics: MetricsFile,
+        manifest: Mapping[str, Any],
+    ) -> None:
+        self._folder, self._seed = Path(run.run_dir), run.seed
+        self._title = f"{run.model.name}, {run.optim.name.value}, {run.train.precision.value}"
+        self._sample = (run.sample.prompt, run.sample.tokens, run.sample.temperature)
+        self._facts = {
+            "config_sha256": config_hash(run),
+            "data": dict(manifest),
+            "layout": plain(run.parallel),
+            "code": code_version(),
+            "environment": environment(engine.device),
+        }
+        self._engine, self._tokenizer = engine, tokenizer
+        self._evaluator, self._metrics = evaluator, metrics
+
+    def write(
+        self, progress: Mapping[str, Any], audit: Mapping[str, Any], last: StepPlan | None
+    ) -> None:
+        """Write curve and receipt; of a finished run also a sample and the comparison with xz.
+
+        Args:
+            progress: steps, tokens, skipped steps.
+            audit: what the audit saw.
+            last: the last step of a finished run, None of one that stopped early.
+        """
+        records = read_metrics(self._metrics.path)
+        draw_losses(records, self._folder / CURVE, self._title)
+        receipt = {
+            **self._facts,
+            "finished": last is not None,
+            "progress": dict(progress),
+            "audit": dict(audit),
+            "final_metrics": records[-1] if records else {},
+        }
+        if last is not None:
+            self._write_text()
+            bits = receipt["final_metrics"].get("val_bits_per_byte")
+            receipt["validation"] = self._compare_with_xz(last, bits)
+        write_json(self._folder / RECEIPT, receipt)
+
+    def write_evaluation(self, values: Mapping[str, Any]) -> None:
+        """Write what an evaluation without training gave."""
+        write_json(self._folder / EVALUATION, {**self._facts, "metrics": dict(values)})
+        shown = " ".join(f"{name} {value:.5g}" for name, value in values.items())
+        log.info("evaluation: %s", shown)
+
+    def _write_text(self) -> None:
+        prompt, tokens, temperature = self._sample
+        if not tokens:
+            return
+        assert isinstance(self._engine.model, DeepSeekV4)
+        text = continue_text(
+            self._engine.model, self._tokenizer, prompt, tokens, temperature, self._seed,
+            self._engine.device,
+        )  # fmt: skip
+        (self._folder / TEXT).write_text(text + "\n", encoding="utf-8")
+        log.info("sample (%s):\n%s", self._folder / TEXT, text)
+
+    def _compare_with_xz(self, last: StepPlan, bits_per_byte: float | None) -> dict[str, Any]:
+        """Bits per byte of the evaluated text: the model's beside those of ``xz -9e``."""
+        text = self._evaluator.text(last)
+        if not text or bits_per_byte is None:
+            return {}
+        xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+        log.info(
+            "validation text, %d bytes: %.4f bits per byte under the model, %.4f under xz -9e",
+            len(text),
+            bits_per_byte,
+            xz,
+        )
+        return {"bytes": len(text), "bits_per_byte": bits_per_byte, "xz_bits_per_byte": xz}

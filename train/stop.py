@@ -1,0 +1,54 @@
+"""Reasons to stop early: a signal, or the wall clock. A run stops between steps and saves first."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class StopRequest:
+    """Notices SIGTERM, Ctrl-C and the time limit, while it is entered as a context.
+
+    A second Ctrl-C acts at once, as if this were not here.
+
+    Args:
+        time_limit_seconds: from construction on; 0 = no limit.
+    """
+
+    def __init__(self, time_limit_seconds: float = 0.0) -> None:
+        self._deadline = time.monotonic() + time_limit_seconds if time_limit_seconds else None
+        self._reason = ""
+        self._before: dict[int, Any] = {}
+
+    @property
+    def reason(self) -> str:
+        """Why to stop; empty: go on."""
+        if not self._reason and self._deadline is not None and time.monotonic() >= self._deadline:
+            self._reason = "the time limit"
+        return self._reason
+
+    def ask(self, reason: str) -> None:
+        """Stop after the step that is running."""
+        self._reason = self._reason or reason
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._notice)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _notice(self, number: int, _: FrameType | None) -> None:
+        if self._reason and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.ask(signal.Signals(number).name)
+        log.info("%s: saving after this step, then leaving", signal.Signals(number).name)
