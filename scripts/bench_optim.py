@@ -70,7 +70,10 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    model = load_model_config(args.model)
+    try:
+        model = load_model_config(args.model)
+    except ValueError as error:
+        raise SystemExit(f"bench_optim.py: {error}") from error
     config = OptimConfig()
     config.muon.dtype = MatmulDtype.bf16
     parameters = random_parameters(model_shapes(model), device)
