@@ -36,8 +36,12 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _lock_path(target: Path) -> Path:
+    return target.parent / f".{target.name}.lock"
+
+
 @contextmanager
-def locked(target: Path, key: str = "data.cache_dir") -> Iterator[None]:
+def locked(target: Path, key: str) -> Iterator[None]:
     """Hold the lock that belongs to a path.
 
     Raises:
@@ -45,7 +49,7 @@ def locked(target: Path, key: str = "data.cache_dir") -> Iterator[None]:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = (target.parent / f".{target.name}.lock").open("a")
+        lock = _lock_path(target).open("a")
     except OSError as error:
         raise ValueError(f"{key}: cannot write to {target.parent}: {error.strerror}") from error
     with lock:
@@ -53,17 +57,26 @@ def locked(target: Path, key: str = "data.cache_dir") -> Iterator[None]:
         yield
 
 
-def build_once(target: Path, build: Callable[[Path], None], resume: bool = False) -> Path:
+def build_once(
+    target: Path,
+    build: Callable[[Path], None],
+    resume: bool = False,
+    key: str = "data.cache_dir",
+) -> Path:
     """Return a cached folder, building it first where it is absent.
 
     Args:
         target: the folder.
         build: fills an empty folder (with ``resume``: possibly one that a killed build left).
         resume: keep what an interrupted build left instead of starting over.
+        key: config key that chose the place, for messages.
+
+    Raises:
+        ValueError: the place cannot be written.
     """
     if target.is_dir():
         return target
-    with locked(target):
+    with locked(target, key):
         if target.is_dir():
             return target
         partial = target.with_name(target.name + ".partial")
@@ -72,4 +85,6 @@ def build_once(target: Path, build: Callable[[Path], None], resume: bool = False
         partial.mkdir(exist_ok=True)
         build(partial)
         partial.rename(target)
+        # Whoever still waits for the lock, or makes a new one, finds the folder: none builds again.
+        _lock_path(target).unlink(missing_ok=True)
     return target

@@ -17,6 +17,7 @@ import inspect
 import json
 import platform
 import re
+import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -137,10 +138,12 @@ def _root(package: str) -> Path:
 
 
 def _version(package: str) -> str:
-    if package == _STDLIB:
+    """Version of a package by its import name; Python's for parts of the standard library."""
+    if package in sys.stdlib_module_names or package == _STDLIB:
         return platform.python_version()
+    _root(package)  # the clear error, where it is not installed
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        _root(package)  # the clear error, where it is not there at all
-        return "unknown"
+        names = importlib.metadata.packages_distributions().get(package, [])
+        return " ".join(f"{name} {importlib.metadata.version(name)}" for name in names)

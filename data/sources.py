@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,6 +90,7 @@ class DocumentStream:
 
     def __init__(self, name: str, source: SourceConfig, cache_dir: str) -> None:
         self._key = f"data.sources.{name}"
+        self._what = f"{self._key}.path={source.path} cannot be read as {source.kind.value}"
         self._column = source.text_key
         self._table = _load(name, source, cache_dir, streaming=True)
         self._position = 0
@@ -115,8 +117,8 @@ class DocumentStream:
                 break
             except Exception as error:  # the library raises many kinds
                 reason = " ".join(str(error.__cause__ or error).split())[:300]
-                at = f"{self._key}: document {self._position}"
-                raise ValueError(f"{at} cannot be read: {reason}") from error
+                at = f"{self._what}: document {self._position}"
+                raise ValueError(f"{at}: {reason}") from error
             if self._position >= start:
                 _check_columns(list(row), self._column, self._key)
                 out.append(_as_text(row[self._column], self._key, self._column))
@@ -230,17 +232,14 @@ def _load(name: str, source: SourceConfig, cache_dir: str, streaming: bool) -> A
         options["data_files"] = _checked_files(name, source)
         if source.kind is SourceKind.text:
             options |= {"sample_by": source.unit.value, "keep_linebreaks": True}
-    bars = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(builder, **options)
     except Exception as error:  # the library raises many kinds, some bare
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
         raise ValueError(f"{key} cannot be read as {source.kind.value}: {reason}") from error
-    finally:
-        if bars:
-            datasets.utils.logging.enable_progress_bar()
 
 
 def _checked_files(name: str, source: SourceConfig) -> list[str]:

@@ -161,8 +161,13 @@ class TokenStore:
 
     @property
     def hash(self) -> str:
-        """Hash of the manifest, which holds the checksums of all files."""
-        return digest(self.manifest)
+        """Hash of the checksums of all files: equal for equal content, wherever it came from."""
+        return digest([record["sha256"] for record in self._files()])
+
+    @property
+    def plan(self) -> dict[str, str]:
+        """Keys of the source and the tokenizer that it was made from."""
+        return self.manifest["plan"]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -230,11 +235,11 @@ class TokenStore:
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST
         if not self.folder.is_dir():
-            raise ValueError(f"{self._key}: no such folder")
+            partial = self.folder.with_name(self.folder.name + ".partial")
+            hint = ": it was not finished, run prepare_data.py again" if partial.is_dir() else ""
+            raise ValueError(f"{self._key}: no such folder{hint}")
         if not path.is_file():
-            partial = (self.folder / "plan.json").is_file()
-            why = "it was not finished, run prepare_data.py again" if partial else "not a store"
-            raise ValueError(f"{self._key}: no {MANIFEST} in it ({why})")
+            raise ValueError(f"{self._key}: no {MANIFEST} in it, so it is not a finished store")
         try:
             manifest = json.loads(path.read_text())
             checksum = manifest.pop("checksum")

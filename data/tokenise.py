@@ -52,7 +52,12 @@ class StoreJob:
 
 
 def write_store(
-    job: StoreJob, split: Split, tokenizer: Tokenizer, corpus: str, workers: int
+    job: StoreJob,
+    split: Split,
+    tokenizer: Tokenizer,
+    corpus: str,
+    workers: int,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Tokenise one text source into a folder; what an earlier call finished there is kept.
 
@@ -62,16 +67,18 @@ def write_store(
         tokenizer: makes the ids.
         corpus: key of the source and its split.
         workers: processes.
+        shard_bytes: text of a shard, about.
 
     Raises:
         ValueError: the folder holds the beginnings of another store.
     """
     folder = job.folder
     plan = {"corpus": corpus, "source": job.name, "tokenizer": tokenizer.hash}
+    plan["shard_bytes"] = str(shard_bytes)
     _check_plan(folder, plan)
     (folder / TOKENIZER).write_text(tokenizer.serialise())
     size_N = split.bytes_N[split.train]
-    ranges = _shard_ranges(size_N)
+    ranges = _shard_ranges(size_N, shard_bytes)
     records = progress_map(
         partial(_write_shard, job),
         [(number, split.train[a:b]) for number, (a, b) in enumerate(ranges)],
@@ -83,7 +90,7 @@ def write_store(
     texts = open_documents(job.name, job.source, job.cache_dir).texts(split.validation)
     manifest = {
         "format": FORMAT,
-        "source": job.name,
+        "plan": plan,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_hash": tokenizer.hash,
         "train": records,
@@ -144,9 +151,9 @@ def _publish(path: Path, text: str) -> None:
     partial_path.rename(path)
 
 
-def _shard_ranges(size_N: np.ndarray) -> list[tuple[int, int]]:
-    """Consecutive runs of documents of about ``SHARD_BYTES`` each."""
-    number_N = (np.cumsum(size_N) - 1) // SHARD_BYTES
+def _shard_ranges(size_N: np.ndarray, shard_bytes: int) -> list[tuple[int, int]]:
+    """Consecutive runs of documents of about so many bytes each."""
+    number_N = (np.cumsum(size_N) - 1) // shard_bytes
     starts = [0, *(np.flatnonzero(np.diff(number_N)) + 1).tolist(), len(size_N)]
     return list(itertools.pairwise(starts))
 

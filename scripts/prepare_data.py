@@ -1,0 +1,150 @@
+"""Tokenise a source once into a memory-mapped, checksummed token store.
+
+Several processes share the work; killed and started again by the same command it goes on where it
+was. The store holds the training shards, the held-out documents with their text, and the tokenizer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from data.cache import build_once
+from data.config import DataConfig, SourceConfig, SourceKind, TextUnit, ValidationConfig
+from data.prepare import build_tokenizer, corpus_key, corpus_split
+from data.token_store import TokenStore
+from data.tokenise import SHARD_BYTES, StoreJob, write_store
+
+EPILOG = """examples:
+  scripts/prepare_data.py --out stores/books --kind text --path books/ --vocab-size 16384
+  scripts/prepare_data.py --out stores/web --kind parquet --path 'web/*.parquet' \\
+      --tokenizer deepseek-v4 --workers 16
+  scripts/prepare_data.py --verify stores/web
+
+then train on it:
+  python train/pretrain.py data=store data.sources.store.path=stores/books model.vocab_size=16384
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make or verify a store; returns the exit code (2: the user's input cannot be)."""
+    options = parse(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        if options.verify:
+            store = TokenStore(options.verify, f"--verify {options.verify}")
+            store.verify()
+        else:
+            store = prepare(options)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    report(store)
+    return 0
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    v = ValidationConfig()
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="folder of the new store")
+    what.add_argument("--verify", type=Path, help="compare a store with its checksums and leave")
+    kinds = [kind.value for kind in SourceKind if kind is not SourceKind.store]
+    parser.add_argument("--kind", choices=kinds, default="embedded", help="kind of source")
+    parser.add_argument("--path", default="", help="file, folder, glob pattern or hub name")
+    parser.add_argument("--text-key", default="text", help="column with the text")
+    parser.add_argument("--unit", choices=[u.value for u in TextUnit], default="document",
+                        help="what one document is in a text file")  # fmt: skip
+    parser.add_argument("--subset", default="", help="configuration of a hub dataset")
+    parser.add_argument("--split", default="train", help="split of a hub dataset")
+    parser.add_argument("--revision", default="", help="revision of a hub dataset")
+    parser.add_argument("--packages", nargs="+", default=SourceConfig().packages,
+                        help="of the embedded corpus")  # fmt: skip
+    parser.add_argument("--tokenizer", default="bpe", help="as data.tokenizer (default: bpe)")
+    parser.add_argument("--vocab-size", type=int, default=4096, help="of a trained bpe")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES,
+                        help="text of a shard, the unit of work and of resuming")  # fmt: skip
+    parser.add_argument("--cache-dir", default=".cache/data", help="as data.cache_dir")
+    parser.add_argument("--validation-bytes", type=int, default=v.bytes, help="text held out")
+    parser.add_argument("--validation-seed", type=int, default=v.seed, help="chooses the documents")
+    parser.add_argument("--max-overlap", type=float, default=v.max_overlap,
+                        help="repeated shingles that are let pass in it")  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def prepare(options: argparse.Namespace) -> TokenStore:
+    """Make the store, or go on making it.
+
+    Raises:
+        ValueError: the source, the tokenizer or the folder cannot be used.
+    """
+    out: Path = options.out
+    shard_bytes: int = options.shard_bytes
+    if shard_bytes < 1:
+        raise ValueError(f"--shard-bytes {shard_bytes} must be at least 1")
+    name = out.name or "store"
+    source = SourceConfig(
+        kind=SourceKind(options.kind),
+        path=options.path,
+        text_key=options.text_key,
+        unit=TextUnit(options.unit),
+        subset=options.subset,
+        split=options.split,
+        revision=options.revision,
+        packages=options.packages,
+    )
+    cfg = DataConfig(
+        tokenizer=options.tokenizer,
+        vocab_size=options.vocab_size,
+        cache_dir=options.cache_dir,
+        sources={name: source},
+        workers=options.workers,
+        validation=ValidationConfig(
+            bytes=options.validation_bytes,
+            seed=options.validation_seed,
+            max_overlap=options.max_overlap,
+        ),
+    )
+    cfg.validate()
+    if out.exists() and not (out / "manifest.json").is_file():
+        raise ValueError(f"--out {out} exists and is not a token store: name another folder")
+    tokenizer = build_tokenizer(cfg)
+    plan = corpus_key(cfg)
+
+    def build(folder: Path) -> None:
+        job = StoreJob(name, source, cfg.cache_dir, folder)
+        write_store(job, corpus_split(cfg)[name], tokenizer, plan, cfg.workers, shard_bytes)
+
+    finished = out.is_dir()
+    build_once(out, build, resume=True, key=f"--out {out}")
+    store = TokenStore(out, f"--out {out}")
+    if finished and (store.plan["corpus"], store.plan["tokenizer"]) != (plan, tokenizer.hash):
+        raise ValueError(f"--out {out} holds a store of another source or tokenizer")
+    return store
+
+
+def report(store: TokenStore) -> None:
+    """What the store holds."""
+    train, held = store.train, store.validation
+    print(f"{store.folder}: {store.hash[:16]}")
+    print(f"  training    {len(train):>10} documents {train.num_tokens:>14} tokens")
+    print(f"  validation  {len(held):>10} documents {held.num_tokens:>14} tokens")
+    removed = store.manifest["near_duplicates_removed"]
+    print(f"  near-duplicates of training text removed: {removed}")
+    print(
+        f"  tokenizer   {store.manifest['vocab_size']} ids, {store.manifest['tokenizer_hash'][:16]}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

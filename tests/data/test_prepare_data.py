@@ -1,0 +1,102 @@
+"""scripts/prepare_data.py as a user runs it: several processes, killed and run again, verified."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.config import DataConfig, SourceConfig, SourceKind
+from data.loader import build_loader
+from data.prepare import build_tokenizer
+from data.token_store import TokenStore
+
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
+
+
+def command(*arguments: str | Path) -> list[str]:
+    return [sys.executable, str(SCRIPT), *map(str, arguments)]
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """Two and a half shards of JSON lines."""
+    folder = tmp_path_factory.mktemp("work")
+    with (folder / "web.jsonl").open("w") as file:
+        for i in range(400):
+            text = " ".join(f"word{i % 97} {i * j % 1009}" for j in range(400))
+            file.write(json.dumps({"body": text}) + "\n")
+    return folder
+
+
+def options(work: Path, out: str) -> list[str | Path]:
+    return [
+        "--out", work / out, "--cache-dir", work / "cache", "--kind", "jsonl", "--path",
+        work / "web.jsonl", "--text-key", "body", "--tokenizer", "byte", "--validation-bytes",
+        "20000", "--shard-bytes", "150000",
+    ]  # fmt: skip
+
+
+def test_a_killed_store_goes_on_and_equals_one_made_at_once(work):
+    done = run(*options(work, "whole/web"), "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "training" in done.stdout
+    whole = TokenStore(work / "whole" / "web", "whole")
+    assert len(whole.manifest["train"]) > 6
+
+    process = subprocess.Popen(
+        command(*options(work, "killed/web")),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    first = work / "killed" / "web.partial" / "train-00000.json"
+    while not first.exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (work / "killed" / "web").exists()
+    written = first.stat().st_mtime_ns
+
+    again = run(*options(work, "killed/web"))
+    assert again.returncode == 0, again.stderr
+    store = TokenStore(work / "killed" / "web", "killed")
+    assert store.hash == whole.hash
+    assert (store.folder / "train-00000.json").stat().st_mtime_ns == written
+    assert run(*options(work, "killed/web")).stdout == again.stdout
+
+    source = SourceConfig(kind=SourceKind.store, path=str(store.folder))
+    cfg = DataConfig(cache_dir=str(work / "cache"), sources={"web": source})
+    loader = build_loader(cfg, build_tokenizer(cfg), 0, 1)
+    assert loader.plan(4, 1000).counts.tokens == 4000
+    assert sum(b.target_bytes for b in loader.validation(1000)) >= 20_000 - 10
+
+    assert run("--verify", store.folder).returncode == 0
+    shard = store.folder / "train-00001.tokens.npy"
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    verified = run("--verify", store.folder)
+    assert verified.returncode == 2
+    assert "train-00001.tokens.npy has sha256" in verified.stderr
+
+
+def test_help_and_bad_input(work):
+    help_text = run("--help")
+    assert help_text.returncode == 0
+    assert "--workers" in help_text.stdout
+    missing = run("--out", work / "x", "--kind", "text", "--path", work / "none")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: data.sources.x.path=")
+    assert missing.stderr.count("\n") == 1
+    foreign = run("--out", work)
+    assert foreign.returncode == 2
+    assert "is not a token store" in foreign.stderr
