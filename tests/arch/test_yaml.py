@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from train.overrides import CONF, compose_run, groups, options
@@ -18,9 +19,20 @@ def test_defaults_compose_to_the_small_model():
     assert resolve(run).steps == run.train.steps
 
 
+def missing_paths(group: str, option: str) -> list[str]:
+    """Paths that only the user can give."""
+    content = yaml.safe_load((CONF / group / f"{option}.yaml").read_text()) or {}
+    sources = content.get("sources", {}) if group == "data" else {}
+    return [
+        f"data.sources.{name}.path=somewhere"
+        for name, source in sources.items()
+        if source.get("path") == "???"
+    ]
+
+
 @pytest.mark.parametrize(("group", "option"), CHOICES, ids=lambda v: v)
 def test_option_composes_and_has_a_plan(group, option):
-    run = compose_run([f"{group}={option}"])
+    run = compose_run([f"{group}={option}", *missing_paths(group, option)])
     plan = resolve(run)
     assert plan.steps > 0
     if group == "model":

@@ -130,3 +130,14 @@ def test_pipeline_stages_hold_several_microbatches():
     in_order, all_at_once = (n.peak(layout, "cuda").activations for layout in layouts)
     assert in_order == pytest.approx(n.peak(ONE, "cuda").activations, rel=0.4)  # 4 of a quarter
     assert all_at_once > 3 * in_order  # 16 microbatches
+
+
+@pytest.mark.parametrize("name", ["v4_flash", "v4_pro"])
+def test_layouts_of_the_paper_presets_fit_80_gb(name):
+    n = needs(f"experiment={name}")
+    layout = n.run.parallel
+    assert n.peak(layout, "cuda").total < 80 * GB
+    assert all(
+        stage.quantum_tokens // stage.seq_len % (layout.row_degree // stage.cp or 1) == 0
+        for stage in n.stages
+    )

@@ -1,5 +1,6 @@
 """The entry from outside: any working directory, ``+model``, help, multirun, exit codes."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -18,6 +19,11 @@ SHORT = [
     "train.steps=2",
     "train.eval_tokens=256",
     "sample.tokens=4",
+    # A real text that every machine has, small enough to prepare at once.
+    "data.sources.mine.kind=text",
+    f"data.sources.mine.path={argparse.__file__}",
+    "data.sources.mine.unit=paragraph",
+    "data.validation.bytes=4000",
 ]
 
 
@@ -29,7 +35,8 @@ def start(*args: str, cwd: Path, program: tuple[str, ...] = ()) -> subprocess.Co
 
 
 def steps(folder: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").open()]
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
 
 
 def test_run_starts_from_any_folder_and_again_does_nothing_more(tmp_path):
@@ -55,7 +62,7 @@ def test_multirun_goes_on_after_a_bad_job_and_tells(tmp_path, monkeypatch, capsy
     args = [*SHORT, "-m", "optim.lr=-1,1e-3", "run_dir=study"]
     assert cli(args) == ExitCode.user_error
     assert "error: optim.lr=-1.0" in capsys.readouterr().err
-    assert steps(tmp_path / "study_sweep" / "optim.lr=1e-3") == [1, 2]
+    assert steps(tmp_path / "study_sweep" / "optim.lr=0.001") == [1, 2]
 
 
 def test_launcher_runs_the_same_entry(tmp_path):
