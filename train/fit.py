@@ -274,8 +274,7 @@ class Needs:
         states = state_bytes * sum(local(self.blocks[i].states) for i in here)
         if run.train.ema_decay:
             states += weights
-        kept, running = self._activations(stage, layout, here)
-        activations = kept * _in_flight(layout, stage, part) + running
+        activations = self._activations(stage, layout, part, here)
         newton_schulz = _NEWTON_SCHULZ_BYTES * max(self.largest_matrix, _CHUNK[device])
         temporary = max(
             self._largest_gradient(layout, here),
@@ -293,23 +292,29 @@ class Needs:
         )
 
     def _activations(
-        self, stage: Stage, layout: ParallelConfig, here: list[int]
-    ) -> tuple[float, float]:
-        """Bytes kept for one microbatch by the positions ``here``, and of the running block."""
+        self, stage: Stage, layout: ParallelConfig, part: int, here: list[int]
+    ) -> float:
+        """Bytes kept by the positions ``here``, and of the running block.
+
+        What follows the main blocks goes back at once, except under gpipe.
+        """
         model, mode = self.run.model, self.run.train.activation_checkpoint.value
         tokens = stage.micro_batch_size * stage.seq_len / max(stage.cp, layout.cp)
         compute = 4 if self.run.train.precision == Precision.fp32 else 2
+        in_flight = _in_flight(layout, stage, part)
+        at_the_end = in_flight if layout.schedule == "gpipe" else 1
         kept = running = 0.0
         for i in here:
             if 0 <= i < _num_blocks(model):
                 main = i < model.num_hidden_layers
                 kind, ratio = (model.kind(i), model.ratio(i)) if main else (LayerKind.swa, 0)
                 block = block_activation_bytes(model, kind, ratio, compute, mode)
-                kept, running = kept + block.kept, max(running, block.running)
-                kept += 0.0 if main else mtp_bytes(model, compute) + head_bytes(model, compute)
-            elif i >= 0:
-                kept += head_bytes(model, compute)
-        return kept * tokens, running * tokens
+                kept += block.kept * (in_flight if main else at_the_end)
+                running = max(running, block.running)
+            if i >= model.num_hidden_layers:
+                kept += head_bytes(model, compute) * at_the_end
+                kept += mtp_bytes(model, compute) * at_the_end if i < _num_blocks(model) else 0.0
+        return (kept + running) * tokens
 
     def _gathered(self, layout: ParallelConfig, here: list[int]) -> float:
         """Whole weights in their compute dtype: of two blocks when sharded (one is prefetched)."""
