@@ -128,7 +128,7 @@ def cached_stores(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, TokenStore
             write_store(job, corpus_split(cfg)[name], tokenizer, corpus, cfg.workers)
 
         build_once(folder, build, resume=True)
-        stores[name] = TokenStore(folder, f"data.cache_dir: {folder}")
+        stores[name] = TokenStore(folder, f"data.cache_dir: {folder} (remove it to make it anew)")
     return stores
 
 

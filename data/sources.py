@@ -44,6 +44,11 @@ class EmbeddedDocuments:
     def __init__(self, folder: Path) -> None:
         self._bytes = np.memmap(folder / "text.bin", dtype=np.uint8, mode="r")
         self._ends = np.load(folder / "ends.npy")
+        if len(self._bytes) != self._ends[-1]:
+            raise ValueError(
+                f"data.cache_dir: {folder}/text.bin has {len(self._bytes)} bytes, {self._ends[-1]}"
+                " expected: remove the folder to make it anew"
+            )
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -232,6 +237,7 @@ def _load(name: str, source: SourceConfig, cache_dir: str, streaming: bool) -> A
         options["data_files"] = _checked_files(name, source)
         if source.kind is SourceKind.text:
             options |= {"sample_by": source.unit.value, "keep_linebreaks": True}
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come in our one line
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:

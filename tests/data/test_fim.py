@@ -57,6 +57,19 @@ def test_fim_documents_change_with_the_epoch_not_with_the_call(make_loader):
     assert first.lengths.tolist() != later.lengths.tolist()
 
 
+def test_fim_takes_other_documents_in_another_epoch(make_loader):
+    mixture = make_loader(fim=0.5).mixture
+    taken = [set(), set()]
+    for epoch, found in enumerate(taken):
+        number = 0
+        while (pool := mixture.pool(epoch, number)) is not None:
+            cuts = zip(pool._drawn, pool._cuts, strict=True)
+            found.update(drawn.index for drawn, cut in cuts if cut is not None)
+            number += 1
+    assert taken[0]
+    assert taken[0] != taken[1]
+
+
 def test_fim_changes_no_document_that_it_does_not_take(make_loader):
     plain, some = make_loader(fim=0.0).mixture.pool(0, 0), make_loader(fim=0.4).mixture.pool(0, 0)
     same = plain.lengths == some.lengths

@@ -171,7 +171,7 @@ def test_files_of_one_content_make_one_store(files, data_cache):
 )  # fmt: skip
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # datasets leaves a failed file open
-def test_a_bad_source_is_refused_in_one_line(files, data_cache, fields, message, streaming):
+def test_a_bad_source_is_refused_in_one_line(files, data_cache, fields, message, streaming, capfd):
     (files / "empty.txt").touch()
     (files / "latin.txt").write_bytes(b"caf\xe9 au lait")
     (files / "blank.txt").write_text("  \n ")
@@ -182,4 +182,5 @@ def test_a_bad_source_is_refused_in_one_line(files, data_cache, fields, message,
     with pytest.raises(ValueError, match=message) as caught:
         build_loader(cfg, build_tokenizer(cfg), 0, 1)
     assert str(caught.value).startswith("data.sources.s")
+    assert capfd.readouterr() == ("", "")
     assert "\n" not in str(caught.value)
