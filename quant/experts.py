@@ -11,13 +11,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quant.formats import FP8_ACTIVATION, fake_quant
+from quant.formats import FP8_COLUMN, fake_quant
 
-_ROWS = FP8_ACTIVATION.cols
+_ROWS = FP8_COLUMN.rows
 
 
 def fake_quant_rows(x_NC: Tensor, offsets_E: Tensor | None) -> Tensor:
-    """FP8 in blocks of 128 rows and 1 column; same shape, contiguous where there are experts.
+    """FP8 in blocks of 128 rows and 1 column; same shape, contiguous.
 
     Args:
         x_NC: operand of a weight gradient.
@@ -25,12 +25,10 @@ def fake_quant_rows(x_NC: Tensor, offsets_E: Tensor | None) -> Tensor:
             all rows are one expert's.
     """
     if offsets_E is None:
-        return fake_quant(x_NC.t(), FP8_ACTIVATION).t()
+        return fake_quant(x_NC, FP8_COLUMN)
     position_N, padded = padded_positions(offsets_E, x_NC.shape[0])
-    x_CP = x_NC.new_zeros(x_NC.shape[1], padded)
-    x_CP[:, position_N] = x_NC.t()
-    # grouped_mm wants strides in multiples of 16 bytes, and N may be any number: keep C inside.
-    return fake_quant(x_CP, FP8_ACTIVATION).t()[position_N]
+    x_PC = x_NC.new_zeros(padded, x_NC.shape[1]).index_copy_(0, position_N, x_NC)
+    return fake_quant(x_PC, FP8_COLUMN).index_select(0, position_N)
 
 
 def padded_positions(offsets_E: Tensor, num_rows: int) -> tuple[Tensor, int]:

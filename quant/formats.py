@@ -38,8 +38,6 @@ _FLOAT_EXPONENT = 0x7F800000
 _FLOAT_MANTISSA = 0x007FFFFF
 # Elements worked on at once on a CPU: all passes over a chunk of this size stay in its cache.
 _CHUNK = 256 * 1024
-# FP4 code by twice the magnitude: 0, .5, 1, 1.5, 2, 3, 4, 6 -> 0..7; other entries cannot occur.
-_FP4_CODE_OF_HALVES = (0, 1, 2, 3, 4, 0, 5, 0, 6, 0, 0, 0, 7)
 _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -80,6 +78,7 @@ class BlockFormat:
 MXFP4 = BlockFormat("mxfp4_1x32", 1, 0, 6.0, 6 * 2.0**-126, 1, 32)
 FP8_WEIGHT = BlockFormat("fp8_e4m3_128x128", 3, -6, 448.0, 1e-4, 128, 128)
 FP8_ACTIVATION = BlockFormat("fp8_e4m3_1x128", 3, -6, 448.0, 1e-4, 1, 128)
+FP8_COLUMN = BlockFormat("fp8_e4m3_128x1", 3, -6, 448.0, 1e-4, 128, 1)  # operands of wgrad
 FP8_KV = BlockFormat("fp8_e4m3_1x64", 3, -6, 448.0, 1e-4, 1, 64)
 
 
@@ -150,8 +149,9 @@ def quantise(x: Tensor, fmt: BlockFormat) -> Quantised:
         tiles = _tiles(x_NC[at].float(), fmt)
         bytes_nc[blocks] = scale_byte(_amax(tiles), fmt)
         scaled = tiles * _broadcast(scale_value(bytes_nc[blocks])).reciprocal()
-        elements_NC = _untile(_round_to_elements_(scaled, tiles, fmt), x_NC.shape[1])
-        codes_NC[at] = fp4_code(elements_NC) if fmt.packed else elements_NC.to(code_dtype)
+        # torch's own FP8 cast rounds as _round_to_elements_ does, and never has to saturate here.
+        elements = fp4_code(_round_to_elements_(scaled, tiles, fmt)) if fmt.packed else scaled
+        codes_NC[at] = _untile(elements.to(code_dtype), x_NC.shape[1])
     codes = _restore(codes_NC, x.shape, rows)
     scale = bytes_nc.view(fmt.scale_shape(x.shape)).view(torch.float8_e8m0fnu)
     return Quantised(pack_fp4(codes) if fmt.packed else codes, scale)
@@ -215,10 +215,12 @@ def _round_to_elements_(y: Tensor, sign: Tensor, fmt: BlockFormat) -> Tensor:
 
 
 def fp4_code(elements: Tensor) -> Tensor:
-    """Codes (uint8, bit 3 the sign) of E2M1 elements; NaN, whose scale is NaN too, gets 0."""
-    halves = elements.abs().mul(2).nan_to_num(nan=0.0).to(torch.int32)
-    table = torch.tensor(_FP4_CODE_OF_HALVES, dtype=torch.uint8, device=elements.device)
-    return table[halves] | (torch.signbit(elements) & ~elements.isnan()).to(torch.uint8) << 3
+    """Codes (uint8, bit 3 the sign) of E2M1 elements, float32; any code for NaN."""
+    bits = elements.view(torch.int32)
+    # Exponent and first mantissa bit, counted from 1.0 = code 2: .5 gives 0 and 0 much less.
+    code = (bits & 0x7FFFFFFF).bitwise_right_shift_(22).sub_(252)
+    half = code == 0
+    return code.clamp_(0, 7).add_(half).bitwise_or_((bits >> 28) & 8).to(torch.uint8)
 
 
 def fp4_value(codes: Tensor) -> Tensor:
@@ -282,7 +284,9 @@ def _untile(tiles: Tensor, cols: int) -> Tensor:
 
 
 def _amax(tiles: Tensor) -> Tensor:
-    return tiles.abs().amax((-3, -1))
+    largest = tiles.abs()
+    largest = largest.squeeze(-1) if tiles.shape[-1] == 1 else largest.amax(-1)
+    return largest.squeeze(1) if tiles.shape[1] == 1 else largest.amax(1)
 
 
 def _broadcast(scale_nc: Tensor) -> Tensor:
