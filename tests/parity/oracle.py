@@ -214,12 +214,13 @@ def index_scores(u_TD, qr_TR, w, name, ratio, config, freqs) -> list[Tensor]:
     J, L = config.index_n_heads, config.index_head_dim
     q_TJL = (qr_TR @ w[f"{name}.wq_b.weight"].T).view(-1, J, L)
     q_TJL = rotate(q_TJL, positions(q_TJL), freqs)
+    if not keys:
+        return [torch.zeros(0)] * len(u_TD)
+    keys_EL = torch.stack(keys)
     out = []
     for t in range(len(u_TD)):
-        visible = keys[: (t + 1) // ratio]
-        closeness = [torch.relu(q_TJL[t] @ key) for key in visible]  # one [J] an entry
-        scores = [(weight_TJ[t] * c).sum() for c in closeness]
-        out.append(torch.stack(scores) if scores else torch.zeros(0))
+        closeness_JE = torch.relu(q_TJL[t] @ keys_EL[: (t + 1) // ratio].T)
+        out.append((weight_TJ[t, :, None] * closeness_JE).sum(dim=0))
     return out
 
 

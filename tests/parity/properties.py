@@ -1,4 +1,7 @@
-"""Causality and isolation as functions of a config, called on the real model and on mutants."""
+"""Causality, isolation and routing rules as functions of a config.
+
+The tests call them on the real model, ``test_mutants.py`` on models with a planted bug.
+"""
 
 # Legend: B rows, T tokens, K prediction depths, D hidden, N chosen
 from __future__ import annotations
@@ -11,9 +14,12 @@ import torch
 from torch import Tensor
 
 from data.batch import IGNORE, Batch
-from model.config import ModelConfig
+from model.config import ModelConfig, Router
 from model.context import IndexerPhase
+from model.init import init_weights
 from model.loss import Objective
+from model.moe import balance
+from model.moe.router import Gate
 from model.transformer import DeepSeekV4
 from tests.parity.harness import PAD, Case, build_ours, local_entries, make_batch, make_weights
 
@@ -173,3 +179,42 @@ def check_no_gradient_across(config: ModelConfig) -> None:
         assert grad[:14].abs().max() == 0, f"B's loss reaches A's embeddings (use {number})"
         assert grad[14:37].abs().max() > 0
         assert grad[37:].abs().max() == 0, "padding has a gradient"
+
+
+# ---- routing rules ------------------------------------------------------------------------------
+def check_bias_evens_the_load(config: ModelConfig) -> None:
+    """The bias rule at work on skewed scores: the choice by bias alone evens the load out."""
+    gate = Gate(config, Router.learned)
+    generator = torch.Generator().manual_seed(0)
+    gate.weight.data = 0.2 * torch.randn(gate.weight.shape, generator=generator)
+    gate.bias.zero_()
+    u = torch.randn(256, config.hidden_size, generator=generator) + 2.0 * gate.weight[0].detach()
+
+    def load() -> Tensor:
+        with torch.no_grad():
+            index = gate(u, torch.zeros(256, dtype=torch.int64)).index_NK
+        return torch.bincount(index.flatten(), minlength=config.n_routed_experts).float()
+
+    first = load()
+    for _ in range(120):
+        before, current = gate.bias.clone(), load()
+        balance.update_bias(gate, current, 5e-3)
+        step = 5e-3 * torch.sign(current.mean() - current)
+        assert torch.allclose(gate.bias - before, step, atol=1e-6), "the step is not the rule's"
+    assert float(load().std()) < 0.2 * float(first.std())
+
+
+def check_hash_table(config: ModelConfig) -> None:
+    """Initialisation fills the table: distinct experts a token, all used, nearly evenly."""
+    model = DeepSeekV4(config)
+    init_weights(model, seed=3)
+    tables = {n: b for n, b in model.named_buffers() if n.endswith("tid2eid")}
+    assert len(tables) == sum(
+        config.router(n) is Router.hash for n in range(config.num_hidden_layers)
+    )
+    for name, table_VK in tables.items():
+        assert all(len(set(row)) == len(row) for row in table_VK.tolist()), (
+            f"{name}: twice the same"
+        )
+        load = torch.bincount(table_VK.flatten().long(), minlength=config.n_routed_experts)
+        assert int(load.max()) - int(load.min()) <= 1, f"{name}: loads {load.tolist()}"

@@ -55,6 +55,15 @@ _unit_ratio = tiny_config(
     num_experts_per_tok=8,
     hc_sinkhorn_iters=3,
 )
+_long = tiny_config(
+    num_hidden_layers=2,
+    layer_kinds=[LayerKind.csa, LayerKind.hca],
+    compress_ratios=[2, 16],
+    index_topk=6,
+    num_attention_heads=2,
+    o_groups=1,
+    num_hash_layers=0,
+)
 CASES = [
     Case("packed", tiny_config(**_two), ROWS, cut=True, share=3),
     Case("packed", tiny_config(**_two), ROWS, cut=True, share=3, phase="full"),
@@ -67,6 +76,7 @@ CASES = [
         Case(f"attention {kind}", tiny_config(attention=Attention(kind), **_one), ((19, -1, 10),))
         for kind in ("csa", "hca", "swa", "dense")
     ),
+    Case("longer than a chunk", _long, ((290, 21),)),
     Case("no side losses", tiny_config(**_one), ((25,),), weights=(0.0, 0.0, 0.0)),
 ]
 

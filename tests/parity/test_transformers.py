@@ -4,8 +4,8 @@ Bounds (fp32 on both sides, logits of order 1): logits 1e-5 max abs, gradients 1
 Frobenius a tensor; the indexer's choice is the same wherever its score gap exceeds 1e-6. There are
 64 indexer heads: with few, many scores are exactly 0 and top-k breaks ties arbitrarily. The indexer
 gets no gradient in transformers, which has no loss for it. transformers is a dev dependency: this
-file fails without it. Seed 0 is not among the seeds: there the three numbers of layer 0's attention
-scale have a gradient that cancels to 1/50 of its usual size, and fp32 leaves 2e-4 of it uncertain.
+file fails without it. Seeds are such that no tensor's gradient cancels to far below its usual size
+(three numbers of a mHC scale may); there fp32, theirs too, leaves 1e-4 of it uncertain.
 """
 
 # Legend: B rows, T tokens, E entries
@@ -53,7 +53,7 @@ _released = tiny_config(
 CASES = [
     *(Case("topk below the entries", tiny_config(index_topk=3), seed=s) for s in (1, 2, 3)),
     *(Case("topk above the entries", tiny_config(index_topk=64), seed=s) for s in (1, 2, 3)),
-    *(Case("clamp on most", tiny_config(swiglu_limit=0.3), seed=s) for s in (1, 2, 3)),
+    *(Case("clamp on most", tiny_config(swiglu_limit=0.3), seed=s) for s in (2, 3, 4)),
     Case("released ratios, long", _released, rows=((301,),), seed=3),
     Case("shorter than any block", tiny_config(), rows=((3,), (3,))),
     Case("one token", tiny_config(), rows=((1,),)),
