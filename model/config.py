@@ -263,8 +263,8 @@ class ModelConfig:
         extra = self.compress_ratios[layers:]
         need(
             not any(extra),
-            f"{p}.compress_ratios ends in {list(extra)} but MTP blocks"
-            f" ({p}.num_nextn_predict_layers={self.num_nextn_predict_layers}) are window-only: ratio 0",
+            f"{p}.compress_ratios ends in {list(extra)}, but MTP blocks are window-only (ratio 0):"
+            f" {p}.num_nextn_predict_layers={self.num_nextn_predict_layers}",
         )
         self._divisibility(p, need)
         self._released_only(p, need)

@@ -43,7 +43,7 @@ def test_official_names_follow_the_release():
     names = to_official(model()).keys()
     expected = {
         "embed.weight", "head.weight", "norm.weight", "hc_head_fn", "hc_head_base", "hc_head_scale",
-        "layers.0.hc_attn_fn", "layers.0.ffn.gate.tid2eid", "layers.1.ffn.gate.bias", 
+        "layers.0.hc_attn_fn", "layers.0.ffn.gate.tid2eid", "layers.1.ffn.gate.bias",
         "layers.1.attn.attn_sink",
         "layers.1.attn.indexer.compressor.ape", "layers.1.attn.indexer.weights_proj.weight",
         "layers.2.attn.compressor.norm.weight", "layers.2.ffn.experts.3.w2.weight",
