@@ -80,6 +80,22 @@ INACTIVE: tuple[tuple[str, str, When], ...] = (
 )
 
 
+# Keys of a source that only some kinds have a use for.
+_SOURCE_KEYS = {
+    "path": {"text", "jsonl", "parquet", "hub", "store"},
+    "text_key": {"jsonl", "parquet", "hub"},
+    "unit": {"text"},
+    "subset": {"hub"},
+    "split": {"hub"},
+    "revision": {"hub"},
+    "packages": {"embedded"},
+}
+
+
 def needed(run: RunConfig, key: str) -> bool:
     """Whether something has to read ``key`` in this run."""
+    if key.startswith("data.sources."):
+        name, _, leaf = key.removeprefix("data.sources.").rpartition(".")
+        kinds = _SOURCE_KEYS.get(leaf)
+        return kinds is None or run.data.sources[name].kind.value in kinds
     return not any(fnmatchcase(key, pattern) and when(run) for pattern, _, when in INACTIVE)

@@ -244,6 +244,7 @@ def restore(
     Raises:
         UserError: every checkpoint is damaged, or it is another model's.
     """
+    source = run.init_from  # of a new run: one that resumes has weights of its own
     checkpoints.clean()
     newest = checkpoints.newest_good()
     if newest is not None:
@@ -258,8 +259,8 @@ def restore(
                 " whole (see the log); move them away to start again"
             )
         progress = Progress()
-        if run.init_from:
-            _start_from(run.init_from, engine, average)
+        if source:
+            _start_from(source, engine, average)
     if engine.rank == 0:
         metrics.cut(progress.step)
     return progress

@@ -26,7 +26,8 @@ def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:
         path: PNG to write.
         title: above the panels.
     """
-    figure = Figure(figsize=(12, 7), layout="constrained")
+    figure = Figure(figsize=(11, 7))
+    figure.subplots_adjust(left=0.06, right=0.98, top=0.9, bottom=0.08, hspace=0.35)
     for axes, (name, fields, log_scale) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
         for field in fields:
             _curve(axes, records, field)
@@ -38,7 +39,7 @@ def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:
         if axes.lines:
             axes.legend()
     figure.suptitle(title)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
 def _curve(axes: Axes, records: Sequence[Record], field: str) -> None:
