@@ -108,15 +108,15 @@ def test_replayed_choices_give_the_same_bits(kernels: Kernels) -> None:
     targets, tokens = counts(case, make_batch(case))
     record: dict[str, Tensor] = {}
     plain = Objective(targets, tokens, 0.3, 0.5, 0.2)
-    outcomes = []
-    for objective in (
-        replace(plain, record=record),
-        replace(plain, replay=record),
-        replace(plain, replay={n: i.roll(1, 0) for n, i in record.items() if n.endswith("gate")}),
-    ):
+
+    def run(objective: Objective) -> tuple[ModelOutput, Weights]:
         model = build_ours(case, make_weights(case))
-        outcomes.append((_step(model, case, slice(0, 4), objective), gradients(model)))
-    (one, grads_one), (again, grads_again), (moved, _) = outcomes
+        return _step(model, case, slice(0, 4), objective), gradients(model)
+
+    one, grads_one = run(replace(plain, record=record))
+    again, grads_again = run(replace(plain, replay=record))
+    others = {n: i.roll(1, 0) for n, i in record.items() if n.endswith("gate")}
+    moved, _ = run(replace(plain, replay=others))
     assert set(record) == set(one.expert_load) | {"layers.2.attn", "layers.4.attn"}
     assert torch.equal(one.total, again.total)
     assert all(torch.equal(grads_one[n], grads_again[n]) for n in grads_one)

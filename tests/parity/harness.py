@@ -55,14 +55,17 @@ class Case:
 
 @dataclass
 class Ours:
-    """What our model gave, in the oracle's terms (see :class:`OracleResult`)."""
+    """What our model gave, in the oracle's terms (see :class:`OracleResult`).
 
-    logits_BTV: Tensor
-    mtp_logits: list[Tensor]
-    losses: dict[str, Tensor]
-    total: Tensor
-    grads: Weights
-    expert_load: dict[str, Tensor]
+    Logits are there after :func:`run_ours` with ``logits``, the rest after one with ``train``.
+    """
+
+    logits_BTV: Tensor = field(default_factory=lambda: torch.empty(0))
+    mtp_logits: list[Tensor] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    total: Tensor = field(default_factory=lambda: torch.empty(0))
+    grads: Weights = field(default_factory=dict)
+    expert_load: dict[str, Tensor] = field(default_factory=dict)
     record: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -122,30 +125,22 @@ def make_weights(case: Case) -> Weights:
     return weights
 
 
-def run_ours(case: Case) -> Ours:
-    """Forward and backward of our model, plus its logits."""
-    model = build_ours(case, make_weights(case))
-    batch = make_batch(case)
-    targets, tokens = counts(case, batch)
-    record: dict[str, Tensor] = {}
-    mtp, indexer, balance = case.weights
-    objective = Objective(
-        targets, tokens, mtp, indexer, balance, IndexerPhase(case.phase), record=record
-    )
-    output = model(batch.input_ids_BT, batch.document_ids_BT, batch.labels_BTK, objective)
-    output.total.backward()
-    with torch.no_grad():
-        logits = model.logits(batch.input_ids_BT, batch.document_ids_BT)
-        ahead = model.mtp_logits(batch.input_ids_BT, batch.document_ids_BT)
-    return Ours(
-        logits,
-        ahead,
-        output.losses,
-        output.total.detach(),
-        gradients(model),
-        output.expert_load,
-        record,
-    )
+def run_ours(case: Case, train: bool = True, logits: bool = True) -> Ours:
+    """Forward and backward of our model (``train``), and its logits (``logits``)."""
+    model, batch, ours = build_ours(case, make_weights(case)), make_batch(case), Ours()
+    if train:
+        targets, tokens = counts(case, batch)
+        phase = IndexerPhase(case.phase)
+        objective = Objective(targets, tokens, *case.weights, phase, record=ours.record)
+        output = model(batch.input_ids_BT, batch.document_ids_BT, batch.labels_BTK, objective)
+        output.total.backward()
+        ours.losses, ours.expert_load = output.losses, output.expert_load
+        ours.total, ours.grads = output.total.detach(), gradients(model)
+    if logits:
+        with torch.no_grad():
+            ours.logits_BTV = model.logits(batch.input_ids_BT, batch.document_ids_BT)
+            ours.mtp_logits = model.mtp_logits(batch.input_ids_BT, batch.document_ids_BT)
+    return ours
 
 
 def gradients(model: nn.Module) -> Weights:
