@@ -26,16 +26,16 @@ from model.flops import parameter_counts, parameter_shapes
 from model.precision import precision_of
 from optim.config import StateDtype
 from optim.groups import Owner, build_table
+from optim.muon import CHUNK_ELEMENTS
 from parallel.config import ParallelConfig
 from train.config import ActivationCheckpoint, Device, Precision, RunConfig
 from train.errors import DoesNotFitError, UserError
 from train.stages import Plan, Stage
 
 GB = 1e9
-_RUNTIME = {"cpu": 0.5e9, "cuda": 0.8e9}  # interpreter and libraries, CUDA context
-# As optim/muon.py batches its matrices: elements a call, and bytes an element (fp32 direction, two
-# buffers and three small squares in the compute dtype).
-_CHUNK = {"cpu": 2**19, "cuda": 2**27}
+_RUNTIME = {"cpu": 1.2e9, "cuda": 0.8e9}  # interpreter and libraries, CUDA context
+# Bytes an element that Newton-Schulz holds beside its chunk: fp32 direction, two buffers and three
+# small squares in the compute dtype.
 _NEWTON_SCHULZ_BYTES = 14
 _CLUSTER_GPU = 80e9  # bytes of the GPU that large layouts are also searched for
 _MAX_RANKS = 2**16
@@ -68,6 +68,7 @@ class Memory:
         activations: kept from the forward for the backward pass.
         temporary: the largest that is alive beside the rest: logits of a chunk, whole gradients of
             a layer, or the workspace of Newton-Schulz where it exceeds activations.
+        audit: the weights as they were before each of the first steps.
         runtime: interpreter, libraries, CUDA context.
     """
 
@@ -77,6 +78,7 @@ class Memory:
     gathered: int
     activations: int
     temporary: int
+    audit: int
     runtime: int
 
     @property
@@ -275,7 +277,7 @@ class Needs:
         if run.train.ema_decay:
             states += weights
         activations = self._activations(stage, layout, part, here)
-        newton_schulz = _NEWTON_SCHULZ_BYTES * max(self.largest_matrix, _CHUNK[device])
+        newton_schulz = _NEWTON_SCHULZ_BYTES * max(self.largest_matrix, CHUNK_ELEMENTS[device])
         temporary = max(
             self._largest_gradient(layout, here),
             self._logits(stage) if part == layout.pp - 1 else 0.0,
@@ -288,6 +290,7 @@ class Needs:
             gathered=round(self._gathered(layout, here)),
             activations=round(activations),
             temporary=round(temporary),
+            audit=round(weights),
             runtime=round(_RUNTIME[device]),
         )
 

@@ -114,6 +114,8 @@ def _guarded(body: Callable[[], int]) -> int:
         if not is_user_error(error):
             raise
         _tell(one_line(error))
+    except SystemExit as left:  # Hydra's help and its parser of flags
+        return int(left.code or 0)
     except KeyboardInterrupt:
         _tell("stopped before the first step; the same command starts again")
         return ExitCode.resumable

@@ -75,11 +75,12 @@ def test_launcher_runs_the_same_entry(tmp_path):
 
 
 @pytest.mark.core
-def test_help_shows_groups_keys_and_examples(tmp_path):
-    done = start("--help", cwd=tmp_path)
-    assert done.returncode == 0
+def test_help_shows_groups_keys_and_examples(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli(["--help"]) == 0
+    shown = capsys.readouterr().out
     for text in ("model: v4_flash", "optim: adamw, muon", "train.steps=", "-m optim=muon,adamw"):
-        assert text in done.stdout
+        assert text in shown
     assert list(tmp_path.iterdir()) == []
 
 
