@@ -64,8 +64,9 @@ def test_exported_weights_are_the_ones_that_the_forward_pass_uses():
     for name, module in model.named_modules():
         if not isinstance(getattr(module, "op", None), QuantOp):
             continue
-        master = module._parameters["weight"]
-        used = module.op.weight(master, torch.float32)
+        # What the op multiplies by, in the pieces in which it is called.
+        pieces = module.weight.chunk(getattr(module, "groups", 1))
+        used = torch.cat([module.op.quantised_weight(w, torch.float32) for w in pieces])
         if used.dim() == 3:
             stem, leaf = name.rsplit(".", 1)
             names = [f"{stem}.{expert}.{leaf}" for expert in range(len(used))]
