@@ -9,6 +9,7 @@ optimizer steps.
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
@@ -259,6 +260,10 @@ _NOT_NEGATIVE = (
 ConfigStore.instance().store("run_schema", RunConfig)
 
 
+# Resolving the annotations of a section costs more than everything else in a check.
+_types = functools.cache(get_type_hints)
+
+
 def _need(ok: bool, message: str) -> None:
     if not ok:
         raise UserError(message)
@@ -343,7 +348,7 @@ def unknown_key(path: Sequence[str], schema: Any, also: Sequence[str] = ()) -> s
             return f"{prefix.rstrip('.') or 'the config'} has {', '.join(known)}"
         if key not in own:
             return None
-        schema = get_type_hints(schema)[key]
+        schema = _types(schema)[key]
     return None
 
 
@@ -359,7 +364,7 @@ def _refuse_unknown(raw: Any, schema: Any, path: str) -> None:
         return
     if not (is_dataclass(schema) and isinstance(raw, dict)):
         return
-    types = get_type_hints(schema)
+    types = _types(schema)
     for key, value in raw.items():
         full = f"{path}.{key}" if path else str(key)
         problem = unknown_key([str(key)], schema)
