@@ -24,7 +24,7 @@ from model.loss import Objective
 from model.transformer import DeepSeekV4
 from optim.groups import build_table
 from parallel.engine import Engine, Shares, Update
-from train.audit_checks import CHECKS, Evidence, lr_to_judge
+from train.audit_checks import AFTER_UPDATE, BEFORE_UPDATE, Check, Evidence, lr_to_judge
 from train.config import RunConfig
 from train.config_reads import ConfigReads
 from train.inactive_keys import needed
@@ -37,6 +37,9 @@ log = logging.getLogger(__name__)
 
 AUDITED_STEPS = 3  # at the beginning of every stage and of every start
 _FEW_TOKENS = 16  # an expert that got fewer may have met none whose loss reaches it
+
+
+_OTHER_CHECKS = ("isolation", "hash_table", "gradient", "config")
 
 
 class AuditError(RuntimeError):
@@ -127,12 +130,12 @@ class Audit:
         )
 
     def _judge(self, e: Evidence) -> None:
-        _refuse([f"{name}: {line}" for name, check in CHECKS.items() for line in check(e)])
+        _refuse(_faults(AFTER_UPDATE, e))
         if not e.update.applied:
             return  # nothing moved; the next step will show
         self._steps += 1
         self._result["steps"].append(e.step.number)
-        self._result["checks"] = [*CHECKS, "isolation", "hash_table", "gradient", "config"]
+        self._result["checks"] = [*BEFORE_UPDATE, *AFTER_UPDATE, *_OTHER_CHECKS]
         for name, norms in e.grad_norms.items():
             self._gradients[name] = self._gradients.get(name, torch.zeros_like(norms)) + norms
         for name, load_E in e.shares.expert_load.items():
@@ -221,7 +224,7 @@ class _Observer:
         self.evidence, self._engine = evidence, engine
 
     def after_backward(self, shares: Shares) -> None:
-        """Note gradients and losses."""
+        """Note gradients and losses, and judge them before anything moves."""
         e = self.evidence
         e.shares = shares
         for name, parameter in e.model.named_parameters():
@@ -229,6 +232,8 @@ class _Observer:
                 e.requires_grad.add(name)
             if parameter.grad is not None:
                 e.grad_norms[name] = _norms(name, parameter.grad)
+        e.seams.settle()
+        _refuse(_faults(BEFORE_UPDATE, e))
 
     def after_update(self, update: Update) -> None:
         """Note what moved; frozen parameters keep their state objects, so both are compared."""
@@ -243,6 +248,10 @@ def _norms(name: str, grad: Tensor) -> Tensor:
     if ".ffn.experts." in name:
         return grad.detach().flatten(1).norm(dim=1).float()
     return grad.detach().norm().float()[None]
+
+
+def _faults(checks: dict[str, Check], e: Evidence) -> list[str]:
+    return [f"{name}: {line}" for name, check in checks.items() for line in check(e)]
 
 
 def _refuse(faults: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 Each check looks at the evidence of one step, which is what ran: gradients, bits before and after
 the update, outputs of the seams beside those of the plain ops. It yields one line a fault. To add a
-check, write it and add a line to :data:`CHECKS`.
+check, write it and add a line to one of the two tables at the end.
 """
 
 from __future__ import annotations
@@ -103,18 +103,22 @@ Check = Callable[[Evidence], Iterator[str]]
 
 
 # ---- who moves what -----------------------------------------------------------------------------
-def frozen(e: Evidence) -> Iterator[str]:
-    """Trained parameters are tracked; frozen ones keep every bit, optimizer state included."""
-    weights = dict(e.model.named_parameters())
-    for name, weight in weights.items():
+def tracked(e: Evidence) -> Iterator[str]:
+    """Autograd tracks what trains, and nothing else."""
+    for name, _ in e.model.named_parameters():
         if name in e.trained and name not in e.requires_grad:
             yield f"{name} should train in this phase but is frozen (requires_grad=False)"
+        if name not in e.trained and name in e.grad_norms:
+            yield f"{name} is frozen in this phase but received a gradient"
+
+
+def frozen(e: Evidence) -> Iterator[str]:
+    """Frozen parameters keep every bit, optimizer state included."""
+    for name, weight in e.model.named_parameters():
         if name in e.trained:
             continue
         if not torch.equal(weight, e.before[name]):
             yield f"{name} is frozen in this phase but moved"
-        if name in e.grad_norms:
-            yield f"{name} is frozen in this phase but received a gradient"
         for key, tensor in e.optimizer_before.get(name, {}).items():
             if not torch.equal(tensor, e.optimizer_after[name][key]):
                 yield f"{name} is frozen in this phase but its optimizer state {key} moved"
@@ -300,15 +304,18 @@ def _part_of(module: str) -> str:
     return ""
 
 
-CHECKS: dict[str, Check] = {
-    "frozen": frozen,
-    "owner": owner,
-    "algorithm": algorithm,
+BEFORE_UPDATE: dict[str, Check] = {
+    "tracked": tracked,
     "objective": objective,
     "mtp": mtp,
     "indexer": indexer,
     "balance": balance,
-    "bias": bias,
     "precision": precision,
     "quant": quant,
+}
+AFTER_UPDATE: dict[str, Check] = {
+    "frozen": frozen,
+    "owner": owner,
+    "algorithm": algorithm,
+    "bias": bias,
 }

@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 
 from model.config import LayerKind, Residual
 from optim.config import OptimizerName, ScheduleKind
-from train.config import RunConfig, WandbMode
+from train.config import IndexerPhase, RunConfig, WandbMode
 
 When = Callable[[RunConfig], bool]
 
@@ -24,6 +24,16 @@ def _no_layer(*kinds: LayerKind) -> When:
     def when(run: RunConfig) -> bool:
         layers = range(run.model.num_hidden_layers)
         return not any(run.model.kind(layer) in kinds for layer in layers)
+
+    return when
+
+
+def _phase(phase: IndexerPhase) -> When:
+    """Some stage of the run is in this phase."""
+
+    def when(run: RunConfig) -> bool:
+        phases = {stage.indexer_phase for stage in run.train.stages}
+        return phase in phases | {run.train.indexer_phase}
 
     return when
 
@@ -52,6 +62,7 @@ INACTIVE: tuple[tuple[str, str, When], ...] = (
         "no layer has entries",
         _no_layer(LayerKind.csa, LayerKind.hca),
     ),
+    ("model.compress_ratios", "no layer has entries", _no_layer(LayerKind.csa, LayerKind.hca)),
     ("model.rope_scaling.*", "no layer has entries", _no_layer(LayerKind.csa, LayerKind.hca)),
     ("model.rope_scaling.*", "YaRN is off", lambda r: r.model.rope_scaling.factor == 1.0),
     ("optim.muon.*", "no Muon in this run", lambda r: r.optim.name is OptimizerName.adamw),
@@ -73,6 +84,9 @@ INACTIVE: tuple[tuple[str, str, When], ...] = (
     ("quant.*", "nothing is quantised", lambda r: not r.quant.active),
     ("parallel.schedule", "no pipeline", lambda r: r.parallel.pp == 1),
     ("train.profile_start", "no profile", lambda r: r.train.profile_steps == 0),
+    ("train.indexer_loss_weight", "the dense phase has none", _phase(IndexerPhase.full)),
+    ("train.balance_loss_weight", "warm-up trains the indexer", _phase(IndexerPhase.warmup)),
+    ("train.bias_update_speed", "warm-up trains the indexer", _phase(IndexerPhase.warmup)),
     ("train.mtp_loss_weight*", "which one acts: where the learning rate stands", _always),
     ("train.bias_stops_at_decay", "asked when the learning rate decays", _always),
     ("sample.*", "no text is asked for", lambda r: r.sample.tokens == 0),

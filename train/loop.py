@@ -100,6 +100,10 @@ class Trainer:
     _saved_step: int = -1
     _save_seconds: float = 0.0
 
+    def __post_init__(self) -> None:
+        self._eval_every = self.run.train.eval_every
+        self._checkpoint_every = self.run.train.checkpoint_every
+
     def fit(self) -> int:
         """Train to the end of the plan, or until asked to stop.
 
@@ -140,13 +144,13 @@ class Trainer:
         if skipped:
             log.warning("step %d is not finite and was skipped", step.number)
         record = self._record(step, rows, result, seconds)
-        if _due(step.number, self.run.train.eval_every, self.plan.steps):
+        if _due(step.number, self._eval_every, self.plan.steps):
             record |= self.evaluator.evaluate(step)
         if self.engine.rank == 0:
             self.metrics.write(record)
         for tracker in self.trackers:
             tracker.show(record)
-        if _due(step.number, self.run.train.checkpoint_every):
+        if _due(step.number, self._checkpoint_every):
             self._try_to_save()
 
     def _record(

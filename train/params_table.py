@@ -54,4 +54,3 @@ def write_params_table(
                     formats.get(r.name, "no"),
                 ]
             )
-

@@ -8,6 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 Record = dict[str, Any]
 _PANELS = (
@@ -34,8 +35,10 @@ def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:
         axes.set_title(name)
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
+        axes.locator_params(nbins=6)
         if log_scale and axes.lines:
             axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         if axes.lines:
             axes.legend()
     figure.suptitle(title)

@@ -1,10 +1,12 @@
 """Looks at the model's seams while a step runs: what the replaceable ops and casts really do.
 
-For one step every op and activation cast is wrapped. The first call of each is compared with the
-plain op in fp32; the wrapped op's own result goes on unchanged, so the step keeps its bits.
+For one step every op and activation cast is wrapped. Some rows of the first call of each are kept;
+once the backward pass is done they are compared with the plain op in fp32. Not earlier: selective
+activation checkpointing counts the matmuls of a block, and the audit's must not be among them. The
+wrapped op's own result goes on unchanged, so the step keeps its bits.
 """
 
-# Legend: N rows, I in, O out
+# Legend: E experts, O out, I in
 from __future__ import annotations
 
 import re
@@ -16,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.linear import ActivationCast, GroupedLinear, Linear, grouped_linear_op, linear_op
+from model.linear import ActivationCast, GroupedLinear, Linear, linear_op
 from quant.apply import SEAMS
 from quant.indexer import hadamard
 from quant.stored import to_bf16
 
 _STORED = next(seam.modules for seam in SEAMS if seam.part == "stored")
+_ROWS = 64  # of a call, that are compared
 
 
 @dataclass
@@ -30,15 +33,24 @@ class SeamReading:
 
     Attributes:
         input_dtypes: of each linear's first input.
-        op_errors: each linear's first product, relative to the plain op's in fp32.
+        op_errors: rows of each linear's first product, relative to the plain op's in fp32.
         cast_errors: what each cast changed, relative; a Hadamard transform alone counts as nothing.
         rounded_weights: whether a weight is read as bf16; absent where it cannot be told.
+        kept: comparisons still to make.
     """
 
     input_dtypes: dict[str, torch.dtype] = field(default_factory=dict)
     op_errors: dict[str, float] = field(default_factory=dict)
     cast_errors: dict[str, float] = field(default_factory=dict)
     rounded_weights: dict[str, bool] = field(default_factory=dict)
+    kept: list[Callable[[], None]] = field(default_factory=list, repr=False)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Make the comparisons, before any weight moves."""
+        for compare in self.kept:
+            compare()
+        self.kept.clear()
 
 
 @contextmanager
@@ -64,30 +76,50 @@ def _watch_op(
     name: str, module: Linear | GroupedLinear, reading: SeamReading
 ) -> Callable[[], None]:
     op: Callable[..., Tensor] = module.op
-    plain = linear_op if isinstance(module, Linear) else grouped_linear_op
 
     def watched(x: Tensor, w: Tensor, *offsets: Tensor) -> Tensor:
         y = op(x, w, *offsets)
-        if name not in reading.op_errors and x.numel():
+        if name not in reading.input_dtypes and x.numel():
             reading.input_dtypes[name] = x.dtype
-            with torch.no_grad():
-                expected = plain(x.detach().float(), w.detach().float(), *offsets)
-                reading.op_errors[name] = _relative(y, expected)
+            rows, w_OI = _busiest(w, *offsets) if offsets else (slice(0, _ROWS), w)
+            kept = [t.detach().flatten(0, -2)[rows].clone() for t in (x, y)]
+
+            def compare() -> None:
+                expected = linear_op(kept[0].float(), w_OI.detach().float())
+                reading.op_errors[name] = _relative(kept[1], expected)
+
+            reading.kept.append(compare)
         return y
 
     module.op = watched
     return lambda: setattr(module, "op", op)
 
 
+def _busiest(w_EOI: Tensor, offsets_E: Tensor) -> tuple[slice, Tensor]:
+    """Some rows of the expert that has most, and its matrix."""
+    counts_E = offsets_E.diff(prepend=offsets_E.new_zeros(1))
+    expert = int(counts_E.argmax())
+    stop = int(offsets_E[expert])
+    start = stop - min(int(counts_E[expert]), _ROWS)
+    return slice(start, stop), w_EOI.detach()[expert]
+
+
 def _cast_hook(name: str, reading: SeamReading) -> Callable[..., None]:
+    seen: set[str] = set()
+
     def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if name in reading.cast_errors or not output.numel():
+        if name in seen or not output.numel():
             return
-        with torch.no_grad():
-            error = _relative(output, inputs[0])
+        seen.add(name)
+        x, y = (t.detach().flatten(0, -2)[:_ROWS].clone() for t in (inputs[0], output))
+
+        def compare() -> None:
+            error = _relative(y, x)
             if ".indexer." in name:
-                error = min(error, _relative(hadamard(output), inputs[0]))
-        reading.cast_errors[name] = error
+                error = min(error, _relative(hadamard(y), x))
+            reading.cast_errors[name] = error
+
+        reading.kept.append(compare)
 
     return hook
 
