@@ -7,15 +7,17 @@ for most CPUs and out of reach on the rest.
 
 from __future__ import annotations
 
+import functools
 import time
 
 import torch
 
 
+@functools.cache
 def measured_matmul_rate(
     device: torch.device, dtype: torch.dtype, size: int = 0, seconds: float = 0.3
 ) -> float:
-    """FLOPs per second of the best of several ``[size, size] @ [size, size]`` products.
+    """FLOPs per second of the best of several ``[size, size] @ [size, size]`` products, kept.
 
     Args:
         device: where the run computes.
