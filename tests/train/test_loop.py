@@ -256,13 +256,14 @@ def poison(trainer):
 
 
 def test_profile_window_writes_a_trace(corpus, tmp_path):
-    run = small_run(tmp_path / "run", corpus, steps=2, eval_every=0)
-    run.train.profile_start, run.train.profile_steps = 2, 1
+    run = small_run(tmp_path / "run", corpus, steps=4, eval_every=0, monitor_every=0)
+    run.train.micro_batch_size = ROWS
+    run.train.profile_start, run.train.profile_steps = 4, 1  # behind the audit, so it is short
     fit(run)
-    trace = json.loads((tmp_path / "run" / "profile" / "steps_2_2.json").read_text())
-    assert any("mm" in event.get("name", "") for event in trace["traceEvents"])
-    with pytest.raises(UserError, match=r"profile_start=3 and train\.profile_steps=1 end"):
-        build(replace(run, train=replace(run.train, profile_start=3)))
+    assert b"aten::mm" in (tmp_path / "run" / "profile" / "steps_4_4.json").read_bytes()
+    assert "aten::mm" in (tmp_path / "run" / "profile" / "steps_4_4.txt").read_text()
+    with pytest.raises(UserError, match=r"profile_start=5 and train\.profile_steps=1 end"):
+        build(replace(run, train=replace(run.train, profile_start=5)))
 
 
 def test_tensorboard_and_no_text(corpus, tmp_path):
