@@ -1,0 +1,145 @@
+"""The mesh: one DeviceMesh with axes pp, dp_replicate, dp_shard, cp and ep.
+
+``ep`` is folded out of the data axes: consecutive data ranks share the routed experts. What it
+leaves of the data axes shards each expert once more (FSDP) or, across replicas, copies it. So both
+``dp_replicate`` and ``dp_shard`` are made of two parts, one outside and one inside an ep group:
+
+    dp_replicate = replicas * replicas_in_ep        ep = replicas_in_ep * shards_in_ep
+    dp_shard     = shards * shards_in_ep            experts: copied over replicas, FSDP over shards
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from model.config import ModelConfig
+from parallel.config import ParallelConfig
+
+# Preparing data on rank 0 may take long, and the others wait for it at the first collective.
+TIMEOUT = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The process's place in the layout.
+
+    Attributes:
+        layout: resolved degrees.
+        root: all axes, ep folded out: pp, replicas, replicas_in_ep, shards, shards_in_ep, cp.
+        dense: dp_replicate and dp_shard, for all parameters but routed experts.
+        experts: replicas and shards that are left of the data axes, for the routed experts.
+        ep: ranks that share the routed experts.
+        data: all data ranks of this pipeline stage.
+    """
+
+    layout: ParallelConfig
+    root: DeviceMesh
+    dense: DeviceMesh
+    experts: DeviceMesh
+    ep: DeviceMesh
+    data: DeviceMesh
+
+    @property
+    def data_rank(self) -> int:
+        """Number of this process among the data ranks."""
+        return self.data.get_local_rank()
+
+
+def launched_world_size() -> int:
+    """Number of processes, from torchrun's variable."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def init_process_group(device: torch.device) -> None:
+    """Join the process group, once: a second job of a multirun finds it there.
+
+    Args:
+        device: of this process; CUDA computes over NCCL and talks over gloo besides.
+    """
+    if dist.is_initialized():
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def check_layout(layout: ParallelConfig, model: ModelConfig, prefix: str = "parallel") -> None:
+    """Refuse a resolved layout that this model or this code cannot run.
+
+    Raises:
+        ValueError: names the key, its value and what it does not go with.
+    """
+    if layout.pp > 1:
+        raise ValueError(
+            f"{prefix}.pp={layout.pp}: pipeline parallelism is not built yet, only {prefix}.pp=1"
+            " runs"
+        )
+    if model.n_routed_experts % layout.ep:
+        raise ValueError(
+            f"{prefix}.ep={layout.ep} must divide model.n_routed_experts={model.n_routed_experts}"
+        )
+    if layout.dp_shard % layout.ep and layout.ep % layout.dp_shard:
+        raise ValueError(
+            f"{prefix}.ep={layout.ep} must divide {prefix}.dp_shard={layout.dp_shard}, or be a"
+            " multiple of it"
+        )
+    shards = layout.dp_shard // math.gcd(layout.dp_shard, layout.ep)
+    E, D, I = model.n_routed_experts, model.hidden_size, model.moe_intermediate_size  # noqa: E741
+    if layout.ep > 1 and not all(expert_shard_dim(s, layout.ep, shards) >= 0
+                                 for s in ((E, I, D), (E, D, I))):  # fmt: skip
+        raise ValueError(
+            f"{prefix}.ep={layout.ep} leaves {E // layout.ep} experts to {shards} ranks of"
+            f" {prefix}.dp_shard={layout.dp_shard}, which divide neither them nor"
+            f" model.moe_intermediate_size={I} nor model.hidden_size={D}"
+        )
+
+
+def expert_shard_dim(shape: tuple[int, ...], ep: int, shards: int) -> int:
+    """Dim along which a stacked expert weight is sharded over what ep leaves; -1: none divides.
+
+    Args:
+        shape: [E, out, in], all experts.
+        ep: ranks that share the experts.
+        shards: ranks that share those of one ep rank.
+    """
+    sizes = (shape[0] // ep, *shape[1:])
+    return next((dim for dim, size in enumerate(sizes) if size % shards == 0), -1)
+
+
+def build_mesh(layout: ParallelConfig, device_type: str) -> Mesh:
+    """Make the mesh of a checked layout. Collective.
+
+    Args:
+        layout: resolved and checked.
+        device_type: cpu or cuda.
+    """
+    in_ep = math.gcd(layout.dp_shard, layout.ep)
+    replicas_in_ep = layout.ep // in_ep
+    sizes = {
+        "pp": layout.pp,
+        "replicas": layout.dp_replicate // replicas_in_ep,
+        "replicas_in_ep": replicas_in_ep,
+        "shards": layout.dp_shard // in_ep,
+        "shards_in_ep": in_ep,
+        "cp": layout.cp,
+    }
+    root = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    replicate = root["replicas", "replicas_in_ep"]._flatten("dp_replicate")
+    shard = root["shards", "shards_in_ep", "cp"]._flatten("dp_shard")
+    return Mesh(
+        layout=layout,
+        root=root,
+        dense=DeviceMesh._concatenate([replicate, shard]) if layout.dp_replicate > 1 else shard,
+        experts=root["replicas", "shards"] if sizes["replicas"] > 1 else root["shards"],
+        ep=root["replicas_in_ep", "shards_in_ep"]._flatten("ep"),
+        data=root["replicas", "replicas_in_ep", "shards", "shards_in_ep", "cp"]._flatten("data"),
+    )
