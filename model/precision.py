@@ -52,12 +52,13 @@ TABLE: tuple[tuple[str, Precision], ...] = (
 )
 
 
-def precision_of(fqn: str, precision: str) -> Precision:
+def precision_of(fqn: str, precision: str, head: str = "fp32") -> Precision:
     """Dtypes of a parameter under ``train.precision``.
 
     Args:
         fqn: the parameter's global name.
         precision: ``fp32`` or ``bf16``.
+        head: the same for the prediction head alone (``train.head_precision``).
 
     Raises:
         ValueError: unknown precision; or a name that matches no line of the table, or several.
@@ -70,4 +71,6 @@ def precision_of(fqn: str, precision: str) -> Precision:
             f"parameter {fqn} matches {len(found)} lines of the table in model/precision.py,"
             " it needs exactly 1"
         )
+    if fqn == "head.weight" and head == "bf16":
+        return _BF16_MATMUL
     return found[0] if precision == "bf16" else _ALWAYS_FP32

@@ -143,7 +143,9 @@ class DeepSeekV4(nn.Module):
         context.record = objective.record
         x_BTSD, results = self.trunk(self.streams(input_ids_BT), input_ids_BT, context)
         h_BTD = self.collapse(x_BTSD)
-        ahead, mtp_results = self.predict_ahead(x_BTSD, labels_BTK, context)
+        ahead, mtp_results = [], []
+        if objective.mtp_weight:
+            ahead, mtp_results = self.predict_ahead(x_BTSD, labels_BTK, context)
         return self.losses([h_BTD, *ahead], labels_BTK, results + mtp_results, objective)
 
     def losses(
@@ -205,7 +207,7 @@ class DeepSeekV4(nn.Module):
         """
         context = self.context(_documents(input_ids_BT, document_ids_BT))
         x_BTSD, _ = self.trunk(self.streams(input_ids_BT), input_ids_BT, context)
-        return self._project(self.collapse(x_BTSD))
+        return self.project(self.collapse(x_BTSD))
 
     def mtp_logits(
         self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None
@@ -220,9 +222,10 @@ class DeepSeekV4(nn.Module):
         if not ahead:
             return []
         outputs, _ = self.predict_ahead(x_BTSD, torch.stack(ahead, dim=-1), context)
-        return [self._project(h_BTD) for h_BTD in outputs]
+        return [self.project(h_BTD) for h_BTD in outputs]
 
-    def _project(self, h_BTD: Tensor) -> Tensor:
+    def project(self, h_BTD: Tensor) -> Tensor:
+        """Logits [B, T, V] in fp32 of the head's input."""
         return project(h_BTD.to(self.head_dtype), self.head.weight.to(self.head_dtype))
 
 

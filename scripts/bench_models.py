@@ -65,7 +65,7 @@ def build_ours(
     model = DeepSeekV4(config)
     init_weights(model, seed=0)
     model.to(ids_BT.device)
-    model.compute_dtype = dtype
+    model.compute_dtype = model.head_dtype = dtype  # as every contestant: one dtype throughout
     rows, seq_len = ids_BT.shape
     depths = 1 + config.num_nextn_predict_layers
     labels_BTK = torch.full((rows, seq_len, depths), -1, device=ids_BT.device)

@@ -56,6 +56,10 @@ def build(run: RunConfig) -> Trainer:
     phase = PhaseSwitch(engine, run.quant)
     average = build_average(run, model)
     evaluator = Evaluator(engine, loader, run.train.eval_tokens)
+    last_tokens = run.train.final_eval_tokens
+    if last_tokens is None:
+        last_tokens = run.train.eval_tokens
+    final_evaluator = Evaluator(engine, loader, last_tokens)
     checkpoints = Checkpoints(folder / CHECKPOINTS, run.train.keep_checkpoints)
     metrics = MetricsFile(folder / METRICS)
     progress = restore(run, engine, loader, average, checkpoints, metrics)
@@ -68,12 +72,13 @@ def build(run: RunConfig) -> Trainer:
         phase=phase,
         average=average,
         evaluator=evaluator,
+        final_evaluator=final_evaluator,
         audit=Audit(run, plan, engine, reads),
         checkpoints=checkpoints,
         metrics=metrics,
         trackers=build_trackers(run, plan, engine, progress.step),
         profiler=build_profiler(run, plan, engine),
-        report=RunReport(run, engine, tokenizer, evaluator, metrics, loader.manifest),
+        report=RunReport(run, engine, tokenizer, metrics, loader.manifest),
         stop=stop,
         matmul_rate=measured_matmul_rate(engine.device, _DTYPES[run.train.precision]),
         progress=progress,
@@ -85,6 +90,7 @@ def build_model(run: RunConfig, loader: Loader) -> DeepSeekV4:
     model = DeepSeekV4(run.model)
     init_weights(model, run.seed, loader.token_counts(run.model.vocab_size))
     model.compute_dtype = _DTYPES[run.train.precision]
+    model.head_dtype = _DTYPES[run.train.head_precision]
     checkpoint_blocks(model, run.train.activation_checkpoint.value)
     return model.to(compute_device(run.train.device))
 
@@ -177,6 +183,4 @@ def open_folder(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
     phase.quantise(any(stage.quantised for stage in plan.reached()))
-    write_params_table(
-        folder / PARAMS, engine.optimizer.table, train.precision.value, phase.records
-    )
+    write_params_table(folder / PARAMS, engine.optimizer.table, train, phase.records)

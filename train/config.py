@@ -120,6 +120,8 @@ class TrainConfig:
         global_batch_tokens: tokens of an optimizer step over all ranks.
         micro_batch_size: rows of a forward pass on each rank.
         precision: fp32 or bf16 matmuls.
+        head_precision: operands of the head's matmuls; fp32 as released, or bf16 for speed (CUDA
+            keeps fp32 logits, a CPU rounds them to bf16 once).
         device: auto, cpu or cuda.
         stages: the plan, in order; empty: one stage made from this section.
         indexer_phase: phase of the one stage.
@@ -132,6 +134,8 @@ class TrainConfig:
         eval_every: steps between evaluations; 0 = only at the end.
         eval_only: evaluate once and leave.
         eval_tokens: tokens of an evaluation, always the same rows; 0 = the whole validation split.
+        final_eval_tokens: the same for the one after the last step, which is compared with xz;
+            null: as ``eval_tokens``.
         checkpoint_every: steps between checkpoints; 0 = only at the end or when stopped.
         keep_checkpoints: how many of the newest are kept; 0 = all.
         time_limit_seconds: save and leave with exit code 75 after this long; 0 = no limit.
@@ -148,6 +152,7 @@ class TrainConfig:
     global_batch_tokens: int = 8192
     micro_batch_size: int = 8
     precision: Precision = Precision.bf16
+    head_precision: Precision = Precision.fp32
     device: Device = Device.auto
     stages: list[StageConfig] = field(default_factory=list)
     indexer_phase: IndexerPhase = IndexerPhase.sparse
@@ -160,6 +165,7 @@ class TrainConfig:
     eval_every: int = 0
     eval_only: bool = False
     eval_tokens: int = 65536
+    final_eval_tokens: int | None = None
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
     time_limit_seconds: float = 0.0
@@ -183,6 +189,15 @@ class TrainConfig:
         _need(
             self.ema_decay < 1,
             f"{prefix}.ema_decay={self.ema_decay} must be below 1 (fraction kept a step; 0 = off)",
+        )
+        _need(
+            self.final_eval_tokens is None or self.final_eval_tokens >= 0,
+            f"{prefix}.final_eval_tokens={self.final_eval_tokens} must be 0 or more, or null",
+        )
+        _need(
+            self.head_precision == Precision.fp32 or self.precision == Precision.bf16,
+            f"{prefix}.head_precision={self.head_precision.value} needs {prefix}.precision=bf16,"
+            f" not {self.precision.value}",
         )
         _need(
             bool(self.stages) or self.steps > 0 or self.eval_only,

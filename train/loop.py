@@ -34,7 +34,7 @@ from train.metrics import (
 )
 from train.phase import PhaseSwitch
 from train.profiling import ProfilerWindow
-from train.report import RunReport
+from train.report import FinalEvaluation, RunReport
 from train.stages import Plan
 from train.step import GlobalBatch, StepPlan, StepResult, plan_step, train_step
 from train.stop import StopRequest
@@ -70,6 +70,7 @@ class Trainer:
         phase: brings the model into the state that a step needs.
         average: of the weights, if asked for.
         evaluator: validation loss.
+        final_evaluator: the same after the last step.
         audit: of the first steps.
         checkpoints: of the run's folder.
         metrics: its ``metrics.jsonl``.
@@ -88,6 +89,7 @@ class Trainer:
     phase: PhaseSwitch
     average: WeightAverage | None
     evaluator: Evaluator
+    final_evaluator: Evaluator
     audit: Audit
     checkpoints: Checkpoints
     metrics: MetricsFile
@@ -217,11 +219,17 @@ class Trainer:
     def _close(self, finished: bool) -> None:
         if finished:
             self.phase.enter(self._last_step())
+        validation = self._final_evaluation() if finished else None
         if self.engine.rank == 0:
-            step = self._last_step() if finished else None
-            self.report.write(asdict(self.progress), self.audit.result(), step)
+            self.report.write(asdict(self.progress), self.audit.result(), validation)
         for tracker in self.trackers:
             tracker.close()
+
+    def _final_evaluation(self) -> FinalEvaluation:
+        step = self._last_step()
+        log.info("evaluating on the final rows")
+        values = self.final_evaluator.evaluate(step)
+        return FinalEvaluation(values, self.final_evaluator.text(step))
 
     def _evaluate_only(self) -> int:
         done, step = self.progress, self._last_step()

@@ -10,6 +10,7 @@ from model.config import ModelConfig
 from model.precision import precision_of
 from optim.groups import ParamRecord
 from quant.apply import QuantRecord, describe
+from train.config import TrainConfig
 
 COLUMNS = (
     "name", "shape", "owner", "split", "weight_decay", "storage", "compute", "reduce", "quantised",
@@ -24,14 +25,14 @@ def split_counts(model: ModelConfig) -> dict[str, int]:
 
 
 def write_params_table(
-    path: Path, records: Iterable[ParamRecord], precision: str, quantised: Iterable[QuantRecord]
+    path: Path, records: Iterable[ParamRecord], train: TrainConfig, quantised: Iterable[QuantRecord]
 ) -> None:
     """Write one line a parameter.
 
     Args:
         path: CSV to write.
         records: the optimizer's table.
-        precision: ``train.precision``.
+        train: its two precisions.
         quantised: seams that quantisation replaced.
     """
     formats = {record.parameter: describe(record) for record in quantised if record.parameter}
@@ -39,7 +40,7 @@ def write_params_table(
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         for r in records:
-            dtypes = precision_of(r.name, precision)
+            dtypes = precision_of(r.name, train.precision.value, train.head_precision.value)
             writer.writerow(
                 [
                     r.name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import lzma
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,27 @@ from data.tokenizer import Tokenizer
 from model.transformer import DeepSeekV4
 from parallel.engine import Engine
 from train.config import RunConfig
-from train.evaluate import Evaluator
 from train.metrics import MetricsFile, read_metrics
 from train.plots import draw_losses
 from train.receipt import code_version, config_hash, environment, plain, write_json
 from train.sample import continue_text
-from train.step import StepPlan
 
 log = logging.getLogger(__name__)
 
 CURVE, TEXT, RECEIPT, EVALUATION = "loss.png", "sample.txt", "receipt.json", "evaluation.json"
+
+
+@dataclass(frozen=True)
+class FinalEvaluation:
+    """What the evaluation after the last step gave.
+
+    Attributes:
+        values: metrics; empty where no text is held out.
+        text: the bytes that were scored.
+    """
+
+    values: Mapping[str, Any]
+    text: bytes
 
 
 class RunReport:
@@ -31,7 +43,6 @@ class RunReport:
         run: the config.
         engine: holds the model.
         tokenizer: of the run.
-        evaluator: of the validation split.
         metrics: of the run.
         manifest: what the data is, by hashes.
     """
@@ -41,7 +52,6 @@ class RunReport:
         run: RunConfig,
         engine: Engine,
         tokenizer: Tokenizer,
-        evaluator: Evaluator,
         metrics: MetricsFile,
         manifest: Mapping[str, Any],
     ) -> None:
@@ -56,31 +66,33 @@ class RunReport:
             "environment": environment(engine.device),
         }
         self._engine, self._tokenizer = engine, tokenizer
-        self._evaluator, self._metrics = evaluator, metrics
+        self._metrics = metrics
 
     def write(
-        self, progress: Mapping[str, Any], audit: Mapping[str, Any], last: StepPlan | None
+        self,
+        progress: Mapping[str, Any],
+        audit: Mapping[str, Any],
+        validation: FinalEvaluation | None,
     ) -> None:
         """Write curve and receipt; of a finished run also a sample and the comparison with xz.
 
         Args:
             progress: steps, tokens, skipped steps.
             audit: what the audit saw.
-            last: the last step of a finished run, None of one that stopped early.
+            validation: of a finished run, None of one that stopped early.
         """
         records = read_metrics(self._metrics.path)
         draw_losses(records, self._folder / CURVE, self._title)
         receipt = {
             **self._facts,
-            "finished": last is not None,
+            "finished": validation is not None,
             "progress": dict(progress),
             "audit": dict(audit),
             "final_metrics": records[-1] if records else {},
         }
-        if last is not None:
+        if validation is not None:
             self._write_text()
-            bits = receipt["final_metrics"].get("val_bits_per_byte")
-            receipt["validation"] = self._compare_with_xz(last, bits)
+            receipt["validation"] = compare_with_xz(validation)
         write_json(self._folder / RECEIPT, receipt)
 
     def write_evaluation(self, values: Mapping[str, Any]) -> None:
@@ -101,16 +113,18 @@ class RunReport:
         (self._folder / TEXT).write_text(text + "\n", encoding="utf-8")
         log.info("sample (%s):\n%s", self._folder / TEXT, text)
 
-    def _compare_with_xz(self, last: StepPlan, bits_per_byte: float | None) -> dict[str, Any]:
-        """Bits per byte of the evaluated text: the model's beside those of ``xz -9e``."""
-        text = self._evaluator.text(last)
-        if not text or bits_per_byte is None:
-            return {}
-        xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-        log.info(
-            "validation text, %d bytes: %.4f bits per byte under the model, %.4f under xz -9e",
-            len(text),
-            bits_per_byte,
-            xz,
-        )
-        return {"bytes": len(text), "bits_per_byte": bits_per_byte, "xz_bits_per_byte": xz}
+
+def compare_with_xz(validation: FinalEvaluation) -> dict[str, Any]:
+    """Bits per byte of the evaluated text: the model's beside those of ``xz -9e``."""
+    text = validation.text
+    if not text:
+        return {}
+    xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    bits = validation.values["val_bits_per_byte"]
+    log.info(
+        "validation text, %d bytes: %.4f bits per byte under the model, %.4f under xz -9e",
+        len(text),
+        bits,
+        xz,
+    )
+    return {"bytes": len(text), "bits_per_byte": bits, "xz_bits_per_byte": xz}

@@ -82,3 +82,10 @@ def test_unknown_names_and_precisions_are_refused():
         precision_of("layers.0.attn.wz.weight", "bf16")
     with pytest.raises(ValueError, match=r"train\.precision=fp8"):
         precision_of("embed.weight", "fp8")
+
+
+def test_head_precision_changes_the_head_alone():
+    assert precision_of("head.weight", "bf16").compute is torch.float32
+    assert precision_of("head.weight", "bf16", head="bf16").compute is torch.bfloat16
+    same = "layers.0.attn.wkv.weight"
+    assert precision_of(same, "bf16", head="bf16") == precision_of(same, "bf16")
