@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -23,6 +24,16 @@ class IndexerPhase(StrEnum):
     sparse = "sparse"  # the indexer's top-k is attended; it learns over that set
 
 
+class Past(Protocol):
+    """What came before the tokens of this pass: keys from a cache (``model/cache.py``)."""
+
+    def attend(
+        self, layer: Any, u_BTD: Tensor, q_latent_BTQ: Tensor, q_BTHK: Tensor, kv_BTK: Tensor
+    ) -> Tensor:
+        """Attention's weighted values [B, T, H, K] over the past and this pass' own tokens."""
+        ...
+
+
 @dataclass
 class ForwardContext:
     """Shared by the layers of one forward pass.
@@ -39,6 +50,7 @@ class ForwardContext:
         replay: FQN of a gate or indexer -> indices to use instead of its own choice (weights stay
             its own).
         record: filled with the indices that were chosen, by FQN; None: nothing is kept.
+        past: the cache of a text that is being decoded; None: the plan holds all there is.
     """
 
     plan: SequencePlan
@@ -51,6 +63,7 @@ class ForwardContext:
     monitors: bool = False
     replay: dict[str, Tensor] = field(default_factory=dict)
     record: dict[str, Tensor] | None = None
+    past: Past | None = None
 
 
 def build_context(config: ModelConfig, document_ids_BT: Tensor, yarn: bool) -> ForwardContext:

@@ -449,15 +449,22 @@ def v32_decoding_flops(context: int) -> DecodingFlops:
     return DecodingFlops(2 * 37e9, core, 61 * 2.0 * 64 * 128 * context, index_weight=1.0)
 
 
-def kv_cache_bytes(config: ModelConfig, context: int) -> int:
-    """Bytes of KV cache after ``context`` tokens, in the released formats (V4_SPEC F).
+def kv_cache_bytes(config: ModelConfig, context: int, value_bytes: int = 0) -> int:
+    """Bytes of KV cache after ``context`` tokens: window rows, entries and indexer keys.
 
-    An entry or window row is FP8 with a scale per 64 channels (padded to 8) and bf16 RoPE
-    channels; an indexer key is FP4 with a scale per 32 channels.
+    As released (V4_SPEC F) an entry or window row is FP8 with a scale per 64 channels (padded to 8)
+    and bf16 RoPE channels; an indexer key is FP4 with a scale per 32 channels.
+
+    Args:
+        config: the model.
+        context: tokens.
+        value_bytes: of every channel (2: bf16); 0: the released formats.
     """
     plain = config.head_dim - config.qk_rope_head_dim
     row = plain + 2 * config.qk_rope_head_dim + 8 * math.ceil(math.ceil(plain / 64) / 8)
     index_row = math.ceil(config.index_head_dim / 2) + math.ceil(config.index_head_dim / 32)
+    if value_bytes:
+        row, index_row = value_bytes * config.head_dim, value_bytes * config.index_head_dim
     total = 0
     for layer in range(config.num_hidden_layers):
         kind, ratio = config.kind(layer), config.ratio(layer)

@@ -44,18 +44,40 @@ class Compressor(nn.Module):
 
     def forward(self, u_BTD: Tensor, plan: CompressedPlan, rope: RopeTable) -> Tensor:
         """Entries [B, E, dim] in the dtype of ``u``, normalised, rotated at their first token."""
+        k_BTC, z_BTC = self.project(u_BTD)
+        k_BEMC, z_BEMC = self._blocks(k_BTC, plan), self._blocks(z_BTC, plan)
+        return self.compress(k_BEMC, z_BEMC, plan.has_previous_BE, rope, u_BTD.dtype)
+
+    def project(self, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
+        """What every token adds to its entries: values and logits [B, T, C], fp32."""
         u_fp32 = u_BTD.float()
-        k_BEMC = self._blocks(self.wkv(u_fp32), plan)
-        z_BEMC = self._blocks(self.wgate(u_fp32), plan) + self.ape.float()
+        return self.wkv(u_fp32), self.wgate(u_fp32)
+
+    def compress(
+        self,
+        k_BEMC: Tensor,
+        z_BEMC: Tensor,
+        has_previous_BE: Tensor,
+        rope: RopeTable,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Entries of whole blocks.
+
+        Args:
+            k_BEMC: values of the tokens of each block, blocks in order.
+            z_BEMC: their logits.
+            has_previous_BE: the block before is of the same document (read under overlap).
+            rope: at the first token of each block.
+            dtype: of the result.
+        """
+        z_BEMC = z_BEMC + self.ape.float()
         if self.overlap:
             k_BEMC = torch.cat((_previous(k_BEMC[..., : self.dim]), k_BEMC[..., self.dim :]), dim=2)
             z_previous = _previous(z_BEMC[..., : self.dim])
-            z_previous = z_previous.masked_fill(
-                ~plan.has_previous_BE[..., None, None], float("-inf")
-            )
+            z_previous = z_previous.masked_fill(~has_previous_BE[..., None, None], float("-inf"))
             z_BEMC = torch.cat((z_previous, z_BEMC[..., self.dim :]), dim=2)
         e_BEK = (z_BEMC.softmax(dim=2) * k_BEMC).sum(dim=2)
-        return self.cast(self._rope(self.norm(e_BEK.to(u_BTD.dtype)), *rope))
+        return self.cast(self._rope(self.norm(e_BEK.to(dtype)), *rope))
 
     def _blocks(self, x_BTC: Tensor, plan: CompressedPlan) -> Tensor:
         B, _, C = x_BTC.shape

@@ -58,21 +58,36 @@ class WindowAttention(nn.Module):
         Returns:
             Output [B, T, D] and side results (indexer loss, monitors).
         """
-        B, T, _ = u_BTD.shape
-        cos, sin = self.rope(context)
-        q_latent_BTQ = self.q_norm(self.wq_a(u_BTD))
-        q_BTHK = self.wq_b(q_latent_BTQ).view(B, T, self.heads, self.head_dim)
-        q_BTHK = self._rope(self._rms_norm(q_BTHK, None, self.eps), cos, sin)
-        kv_BTK = self.kv_cast(self._rope(self.kv_norm(self.wkv(u_BTD)), cos, sin))
+        rope = self.rope(context)
+        q_latent_BTQ, q_BTHK, kv_BTK = self.project(u_BTD, rope)
+        if context.past is not None:
+            return self.output(
+                context.past.attend(self, u_BTD, q_latent_BTQ, q_BTHK, kv_BTK), rope
+            ), {}
         entries, finish = self.entries(u_BTD, q_latent_BTQ, context)
-        window = T if self.kind is LayerKind.dense else self.window
+        window = u_BTD.shape[1] if self.kind is LayerKind.dense else self.window
         result = self._attention(
             q_BTHK, kv_BTK, self.attn_sink, context.plan.start_BT, window, entries
         )
         aux = finish(q_BTHK, result) if finish is not None else {}
-        o_BTHK = self._rope(result.o_BTHK, cos, -sin)
-        o_BTGI = o_BTHK.reshape(B, T, self.groups, -1)
-        return self.wo_b(self.wo_a(o_BTGI)), aux
+        return self.output(result.o_BTHK, rope), aux
+
+    def project(self, u_BTD: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
+        """Query latents [B, T, Q], rotated queries [B, T, H, K], rotated and cast KV [B, T, K]."""
+        B, T, _ = u_BTD.shape
+        cos, sin = rope
+        q_latent_BTQ = self.q_norm(self.wq_a(u_BTD))
+        q_BTHK = self.wq_b(q_latent_BTQ).view(B, T, self.heads, self.head_dim)
+        q_BTHK = self._rope(self._rms_norm(q_BTHK, None, self.eps), cos, sin)
+        kv_BTK = self.kv_cast(self._rope(self.kv_norm(self.wkv(u_BTD)), cos, sin))
+        return q_latent_BTQ, q_BTHK, kv_BTK
+
+    def output(self, o_BTHK: Tensor, rope: RopeTable) -> Tensor:
+        """Turn values back to each query's own position and project them: [B, T, D]."""
+        B, T = o_BTHK.shape[:2]
+        cos, sin = rope
+        o_BTHK = self._rope(o_BTHK, cos, -sin)
+        return self.wo_b(self.wo_a(o_BTHK.reshape(B, T, self.groups, -1)))
 
     def rope(self, context: ForwardContext) -> RopeTable:
         """The layer's one table."""

@@ -46,10 +46,15 @@ class LightningIndexer(nn.Module):
         entry_rope: RopeTable,
     ) -> IndexerInputs:
         """Queries [B, T, J, L], keys [B, E, L], head weights [B, T, J] with both factors."""
-        B, T, _ = u_BTD.shape
         u, q_latent = u_BTD.detach(), q_latent_BTQ.detach()
-        q_BTJL = self.wq_b(q_latent).view(B, T, self.heads, self.dim)
+        q_BTJL, w_BTJ = self.queries(u, q_latent, rope)
+        return q_BTJL, self.compressor(u, plan, entry_rope), w_BTJ
+
+    def queries(
+        self, u_BTD: Tensor, q_latent_BTQ: Tensor, rope: RopeTable
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and head weights of :meth:`forward`; the inputs are detached already."""
+        B, T, _ = u_BTD.shape
+        q_BTJL = self.wq_b(q_latent_BTQ).view(B, T, self.heads, self.dim)
         q_BTJL = self.q_cast(self._rope(q_BTJL, *rope))
-        k_BEL = self.compressor(u, plan, entry_rope)
-        w_BTJ = self.weights_proj(u).float() * (self.dim * self.heads) ** -0.5
-        return q_BTJL, k_BEL, w_BTJ
+        return q_BTJL, self.weights_proj(u_BTD).float() * (self.dim * self.heads) ** -0.5
