@@ -43,6 +43,8 @@ class AdamW:
             steps it moved}.
     """
 
+    algorithm = "adamw"
+
     def __init__(
         self, entries: Sequence[AdamWEntry], config: AdamWConfig, state_dtype: torch.dtype
     ) -> None:

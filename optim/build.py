@@ -11,12 +11,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from optim.adamw import AdamW, AdamWEntry
 from optim.config import OptimConfig, StateDtype
 from optim.groups import Owner, ParamRecord, build_table
 from optim.muon import Muon, MuonEntry
+from optim.muon_distributed import ShardedMuon
 
 State = dict[str, dict[str, Tensor]]
 
@@ -25,6 +28,7 @@ class Engine(Protocol):
     """One algorithm over the parameters that it owns."""
 
     state: State
+    algorithm: str  # "muon", "adamw": what moved a parameter
 
     def step(self, lr: float, names: Iterable[str]) -> list[str]:
         """Move the named parameters and return their names."""
@@ -80,7 +84,7 @@ class Optimizer:
         self.moved = {}
         for owner, engine in self._engines.items():
             names = [name for name in self._active if self._owner[name] is owner]
-            self.moved.update(dict.fromkeys(engine.step(lr, names), type(engine).__name__.lower()))
+            self.moved.update(dict.fromkeys(engine.step(lr, names), engine.algorithm))
 
     def zero_grad(self) -> None:
         """Drop the gradients of all parameters, frozen ones too."""
@@ -131,6 +135,7 @@ def build_optimizer(
     config: OptimConfig,
     trainable: Callable[[str], bool] | None = None,
     split_counts: Mapping[str, int] | None = None,
+    group: ProcessGroup | None = None,
 ) -> Optimizer:
     """Build the optimizer of a model.
 
@@ -140,6 +145,8 @@ def build_optimizer(
         trainable: parameters of the first phase; ``None`` = all.
         split_counts: sizes of the model by which a Muon split may cut rows, ``{"o_groups": ...}``
             at least.
+        group: ranks that hold shards of the parameters, which are DTensors then; None: they are
+            whole.
 
     Raises:
         ValueError: see :meth:`OptimConfig.validate` and :func:`optim.groups.build_table`.
@@ -147,12 +154,15 @@ def build_optimizer(
     config.validate()
     parameters = dict(named_parameters)
     table = build_table({n: p.shape for n, p in parameters.items()}, config, split_counts)
-    engines = {owner: build(parameters, table, config) for owner, build in ENGINES.items()}
+    engines = {owner: build(parameters, table, config, group) for owner, build in ENGINES.items()}
     return Optimizer(parameters, table, engines, trainable)
 
 
 def _build_muon(
-    parameters: Mapping[str, Parameter], table: list[ParamRecord], config: OptimConfig
+    parameters: Mapping[str, Parameter],
+    table: list[ParamRecord],
+    config: OptimConfig,
+    group: ProcessGroup | None,
 ) -> Engine:
     entries = [
         MuonEntry(r.name, parameters[r.name], r.num_matrices, r.weight_decay)
@@ -160,15 +170,23 @@ def _build_muon(
         if r.owner is Owner.muon
     ]
     for entry in entries:
-        if hasattr(entry.parameter, "to_local"):
+        if isinstance(entry.parameter, DTensor) != (group is not None):
             raise ValueError(
-                f"optim.name=muon: {entry.name} is sharded, optim/muon.py needs it whole"
+                f"optim.name=muon: {entry.name} is"
+                f" {'whole' if group else 'sharded'}, but the optimizer was built for"
+                f" {'shards' if group else 'one process'}"
             )
-    return Muon(entries, config.muon, _STATE_DTYPES[config.state_dtype])
+    state_dtype = _STATE_DTYPES[config.state_dtype]
+    if group is not None:
+        return ShardedMuon(entries, config.muon, state_dtype, group)
+    return Muon(entries, config.muon, state_dtype)
 
 
 def _build_adamw(
-    parameters: Mapping[str, Parameter], table: list[ParamRecord], config: OptimConfig
+    parameters: Mapping[str, Parameter],
+    table: list[ParamRecord],
+    config: OptimConfig,
+    _: ProcessGroup | None,
 ) -> Engine:
     entries = [
         AdamWEntry(r.name, parameters[r.name], r.weight_decay)

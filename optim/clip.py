@@ -9,10 +9,11 @@ DeepSeek-V3's, inherited (V4_SPEC C.2).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 @torch.no_grad()
@@ -30,6 +31,30 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+def sharded_grad_norm(parameters: Iterable[Tensor], add_up: Callable[[Tensor], Tensor]) -> float:
+    """Norm over all gradients of sharded parameters, each shard counted once. Collective.
+
+    Args:
+        parameters: DTensors, the same on every rank; their meshes hold all ranks that add up.
+        add_up: sums a float64 scalar over these ranks.
+    """
+    total: Tensor | None = None
+    for p in parameters:
+        assert isinstance(p, DTensor)
+        copies = math.prod(
+            size for size, at in zip(p.device_mesh.shape, p.placements, strict=True)
+            if at.is_replicate()
+        )  # fmt: skip
+        if total is None:
+            total = torch.zeros((), dtype=torch.float64, device=p.to_local().device)
+        if p.grad is not None:
+            assert isinstance(p.grad, DTensor)
+            norm = torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float64)
+            total += norm.square() / copies
+    return 0.0 if total is None else math.sqrt(float(add_up(total)))
+
+
+@torch.no_grad()
 def scale_grads_(parameters: Iterable[Tensor], norm: float, max_norm: float) -> None:
     """Scale gradients down to a global norm of ``max_norm``, if theirs is above it and finite.
 
@@ -41,7 +66,8 @@ def scale_grads_(parameters: Iterable[Tensor], norm: float, max_norm: float) -> 
     if max_norm > 0 and math.isfinite(norm) and norm > max_norm:
         for p in parameters:
             if p.grad is not None:
-                p.grad.mul_(max_norm / norm)
+                local = p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+                local.mul_(max_norm / norm)
 
 
 def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> float:

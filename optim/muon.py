@@ -52,6 +52,8 @@ class Muon:
         state: name -> {"momentum": tensor shaped like the parameter}.
     """
 
+    algorithm = "muon"
+
     def __init__(
         self, entries: Sequence[MuonEntry], config: MuonConfig, state_dtype: torch.dtype
     ) -> None:

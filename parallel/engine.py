@@ -76,6 +76,7 @@ class Engine(Protocol):
         rank: number of this process; 0 writes files.
         data_rank: which share of a batch's rows this process computes.
         data_degree: number of such shares.
+        sharded: whether parameters are shards (DTensor), gathered anew for each use.
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class Engine(Protocol):
     rank: int
     data_rank: int
     data_degree: int
+    sharded: bool
 
     def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
         """Run this process's microbatches and leave the gradient of the whole global batch."""
@@ -113,6 +115,14 @@ class Engine(Protocol):
         """Whether any rank raised ``flag``."""
         ...
 
+    def add_up(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum scalars over ranks, of which each may know other names."""
+        ...
+
+    def same_everywhere(self, number: int) -> int:
+        """Rank 0's number, on every rank."""
+        ...
+
 
 class TorchEngine:
     """One process, plain torch.
@@ -126,6 +136,7 @@ class TorchEngine:
 
     rank = data_rank = 0
     data_degree = 1
+    sharded = False
 
     def __init__(
         self, model: nn.Module, optimizer: Optimizer, device: torch.device, grad_clip: float
@@ -184,6 +195,14 @@ class TorchEngine:
     def agree(self, flag: bool) -> bool:
         """There is nobody else."""
         return flag
+
+    def add_up(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """There is nobody else."""
+        return values
+
+    def same_everywhere(self, number: int) -> int:
+        """There is nobody else."""
+        return number
 
     def _forward(self, batch: Batch, objective: Objective) -> ModelOutput:
         return self.model(

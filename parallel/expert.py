@@ -108,7 +108,7 @@ def shard_experts(model: nn.Module, ep: DeviceMesh) -> int:
             sharded = distribute_tensor(linear.weight.data, ep, [Shard(0)], src_data_rank=None)
             linear.weight = nn.Parameter(sharded)
             linear.__class__ = _LocalExperts
-            linear.ep = ep
+            object.__setattr__(linear, "ep", ep)
     return len(layers)
 
 
@@ -123,7 +123,7 @@ class _LocalExperts(GroupedLinear):
 
     @property
     def weight(self) -> Any:
-        master = self._parameters["weight"]
+        master: Any = self._parameters["weight"]
         gathered = isinstance(master, DTensor) and master.device_mesh == self.ep
         return master.to_local() if gathered else master
 

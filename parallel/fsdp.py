@@ -82,8 +82,9 @@ def _shard_block(block: Block, mesh: Mesh, in_bf16: set[nn.Module]) -> None:
 
 
 def _shard_experts(experts: Experts, mesh: Mesh, in_bf16: set[nn.Module]) -> None:
-    """FSDP over what ep leaves of the data axes: whole experts where they divide evenly, so that
-    Muon need not gather them, else rows, else columns.
+    """FSDP over what ep leaves of the data axes.
+
+    Whole experts where they divide evenly, so that Muon need not gather them; else rows or columns.
     """
     ep, shards = mesh.layout.ep, mesh.root["shards"].size()
 

@@ -1,0 +1,139 @@
+"""The engine of several processes: data parallelism (FSDP2, HSDP) and expert parallelism.
+
+A step is the same as one process's: the rows are cut over the data ranks, losses are shares of the
+global objective and are added up over ranks once, as are expert loads and monitors; gradients are
+summed by FSDP. Whatever decides something (finite or not, stop or not) is the same on all ranks.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from data.batch import Batch
+from model.loss import ModelOutput, Objective
+from optim.build import Optimizer
+from optim.clip import scale_grads_, sharded_grad_norm
+from parallel.collectives import add_up, add_up_loose
+from parallel.engine import Shares, TorchEngine, Update
+from parallel.fsdp import follow_requires_grad, fsdp_modules
+from parallel.mesh import Mesh
+
+
+class DistributedEngine(TorchEngine):
+    """Several processes without pipeline stages.
+
+    Args:
+        model: sharded and initialised.
+        optimizer: of its parameters.
+        device: where this process computes.
+        grad_clip: bound of the global gradient norm; 0 = none.
+        mesh: this process's place.
+    """
+
+    sharded = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        device: torch.device,
+        grad_clip: float,
+        mesh: Mesh,
+    ) -> None:
+        super().__init__(model, optimizer, device, grad_clip)
+        assert isinstance(model, FSDPModule)
+        self._fsdp, self._group = model, mesh.data.get_group()
+        self.rank = dist.get_rank()
+        self.data_rank, self.data_degree = mesh.data_rank, mesh.data.size()
+
+    def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
+        """Accumulate shards of the gradient; replicas are added up with the last microbatch."""
+        shares = Shares()
+        for batch, last in _with_last(batches):
+            self._fsdp.set_requires_all_reduce(last)
+            output = self._forward(batch, objective)
+            output.total.backward()
+            shares.add(output)
+        return self._add_up(shares)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], objective: Objective) -> Shares:
+        """Run microbatches without gradients; every rank must have as many."""
+        shares = self._add_up(super().evaluate(batches, objective))
+        for module in fsdp_modules(self.model):
+            module.reshard()  # the root's group stays gathered after a forward pass alone
+        return shares
+
+    def optimizer_step(self, lr: float, finite: bool) -> Update:
+        """Clip and update; with a norm or loss that is not finite, only drop the gradients."""
+        parameters = list(self.optimizer.trainable_parameters().values())
+        norm = sharded_grad_norm(parameters, self._sum)
+        scale_grads_(parameters, norm, self._grad_clip)
+        applied = finite and math.isfinite(norm)
+        if applied:
+            self.optimizer.step(lr)
+        self.optimizer.zero_grad()
+        return Update(norm, applied)
+
+    def set_trainable(self, trains: Callable[[str], bool]) -> None:
+        """Freeze the parameters for whose names ``trains`` is false."""
+        super().set_trainable(trains)
+        follow_requires_grad(self.model)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank raised ``flag``."""
+        return float(self._sum(torch.tensor(float(flag), device=self.device))) > 0
+
+    def add_up(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum scalars over ranks; a rank may lack some of the names."""
+        return add_up_loose(values)
+
+    def same_everywhere(self, number: int) -> int:
+        """Rank 0's number."""
+        shared = torch.tensor(number, device=self.device)
+        dist.broadcast(shared, src=0)
+        return int(shared)
+
+    def _forward(self, batch: Batch, objective: Objective) -> ModelOutput:
+        with _views_are_fine():
+            return super()._forward(batch, objective)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value, group=self._group)
+        return value
+
+    def _add_up(self, shares: Shares) -> Shares:
+        parts = {"losses": shares.losses, "load": shares.expert_load, "monitor": shares.monitors}
+        flat = {f"{part}:{n}": v for part, values in parts.items() for n, v in values.items()}
+        assert shares.total is not None, "every data rank needs a microbatch"
+        flat["total"] = shares.total
+        flat = add_up(flat, self._group)
+        named = {part: {n: flat[f"{part}:{n}"] for n in values} for part, values in parts.items()}
+        return Shares(flat["total"], named["losses"], named["load"], named["monitor"])
+
+
+def _with_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, and whether it is the last; one is read ahead."""
+    before: Batch | None = None
+    for batch in batches:
+        if before is not None:
+            yield before, False
+        before = batch
+    if before is not None:
+        yield before, True
+
+
+@contextmanager
+def _views_are_fine() -> Iterator[None]:
+    """FSDP warns of blocks that return views: nothing here writes into them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        yield
