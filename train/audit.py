@@ -126,6 +126,9 @@ class Audit:
                 for name, tensors in state.items()
                 if name not in trained
             },
+            num_microbatches=-(
+                -step.num_rows // self._engine.data_degree // step.stage.micro_batch_size
+            ),
             longest_document=longest_document(rows.batch(0, step.num_rows).document_ids_BT),
         )
 

@@ -20,7 +20,7 @@ from model.transformer import DeepSeekV4
 from optim.groups import Owner, ParamRecord
 from parallel.engine import Shares, Update
 from quant.config import ExpertFormat
-from train.config import RunConfig
+from train.config import ActivationCheckpoint, IndexerPhase, RunConfig
 from train.seam_watch import SeamReading
 from train.step import StepPlan
 
@@ -49,6 +49,7 @@ class Evidence:
         update: whether it was applied.
         seams: what the replaceable ops and casts did.
         longest_document: tokens of the longest piece of the batch.
+        num_microbatches: of this process.
     """
 
     run: RunConfig
@@ -66,6 +67,7 @@ class Evidence:
     update: Update = field(default_factory=lambda: Update(0.0, False))
     seams: SeamReading = field(default_factory=SeamReading)
     longest_document: int = 0
+    num_microbatches: int = 1
 
     @property
     def applied(self) -> bool:
@@ -290,6 +292,20 @@ def quant(e: Evidence) -> Iterator[str]:
             yield f"quant.stored={parts.stored}: {name}.weight is read {is_read}"
 
 
+def recompute(e: Evidence) -> Iterator[str]:
+    """Blocks ran twice a microbatch where recomputation was asked for, once elsewhere."""
+    asked = e.run.train.activation_checkpoint
+    if e.step.stage.indexer_phase is IndexerPhase.warmup:
+        return  # most blocks have no backward pass
+    wanted = e.num_microbatches * (1 if asked is ActivationCheckpoint.none else 2)
+    for name, passes in e.seams.passes.items():
+        if passes != wanted:
+            yield (
+                f"{name} ran {passes} times in {e.num_microbatches} microbatches,"
+                f" train.activation_checkpoint={asked.value} asks for {wanted}"
+            )
+
+
 def _part_of(module: str) -> str:
     """Part of the quant section that names a linear; empty: none does."""
     leaf = module.rpartition(".")[2]
@@ -312,6 +328,7 @@ BEFORE_UPDATE: dict[str, Check] = {
     "balance": balance,
     "precision": precision,
     "quant": quant,
+    "recompute": recompute,
 }
 AFTER_UPDATE: dict[str, Check] = {
     "frozen": frozen,

@@ -10,6 +10,7 @@ wrapped op's own result goes on unchanged, so the step keeps its bits.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.block import Block
 from model.linear import ActivationCast, GroupedLinear, Linear, linear_op
 from quant.apply import SEAMS
 from quant.indexer import hadamard
@@ -36,6 +38,7 @@ class SeamReading:
         op_errors: rows of each linear's first product, relative to the plain op's in fp32.
         cast_errors: what each cast changed, relative; a Hadamard transform alone counts as nothing.
         rounded_weights: whether a weight is read as bf16; absent where it cannot be told.
+        passes: how often each block ran, recomputation included.
         kept: comparisons still to make.
     """
 
@@ -43,6 +46,7 @@ class SeamReading:
     op_errors: dict[str, float] = field(default_factory=dict)
     cast_errors: dict[str, float] = field(default_factory=dict)
     rounded_weights: dict[str, bool] = field(default_factory=dict)
+    passes: Counter[str] = field(default_factory=Counter)
     kept: list[Callable[[], None]] = field(default_factory=list, repr=False)
 
     @torch.no_grad()
@@ -63,6 +67,8 @@ def watch_seams(model: nn.Module) -> Iterator[SeamReading]:
             undo.append(_watch_op(name, module, reading))
         elif isinstance(module, ActivationCast):
             undo.append(module.register_forward_hook(_cast_hook(name, reading)).remove)
+        elif isinstance(module, Block):
+            undo.append(module.attn_norm.register_forward_hook(_pass_hook(name, reading)).remove)
         if re.fullmatch(_STORED, name):
             _read_weight(name, module, reading)
     try:
@@ -120,6 +126,15 @@ def _cast_hook(name: str, reading: SeamReading) -> Callable[..., None]:
             reading.cast_errors[name] = error
 
         reading.kept.append(compare)
+
+    return hook
+
+
+def _pass_hook(name: str, reading: SeamReading) -> Callable[..., None]:
+    """Counts inside the block: a recomputation does not come in through its own call."""
+
+    def hook(*_: Any) -> None:
+        reading.passes[name] += 1
 
     return hook
 

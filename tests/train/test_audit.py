@@ -193,6 +193,12 @@ def fp32_where_bf16_was_asked(trainer, stack):
     trainer.engine.model.compute_dtype = torch.float32
 
 
+def nothing_recomputed(trainer, stack):
+    for block in trainer.engine.model.modules():
+        block.__dict__.pop("forward", None)
+
+
+RECOMPUTED = {"activation_checkpoint": ActivationCheckpoint.block}
 BF16, WARMUP = {"precision": Precision.bf16}, {"indexer_phase": IndexerPhase.warmup}
 # fault -> (the audit's name for it, words of its line, how the run differs from the plain one)
 FAULTS = {
@@ -219,6 +225,7 @@ FAULTS = {
     expert_without_gradient: ("gradient", "w2.weight had no gradient for expert 2", {}),
     frozen_weight_moves: ("frozen", "head.weight is frozen in this phase but moved", WARMUP),
     documents_seen_as_one: ("isolation", "reaches the one before it", {}),
+    nothing_recomputed: ("recompute", "layers.0 ran 2 times in 2 microbatches", RECOMPUTED),
     fp32_where_bf16_was_asked: ("precision", "multiplied in torch.float32", BF16),
 }
 
@@ -268,7 +275,7 @@ HONEST = {
             "bias_update_speed": 0.0,
         }
     },
-    "recomputed": {"train": {"activation_checkpoint": ActivationCheckpoint.block}},
+    "recomputed": {"train": RECOMPUTED},
     "partly recomputed": {"train": {"activation_checkpoint": ActivationCheckpoint.selective}},
 }
 
