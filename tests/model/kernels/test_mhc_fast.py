@@ -86,6 +86,19 @@ def test_fused_is_as_close_to_float64_as_the_reference(N, S, D, dtype, implement
         assert distance(fused[name], want) <= bound, name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_fused_on_a_gpu_is_as_close_to_float64(dtype):
+    case = make_case(37, 4, 64, dtype)
+    exact = run(mhc, case, torch.float64, torch.float64)
+    on_gpu = {k: v.cuda() for k, v in case.items()}
+    plain, fused = (run(module, on_gpu, dtype, F32) for module in (mhc, mhc_fast))
+    for name, want in exact.items():
+        bound = 2 * distance(plain[name].cpu(), want) + (1e-6 if dtype is F32 else 1e-3)
+        assert distance(fused[name].cpu(), want) <= bound, name
+
+
 def test_extreme_logits_stay_finite_and_exact(implementation):
     """Base +-60 saturates every gate and makes comb a near permutation."""
     case = make_case(17, 4, 16, F32)
