@@ -17,6 +17,7 @@ if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
 
 import torch
 
+from model.kernels.allocator import keep_freed_memory
 from scripts.bench_models import BENCHMARK, Contestant, Step, build_dense, build_ours, tokens
 from scripts.model_yaml import load_model_config
 from train.mfu import measured_matmul_rate
@@ -26,6 +27,7 @@ Result = dict[str, Any]
 
 def measure(spec: Result) -> Result:
     """Build one contestant, run it, and say what it took."""
+    keep_freed_memory()  # as train/pretrain.py does; for every contestant
     device = torch.device(spec["device"])
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     contestant = build(spec, device, dtypes[spec["dtype"]])

@@ -55,8 +55,10 @@ def main(cfg: DictConfig) -> int:
     layout = run.parallel.resolve(world.ranks)
     check_rows(plan, layout.row_degree)
     check_run_folder(run)
+    from model.kernels.allocator import keep_freed_memory  # noqa: PLC0415
     from train.build import build  # noqa: PLC0415
 
+    keep_freed_memory()
     return build(run).fit()
 
 
