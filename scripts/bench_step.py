@@ -62,6 +62,7 @@ def environment(args: argparse.Namespace) -> Result:
         "threads": threads,
         "hf_experts": args.hf_experts,
         "hf_checkpointing": args.hf_checkpointing,
+        "keep_memory": args.keep_memory,
     }
 
 
@@ -89,6 +90,7 @@ def plan(args: argparse.Namespace) -> list[Result]:
                             "seconds": args.seconds,
                             "hf_experts": args.hf_experts,
                             "hf_checkpointing": args.hf_checkpointing,
+                            "keep_memory": args.keep_memory,
                             "profile": False,
                         }
                     )
@@ -220,6 +222,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--hf-experts", default="grouped_mm", choices=("grouped_mm", "batched_mm", "eager")
     )
     parser.add_argument("--hf-checkpointing", action="store_true")
+    parser.add_argument(
+        "--keep-memory",
+        choices=("ours", "all"),
+        default="ours",
+        help="who runs with freed memory kept by malloc: our launcher always does; all: peers too",
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_step.json"))
     parser.add_argument("--fresh", action="store_true", help="drop the results in that file")
     parser.add_argument(
