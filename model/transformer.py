@@ -144,7 +144,7 @@ class DeepSeekV4(nn.Module):
         x_BTSD, results = self.trunk(self.streams(input_ids_BT), input_ids_BT, context)
         h_BTD = self.collapse(x_BTSD)
         ahead, mtp_results = [], []
-        if objective.mtp_weight:
+        if objective.mtp_weight or torch.is_grad_enabled():  # an evaluation may leave it out
             ahead, mtp_results = self.predict_ahead(x_BTSD, labels_BTK, context)
         return self.losses([h_BTD, *ahead], labels_BTK, results + mtp_results, objective)
 
