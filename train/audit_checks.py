@@ -18,6 +18,7 @@ from model.moe.router import Gate
 from model.precision import precision_of
 from model.transformer import DeepSeekV4
 from optim.groups import Owner, ParamRecord
+from parallel.collectives import whole
 from parallel.engine import Shares, Update
 from quant.config import ExpertFormat
 from train.config import ActivationCheckpoint, IndexerPhase, RunConfig
@@ -89,14 +90,15 @@ class Evidence:
         ]
 
     def learned_gates(self) -> dict[str, Gate]:
-        """Gates whose choice is learned, by name, as the config lists them."""
+        """Gates that run and whose choice is learned, by name, as the config lists them."""
         config = self.run.model
         names = [
             f"layers.{layer}.ffn.gate"
             for layer in range(config.num_hidden_layers)
             if config.router(layer) is Router.learned
         ]
-        names += [f"mtp.{k}.ffn.gate" for k in range(config.num_nextn_predict_layers)]
+        if self.step.weights.mtp > 0:  # else the MTP blocks do not run at all
+            names += [f"mtp.{k}.ffn.gate" for k in range(config.num_nextn_predict_layers)]
         gates = {name: self.model.get_submodule(name) for name in names}
         return {name: gate for name, gate in gates.items() if isinstance(gate, Gate)}
 
@@ -119,10 +121,10 @@ def frozen(e: Evidence) -> Iterator[str]:
     for name, weight in e.model.named_parameters():
         if name in e.trained:
             continue
-        if not torch.equal(weight, e.before[name]):
+        if not torch.equal(whole(weight), whole(e.before[name])):
             yield f"{name} is frozen in this phase but moved"
         for key, tensor in e.optimizer_before.get(name, {}).items():
-            if not torch.equal(tensor, e.optimizer_after[name][key]):
+            if not torch.equal(whole(tensor), whole(e.optimizer_after[name][key])):
                 yield f"{name} is frozen in this phase but its optimizer state {key} moved"
 
 
@@ -132,7 +134,7 @@ def owner(e: Evidence) -> Iterator[str]:
         return
     weights = dict(e.model.named_parameters())
     for name in sorted(e.trained):
-        if e.has_gradient(name) and torch.equal(weights[name], e.before[name]):
+        if e.has_gradient(name) and torch.equal(whole(weights[name]), whole(e.before[name])):
             yield f"{name} received a gradient but did not move: no optimizer owns it"
             continue
         asked = e.records[name].owner.value
@@ -149,14 +151,14 @@ def algorithm(e: Evidence) -> Iterator[str]:
     for name in sorted(e.trained):
         if e.has_gradient(name) and e.step.lr >= lr_to_judge(e, name):
             form = _muon_form if e.records[name].owner is Owner.muon else _adamw_form
-            yield from form(e, name, weights[name].detach())
+            yield from form(e, name, whole(weights[name]))
 
 
 def lr_to_judge(e: Evidence, name: str) -> float:
     """Learning rate from which an update stands out of the rounding of the weight itself."""
     muon = e.records[name].owner is Owner.muon
     scale = e.run.optim.muon.rms if muon else 1.0
-    return _EPS * float(e.before[name].abs().max()) / (_LOST_DIGITS * scale)
+    return _EPS * float(whole(e.before[name]).abs().max()) / (_LOST_DIGITS * scale)
 
 
 def _muon_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
@@ -164,7 +166,7 @@ def _muon_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
     shape = (record.num_matrices, -1, after.shape[-1])
     norms = e.grad_norms[name]
     which = int(norms.argmax()) if len(norms) == record.num_matrices else 0
-    old, new = (w.view(shape)[which].double() for w in (e.before[name], after))
+    old, new = (w.view(shape)[which].double() for w in (whole(e.before[name]), after))
     update = (old * (1 - lr * record.weight_decay) - new) / (lr * e.run.optim.muon.rms)
     singular = torch.linalg.svdvals(update / max(update.shape) ** 0.5)
     flat = singular[(singular > _FLAT[0]) & (singular < _FLAT[1])]
@@ -177,7 +179,8 @@ def _muon_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
 
 
 def _adamw_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
-    state, config = e.optimizer_after[name], e.run.optim.adamw
+    config = e.run.optim.adamw
+    state = {key: whole(tensor) for key, tensor in e.optimizer_after[name].items()}
     if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
         yield f"{name}: adamw was asked for, but its state holds {sorted(state)}"
         return
@@ -185,7 +188,7 @@ def _adamw_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
     first = state["exp_avg"].double() / (1 - config.betas[0] ** steps)
     second = state["exp_avg_sq"].double() / (1 - config.betas[1] ** steps)
     expected = first / (second.sqrt() + config.eps)
-    got = (e.before[name].double() * (1 - lr * decay) - after.double()) / lr
+    got = (whole(e.before[name]).double() * (1 - lr * decay) - after.double()) / lr
     error = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
     if error > 0.1:  # bf16 state: 1e-2; rounding of W: up to _LOST_DIGITS an element
         yield f"{name}: adamw was asked for, but the update is {error:.2g} off its formula"
