@@ -1,0 +1,87 @@
+"""Export a model: a transformers folder, or the official layout in plain or quantised tensors.
+
+The source may be a run, one of its checkpoints, or a folder in any of these layouts. Tensors stream
+through, shard by shard, so a model may be larger than memory; a stopped export goes on when it is
+started again by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm
+
+from quant.export import Stored
+from scripts.model_options import run_main
+from train.errors import UserError
+from train.exchange import open_source
+from train.export import ExportJob, FloatType, Layout, export_folder
+
+EPILOG = """examples:
+  scripts/export_hf.py runs/nano out/nano
+  scripts/export_hf.py runs/nano out/nano-official --to official
+  scripts/export_hf.py runs/nano/checkpoints/step_00001000 out/nano-fp4 --to quantised
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Export; returns the exit code (2: the user's input cannot be)."""
+    options = parse(arguments)
+    return run_main(lambda: export(options))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="run folder, checkpoint, or model folder")
+    parser.add_argument("target", type=Path, help="folder to write; empty, or a stopped export")
+    layouts, dtypes = [layout.value for layout in Layout], [dtype.value for dtype in FloatType]
+    parser.add_argument("--to", choices=layouts, default="transformers",
+                        help="layout (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--dtype", choices=dtypes, default="bf16",
+                        help="of a plain layout; mHC, sinks and biases stay fp32")  # fmt: skip
+    parser.add_argument("--experts", choices=["fp4", "fp8"], default="fp4",
+                        help="of the quantised layout")  # fmt: skip
+    parser.add_argument("--shard-gb", type=float, default=4.0, help="largest shard, GiB")
+    parser.add_argument("--no-tokenizer", action="store_true", help="write tensors and config only")
+    return parser.parse_args(arguments)
+
+
+def export(options: argparse.Namespace) -> None:
+    """Do what the command line says.
+
+    Raises:
+        ValueError: the source cannot be read, or the target not be written.
+    """
+    if options.shard_gb <= 0:
+        raise UserError(f"--shard-gb {options.shard_gb} must be above 0")
+    if options.source.resolve() == options.target.resolve():
+        raise UserError(f"source and target are the same folder, {options.source}")
+    job = ExportJob(
+        layout=Layout(options.to),
+        dtype=FloatType(options.dtype),
+        experts=Stored(options.experts),
+        shard_bytes=int(options.shard_gb * 2**30),
+        tokenizer=not options.no_tokenizer,
+    )
+    source = open_source(options.source)
+    with tqdm(desc="exporting", unit="B", unit_scale=True, disable=None) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        export_folder(source, options.target, job, report)
+    print(f"wrote {options.target} ({job.layout.value})")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""Import a model folder as a checkpoint that a run can start from (init_from=TARGET).
+
+The source may be a transformers folder, or an official one in plain or quantised tensors, as
+released. Tensors stream through, so a model may be larger than memory (twice its fp32 size on disk
+is needed); a stopped import goes on when it is started again by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from tqdm import tqdm
+
+from scripts.model_options import run_main
+from train.exchange import open_source
+from train.export import import_checkpoint
+
+EPILOG = """example:
+  scripts/import_hf.py downloads/v4 models/v4
+  python train/pretrain.py model=NAME init_from=models/v4
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Import; returns the exit code (2: the user's input cannot be)."""
+    options = parse(arguments)
+    return run_main(lambda: import_folder(options))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, help="model folder")
+    parser.add_argument("target", type=Path, help="folder to write; empty, or a stopped import")
+    return parser.parse_args(arguments)
+
+
+def import_folder(options: argparse.Namespace) -> None:
+    """Do what the command line says.
+
+    Raises:
+        ValueError: the source cannot be read, or the target not be written.
+    """
+    source = open_source(options.source)
+    with tqdm(desc="importing", unit="B", unit_scale=True, disable=None) as bar:
+
+        def report(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        path = import_checkpoint(source, options.target, report)
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What the scripts that run a model have in common: options, loading, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import Tokenizer
+from model.transformer import DeepSeekV4
+from quant.config import Recipe
+from train.errors import ExitCode, UserError, is_user_error, one_line
+from train.exchange import load_model
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model, and how it computes."""
+    parser.add_argument(
+        "model", type=Path, help="run folder, checkpoint, transformers folder or official folder"
+    )
+    parser.add_argument(
+        "--quant", choices=[r.value for r in Recipe],
+        help="casts of the forward pass (default: those that it was trained with, as far as the"
+        " folder says)",
+    )  # fmt: skip
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of matmuls")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--chunk-tokens", type=int, default=512, help="of text read at once")
+
+
+def open_model(options: argparse.Namespace) -> tuple[DeepSeekV4, Tokenizer | None]:
+    """The model that the options name, ready to compute.
+
+    Raises:
+        ValueError: it cannot be read, or there is no such device.
+    """
+    if options.chunk_tokens < 1:
+        raise UserError(f"--chunk-tokens {options.chunk_tokens} must be at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device")
+    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    recipe = Recipe(options.quant) if options.quant else None
+    model, tokenizer = load_model(options.model, "cuda" if on_gpu else "cpu", recipe)
+    if options.precision == "bf16":
+        model.compute_dtype = torch.bfloat16
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{options.model}: its tokenizer has {tokenizer.vocab_size} ids, its model"
+            f" vocab_size={model.config.vocab_size}"
+        )
+    return model, tokenizer
+
+
+def run_main(work: Callable[[], None]) -> int:
+    """Exit code of ``work``; the user's errors become one line (code 2)."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        work()
+    except ValueError as error:
+        if not is_user_error(error):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return ExitCode.user_error
+    return ExitCode.finished

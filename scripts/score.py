@@ -1,0 +1,134 @@
+"""Negative log-likelihood of every token of a text, perplexity and bits per byte.
+
+The model may be a run, a checkpoint, a transformers folder or an official folder. A text file is
+one document. A token file (.npy, or .npz with an array "ids") is one document too, unless --eos-id
+ends several; each is scored on its own, without what came before it. Nothing predicts the first
+token of a document: its entry is NaN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+import json
+import math
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.tokenizer import Tokenizer
+from scripts.model_options import add_model_options, open_model, run_main
+from train.errors import UserError
+from train.score import Totals, documents, token_nll
+
+EPILOG = """the NPZ holds
+  ids        int64 [N]    token ids
+  nll        float32 [N]  nats; NaN for the first token of a document
+  byte_ends  int64 [N]    bytes of the text up to each token's end (text files only)
+
+examples:
+  scripts/score.py runs/nano book.txt --out book.npz
+  scripts/score.py out/nano-official tokens.npy --eos-id 0
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Score; returns the exit code (2: the user's input cannot be)."""
+    options = parse(arguments)
+    return run_main(lambda: score(options))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_model_options(parser)
+    parser.add_argument("file", type=Path, help="text, .npy or .npz")
+    parser.add_argument("--out", type=Path, help="NPZ to write")
+    parser.add_argument("--eos-id", type=int, help="ends a document in a token file")
+    return parser.parse_args(arguments)
+
+
+def score(options: argparse.Namespace) -> None:
+    """Do what the command line says.
+
+    Raises:
+        ValueError: model or file cannot be read, or do not fit together.
+    """
+    if not options.file.is_file():
+        raise UserError(f"{options.file} is no file")
+    if options.out is not None and not options.out.absolute().parent.is_dir():
+        raise UserError(f"--out {options.out}: its folder does not exist")
+    model, tokenizer = open_model(options)
+    ids_N, byte_ends_N = read_ids(options.file, tokenizer)
+    spans = documents(ids_N, options.eos_id)
+    parts = []
+    with tqdm(total=len(ids_N), desc="scoring", unit="tok", disable=None) as bar:
+        for begin, end in spans:
+            part = token_nll(model, ids_N[begin:end], options.chunk_tokens, bar.update)
+            parts.append(part)
+    nll_N = torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
+    if options.out is not None:
+        arrays = {"ids": ids_N.numpy(), "nll": nll_N}
+        if byte_ends_N is not None:
+            arrays["byte_ends"] = byte_ends_N
+        with options.out.open("wb") as file:
+            np.savez(file, **arrays)
+    print(json.dumps(summary(nll_N, byte_ends_N)))
+
+
+def summary(nll_N: np.ndarray, byte_ends_N: np.ndarray | None) -> dict[str, float | int | None]:
+    """Tokens scored, nats a token, perplexity, bits per byte (null where bytes are not known)."""
+    scored_N = ~np.isnan(nll_N)
+    num_bytes = 0
+    if byte_ends_N is not None:
+        num_bytes = int(np.diff(byte_ends_N, prepend=0)[scored_N].sum())
+    nats = float(nll_N[scored_N].astype(np.float64).sum())
+    totals = Totals(int(scored_N.sum()), nats, num_bytes)
+    values = {
+        "tokens": totals.tokens,
+        "bytes": num_bytes or None,
+        "nats_per_token": totals.loss,
+        "perplexity": totals.perplexity,
+        "bits_per_byte": totals.bits_per_byte,
+    }
+    return {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+
+
+def read_ids(file: Path, tokenizer: Tokenizer | None) -> tuple[torch.Tensor, np.ndarray | None]:
+    """Token ids of a file, and for a text where each token ends in its bytes.
+
+    Raises:
+        UserError: it cannot be read, or is a text and the model has no tokenizer.
+    """
+    if file.suffix in (".npy", ".npz"):
+        try:
+            loaded = np.load(file, allow_pickle=False)
+            array = loaded["ids"] if file.suffix == ".npz" else loaded
+        except (ValueError, OSError, KeyError) as error:
+            raise UserError(f"{file} cannot be read as token ids: {error}") from error
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise UserError(
+                f"{file} holds {array.dtype} of shape {array.shape}, wanted are integers in a row"
+            )
+        return torch.from_numpy(array.astype(np.int64)), None
+    if tokenizer is None:
+        raise UserError(f"{file} is a text, but the model has no tokenizer: give a .npy of ids")
+    try:
+        text = file.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8: {error}") from error
+    ids, byte_ends = tokenizer.encode_with_byte_ends(text)
+    return torch.from_numpy(ids.astype(np.int64)), byte_ends
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Negative log-likelihood of given tokens, read through the cache (any length, linear memory)."""
+
+# Legend: N tokens of a document, T tokens of a chunk, V vocabulary
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.generate import Decoder
+from model.transformer import DeepSeekV4
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over scored tokens.
+
+    Attributes:
+        tokens: scored; the first of a document is not, nothing comes before it.
+        nats: their negative log-likelihood.
+        num_bytes: of UTF-8 text that they stand for; 0 where it is not known.
+    """
+
+    tokens: int
+    nats: float
+    num_bytes: int
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens if self.tokens else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """``exp`` of the loss."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """NaN where the bytes are not known."""
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+
+@torch.no_grad()
+def token_nll(
+    model: DeepSeekV4,
+    ids_N: Tensor,
+    chunk_tokens: int = 512,
+    report: Callable[[int], object] = lambda tokens: None,
+) -> Tensor:
+    """Negative log-likelihood of each token of one document given those before it.
+
+    Args:
+        model: in the state it is to be scored in.
+        ids_N: token ids.
+        chunk_tokens: read at once.
+        report: told the tokens of every chunk.
+
+    Returns:
+        [N] fp32 on the CPU, nats; NaN for the first token.
+
+    Raises:
+        ValueError: an id that the model does not have.
+    """
+    vocab_size = model.config.vocab_size
+    wrong = ids_N[(ids_N < 0) | (ids_N >= vocab_size)]
+    if wrong.numel():
+        raise ValueError(f"token id {int(wrong[0])} is not below vocab_size={vocab_size}")
+    nll_N = torch.full(ids_N.shape, math.nan)
+    decoder = Decoder(model, 1, max(len(ids_N), 1))
+    ids_N = ids_N.to(decoder.device)
+    for begin in range(0, len(ids_N) - 1, chunk_tokens):
+        read_T = ids_N[begin : min(begin + chunk_tokens, len(ids_N) - 1)]
+        target_T = ids_N[begin + 1 : begin + 1 + len(read_T)]
+        logits_TV = decoder.logits(read_T[None])[0]
+        nll_T = torch.nn.functional.cross_entropy(logits_TV, target_T, reduction="none")
+        nll_N[begin + 1 : begin + 1 + len(read_T)] = nll_T.cpu()
+        report(len(read_T))
+    return nll_N
+
+
+def documents(ids_N: Tensor, eos_id: int | None) -> list[tuple[int, int]]:
+    """Begin and end of each document; one ends behind every ``eos_id``."""
+    if eos_id is None:
+        return [(0, len(ids_N))]
+    ends = [int(i) + 1 for i in (ids_N == eos_id).nonzero()]
+    if not ends or ends[-1] != len(ids_N):
+        ends.append(len(ids_N))
+    return list(zip([0, *ends[:-1]], ends, strict=True))

@@ -1,0 +1,129 @@
+"""``config.json`` of ``transformers``' DeepseekV4, from our config and back (V4_SPEC E.2)."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from model.config import LayerKind, ModelConfig, Residual, RopeScaling, Router
+from train.errors import UserError
+
+_KINDS = {
+    LayerKind.swa: "sliding_attention",
+    LayerKind.csa: "compressed_sparse_attention",
+    LayerKind.hca: "heavily_compressed_attention",
+}
+_DEFAULT_RATES = {_KINDS[LayerKind.csa]: 4, _KINDS[LayerKind.hca]: 128}
+_ROUTERS = {Router.learned: "moe", Router.hash: "hash_moe"}
+# Keys that mean the same in both.
+_SHARED = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "index_n_heads",
+    "index_head_dim", "index_topk", "n_routed_experts", "n_shared_experts", "num_experts_per_tok",
+    "moe_intermediate_size", "scoring_func", "norm_topk_prob", "routed_scaling_factor",
+    "swiglu_limit", "hc_mult", "hc_sinkhorn_iters", "hc_eps", "rms_norm_eps", "rope_theta",
+    "compress_rope_theta", "max_position_embeddings", "tie_word_embeddings", "attention_bias",
+    "num_nextn_predict_layers", "initializer_range",
+)  # fmt: skip
+_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+
+
+def transformers_config(config: ModelConfig) -> dict[str, Any]:
+    """Keys of ``DeepseekV4Config``.
+
+    Raises:
+        UserError: a part of the model that ``transformers`` does not have.
+    """
+    kinds = [config.kind(layer) for layer in range(config.num_hidden_layers)]
+    _refuse(config, kinds)
+    rates = dict(_DEFAULT_RATES)
+    for layer, kind in enumerate(kinds):
+        if ratio := config.ratio(layer):
+            rates[_KINDS[kind]] = ratio
+    rotary = config.qk_rope_head_dim / config.head_dim
+    compress: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_scaling.factor != 1:
+        compress = {"rope_type": "yarn", "attention_factor": 1.0}
+        compress |= {key: getattr(config.rope_scaling, key) for key in _YARN}
+    compress |= {"rope_theta": config.compress_rope_theta, "partial_rotary_factor": rotary}
+    main = {
+        "rope_type": "default",
+        "rope_theta": config.rope_theta,
+        "partial_rotary_factor": rotary,
+    }
+    return {
+        "architectures": ["DeepseekV4ForCausalLM"],
+        "model_type": "deepseek_v4",
+        "name": config.name,
+        **{key: getattr(config, key) for key in _SHARED},
+        "layer_types": [_KINDS[kind] for kind in kinds],
+        "compress_rates": rates,
+        "mlp_layer_types": [_ROUTERS[config.router(n)] for n in range(config.num_hidden_layers)],
+        "partial_rotary_factor": rotary,
+        "qk_rope_head_dim": config.qk_rope_head_dim,
+        "rope_parameters": {"main": main, "compress": compress},
+    }
+
+
+def _refuse(config: ModelConfig, kinds: list[LayerKind]) -> None:
+    def refuse(what: str) -> None:
+        raise UserError(f"transformers cannot hold this model: {what}; export --to official")
+
+    if LayerKind.dense in kinds:
+        refuse(f"layer {kinds.index(LayerKind.dense)} is {LayerKind.dense.value}")
+    if Residual(config.residual) is not Residual.mhc:
+        refuse(f"model.residual={config.residual}")
+    if config.n_shared_experts != 1:
+        refuse(f"model.n_shared_experts={config.n_shared_experts}, it has 1")
+    for kind in (LayerKind.csa, LayerKind.hca):
+        ratios = sorted({config.ratio(layer) for layer, k in enumerate(kinds) if k is kind})
+        if len(ratios) > 1:
+            refuse(f"{kind.value} layers use the ratios {ratios}, it has one a kind")
+
+
+def is_transformers_config(values: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` is theirs and not an official one."""
+    return "layer_types" in values and "compress_ratios" not in values
+
+
+def from_transformers_config(values: dict[str, Any]) -> ModelConfig:
+    """Our config of theirs.
+
+    Raises:
+        ValueError: a key is missing, or the values cannot be.
+    """
+    try:
+        layers = values["num_hidden_layers"]
+        kinds = [_of(_KINDS, name, "layer_types") for name in values["layer_types"][:layers]]
+        routers = [_of(_ROUTERS, n, "mlp_layer_types") for n in values["mlp_layer_types"][:layers]]
+        rates, rope = values["compress_rates"], values["rope_parameters"]["compress"]
+        rotary = values["partial_rotary_factor"]
+        shared = {key: values[key] for key in _SHARED if values.get(key) is not None}
+        scaling = RopeScaling(factor=1.0)
+        if rope.get("rope_type") == "yarn":
+            scaling = RopeScaling(**{key: rope[key] for key in _YARN})
+    except KeyError as error:
+        raise UserError(f"config.json: key {error.args[0]} is missing") from error
+    ratios = [rates[_KINDS[kind]] if kind is not LayerKind.swa else 0 for kind in kinds]
+    known = {f.name for f in fields(ModelConfig)}
+    config = ModelConfig(
+        **{
+            **{key: value for key, value in shared.items() if key in known},
+            "name": str(values.get("name", values.get("model_type", "transformers"))),
+            "layer_kinds": kinds,
+            "compress_ratios": ratios + [0] * shared.get("num_nextn_predict_layers", 0),
+            "routers": routers,
+            "num_hash_layers": routers.count(Router.hash),
+            "qk_rope_head_dim": round(shared["head_dim"] * rotary),
+            "rope_scaling": scaling,
+        }
+    )
+    config.validate()
+    return config
+
+
+def _of(table: dict[Any, str], name: str, key: str) -> Any:
+    for ours, theirs in table.items():
+        if theirs == name:
+            return ours
+    raise UserError(f"config.json: {key} has {name!r}, known are {sorted(table.values())}")
