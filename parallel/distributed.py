@@ -8,9 +8,7 @@ summed by FSDP. Whatever decides something (finite or not, stop or not) is the s
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -18,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from data.batch import Batch
-from model.loss import ModelOutput, Objective
+from model.loss import Objective
 from optim.build import Optimizer
 from optim.clip import scale_grads_, sharded_grad_norm
 from parallel.collectives import add_up, add_up_loose
@@ -96,15 +94,17 @@ class DistributedEngine(TorchEngine):
         """Sum scalars over ranks; a rank may lack some of the names."""
         return add_up_loose(values)
 
+    def largest(self, number: float) -> float:
+        """The largest of any rank."""
+        most = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return float(most)
+
     def same_everywhere(self, number: int) -> int:
         """Rank 0's number."""
         shared = torch.tensor(number, device=self.device)
         dist.broadcast(shared, src=0)
         return int(shared)
-
-    def _forward(self, batch: Batch, objective: Objective) -> ModelOutput:
-        with _views_are_fine():
-            return super()._forward(batch, objective)
 
     def _sum(self, value: Tensor) -> Tensor:
         dist.all_reduce(value, group=self._group)
@@ -129,11 +129,3 @@ def _with_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
         before = batch
     if before is not None:
         yield before, True
-
-
-@contextmanager
-def _views_are_fine() -> Iterator[None]:
-    """FSDP warns of blocks that return views: nothing here writes into them."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-        yield

@@ -119,6 +119,10 @@ class Engine(Protocol):
         """Sum scalars over ranks, of which each may know other names."""
         ...
 
+    def largest(self, number: float) -> float:
+        """The largest of any rank."""
+        ...
+
     def same_everywhere(self, number: int) -> int:
         """Rank 0's number, on every rank."""
         ...
@@ -199,6 +203,10 @@ class TorchEngine:
     def add_up(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """There is nobody else."""
         return values
+
+    def largest(self, number: float) -> float:
+        """There is nobody else."""
+        return number
 
     def same_everywhere(self, number: int) -> int:
         """There is nobody else."""

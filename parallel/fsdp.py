@@ -10,6 +10,7 @@ Losses are shares of the global objective, so gradients are summed over ranks, n
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -40,6 +41,8 @@ def shard_model(model: DeepSeekV4, mesh: Mesh, precision: str) -> None:
         mesh: of the layout.
         precision: ``fp32`` or ``bf16``.
     """
+    # Nothing here writes into what a block returns.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     in_bf16 = _bf16_modules(model, precision)
     for module in model.modules():
         if isinstance(module, Block):

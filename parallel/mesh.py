@@ -72,6 +72,12 @@ def init_process_group(device: torch.device) -> None:
         dist.init_process_group("gloo", timeout=TIMEOUT)
 
 
+def leave_process_group() -> None:
+    """Leave in good order, once all jobs are done; nothing where none was joined."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def check_layout(layout: ParallelConfig, model: ModelConfig, prefix: str = "parallel") -> None:
     """Refuse a resolved layout that this model or this code cannot run.
 

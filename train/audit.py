@@ -17,12 +17,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.batch import IGNORE
 from model.loss import Objective
 from model.transformer import DeepSeekV4
 from optim.groups import build_table
+from parallel.collectives import whole
 from parallel.engine import Engine, Shares, Update
 from train.audit_checks import AFTER_UPDATE, BEFORE_UPDATE, Check, Evidence, lr_to_judge
 from train.config import RunConfig
@@ -144,7 +145,7 @@ class Audit:
         for name, load_E in e.shares.expert_load.items():
             self._loads[name] = self._loads.get(name, torch.zeros_like(load_E)) + load_E
         self._longest = max(self._longest, e.longest_document)
-        hidden = {name: lr_to_judge(e, name) for name in self._unjudged}
+        hidden = {name: lr_to_judge(e, name) for name in sorted(self._unjudged)}
         self._unjudged = {name for name, lr in hidden.items() if lr > e.step.lr}
         self._judging_lr = max(hidden.values(), default=0.0)
         if self._steps == AUDITED_STEPS or e.step.number == self._plan.steps:
@@ -161,7 +162,7 @@ class Audit:
         faults += [
             f"config: {key} was read by nothing"
             for key in self._reads.unread()
-            if needed(self._run, key)
+            if needed(self._run, key) and self._engine.rank == 0  # the others show nothing
         ]
         self._reads.stop()
         _refuse(faults)
@@ -234,7 +235,7 @@ class _Observer:
             if parameter.requires_grad:
                 e.requires_grad.add(name)
             if parameter.grad is not None:
-                e.grad_norms[name] = _norms(name, parameter.grad)
+                e.grad_norms[name] = _norms(name, whole(parameter.grad))
         e.seams.settle()
         _refuse(_faults(BEFORE_UPDATE, e))
 
@@ -297,16 +298,18 @@ def isolation(model: DeepSeekV4) -> list[str]:
     for k in range(depths):
         labels_BTK[0, length : 2 * length - 1 - k, k] = ids_BT[0, length + 1 + k :]
     embedded: list[Tensor] = []
-    handle = model.embed.register_forward_hook(lambda *call: embedded.append(call[2]))
+
+    def as_leaf(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    handle = model.embed.register_forward_hook(as_leaf)
     objective = Objective((1.0,) * depths, 1.0, 1.0, indexer_weight=0.0, balance_weight=0.0)
-    tracked = model.embed.weight.requires_grad
-    model.embed.weight.requires_grad_(True)
     try:
         output = model(ids_BT.to(device), documents_BT.to(device), labels_BTK.to(device), objective)
         (grad_BTD,) = torch.autograd.grad(output.total, embedded[0])
     finally:
         handle.remove()
-        model.embed.weight.requires_grad_(tracked)
     leak, own = float(grad_BTD[:, :length].abs().max()), float(grad_BTD[:, length:].abs().max())
     if leak > 0:
         return [f"isolation: a document's loss reaches the one before it (gradient {leak:.2g})"]

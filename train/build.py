@@ -13,7 +13,10 @@ from model.init import init_weights
 from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
 from parallel.activation_checkpoint import checkpoint_blocks
+from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
+from parallel.mesh import Mesh, build_mesh, init_process_group, launched_world_size
+from parallel.plan import build_sharded_model
 from train.audit import Audit
 from train.checkpoint import Checkpoints
 from train.config import Device, Precision, RunConfig, WandbMode, dump
@@ -49,10 +52,11 @@ def build(run: RunConfig) -> Trainer:
     plan = resolve(run)
     folder = Path(run.run_dir)
     stop = StopRequest(run.train.time_limit_seconds)
+    mesh = build_layout(run)
     tokenizer = build_tokenizer(run.data)
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
-    model = build_model(run, loader)
-    engine = build_engine(run, model)
+    model = build_model(run, loader, mesh)
+    engine = build_engine(run, model, mesh)
     phase = PhaseSwitch(engine, run.quant)
     average = build_average(run, model)
     evaluator = Evaluator(engine, loader, run.train.eval_tokens)
@@ -85,14 +89,36 @@ def build(run: RunConfig) -> Trainer:
     )
 
 
-def build_model(run: RunConfig, loader: Loader) -> DeepSeekV4:
-    """The model with its first weights, where it will compute."""
-    model = DeepSeekV4(run.model)
-    init_weights(model, run.seed, loader.token_counts(run.model.vocab_size))
+def build_layout(run: RunConfig) -> Mesh | None:
+    """Join the other processes; None where there are none.
+
+    One process runs plain torch: FSDP would copy every weight for each use, and gain nothing.
+    """
+    layout = run.parallel.resolve(launched_world_size())
+    if layout.world_size == 1:
+        return None
+    device = compute_device(run.train.device)
+    init_process_group(device)
+    return build_mesh(layout, device.type)
+
+
+def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4:
+    """The model, or this process's part of it, with its first weights, where it will compute."""
+    train, device = run.train, compute_device(run.train.device)
+    token_counts_V = loader.token_counts(run.model.vocab_size)
+    if mesh is not None:
+        model = build_sharded_model(
+            run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
+            run.seed, token_counts_V,
+        )  # fmt: skip
+    else:
+        model = DeepSeekV4(run.model)
+        init_weights(model, run.seed, token_counts_V)
+        checkpoint_blocks(model, train.activation_checkpoint.value)
+        model = model.to(device)
     model.compute_dtype = _DTYPES[run.train.precision]
     model.head_dtype = _DTYPES[run.train.head_precision]
-    checkpoint_blocks(model, run.train.activation_checkpoint.value)
-    return model.to(compute_device(run.train.device))
+    return model
 
 
 def compute_device(asked: Device) -> torch.device:
@@ -102,22 +128,15 @@ def compute_device(asked: Device) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
-def build_engine(run: RunConfig, model: DeepSeekV4) -> Engine:
-    """The engine of this world, with the optimizer.
-
-    Raises:
-        UserError: a layout that no engine runs yet.
-    """
-    layout = run.parallel.resolve(int(os.environ.get("WORLD_SIZE", "1")))
-    if layout.world_size > 1:
-        raise UserError(
-            f"parallel: {layout} on {layout.world_size} processes, but engine={run.engine.value}"
-            " runs one process only yet"
-        )
+def build_engine(run: RunConfig, model: DeepSeekV4, mesh: Mesh | None) -> Engine:
+    """The engine of this world, with the optimizer."""
+    device, group = compute_device(run.train.device), mesh.data.get_group() if mesh else None
     optimizer = build_optimizer(
-        model.named_parameters(), run.optim, split_counts=split_counts(run.model)
+        model.named_parameters(), run.optim, split_counts=split_counts(run.model), group=group
     )
-    return TorchEngine(model, optimizer, model.embed.weight.device, run.optim.grad_clip)
+    if mesh is None:
+        return TorchEngine(model, optimizer, device, run.optim.grad_clip)
+    return DistributedEngine(model, optimizer, device, run.optim.grad_clip, mesh)
 
 
 def build_average(run: RunConfig, model: DeepSeekV4) -> WeightAverage | None:

@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Iterator
 
-from data.batch import Batch, BatchCounts
+import torch
+
+from data.batch import IGNORE, Batch, BatchCounts
 from data.global_batch import GlobalBatch
 from data.loader import Loader
 from model.context import IndexerPhase
 from model.loss import Objective
 from parallel.engine import Engine
 from train.metrics import Record
-from train.step import StepPlan, microbatches
+from train.step import StepPlan
 
 
 class Evaluator:
@@ -73,8 +75,32 @@ class Evaluator:
     def _microbatches(self, step: StepPlan, batches: list[GlobalBatch]) -> Iterator[Batch]:
         engine, size = self._engine, step.stage.micro_batch_size
         for batch in batches:
-            rows = len(batch.rows)
-            yield from microbatches(batch, rows, size, engine.data_rank, engine.data_degree)
+            yield from even_microbatches(batch, size, engine.data_rank, engine.data_degree)
+
+
+def even_microbatches(rows: GlobalBatch, size: int, rank: int, degree: int) -> Iterator[Batch]:
+    """Cut one data rank's share of any number of rows; every rank gets as many microbatches.
+
+    Where rows run out a rank computes the first row again, without labels, so that it counts
+    nowhere: ranks that share parameters must run in step.
+
+    Args:
+        rows: of a batch.
+        size: rows of a microbatch.
+        rank: which share.
+        degree: number of shares.
+    """
+    total = len(rows.rows)
+    share = -(-total // degree)
+    begin, end = min(total, rank * share), min(total, (rank + 1) * share)
+    for start in range(begin, begin + share, size):
+        stop = min(start + size, end)
+        if start < stop:
+            yield rows.batch(start, stop)
+        else:
+            again = rows.batch(0, 1)
+            nothing = torch.full_like(again.labels_BTK, IGNORE)
+            yield Batch(again.input_ids_BT, again.document_ids_BT, nothing)
 
 
 def add_counts(batches: list[GlobalBatch]) -> BatchCounts:

@@ -158,7 +158,10 @@ class Trainer:
     def _record(
         self, step: StepPlan, rows: GlobalBatch, result: StepResult, seconds: float
     ) -> Record:
-        shares, rate = result.shares, step.batch_tokens / seconds
+        engine, shares = self.engine, result.shares
+        seconds = engine.largest(seconds)
+        rate = step.batch_tokens / seconds
+        quantisation = engine.add_up(self.phase.probe.metrics()) if step.monitors else {}
         record: Record = {
             "step": self.progress.step,
             "tokens": self.progress.tokens,
@@ -170,10 +173,10 @@ class Trainer:
             "documents": rows.counts.documents,
             "padding": 1 - rows.counts.tokens / step.batch_tokens,
             **load_values(shares.expert_load),
-            **monitor_values({**shares.monitors, **self.phase.probe.metrics()}),
+            **monitor_values({**shares.monitors, **quantisation}),
             "tokens_per_second": rate,
             "step_seconds": seconds,
-            "peak_memory_bytes": peak_memory_bytes(self.engine.device),
+            "peak_memory_bytes": int(engine.largest(peak_memory_bytes(engine.device))),
             "mfu": rate * flops_per_token(self.run.model, step) / self.matmul_rate,
         }
         if self._save_seconds:
@@ -201,6 +204,7 @@ class Trainer:
             log.error("checkpoint of step %d failed, going on: %s", self.progress.step, error)
 
     def _leave_early(self) -> int:
+        self.stop.ask("another rank was asked to stop")
         self._save()
         log.info(
             "%s: stopped after step %d of %d; the same command continues",
@@ -220,8 +224,7 @@ class Trainer:
         if finished:
             self.phase.enter(self._last_step())
         validation = self._final_evaluation() if finished else None
-        if self.engine.rank == 0:
-            self.report.write(asdict(self.progress), self.audit.result(), validation)
+        self.report.write(asdict(self.progress), self.audit.result(), validation)
         for tracker in self.trackers:
             tracker.close()
 

@@ -55,7 +55,9 @@ class PhaseSwitch:
             ValueError: a part that is asked for finds nothing to act on in this model.
         """
         if on and self._quant.active and not self.records:
-            self.records = apply_quant(self._model, self._quant, self.probe, keep_weights=True)
+            self.records = apply_quant(
+                self._model, self._quant, self.probe, keep_weights=not self._engine.sharded
+            )
             absent = absent_parts(self._quant, self.records)
             if absent:
                 raise ValueError(

@@ -47,12 +47,14 @@ def main(cfg: DictConfig) -> int:
     """
     run = load(cfg)
     plan = resolve(run)
-    from train import fit  # noqa: PLC0415  torch takes seconds, which no typo should cost
+    from parallel.mesh import check_layout  # noqa: PLC0415  torch takes seconds, which no typo
+    from train import fit  # noqa: PLC0415                   should cost
 
     world = fit.this_world(run.train.device)
     fit.check(run, plan, world)
     refuse_unbuilt(plan, run.train)
     layout = run.parallel.resolve(world.ranks)
+    check_layout(layout, run.model)
     check_rows(plan, layout.row_degree)
     check_run_folder(run)
     from model.kernels.allocator import keep_freed_memory  # noqa: PLC0415
@@ -86,7 +88,12 @@ def cli(args: Sequence[str]) -> int:
         order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)
         return next((code for code in order if code in codes), ExitCode.finished)
 
-    return _guarded(compose_and_run)
+    code = _guarded(compose_and_run)
+    if "torch" in sys.modules:
+        from parallel.mesh import leave_process_group  # noqa: PLC0415
+
+        leave_process_group()
+    return code
 
 
 @contextmanager

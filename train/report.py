@@ -37,7 +37,7 @@ class FinalEvaluation:
 
 
 class RunReport:
-    """Writes the last files of a run folder; on rank 0 only.
+    """Writes the last files of a run folder: rank 0 does, the others help to write the sample.
 
     Args:
         run: the config.
@@ -81,6 +81,10 @@ class RunReport:
             audit: what the audit saw.
             validation: of a finished run, None of one that stopped early.
         """
+        if validation is not None:
+            self._write_text()
+        if self._engine.rank:
+            return
         records = read_metrics(self._metrics.path)
         draw_losses(records, self._folder / CURVE, self._title)
         receipt = {
@@ -91,7 +95,6 @@ class RunReport:
             "final_metrics": records[-1] if records else {},
         }
         if validation is not None:
-            self._write_text()
             receipt["validation"] = compare_with_xz(validation)
         write_json(self._folder / RECEIPT, receipt)
 
@@ -108,8 +111,10 @@ class RunReport:
         assert isinstance(self._engine.model, DeepSeekV4)
         text = continue_text(
             self._engine.model, self._tokenizer, prompt, tokens, temperature, self._seed,
-            self._engine.device,
+            self._engine.device, self._engine.same_everywhere,
         )  # fmt: skip
+        if self._engine.rank:
+            return
         (self._folder / TEXT).write_text(text + "\n", encoding="utf-8")
         log.info("sample (%s):\n%s", self._folder / TEXT, text)
 

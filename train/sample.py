@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from data.tokenizer import Tokenizer
@@ -17,6 +19,7 @@ def continue_text(
     temperature: float,
     seed: int,
     device: torch.device,
+    same_everywhere: Callable[[int], int] = int,
 ) -> str:
     """Continue ``prompt`` until ``num_tokens`` are written or the document ends.
 
@@ -28,6 +31,7 @@ def continue_text(
         temperature: 0 takes the likeliest token each time.
         seed: of the draws; the same seed and model write the same text.
         device: where the model computes.
+        same_everywhere: gives every rank rank 0's choice: ranks that share a model run in step.
 
     Returns:
         Prompt and continuation.
@@ -42,6 +46,7 @@ def continue_text(
         else:
             weights_V = torch.softmax(logits_V / temperature, dim=-1)
             token = int(torch.multinomial(weights_V, 1, generator=generator))
+        token = same_everywhere(token)
         if token == tokenizer.eos_id:
             break
         ids.append(token)

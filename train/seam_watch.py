@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from model.block import Block
 from model.linear import ActivationCast, GroupedLinear, Linear, linear_op
@@ -27,6 +28,7 @@ from quant.stored import to_bf16
 
 _STORED = next(seam.modules for seam in SEAMS if seam.part == "stored")
 _ROWS = 64  # of a call, that are compared
+_OUTPUTS = 256  # the same of a weight that does not stay
 
 
 @dataclass
@@ -82,6 +84,7 @@ def _watch_op(
     name: str, module: Linear | GroupedLinear, reading: SeamReading
 ) -> Callable[[], None]:
     op: Callable[..., Tensor] = module.op
+    gathered = isinstance(module._parameters["weight"], DTensor)
 
     def watched(x: Tensor, w: Tensor, *offsets: Tensor) -> Tensor:
         y = op(x, w, *offsets)
@@ -89,10 +92,12 @@ def _watch_op(
             reading.input_dtypes[name] = x.dtype
             rows, w_OI = _busiest(w, *offsets) if offsets else (slice(0, _ROWS), w)
             kept = [t.detach().flatten(0, -2)[rows].clone() for t in (x, y)]
+            if gathered:  # FSDP frees it after use: keep what gives the first outputs
+                w_OI = w_OI.detach()[:_OUTPUTS].clone()
 
             def compare() -> None:
                 expected = linear_op(kept[0].float(), w_OI.detach().float())
-                reading.op_errors[name] = _relative(kept[1], expected)
+                reading.op_errors[name] = _relative(kept[1][:, : expected.shape[1]], expected)
 
             reading.kept.append(compare)
         return y
@@ -141,6 +146,8 @@ def _pass_hook(name: str, reading: SeamReading) -> Callable[..., None]:
 
 def _read_weight(name: str, module: nn.Module, reading: SeamReading) -> None:
     master, read = module._parameters.get("weight"), module.weight
+    if isinstance(master, DTensor):
+        return  # read only when gathered
     if master is None or not isinstance(read, Tensor) or torch.equal(to_bf16(master), master):
         return
     reading.rounded_weights[name] = not torch.equal(read, master)
