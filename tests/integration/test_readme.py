@@ -32,6 +32,10 @@ COMMANDS = {
     "python scripts/twins.py v4_nano": ([], 0, "plain"),
     "python scripts/efficiency.py --out runs/efficiency": ([], 0, "V3.2"),
     "python scripts/prepare_data.py --help": ([], 0, "--workers"),
+    "python scripts/export_hf.py --help": ([], 0, "usage"),
+    "python scripts/import_hf.py --help": ([], 0, "usage"),
+    "python scripts/score.py --help": ([], 0, "usage"),
+    "python scripts/generate.py --help": ([], 0, "usage"),
     "python scripts/bench_optim.py --help": ([], 0, "usage"),
     "python scripts/bench_step.py --help": ([], 0, "usage"),
 }  # fmt: skip
