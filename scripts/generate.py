@@ -87,10 +87,8 @@ def write(options: argparse.Namespace) -> None:
     if options.cache == "fp8":
         cast_as_stored(model)
         formats = released_formats(model.config)
-    stream = Stream(tokenizer)
+    stream = Stream(tokenizer, prompts[0])
     on_token: OnToken | None = stream.add if len(prompts) == 1 else None
-    if on_token is not None:
-        stream.begin(prompts[0])
     texts = generate(model, prompts, sampling, formats, on_token)
     if on_token is not None:
         stream.end()
@@ -148,17 +146,11 @@ def cache_report(model: DeepSeekV4, tokens: int, released: bool) -> str:
 
 
 class Stream:
-    """Prints a text as it grows; holds back bytes of an unfinished character."""
+    """Prints a text as it grows, prompt first; holds back bytes of an unfinished character."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
+    def __init__(self, tokenizer: Tokenizer | None, prompt: list[int]) -> None:
+        self.tokenizer, self.ids = tokenizer, list(prompt)
         self.printed = ""
-
-    def begin(self, prompt: list[int]) -> None:
-        """Print the prompt."""
-        self.ids = list(prompt)
-        self._show(final=False)
 
     def add(self, text: int, token: int) -> None:
         """Print what a new token adds."""
