@@ -2,21 +2,25 @@
 
 ``block`` keeps a block's input, ``selective`` also the results of its matmuls. Both keep what was
 chosen (top-k of experts and entries), so that the recomputation routes exactly as the first pass.
+
+torch's own selective contexts demand that the recomputation runs the same operations; under FSDP it
+does not, since parameters that the backward pass has gathered are not gathered again. These look
+only at the operations that are kept.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
 
@@ -43,16 +47,68 @@ def checkpoint_blocks(model: nn.Module, mode: str) -> int:
     if mode == "none":
         return 0
     blocks = [module for module in model.modules() if isinstance(module, Block)]
-    context_fn = partial(create_selective_checkpoint_contexts, _policy(_KEPT[mode]))
     for block in blocks:
         block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, context_fn=context_fn
+            checkpoint,
+            block.forward,
+            use_reentrant=False,
+            context_fn=partial(_contexts, frozenset(_KEPT[mode])),
         )
     return len(blocks)
 
 
-def _policy(kept: tuple[Any, ...]) -> Callable[..., CheckpointPolicy]:
-    def policy(_: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _contexts(
+    kept: frozenset[Any],
+) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For the first pass and for its recomputation."""
+    results: dict[Any, list[Any]] = defaultdict(list)
+    return _Keep(kept, results), _Reuse(kept, results)
 
-    return policy
+
+class _Keep(TorchDispatchMode):
+    """Keeps the results of some operations, in the order of the calls of each."""
+
+    def __init__(self, kept: frozenset[Any], results: dict[Any, list[Any]]) -> None:
+        super().__init__()
+        self._kept, self._results = kept, results
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in self._kept:
+            self._results[func].append(tree_map_only(Tensor, _frozen, out))
+        return out
+
+
+class _Reuse(TorchDispatchMode):
+    """Gives them back; each is freed when it was used."""
+
+    def __init__(self, kept: frozenset[Any], results: dict[Any, list[Any]]) -> None:
+        super().__init__()
+        self._kept, self._results = kept, results
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func not in self._kept:
+            return func(*args, **(kwargs or {}))
+        return tree_map_only(_Frozen, _Frozen.thaw, self._results[func].pop(0))
+
+
+class _Frozen:
+    """A result, and how often it had been written to when it was kept."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor.detach()
+        self._version = self._tensor._version
+
+    def thaw(self) -> Tensor:
+        """The result, unchanged since."""
+        if self._tensor._version != self._version:
+            raise RuntimeError("a result that is kept for the backward pass was written to")
+        return self._tensor
+
+
+def _frozen(tensor: Tensor) -> _Frozen:
+    return _Frozen(tensor)

@@ -49,7 +49,6 @@ CPU = torch.device("cpu")
 def parse(text: str) -> ParallelConfig:
     """``"dp_shard=4 ep=2"`` as a layout."""
     degrees = {"dp_shard": 1}
-    layout = ParallelConfig(dp_shard=1)
     for part in text.split():
         key, _, value = part.partition("=")
         if key not in ("dp_replicate", "dp_shard", "ep", "pp", "cp") or not value.isdigit():
@@ -104,7 +103,7 @@ def run_steps(engine: TorchEngine, args: argparse.Namespace) -> dict[str, Any]:
     for step in range(args.steps):
         out["losses"].append(float(engine.forward_backward(own, objective).total or 0.0))
         if step == 0:
-            out["grads"] = {n: whole(p.grad) for n, p in engine.model.named_parameters()
+            out["grads"] = {n: whole(p.grad).clone() for n, p in engine.model.named_parameters()
                             if p.grad is not None}  # fmt: skip
         engine.optimizer_step(args.lr, finite=True)
     return out

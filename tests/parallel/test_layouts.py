@@ -61,7 +61,7 @@ def compare_update(engine, reference, mesh):
     assert norms[1].applied
     assert norms[1].grad_norm == pytest.approx(norms[0].grad_norm, rel=1e-12)
     for name, parameter in engine.model.named_parameters():
-        now = reference.model.get_parameter(name)
+        now = reference.model.get_parameter(name).detach()
         update = float((whole(parameter) - now).norm() / (now - before[name]).norm())
         assert update < 1e-6, (name, update)
     states = engine.optimizer.state_dict()
