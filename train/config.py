@@ -132,7 +132,7 @@ class TrainConfig:
         bias_update_speed: change of the expert bias a step; 0 = off.
         bias_stops_at_decay: freeze the expert bias from the first decaying step on.
         eval_every: steps between evaluations; 0 = only at the end.
-        eval_only: evaluate once and leave.
+        eval_only: evaluate once, on the rows of the final evaluation, and leave.
         eval_tokens: tokens of an evaluation, always the same rows; 0 = the whole validation split.
         final_eval_tokens: the same for the one after the last step, which is compared with xz;
             null: as ``eval_tokens``.

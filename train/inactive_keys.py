@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from model.config import LayerKind, Residual
 from optim.config import OptimizerName, ScheduleKind
 from train.config import IndexerPhase, RunConfig, WandbMode
+from train.stages import resolve
 
 When = Callable[[RunConfig], bool]
 
@@ -36,6 +37,10 @@ def _phase(phase: IndexerPhase) -> When:
         return phase in phases | {run.train.indexer_phase}
 
     return when
+
+
+def _never_quantised(run: RunConfig) -> bool:
+    return not any(stage.quantised for stage in resolve(run).reached())
 
 
 # Pattern of full keys, why they may stay unread, in which runs.
@@ -82,6 +87,7 @@ INACTIVE: tuple[tuple[str, str, When], ...] = (
         lambda r: r.optim.schedule.decay_start_tokens > 0,
     ),
     ("quant.*", "nothing is quantised", lambda r: not r.quant.active),
+    ("quant.*", "the run ends before the stage that quantises", _never_quantised),
     ("parallel.schedule", "no pipeline", lambda r: r.parallel.pp == 1),
     ("train.profile_start", "no profile", lambda r: r.train.profile_steps == 0),
     ("train.indexer_loss_weight", "the dense phase has none", _phase(IndexerPhase.full)),

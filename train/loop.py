@@ -216,9 +216,12 @@ class Trainer:
         return ExitCode.resumable
 
     def _last_step(self) -> StepPlan:
-        """The plan of the step just done, or of the first where none was."""
+        """The plan of the step just done; where none was, of the last one that the run would do."""
         done, run = self.progress, self.run
-        return plan_step(max(1, done.step), done.tokens, self.plan, run.train, run.optim)
+        number = done.step or self.plan.steps
+        # A step belongs to the stage in which it begins: where it ends the next one may.
+        begin = done.tokens - 1 if done.step else self.plan.tokens_at(number - 1)
+        return plan_step(number, begin, self.plan, run.train, run.optim)
 
     def _close(self, finished: bool) -> None:
         if finished:
@@ -235,9 +238,10 @@ class Trainer:
         return FinalEvaluation(values, self.final_evaluator.text(step))
 
     def _evaluate_only(self) -> int:
+        """On the rows of the final evaluation, so that the two can be compared."""
         done, step = self.progress, self._last_step()
         self.phase.enter(step)
-        values = {"step": done.step, "tokens": done.tokens, **self.evaluator.evaluate(step)}
+        values = {"step": done.step, "tokens": done.tokens, **self.final_evaluator.evaluate(step)}
         if self.engine.rank == 0:
             self.report.write_evaluation(values)
         return ExitCode.finished

@@ -132,4 +132,5 @@ def compare_with_xz(validation: FinalEvaluation) -> dict[str, Any]:
         bits,
         xz,
     )
-    return {"bytes": len(text), "bits_per_byte": bits, "xz_bits_per_byte": xz}
+    loss = validation.values["val_loss"]
+    return {"bytes": len(text), "loss": loss, "bits_per_byte": bits, "xz_bits_per_byte": xz}

@@ -16,6 +16,9 @@ import torch
 
 from data.batch import IGNORE
 from model.flops import training_flops
+from quant.apply import apply_quant
+from quant.config import QuantConfig, Recipe
+from quant.probe import QuantProbe
 from tests.integration.small_run import (
     ROWS,
     SEQ_LEN,
@@ -28,7 +31,7 @@ from tests.integration.small_run import (
 )
 from train import checkpoint
 from train.build import build
-from train.config import SampleConfig, WandbConfig, WandbMode
+from train.config import SampleConfig, StageConfig, WandbConfig, WandbMode
 from train.errors import ExitCode, UserError
 from train.metrics import read_metrics
 
@@ -178,6 +181,50 @@ def test_eval_only_evaluates_and_trains_nothing(done):
     assert metrics_of(run) == before[0]
     assert differing(final_tensors(run), before[1]) == []
     (Path(run.run_dir) / "evaluation.json").unlink()
+
+
+def evaluation(run):
+    code, _ = fit(replace(run, train=replace(run.train, eval_only=True)))
+    assert code == ExitCode.finished
+    return json.loads((Path(run.run_dir) / "evaluation.json").read_text())["metrics"]
+
+
+def test_evaluations_of_one_state_are_comparable(corpus, tmp_path):
+    """Three figures of one state: the run's own, plain from outside, quantised after training.
+
+    All on the rows of the final evaluation, which are more than those of the others. The last one
+    is the oracle written out here: the same weights under the casts, in the same order of rows.
+    """
+    run = small_run(tmp_path / "run", corpus, steps=2, eval_every=0, final_eval_tokens=8 * SEQ_LEN)
+    _, trainer = fit(run)
+    receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
+    final = receipt["validation"]["loss"]
+    assert final != receipt["final_metrics"]["val_loss"], "other rows"
+    later = replace(run, init_from=run.run_dir)
+    plain = evaluation(replace(later, run_dir=str(tmp_path / "plain")))
+    assert plain["val_loss"] == final
+    assert plain["val_bits_per_byte"] == receipt["validation"]["bits_per_byte"]
+    quant = QuantConfig(recipe=Recipe.fp4_qat)
+    cast = evaluation(replace(later, run_dir=str(tmp_path / "cast"), quant=quant))
+    apply_quant(trainer.engine.model, quant, QuantProbe())
+    assert cast["val_loss"] == trainer.final_evaluator.evaluate(trainer._last_step())["val_loss"]
+    assert cast["val_loss"] != final
+
+
+def test_evaluation_is_in_the_state_of_the_last_step(corpus, tmp_path):
+    """Quantised from the second stage on: a run that ends with the first is not, one behind is."""
+    batch = ROWS * SEQ_LEN
+    stages = [
+        StageConfig(name="bf16", until_tokens=2 * batch, quantised=False),
+        StageConfig(name="fp4", until_tokens=3 * batch),
+    ]
+    quant = QuantConfig(recipe=Recipe.fp4_qat)
+    run = replace(small_run(tmp_path / "a", corpus, steps=2, stages=stages), quant=quant)
+    _, trainer = fit(run)
+    assert not trainer.phase.records, "the last step was of the first stage"
+    whole = replace(run, train=replace(run.train, steps=0))
+    from_outside = replace(whole, run_dir=str(tmp_path / "b"), init_from=run.run_dir)
+    assert evaluation(run)["val_loss"] != evaluation(from_outside)["val_loss"]
 
 
 def test_init_from_takes_weights_and_a_fresh_optimizer(done, corpus, tmp_path):
