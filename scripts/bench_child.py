@@ -75,7 +75,8 @@ def build(spec: Result, device: torch.device, dtype: torch.dtype) -> Contestant:
         return build_hf(config, ids_BT, dtype, spec["hf_experts"], spec["hf_checkpointing"])
     if spec["contestant"] == "dense":
         return build_dense(config, ids_BT, dtype)
-    return build_ours(config, ids_BT, dtype, whole_objective=spec["contestant"] == "ours")
+    whole_objective = spec["contestant"] == "ours"
+    return build_ours(config, ids_BT, dtype, whole_objective, spec["activation_checkpoint"])
 
 
 def synchronize(device: torch.device) -> None:

@@ -21,6 +21,7 @@ from model.flops import TrainingFlops, parameter_counts, training_flops
 from model.init import init_weights
 from model.loss import Objective
 from model.transformer import DeepSeekV4
+from parallel.activation_checkpoint import checkpoint_blocks
 
 # The benchmark model of the project: 14 M parameters, every layer kind, no MTP.
 BENCHMARK = ModelConfig(
@@ -59,10 +60,15 @@ def tokens(config: ModelConfig, rows: int, seq_len: int, device: torch.device) -
 
 
 def build_ours(
-    config: ModelConfig, ids_BT: Tensor, dtype: torch.dtype, whole_objective: bool
+    config: ModelConfig,
+    ids_BT: Tensor,
+    dtype: torch.dtype,
+    whole_objective: bool,
+    activation_checkpoint: str = "none",
 ) -> Contestant:
     """Our model; every row is one document."""
     model = DeepSeekV4(config)
+    checkpoint_blocks(model, activation_checkpoint)
     init_weights(model, seed=0)
     model.to(ids_BT.device)
     model.compute_dtype = model.head_dtype = dtype  # as every contestant: one dtype throughout

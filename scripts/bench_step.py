@@ -5,12 +5,14 @@ the same sizes; ``dense``, a plain transformer with as many active parameters; `
 without the losses that ``hf`` lacks. Every measurement runs in a process of its own, so that its
 peak memory is its own; rounds alternate the contestants, and ratios are taken within a round.
 
+A case is ROWSxTOKENS; with :block or :selective our blocks recompute (train.activation_checkpoint).
+
 The limit is the time the matmuls alone would take at the rate measured in the same process.
 Results are written after each measurement; the same command goes on where it was stopped.
 transformers at 1x8192 takes minutes and 15 GB: leave it out with --skip hf:1x8192.
 
     python scripts/bench_step.py --cases 8x512 16x256 --dtypes bf16
-    python scripts/bench_step.py --cases 1x4096 1x65536 --contestants ours --rounds 1
+    python scripts/bench_step.py --cases 1x4096 1x65536:block --contestants ours --rounds 1
     python scripts/bench_step.py --profile ours --cases 1x4096 --dtypes fp32
 """
 
@@ -68,12 +70,13 @@ def environment(args: argparse.Namespace) -> Result:
 
 def plan(args: argparse.Namespace) -> list[Result]:
     """All measurements in order: round by round, contestants in turn."""
-    skipped = {tuple(item.split(":")) for item in args.skip}
+    skipped = {tuple(item.split(":", 1)) for item in args.skip}
     specs = []
     for round_number in range(args.rounds):
         for dtype in args.dtypes:
             for case in args.cases:
-                rows, seq_len = (int(n) for n in case.split("x"))
+                size, _, mode = case.partition(":")
+                rows, seq_len = (int(n) for n in size.split("x"))
                 for contestant in args.contestants:
                     if (contestant, case) in skipped:
                         continue
@@ -83,6 +86,7 @@ def plan(args: argparse.Namespace) -> list[Result]:
                             "case": case,
                             "rows": rows,
                             "seq_len": seq_len,
+                            "activation_checkpoint": mode or "none",
                             "dtype": dtype,
                             "round": round_number,
                             "model": args.model,
@@ -156,7 +160,7 @@ def summary(document: Result) -> list[Result]:
 def print_summary(lines: list[Result]) -> None:
     """A table of speed, memory, ratios and the share of the machine's limit."""
     print(
-        f"\n{'dtype':<6}{'case':>9} {'contestant':<10}{'tokens/s':>11}{'peak GB':>9}"
+        f"\n{'dtype':<6}{'case':>14} {'contestant':<10}{'tokens/s':>11}{'peak GB':>9}"
         f"{'limit tok/s':>13}{'of limit':>10}{'first s':>9}{'loss':>9}"
     )
     for line in lines:
@@ -164,7 +168,7 @@ def print_summary(lines: list[Result]) -> None:
             if found := line.get(name):
                 share = found["tokens_per_second"] / found["limit_tokens_per_second"]
                 print(
-                    f"{line['dtype']:<6}{line['case']:>9} {name:<10}"
+                    f"{line['dtype']:<6}{line['case']:>14} {name:<10}"
                     f"{found['tokens_per_second']:>11,.0f}{found['peak_bytes'] / 1e9:>9.2f}"
                     f"{found['limit_tokens_per_second']:>13,.0f}{share:>10.1%}"
                     f"{found['first_step_seconds']:>9.1f}{found['loss']:>9.4f}"
@@ -235,8 +239,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     for case in args.cases:
-        if [part.isdecimal() for part in case.split("x")] != [True, True]:
+        size, _, mode = case.partition(":")
+        if [part.isdecimal() for part in size.split("x")] != [True, True]:
             parser.error(f"--cases {case}: rows x tokens is wanted, as in 8x512")
+        if mode not in ("", "block", "selective"):
+            parser.error(f"--cases {case}: {mode} is neither block nor selective")
     return args
 
 
