@@ -216,7 +216,7 @@ ELSEWHERE = {
     "indexer gradients, MTP and RoPE offset under context parallelism": "cp > 1 is refused",
     "mHC at the boundaries of an overlapped expert-parallel schedule": "no such schedule",
     "mixed-dtype parameter groups in optimizer state": "tests/optim",
-    "eager CSA out of memory": "scripts/bench_step.py, memory growth",
+    "eager CSA out of memory": "tests/model/test_memory_growth.py",
     "V4 on pipeline stages": "tests/parallel",
     "Muon, resume, loader, QAT export, checkpoint rows of LESSONS": "tests of their packages",
 }
