@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
+from parallel.rendezvous import fresh_store
 
 # Preparing data on rank 0 may take long, and the others wait for it at the first collective.
 TIMEOUT = datetime.timedelta(hours=2)
@@ -65,11 +66,13 @@ def init_process_group(device: torch.device) -> None:
     """
     if dist.is_initialized():
         return
+    shared, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+    store = fresh_store(shared, rank, world_size, TIMEOUT)
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
 
 
 def leave_process_group() -> None:

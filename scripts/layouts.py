@@ -1,201 +1,387 @@
-"""Run one small model under several layouts and print how far each is from one process.
+"""Does this machine, or this cluster, train alike under every layout? Measured beside one process.
 
-    python scripts/layouts.py                                  # the default list, gloo on CPU
-    python scripts/layouts.py dp_shard=2 ep=2 "dp_shard=4 ep=2" --model v4_tiny --steps 3
+    python scripts/layouts.py                                # the default list, on this machine
+    python scripts/layouts.py "dp_shard=2 ep=2" "pp=2 schedule=zbvzerobubble" --steps 5
+    torchrun --nnodes 2 --nproc-per-node 8 ... scripts/layouts.py "dp_shard=16 ep=8"
 
-A layout is a list of degrees ("dp_replicate=2 dp_shard=2"); its ranks are the product of the data
-degrees. Columns: loss of the first step and its difference from one process, the largest relative
-distance of any reduced gradient (a gradient below 1e-4 of the global norm is measured against
-that), whether the initial weights have the same bits, and the loss of the last step.
+A layout is a list of degrees; ``micro=1`` sets the rows of a microbatch on a rank (default: all of
+the rank's rows, under pp what fills the pipeline). Processes talk over NCCL where there are CUDA
+devices for all of them, else over gloo. Under torchrun every layout must have as many ranks as
+torchrun started.
+
+The model is small and holds every part: hash and learned routers, CSA, HCA, MTP, indexer loss,
+balance loss and bias, Muon, packed documents. Columns (bounds in brackets):
+
+  bits       initial weights, buffers [the same]
+  order      rows of every step [the same]
+  loss       losses of step 1, relative [1e-6]
+  gradient   farthest gradient of step 1, relative Frobenius; where fp32 itself moves it more (one
+             process against float64), a third of the distance in units of that [1e-5]
+  raw        farthest gradient without this allowance, for information
+  update     farthest Muon or AdamW update from identical gradients, relative [1e-6]
+  replayed   largest relative distance of the loss in all steps, choices of gates and indexers
+             replayed from one process [1e-5]
+  free       the same with free choices [3 x one process adding up its rows in other orders]
+  path       of the weights after the free steps: distance over way gone [3 x as above]
+  bf16       loss of the last step in bf16 against fp32 [2e-2]
+
+Exit codes: 0 all within their bounds, 1 not, 2 a layout that cannot be.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
 import os
+import platform
+import random
+import socket
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
+    sys.path.insert(0, ROOT)
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import yaml
-from torch import Tensor
 
-from data.batch import IGNORE, Batch
-from model.config import ModelConfig
-from model.init import init_weights
-from model.loss import Objective
-from model.transformer import DeepSeekV4
-from optim.build import build_optimizer
-from optim.config import MatmulDtype, MuonConfig, OptimConfig
-from parallel.collectives import whole
-from parallel.config import ParallelConfig
-from parallel.distributed import DistributedEngine
-from parallel.engine import TorchEngine
-from parallel.mesh import build_mesh, check_layout
-from parallel.plan import build_sharded_model
+from parallel.config import SCHEDULES
+from parallel.mesh import check_layout, leave_process_group
+from scripts.layout_trials import Reference, last_loss, reference, trials
+from train.build import build_layout
+from train.config import RunConfig
+from train.overrides import compose_run
+from train.stages import check_rows, resolve
 
-DEFAULT = ["dp_shard=2", "dp_replicate=2 dp_shard=1", "dp_shard=2 ep=2", "dp_shard=4",
-           "dp_replicate=2 dp_shard=2", "dp_shard=4 ep=4", "dp_shard=4 ep=2"]  # fmt: skip
-CPU = torch.device("cpu")
+DEFAULT = (
+    "dp_shard=1 micro=4", "dp_shard=1 micro=2",
+    "dp_shard=2", "dp_shard=2 micro=2", "dp_shard=2 micro=1", "dp_shard=2 ep=2",
+    "dp_shard=4", "dp_replicate=2 dp_shard=2", "dp_shard=4 ep=4", "dp_shard=4 ep=2",
+    "dp_replicate=2 dp_shard=2 ep=2", "dp_shard=8", "dp_shard=8 ep=4",
+)  # fmt: skip
+TRIALS = ("start", "update", "replay", "free", "bf16")
+# Column -> (field of a result, bound). A bound of None depends on one process's own noise.
+BOUNDS: dict[str, tuple[str, float | None]] = {
+    "loss": ("loss", 1e-6),
+    "gradient": ("gradient", 1e-5),
+    "update": ("update", 1e-6),
+    "replayed": ("replay_losses", 1e-5),
+    "free": ("free_losses", None),
+    "path": ("free_weights", None),
+    "bf16": ("bf16", 2e-2),
+}
+_DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
 
 
-def parse(text: str) -> ParallelConfig:
-    """``"dp_shard=4 ep=2"`` as a layout."""
-    degrees = {"dp_shard": 1}
-    for part in text.split():
-        key, _, value = part.partition("=")
-        if key not in ("dp_replicate", "dp_shard", "ep", "pp", "cp") or not value.isdigit():
-            raise ValueError(f"layout {text!r}: {part!r} is no degree")
-        degrees[key] = int(value)
-    layout = ParallelConfig(
-        dp_replicate=degrees.get("dp_replicate", 1),
-        dp_shard=degrees["dp_shard"],
-        ep=degrees.get("ep", 1),
-        pp=degrees.get("pp", 1),
-        cp=degrees.get("cp", 1),
+@dataclass(frozen=True)
+class Layout:
+    """What was asked for: ``parallel`` keys, and rows of a microbatch (0: default)."""
+
+    text: str
+    keys: dict[str, str]
+    micro: int
+
+    @property
+    def ranks(self) -> int:
+        """Processes it takes."""
+        degrees = {key: int(self.keys.get(key, "1")) for key in _DEGREES}
+        return degrees["pp"] * degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
+
+
+def parse(text: str) -> Layout:
+    """Read ``"dp_shard=4 ep=2 micro=1"``.
+
+    Raises:
+        ValueError: a word that is no degree, schedule or microbatch.
+    """
+    keys, micro = {"dp_shard": "1"}, 0
+    for word in text.split():
+        key, _, value = word.partition("=")
+        if key == "schedule" and value in SCHEDULES:
+            keys[key] = value
+        elif key in _DEGREES and value.isdigit() and int(value):
+            keys[key] = value
+        elif key == "micro" and value.isdigit() and int(value):
+            micro = int(value)
+        else:
+            raise ValueError(
+                f"layout {text!r}: {word!r} is none of {'=N, '.join((*_DEGREES, 'micro'))}=N,"
+                f" schedule={'|'.join(SCHEDULES)}"
+            )
+    return Layout(text, keys, micro)
+
+
+def compose(layout: Layout, args: argparse.Namespace, corpus: str, *more: str) -> RunConfig:
+    """The run of a layout.
+
+    Raises:
+        ValueError: it cannot be; names the keys.
+    """
+    rows = args.rows // (int(layout.keys["dp_shard"]) * int(layout.keys.get("dp_replicate", "1")))
+    micro = layout.micro or max(
+        1, rows // (2 * int(layout.keys.get("pp", "1")) if "pp" in layout.keys else 1)
     )
-    layout.validate()
-    return layout
+    run = compose_run(
+        [
+            f"model={args.model}", "data=jsonl", f"data.sources.jsonl.path={corpus}/text.jsonl",
+            f"data.cache_dir={corpus}/cache", "data.tokenizer=byte", "data.validation.bytes=0",
+            f"train.steps={args.steps}", f"train.seq_len={args.seq_len}", "train.monitor_every=0",
+            f"train.global_batch_tokens={args.rows * args.seq_len}", "train.precision=fp32",
+            f"train.micro_batch_size={micro}", f"train.device={args.device}",
+            "optim.muon.dtype=fp32", f"run_dir={corpus}/run", *args.set,
+            *(f"parallel.{key}={value}" for key, value in layout.keys.items()), *more,
+        ]
+    )  # fmt: skip
+    resolved = run.parallel.resolve(layout.ranks)
+    check_layout(resolved, run.model)
+    check_rows(resolve(run), resolved.row_degree)
+    return run
 
 
-def read_model(name: str) -> ModelConfig:
-    """A model of conf/model."""
-    path = Path(__file__).resolve().parents[1] / "conf" / "model" / f"{name}.yaml"
-    return ModelConfig(**yaml.safe_load(path.read_text()))
+def write_corpus(folder: str) -> None:
+    """Documents of 5 to 400 words over a small alphabet, the same everywhere."""
+    rng = random.Random(0)
+    vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 8))) for _ in range(80)]
+    with Path(folder, "text.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(200):
+            text = " ".join(rng.choices(vocabulary, k=rng.choice((5, 20, 60, 400))))
+            file.write(json.dumps({"text": text}) + "\n")
 
 
-def random_batch(config: ModelConfig, rows: int, seq_len: int) -> Batch:
-    """Rows of two documents of random tokens."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1, config.vocab_size, (rows, seq_len), generator=generator)
-    cut = torch.randint(seq_len // 4, seq_len // 2, (rows, 1), generator=generator)
-    documents = (torch.arange(seq_len) >= cut).long()
-    labels = torch.full((rows, seq_len, 1 + config.num_nextn_predict_layers), IGNORE)
-    for k in range(labels.shape[-1]):
-        same = documents[:, 1 + k :] == documents[:, : -1 - k]
-        labels[:, : -1 - k, k] = torch.where(same, ids[:, 1 + k :], IGNORE)
-    return Batch(ids, documents, labels)
-
-
-def run_steps(engine: TorchEngine, args: argparse.Namespace) -> dict[str, Any]:
-    """Train; the first step's weights and gradients are kept whole."""
-    assert isinstance(engine.model, DeepSeekV4)
-    batch = random_batch(engine.model.config, args.rows, args.seq_len)
-    counts = [
-        float((batch.labels_BTK[..., k] >= 0).sum()) for k in range(batch.labels_BTK.shape[2])
-    ]
-    objective = Objective(tuple(counts), float(batch.input_ids_BT.numel()), 0.3, 0.1, 0.1)
-    share = args.rows // engine.data_degree
-    mine = slice(engine.data_rank * share, (engine.data_rank + 1) * share)
-    own = [
-        Batch(*(t[mine][i : i + args.micro] for t in vars(batch).values()))
-        for i in range(0, share, args.micro)
-    ]
-    out: dict[str, Any] = {"losses": []}
-    out["weights"] = {n: whole(p).clone() for n, p in engine.model.named_parameters()}
-    for step in range(args.steps):
-        out["losses"].append(float(engine.forward_backward(own, objective).total or 0.0))
-        if step == 0:
-            out["grads"] = {n: whole(p.grad).clone() for n, p in engine.model.named_parameters()
-                            if p.grad is not None}  # fmt: skip
-        engine.optimizer_step(args.lr, finite=True)
+# ---- processes -----------------------------------------------------------------------------------
+def measure(
+    layout: Layout, args: argparse.Namespace, corpus: str, ref: Reference
+) -> dict[str, Any]:
+    """All trials of a layout in this process, which is one of its ranks."""
+    out = trials(compose(layout, args, corpus), ref, args.trials)
+    if "bf16" in args.trials:
+        low = last_loss(
+            compose(layout, args, corpus, "train.precision=bf16", "optim.muon.dtype=auto"),
+            args.steps,
+        )
+        out["bf16"] = abs(low - ref.losses[-1]["loss"]) / ref.losses[-1]["loss"]
     return out
 
 
-def optimizer_of(model: DeepSeekV4, group: dist.ProcessGroup | None = None) -> Any:
-    """Muon with fp32 Newton-Schulz."""
-    config = OptimConfig(muon=MuonConfig(dtype=MatmulDtype.fp32))
-    counts = {key: getattr(model.config, key) for key in
-              ("o_groups", "num_attention_heads", "index_n_heads")}  # fmt: skip
-    return build_optimizer(model.named_parameters(), config, None, counts, group)
-
-
-def alone(args: argparse.Namespace) -> dict[str, Any]:
-    """One process."""
-    model = DeepSeekV4(read_model(args.model))
-    init_weights(model, 0)
-    return run_steps(TorchEngine(model, optimizer_of(model), CPU, 1.0), args)
-
-
-def on_rank(rank: int, text: str, folder: str, args: argparse.Namespace) -> None:
-    """One rank of a layout; rank 0 writes what came out."""
+def join(rank: int, port: int, ranks: int) -> None:
+    """Make this process one of ``ranks`` on this machine, as torchrun would."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
     torch.set_num_threads(1)
-    layout = parse(text)
-    world = layout.world_size
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
-    config = read_model(args.model)
-    mesh = build_mesh(layout, "cpu")
-    model = build_sharded_model(config, mesh, CPU)
-    optimizer = optimizer_of(model, mesh.data.get_group())
-    result = run_steps(DistributedEngine(model, optimizer, CPU, 1.0, mesh), args)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def on_rank(rank: int, port: int, layout: Layout, args: argparse.Namespace, corpus: str) -> None:
+    """One process of a layout on this machine; rank 0 writes the result."""
+    join(rank, port, layout.ranks)
+    ref = torch.load(f"{corpus}/reference.pt", weights_only=False)
+    result = measure(layout, args, corpus, ref)
     if rank == 0:
-        torch.save(result, f"{folder}/result.pt")
-    dist.destroy_process_group()
+        Path(corpus, "result.json").write_text(json.dumps(result), encoding="utf-8")
+    leave_process_group()
 
 
-def worst(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[float, str]:
-    """The gradient farthest from one process's."""
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in theirs.values()))
-    distances = [
-        (float((mine[n].double() - g.double()).norm()) / max(float(g.norm()), 1e-4 * norm), n)
-        for n, g in theirs.items()
-    ]
-    return max(distances)
+def spawn(layout: Layout, args: argparse.Namespace, corpus: str) -> dict[str, Any]:
+    """Run a layout in processes of its own."""
+    mp.spawn(on_rank, (free_port(), layout, args, corpus), nprocs=layout.ranks)
+    return json.loads(Path(corpus, "result.json").read_text(encoding="utf-8"))
 
 
-def compare(text: str, one: dict[str, Any], args: argparse.Namespace) -> str:
-    """The line of one layout."""
-    layout = parse(text).resolve(parse(text).world_size)
-    check_layout(layout, read_model(args.model))
-    if args.rows % layout.row_degree:
-        raise ValueError(f"--rows {args.rows} must be a multiple of {layout.row_degree} ({text})")
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(on_rank, (text, folder, args), nprocs=layout.world_size)
-        many = torch.load(f"{folder}/result.pt", weights_only=True)
-    bits = all(torch.equal(many["weights"][n], w) for n, w in one["weights"].items())
-    distance, name = worst(many["grads"], one["grads"])
-    first, last = many["losses"][0], many["losses"][-1]
-    return (
-        f"{text:28} {layout.world_size:5} {'same' if bits else 'DIFFER':>8} {first:12.7f}"
-        f" {first - one['losses'][0]:10.1e} {distance:10.1e} {last:12.7f}"
-        f" {last - one['losses'][-1]:10.1e}  {name}"
+def shared_reference(args: argparse.Namespace, corpus: str, launched: int) -> Reference:
+    """One process's results: rank 0's, on every rank."""
+    rows = Layout("one process", {"dp_shard": "1"}, args.rows)
+    found: list[Reference | None] = [None]
+    if int(os.environ.get("RANK", "0")) == 0:
+        found[0] = reference(compose(rows, args, corpus), args.steps, args.orders)
+    if launched > 1:
+        dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
+    assert found[0] is not None
+    return found[0]
+
+
+# ---- the table -----------------------------------------------------------------------------------
+def failures(result: dict[str, Any], ref: Reference) -> list[str]:
+    """Columns that break their bound."""
+    broken = [key for key in ("same_bits", "same_order") if result.get(key) is False]
+    for column, (name, bound) in BOUNDS.items():
+        if name in result and not result[name] <= (bound or allowed(column, ref)):
+            broken.append(column)
+    return broken
+
+
+def allowed(column: str, ref: Reference) -> float:
+    """Bound of a free run."""
+    return 3 * ref.noise["losses" if column == "free" else "weights"]
+
+
+COLUMNS = (
+    "layout", "ranks", "bits", "order", "loss", "gradient", "raw", "update", "replayed", "free",
+    "path", "bf16", "verdict",
+)  # fmt: skip
+
+
+def row(layout: Layout, result: dict[str, Any], broken: list[str]) -> list[str]:
+    """Cells of a layout."""
+
+    def number(key: str) -> str:
+        return f"{result[key]:.1e}" if key in result else ""
+
+    def same(key: str) -> str:
+        return {True: "same", False: "DIFFER", None: ""}[result.get(key)]
+
+    return [
+        layout.text, str(result["ranks"]), same("same_bits"), same("same_order"), number("loss"),
+        number("gradient"), number("gradient_raw"), number("update"), number("replay_losses"),
+        number("free_losses"), number("free_weights"), number("bf16"),
+        f"BROKEN: {', '.join(broken)}" if broken else "ok",
+    ]  # fmt: skip
+
+
+def show(cells: list[str], width: int) -> None:
+    """One line of the table, at once."""
+    print(
+        f"{cells[0]:{width}} {cells[1]:>5} "
+        + " ".join(f"{c:>8}" for c in cells[2:-1])
+        + f"  {cells[-1]}",
+        flush=True,
     )
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("layouts", nargs="*", default=DEFAULT, help="degrees of each layout")
-    parser.add_argument("--model", default="v4_tiny", help="of conf/model")
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=8, help="of a global batch")
-    parser.add_argument("--micro", type=int, default=8, help="rows of a microbatch on a rank")
-    parser.add_argument("--seq-len", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    args = parser.parse_args()
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print; the exit code."""
+    args = options().parse_args(argv)
     torch.set_num_threads(1)
-    one = alone(args)
-    print(f"{'layout':28} {'ranks':>5} {'weights':>8} {'loss 1':>12} {'diff':>10} {'gradient':>10}"
-          f" {f'loss {args.steps}':>12} {'diff':>10}  farthest gradient")  # fmt: skip
-    print(f"{'one process':28} {1:5} {'':8} {one['losses'][0]:12.7f} {'':10} {'':10}"
-          f" {one['losses'][-1]:12.7f}")  # fmt: skip
-    for text in args.layouts:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    with tempfile.TemporaryDirectory() as corpus:
+        write_corpus(corpus)
         try:
-            print(compare(text, one, args), flush=True)
+            layouts = [parse(text) for text in args.layouts]
+            runs = [compose(layout, args, corpus) for layout in layouts]
+            for layout in layouts:
+                if launched > 1 and layout.ranks != launched:
+                    raise ValueError(
+                        f"layout {layout.text!r} has {layout.ranks} ranks, but torchrun started"
+                        f" {launched}"
+                    )
         except ValueError as error:
-            print(f"{text:28} refused: {error}")
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        if launched > 1:
+            build_layout(runs[0])  # joins the others
+        try:
+            return compare(layouts, args, corpus, launched)
+        finally:
+            leave_process_group()
+
+
+def compare(layouts: list[Layout], args: argparse.Namespace, corpus: str, launched: int) -> int:
+    """One line a layout, then what one process does to itself; the exit code."""
+    ref = shared_reference(args, corpus, launched)
+    speaks = int(os.environ.get("RANK", "0")) == 0
+    if launched == 1:
+        torch.save(ref, f"{corpus}/reference.pt")
+    width = max(len("layout"), *(len(layout.text) for layout in layouts))
+    if speaks:
+        show(list(COLUMNS), width)
+    lines, results = [], []
+    for layout in layouts:
+        if launched > 1 or layout.ranks == 1:
+            result = measure(layout, args, corpus, ref)
+        else:
+            result = spawn(layout, args, corpus)
+        broken = failures(result, ref)
+        results.append({"layout": layout.text, **result, "broken": broken})
+        lines.append(row(layout, result, broken))
+        if speaks:
+            show(lines[-1], width)
+    notes = about(args, ref, results)
+    if speaks:
+        print("\n".join(["", *notes]))
+        if args.json:
+            found = {"results": results, "noise": ref.noise, "losses": ref.losses, "notes": notes}
+            Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        if args.markdown:
+            Path(args.markdown).write_text(markdown(lines, notes), encoding="utf-8")
+    return 1 if any(result["broken"] for result in results) else 0
+
+
+def about(args: argparse.Namespace, ref: Reference, results: list[dict[str, Any]]) -> list[str]:
+    """What the table does not say."""
+    first, last = ref.losses[0], ref.losses[-1]
+    notes = [
+        f"{args.model}, {args.rows} rows of {args.seq_len} tokens a step, {args.steps} steps;"
+        f" torch {torch.__version__} on {platform.machine()}, device {args.device}",
+        f"one process: total loss {first['total']:.7f} at step 1, {last['total']:.7f} at step"
+        f" {len(ref.losses)}; farthest from itself under {args.orders} other orders of its rows:"
+        f" losses {ref.noise['losses']:.1e}, path of the weights {ref.noise['weights']:.1e}",
+    ]
+    measured = [r for r in results if "gradient_raw" in r]
+    if measured:
+        raw = max(measured, key=lambda r: r["gradient_raw"])
+        notes.append(
+            f"farthest raw gradient: {raw['gradient_raw_name']} ({raw['layout']}),"
+            f" {raw['gradient_raw']:.1e}; one process in fp32 is {raw['gradient_raw_rounding']:.1e}"
+            " from float64 there"
+        )
+        worst = max(measured, key=lambda r: r["gradient"])
+        notes.append(f"farthest gradient: {worst['gradient_name']} ({worst['layout']})")
+    return notes
+
+
+def markdown(lines: list[list[str]], notes: list[str]) -> str:
+    """The same as a document."""
+    command = " ".join(
+        ["python", "scripts/layouts.py", *(f'"{a}"' if " " in a else a for a in sys.argv[1:])]
+    )
+    table = [list(COLUMNS), ["---"] * len(COLUMNS), *lines]
+    legend = (__doc__ or "").partition("Columns")[2].partition("Exit codes")[0]
+    return "\n".join(
+        [
+            "# Layouts beside one process", "", "Written by", "", "```bash", command, "```", "",
+            *(f"| {' | '.join(cells)} |" for cells in table), "", *(f"- {note}" for note in notes),
+            "", "Columns" + legend.rstrip().replace("\n\n", "\n\n```text\n", 1), "```", "",
+        ]
+    )  # fmt: skip
+
+
+def add_run_options(parser: argparse.ArgumentParser, layouts: Sequence[str], steps: int) -> None:
+    """Options that say what is run; ``scripts/step_parts.py`` has them too."""
+    parser.add_argument("layouts", nargs="*", default=layouts, help="degrees of each layout")
+    parser.add_argument("--model", default="v4_tiny", help="of conf/model")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--rows", type=int, default=8, help="of a global batch")
+    parser.add_argument("--seq-len", type=int, default=64, help="tokens of a row")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other config")
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_run_options(parser, DEFAULT, steps=20)
+    parser.add_argument("--orders", type=int, default=3, help="permuted accumulation orders")
+    parser.add_argument(
+        "--trials", nargs="+", choices=TRIALS, default=TRIALS, help="what to measure"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--markdown", metavar="FILE", help="write the table as a document")
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -157,7 +157,7 @@ def build_profiler(run: RunConfig, plan: Plan, engine: Engine) -> ProfilerWindow
             f"train.profile_start={start} and train.profile_steps={steps} end behind the run's"
             f" {plan.steps} steps"
         )
-    return ProfilerWindow(Path(run.run_dir), start, steps, engine.device)
+    return ProfilerWindow(Path(run.run_dir), start, steps, engine.device, engine.rank)
 
 
 def build_trackers(run: RunConfig, plan: Plan, engine: Engine, done: int) -> list[Tracker]:

@@ -19,13 +19,17 @@ class ProfilerWindow:
         start: number of the first profiled step.
         steps: how many; 0 = none.
         device: where the run computes.
+        rank: of this process; every rank writes files of its own.
     """
 
-    def __init__(self, folder: Path, start: int, steps: int, device: torch.device) -> None:
+    def __init__(
+        self, folder: Path, start: int, steps: int, device: torch.device, rank: int = 0
+    ) -> None:
         self._folder, self._first, self._last = folder / "profile", start, start + steps - 1
         self._activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)
+        self._suffix = f"_rank{rank}" if rank else ""
         self._profiler: profile | None = None
 
     def before(self, step: int) -> None:
@@ -40,7 +44,7 @@ class ProfilerWindow:
             return
         self._profiler.stop()
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"steps_{self._first}_{self._last}"
+        name = f"steps_{self._first}_{self._last}{self._suffix}"
         self._profiler.export_chrome_trace(str(self._folder / f"{name}.json"))
         table = self._profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=40)
         (self._folder / f"{name}.txt").write_text(table + "\n", encoding="utf-8")

@@ -1,0 +1,113 @@
+"""``scripts/layouts.py`` and ``scripts/step_parts.py``: what they measure, and that bounds bite."""
+
+import json
+
+import pytest
+
+from parallel.config import SCHEDULES
+from scripts.layout_trials import Reference
+from scripts.layouts import BOUNDS, failures, main, parse
+from scripts.step_parts import PARTS, Collective, Span, Trace, parts_of
+from scripts.step_parts import main as step_parts
+from tests.parallel.torchrun import SMALL_MODEL
+
+SMALL = ["--set", *SMALL_MODEL[1:], "--rows", "4", "--device", "cpu"]
+REFERENCE = Reference({}, [], [], {}, {}, {}, {}, [], {"losses": 1e-6, "weights": 1e-2})
+GOOD = {"same_bits": True, "same_order": True} | {field: 1e-7 for field, _ in BOUNDS.values()}
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_layout_is_read_with_schedule_and_microbatch(schedule):
+    layout = parse(f"pp=2 dp_shard=4 ep=2 micro=1 schedule={schedule}")
+    assert layout.keys == {"pp": "2", "dp_shard": "4", "ep": "2", "schedule": schedule}
+    assert (layout.ranks, layout.micro) == (8, 1)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("word", ["dp=2", "pp=0", "micro=x", "schedule=fast", "ep"])
+def test_word_that_is_no_degree_is_refused(word):
+    with pytest.raises(ValueError, match=f"'{word}' is none of dp_replicate=N"):
+        parse(f"dp_shard=2 {word}")
+
+
+@pytest.mark.core
+def test_layout_that_cannot_be_leaves_with_2_before_anything_runs(capsys):
+    assert main(["dp_shard=3", "--rows", "8"]) == 2
+    assert "a batch of 8 rows" in capsys.readouterr().err
+    assert main(["dp_shard=2 ep=3"]) == 2
+    assert "parallel.ep=3 must divide" in capsys.readouterr().err
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("field", "value", "column"),
+    [
+        ("same_bits", False, "same_bits"),
+        ("same_order", False, "same_order"),
+        ("loss", 2e-6, "loss"),
+        ("gradient", 2e-5, "gradient"),
+        ("update", float("nan"), "update"),
+        ("replay_losses", 2e-5, "replayed"),
+        ("free_losses", 4e-6, "free"),
+        ("free_weights", 4e-2, "path"),
+        ("bf16", 3e-2, "bf16"),
+    ],
+)
+def test_every_bound_bites(field, value, column):
+    assert failures(GOOD, REFERENCE) == []
+    assert failures(GOOD | {field: value}, REFERENCE) == [column]
+
+
+def test_table_of_a_layout(tmp_path, capsys):
+    """Every trial of expert parallelism on two ranks; a tiny model, two steps."""
+    found = tmp_path / "found.json"
+    args = ["dp_shard=2 ep=2", "--steps", "2", "--orders", "1", *SMALL, "--json", str(found)]
+    assert main(args) == 0, capsys.readouterr().out
+    (result,) = json.loads(found.read_text())["results"]
+    assert result["ranks"] == 2
+    assert result["broken"] == []
+    assert {field for field, _ in BOUNDS.values()} <= result.keys()
+    assert "dp_shard=2 ep=2" in capsys.readouterr().out
+
+
+def trace(shift, late):
+    """Steps of 100 ms: gather at 10, rows sent at 30 and awaited at 40, an update of 20 at 60."""
+    ms = 1e3
+
+    def span(name, start, stop):
+        return Span(name, (shift + start) * ms, (shift + stop) * ms)
+
+    sent = span("c10d::alltoall_base_", 30, 31)
+    return Trace(
+        [span("step", 0, 100)],
+        [span("optimizer", 60, 80)],
+        [
+            Collective(span("c10d::_allgather_base_", 10 + late, 20), 0, (shift + 10 + late) * ms),
+            Collective(sent, 1, sent.start),
+            Collective(span("_c10d_functional::wait_tensor", 40, 45), 1, sent.start),
+            Collective(span("c10d::alltoall_base_", 65, 70), 2, (shift + 65) * ms),
+        ],
+    )
+
+
+@pytest.mark.core
+def test_parts_add_up_and_a_late_rank_makes_the_other_wait():
+    early, late = parts_of([trace(0, 0), trace(0, 4)])
+    expected = {"gather": 6, "dispatch": 6, "reduction": 0, "optimizer": 15, "exchange": 5}
+    for parts, idle in ((early, 4), (late, 0)):
+        assert set(parts) == set(PARTS)
+        assert parts["idle"] == pytest.approx(idle / 1e3)
+        for part, milliseconds in expected.items():
+            assert parts[part] == pytest.approx(milliseconds / 1e3), part
+        assert sum(parts.values()) == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_parts_of_real_traces(tmp_path):
+    out = tmp_path / "parts"
+    assert step_parts(["dp_shard=2 ep=2", "--steps", "1", *SMALL, "--out", str(out)]) == 0
+    (ranks,) = json.loads((out / "step_parts.json").read_text()).values()
+    for parts in ranks:
+        assert all(parts[part] > 0 for part in PARTS if part != "idle")
+    assert (out / "step_parts.png").stat().st_size > 1000

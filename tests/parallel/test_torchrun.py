@@ -1,0 +1,118 @@
+"""Under the real launcher: a rank dies, the job restarts, several jobs in turn, another layout.
+
+Bounds: a restarted job is bitwise the undisturbed one of the same layout. Under another layout
+losses stay within 1e-5 of it: rounding, amplified by a few steps of Newton-Schulz.
+"""
+
+import json
+
+import pytest
+
+from tests.integration.small_run import differing, final_tensors, write_corpus
+from tests.parallel.torchrun import kill_rank, launch, steps_of, words
+from train.config import RunConfig
+
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def run_on(ranks, folder, args):
+    done = launch(ranks, *args, f"run_dir={folder}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus, tmp_path_factory):
+    """The job on two ranks, never killed."""
+    return run_on(2, tmp_path_factory.mktemp("whole") / "run", words(corpus, STEPS))
+
+
+def tensors_of(folder):
+    return final_tensors(RunConfig(run_dir=str(folder)))
+
+
+def test_killed_rank_brings_the_job_down_and_is_named(corpus, tmp_path):
+    """30 s is the promise; the ranks that are left wait in a collective when it happens."""
+    args = [*words(corpus, 500), "train.checkpoint_every=0"]
+    code, seconds, printed = kill_rank(1, 2, tmp_path / "run", args)
+    assert code == 1
+    assert seconds < 30
+    cause = printed.rpartition("Root Cause")[2]
+    assert "rank      : 1 (local_rank: 1)" in cause
+    assert "exitcode  : -9" in cause
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attempt", range(10))
+def test_killed_rank_is_restarted_and_the_job_ends_bitwise(corpus, undisturbed, tmp_path, attempt):
+    """Rank and step differ from try to try; checkpoints come every second step."""
+    folder = tmp_path / "run"
+    rank, step = attempt % 2, 3 + attempt % 3
+    code, _, printed = kill_rank(rank, step, folder, words(corpus, STEPS), restarts=1)
+    assert code == 0, printed[-3000:]
+    assert "resuming after step" in printed
+    assert steps_of(folder) == steps_of(undisturbed)
+    assert differing(tensors_of(folder), tensors_of(undisturbed)) == []
+
+
+@pytest.mark.slow
+def test_multirun_runs_every_job_on_all_ranks_in_one_folder_each(corpus, tmp_path):
+    args = ["-m", "optim=muon,adamw", *words(corpus, 2), f"run_dir={tmp_path}/study"]
+    done = launch(2, *args)
+    assert done.returncode == 0, done.stderr[-3000:]
+    jobs = {path.name for path in (tmp_path / "study_sweep").iterdir() if path.is_dir()}
+    assert jobs == {"optim=muon", "optim=adamw"}
+    for job in jobs:
+        folder = tmp_path / "study_sweep" / job
+        assert [record["step"] for record in steps_of(folder)] == [1, 2]
+        receipt = json.loads((folder / "receipt.json").read_text())
+        assert receipt["finished"]
+        assert f"name: {job.partition('=')[2]}" in (folder / "config.yaml").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 8])
+def test_job_of_four_ranks_goes_on_under_another_layout(corpus, undisturbed, tmp_path, ranks):
+    """Every step's rows are those of the job that never changed: same counts, same losses."""
+    folder = tmp_path / "run"
+    run_on(4, folder, [*words(corpus, STEPS), "parallel.ep=2", "train.time_limit_seconds=0.1"])
+    half = len(steps_of(folder))
+    assert 0 < half < STEPS
+    run_on(ranks, folder, words(corpus, STEPS))
+    mine, theirs = steps_of(folder), steps_of(undisturbed)
+    assert [r["step"] for r in mine] == [r["step"] for r in theirs]
+    for one, other in zip(mine, theirs, strict=True):
+        assert (one["documents"], one["padding"]) == (other["documents"], other["padding"])
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+BAD = [
+    (["parallel.dp_shard=3"], "parallel: pp=1 * dp_replicate=1 * dp_shard=3 * cp=1 = 3 ranks, but"
+     " the world size is 2"),
+    (["parallel.ep=3"], "parallel.ep=3 must divide the 2 data ranks"),
+    (["parallel.ep=2", "model.n_routed_experts=5"],
+     "parallel.ep=2 must divide model.n_routed_experts=5"),
+    (["parallel.cp=2"], "parallel.cp=2: context parallelism is not built yet"),
+    (["train.global_batch_tokens=192"],
+     "a batch of 3 rows (train.global_batch_tokens=192, seq_len=64) must be a multiple of"
+     " train.micro_batch_size=1 times 2 data rank(s)"),
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("args", "message"), BAD)
+def test_layout_that_cannot_be_is_one_line_from_one_rank(corpus, tmp_path, args, message):
+    """The worker's line comes first; what follows is the launcher's own report."""
+    folder = tmp_path / "run"
+    done = launch(2, *words(corpus, STEPS), *args, f"run_dir={folder}")
+    assert done.returncode == 1
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert "exitcode  : 2" in done.stderr
+    assert not folder.exists()
