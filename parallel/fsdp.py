@@ -11,7 +11,7 @@ Losses are shares of the global objective, so gradients are summed over ranks, n
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +33,24 @@ from model.transformer import DeepSeekV4
 from parallel.mesh import Mesh, expert_shard_dim
 
 
-def shard_model(model: DeepSeekV4, mesh: Mesh, precision: str) -> None:
+def shard_model(
+    model: DeepSeekV4,
+    mesh: Mesh,
+    precision: str,
+    reads_master: Callable[[str], bool] = lambda name: False,
+) -> None:
     """Shard every parameter of ``model``; experts are on the ep axis already where ep > 1.
 
     Args:
         model: on the meta device, or on the mesh's.
         mesh: of the layout.
         precision: ``fp32`` or ``bf16``.
+        reads_master: whether a parameter is gathered in fp32 whatever the precision, because what
+            reads it rounds it itself (``quant``); else exported and trained values would differ.
     """
     # Nothing here writes into what a block returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-    in_bf16 = _bf16_modules(model, precision)
+    in_bf16 = _bf16_modules(model, precision, reads_master)
     for module in model.modules():
         if isinstance(module, Block):
             _shard_block(module, mesh, in_bf16)
@@ -55,14 +62,17 @@ def shard_model(model: DeepSeekV4, mesh: Mesh, precision: str) -> None:
         module.set_force_sum_reduction_for_comms(True)
 
 
-def _bf16_modules(model: nn.Module, precision: str) -> set[nn.Module]:
-    """Modules whose own parameters compute in bf16."""
+def _bf16_modules(
+    model: nn.Module, precision: str, reads_master: Callable[[str], bool]
+) -> set[nn.Module]:
+    """Modules whose own parameters are gathered in bf16."""
     return {
         module
         for name, module in model.named_modules()
         for key, parameter in module._parameters.items()
         if parameter is not None
         and precision_of(f"{name}.{key}", precision).compute == torch.bfloat16
+        and not reads_master(f"{name}.{key}")
     }
 
 

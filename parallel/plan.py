@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,7 @@ def build_sharded_model(
     activation_checkpoint: str = "none",
     seed: int = 0,
     token_counts_V: Tensor | None = None,
+    reads_master: Callable[[str], bool] = lambda name: False,
 ) -> DeepSeekV4:
     """This process's part of a model, with the bits that one process would have given it.
 
@@ -33,13 +36,14 @@ def build_sharded_model(
         activation_checkpoint: ``none``, ``block`` or ``selective``.
         seed: of the run.
         token_counts_V: occurrences of each token id, for the hash tables.
+        reads_master: see :func:`parallel.fsdp.shard_model`.
     """
     with torch.device("meta"):  # no process ever holds the whole model
         model = DeepSeekV4(config)
     checkpoint_blocks(model, activation_checkpoint)
     if mesh.layout.ep > 1:
         shard_experts(model, mesh.ep)
-    shard_model(model, mesh, precision)
+    shard_model(model, mesh, precision, reads_master)
     model.to_empty(device=device)
     init_weights(model, seed, token_counts_V, region_of)
     return model

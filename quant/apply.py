@@ -208,6 +208,19 @@ def apply_quant(
     return records
 
 
+def reads_master(config: QuantConfig, parameter: str) -> bool:
+    """Whether an op rounds the fp32 master of ``parameter`` itself, once the config is applied.
+
+    Layouts must hand such a parameter over in fp32, whatever the compute dtype is.
+    """
+    parts, module = config.parts(), parameter.removesuffix(".weight")
+    return any(
+        seam.wanted(parts) and re.fullmatch(seam.modules, module)
+        for seam in SEAMS
+        if issubclass(seam.kind, Linear | GroupedLinear)
+    )
+
+
 def remove_quant(records: Iterable[QuantRecord]) -> None:
     """Put every seam back as it was before :func:`apply_quant`."""
     for record in records:

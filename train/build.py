@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
 from parallel.mesh import Mesh, build_mesh, init_process_group, launched_world_size
 from parallel.plan import build_sharded_model
+from quant.apply import reads_master
 from train.audit import Audit
 from train.checkpoint import Checkpoints
 from train.config import Device, Precision, RunConfig, WandbMode, dump
@@ -109,7 +111,7 @@ def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4
     if mesh is not None:
         model = build_sharded_model(
             run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
-            run.seed, token_counts_V,
+            run.seed, token_counts_V, partial(reads_master, run.quant),
         )  # fmt: skip
     else:
         model = DeepSeekV4(run.model)
