@@ -20,7 +20,7 @@ from parallel.mesh import Mesh, build_mesh, init_process_group, launched_world_s
 from parallel.plan import build_sharded_model
 from quant.apply import reads_master
 from train.audit import Audit
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, Retention
 from train.config import Device, Precision, RunConfig, WandbMode, dump
 from train.config_reads import ConfigReads
 from train.ema import WeightAverage
@@ -66,7 +66,7 @@ def build(run: RunConfig) -> Trainer:
     if last_tokens is None:
         last_tokens = run.train.eval_tokens
     final_evaluator = Evaluator(engine, loader, last_tokens)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, run.train.keep_checkpoints)
+    checkpoints = build_checkpoints(run)
     metrics = MetricsFile(folder / METRICS)
     progress = restore(run, engine, loader, average, checkpoints, metrics)
     open_folder(folder, config_yaml, run, plan, engine, phase, evaluator)
@@ -145,6 +145,15 @@ def build_average(run: RunConfig, model: DeepSeekV4) -> WeightAverage | None:
     """The average of the weights, if it was asked for."""
     decay = run.train.ema_decay
     return WeightAverage(model.named_parameters(), decay) if decay else None
+
+
+def build_checkpoints(run: RunConfig) -> Checkpoints:
+    """The run's checkpoints, and which of them stay."""
+    train = run.train
+    retention = Retention(
+        train.keep_checkpoints, train.keep_checkpoints_every, train.keep_best_checkpoints
+    )
+    return Checkpoints(Path(run.run_dir) / CHECKPOINTS, retention, train.async_checkpoint)
 
 
 def build_profiler(run: RunConfig, plan: Plan, engine: Engine) -> ProfilerWindow:

@@ -7,7 +7,8 @@ One checkpoint is one folder ``checkpoints/step_00000100/``:
     state.json        step, tokens, loader position, counters
     manifest.json     size and sha256 of every file above, and its own sha256
 
-It is written under a hidden name, hashed, made durable (fsync) and published by one rename, so a
+It is written under a hidden name, by all ranks at once and behind the steps that follow
+(``train/checkpoint_writer.py``), hashed, made durable (fsync) and published by one rename, so a
 folder with a public name was complete once. What happened to it since is found by its hashes:
 :func:`verify` names the first file that differs, :meth:`Checkpoints.newest_good` passes a damaged
 folder over. Nothing is unpickled before the manifest verifies. The hashes find damage, not malice:
@@ -18,15 +19,16 @@ you would run code from.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
 import re
+import secrets
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -35,17 +37,26 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from train.checkpoint_files import (
+    MANIFEST,
+    STATE,
+    DamagedCheckpointError,
+    check_file,
+    fsync,
+    open_manifest,
+)
+from train.checkpoint_writer import Layout, Report, RunningSave, Snapshot, describe, is_main
 from train.errors import UserError
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
 _NAME = re.compile(r"step_(\d{8,})")
+_WRITING, _REMOVING = ".writing_", ".removing_"
+_LEAVE_SECONDS = 60.0  # how long a run that ends by an error waits for a save that is under way
 
 
-class DamagedCheckpointError(UserError):
-    """A checkpoint folder whose content is not what was written; the text names the file."""
+class CheckpointFailedError(RuntimeError):
+    """A checkpoint that a run cannot end without could not be written."""
 
 
 def step_of(path: Path) -> int | None:
@@ -55,59 +66,48 @@ def step_of(path: Path) -> int | None:
 
 
 # ---- one folder ----------------------------------------------------------------------------------
-def write(folder: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Write a complete, durable checkpoint into the empty ``folder``. Collective.
+def verify(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
+    """Compare the files with the manifest and return the parsed ``state.json``.
 
     Args:
-        folder: exists and is empty; the same path on every rank.
-        tensors: flat name -> tensor (or DTensor), layout-free names.
-        state: JSON values; the same on every rank.
-    """
-    writer = dcp.FileSystemWriter(folder, sync_files=True, overwrite=False, thread_count=1)
-    with _quiet_dcp():
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
-    if not _is_main():
-        return
-    (folder / STATE).write_text(json.dumps(state, indent=1, allow_nan=False), encoding="utf-8")
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(folder.iterdir())
-    }
-    manifest = {"format": FORMAT, "step": state["step"], "files": files}
-    (folder / MANIFEST).write_text(_seal(manifest), encoding="utf-8")
-    for path in folder.iterdir():
-        _fsync(path)
-    _fsync(folder)
-
-
-def verify(folder: Path) -> dict[str, Any]:
-    """Compare every file with the manifest and return the parsed ``state.json``.
+        folder: a checkpoint.
+        share: number of this caller, of ``shares`` that divide the files among them.
+        shares: how many there are; 1 = look at every file.
 
     Raises:
         DamagedCheckpointError: names the folder, the file and what is wrong with it.
     """
-    manifest = _open_manifest(folder)
-    for name, entry in manifest["files"].items():
-        path = folder / name
-        if not path.is_file():
-            raise DamagedCheckpointError(f"checkpoint {folder}: file {name} is missing")
-        size = path.stat().st_size
-        if size != entry["bytes"]:
-            raise DamagedCheckpointError(
-                f"checkpoint {folder}: file {name} has {size} bytes, {entry['bytes']} were written"
-            )
-        found = sha256_of(path)
-        if found != entry["sha256"]:
-            raise DamagedCheckpointError(
-                f"checkpoint {folder}: file {name} has sha256 {found[:12]}, not the"
-                f" {entry['sha256'][:12]} that was written"
-            )
+    manifest = open_manifest(folder)
+    for name, entry in list(manifest["files"].items())[share::shares]:
+        check_file(folder, name, entry)
     step = step_of(folder)
     if step is not None and step != manifest["step"]:
         raise DamagedCheckpointError(
             f"checkpoint {folder}: its manifest is of step {manifest['step']}"
         )
+    if share:
+        check_file(folder, STATE, manifest["files"][STATE])  # it is read here too
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def verify_together(folder: Path) -> dict[str, Any]:
+    """:func:`verify`, every rank its share of the files. Collective.
+
+    Raises:
+        DamagedCheckpointError: the same on every rank.
+    """
+    if not dist.is_initialized():
+        return verify(folder)
+    state, problem = None, None
+    try:
+        state = verify(folder, dist.get_rank(), dist.get_world_size())
+    except DamagedCheckpointError as error:
+        problem = str(error)
+    problems = [text for text in gathered(problem) if text is not None]
+    if problems:
+        raise DamagedCheckpointError(problems[0])
+    assert state is not None
+    return state
 
 
 def read(folder: Path, tensors: Mapping[str, Tensor], partial: bool = False) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def read(folder: Path, tensors: Mapping[str, Tensor], partial: bool = False) -> 
         DamagedCheckpointError: see :func:`verify`.
         UserError: names or shapes differ from those of ``tensors``: another model's checkpoint.
     """
-    state = verify(folder)
+    state = verify_together(folder)
     reader = dcp.FileSystemReader(folder)
     _check_same_tensors(folder, saved_tensors(folder), tensors, partial)
     with _quiet_dcp():
@@ -159,17 +159,61 @@ def _check_same_tensors(
 
 
 # ---- the folder of a run -------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay when a new one is published; one reason is enough.
+
+    Attributes:
+        last: how many of the newest; 0 = all.
+        every: those whose step is a multiple; 0 = none for that.
+        best: how many of those with the lowest validation loss, of an evaluation at their step.
+    """
+
+    last: int = 0
+    every: int = 0
+    best: int = 0
+
+    def removed(self, losses: Mapping[int, float | None]) -> list[int]:
+        """Steps that may go.
+
+        Args:
+            losses: step -> validation loss, None where it was not measured.
+        """
+        if not self.last:
+            return []
+        kept = set(sorted(losses)[-self.last :])
+        if self.every:
+            kept |= {step for step in losses if step % self.every == 0}
+        measured = [(loss, step) for step, loss in losses.items() if loss is not None]
+        kept |= {step for _, step in sorted(measured)[: self.best]}
+        return sorted(set(losses) - kept)
+
+
 class Checkpoints:
-    """The ``checkpoints`` folder of a run: publishing, retention, finding the newest whole one.
+    """The ``checkpoints`` folder of a run: saving, retention, finding the newest whole one.
+
+    As a context: a run that leaves it by an error lets a save that is under way end first.
 
     Args:
         folder: made at the first save.
-        keep_last: how many of the newest stay; 0 = all.
+        retention: which checkpoints stay.
+        background: whether training goes on while files are written; costs a copy of the state in
+            host memory.
+
+    Attributes:
+        saved_step: newest step that is known, on every rank, to be complete; -1: none.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 0) -> None:
-        self.folder = folder
-        self.keep_last = keep_last
+    def __init__(
+        self, folder: Path, retention: Retention | None = None, background: bool = False
+    ) -> None:
+        self.folder, self.background = folder, background
+        self.retention = retention or Retention()
+        self.saved_step = -1
+        self._snapshot = Snapshot()
+        self._layout: Layout | None = None
+        self._running: RunningSave | None = None
+        self._seconds = 0.0
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of ``step``."""
@@ -182,73 +226,213 @@ class Checkpoints:
         found = [p for p in self.folder.iterdir() if step_of(p) is not None]
         return sorted(found, key=lambda p: step_of(p) or 0)
 
+    # ---- saving ------------------------------------------------------------------------------
+    def start(
+        self,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        state: Mapping[str, Any],
+        durable_first: Sequence[Path] = (),
+    ) -> None:
+        """Begin to save the state as it is now; what cannot be written is logged. Collective.
+
+        With ``background`` the tensors may change as soon as this returns; without, the save has
+        ended by then. A save that is still running is waited for.
+
+        Args:
+            step: that ends here.
+            tensors: flat name -> tensor (or DTensor), layout-free names.
+            state: JSON values; the same on every rank.
+            durable_first: files that the checkpoint counts on; made durable before it appears.
+        """
+        self.wait()
+        aside = self._open_aside(step)
+        if aside is None:
+            return
+        own = self._snapshot.take(tensors) if self.background else dict(tensors)
+        if self._layout is None or self._layout.described != describe(own):
+            self._layout = Layout(own)
+        layout, rank = self._layout, dist.get_rank() if dist.is_initialized() else 0
+        whole_state = {**state, "step": step}
+
+        def write() -> Report:
+            return layout.write(aside, own, rank)
+
+        def publish(reports: list[Report]) -> None:
+            layout.complete(aside, reports, whole_state)
+            for path in durable_first:
+                fsync(path)
+            self._publish(aside, self.path(step))
+            self._prune()
+
+        self._running = RunningSave(step, write, publish if rank == 0 else None, aside)
+        if not self.background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Let the save that is running end; afterwards all ranks know what became of it.
+
+        Collective. While it waits, ranks talk to each other, so that a lost one is noticed.
+        """
+        save = self._running
+        if save is None:
+            return
+        while True:
+            if not dist.is_initialized():
+                save.join()
+            everyone = gathered((save.running, save.published, save.error))
+            errors = {rank: error for rank, (_, _, error) in enumerate(everyone) if error}
+            if errors:
+                save.give_up.set()
+            if not any(running for running, _, _ in everyone):
+                break
+            save.join(0.1)
+        self._running = None
+        self._seconds += save.tell_seconds()
+        if any(published for _, published, _ in everyone):
+            self.saved_step = save.step
+        elif is_main():
+            shutil.rmtree(save.folder, ignore_errors=True)
+            for rank, error in errors.items():
+                if rank:
+                    log.error("checkpoint of step %d failed: rank %d: %s", save.step, rank, error)
+
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-        """Publish the checkpoint of ``step``, then remove what retention lets go. Collective.
+        """Save and wait. Collective.
 
         Raises:
-            OSError, dcp.api.CheckpointException: it could not be written; older checkpoints are
-            untouched.
+            CheckpointFailedError: it could not be written; older checkpoints are untouched.
         """
-        final, aside = self.path(step), self.folder / f".writing_step_{step:08d}"
-        if _is_main():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-        _barrier()
-        try:
-            write(aside, tensors, {**state, "step": step})
-            if _is_main():
-                self._publish(aside, final)
-        except BaseException:
-            if _is_main():
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
-        if _is_main():
-            self._prune()
-        _barrier()
-        return final
+        self.start(step, tensors, state)
+        self.require(step)
+        return self.path(step)
 
-    def newest_good(self) -> Path | None:
-        """The newest that verifies; a damaged one on the way is named in the log. Collective."""
-        chosen: list[Path | None] = [None]
-        if _is_main():
-            for path in reversed(self.published()):
-                try:
-                    verify(path)
-                except DamagedCheckpointError as error:
+    def require(self, step: int) -> None:
+        """Wait for the save of ``step``. Collective.
+
+        Raises:
+            CheckpointFailedError: it could not be written; the log says why.
+        """
+        self.wait()
+        if self.saved_step != step:
+            raise CheckpointFailedError(
+                f"checkpoint {self.path(step)} could not be written (see the log);"
+                " older checkpoints are untouched"
+            )
+
+    def background_seconds(self) -> float:
+        """What saves took behind the steps, as far as they ended and this was not told before."""
+        told, self._seconds = self._seconds, 0.0
+        if self._running is not None:
+            told += self._running.tell_seconds()
+        return told if self.background else 0.0
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        # Other ranks may be gone: no collectives here. A second Ctrl-C means now.
+        if self._running is not None and kind is not KeyboardInterrupt:
+            self._running.join(_LEAVE_SECONDS)
+
+    # ---- finding -----------------------------------------------------------------------------
+    def newest_good(self, upto: int | None = None) -> Path | None:
+        """The newest that verifies; a damaged one on the way is named in the log. Collective.
+
+        Args:
+            upto: only steps up to this one.
+        """
+        self.wait()
+        for path in reversed(same_everywhere(self.published())):
+            if upto is not None and (step_of(path) or 0) > upto:
+                continue
+            try:
+                verify_together(path)
+            except DamagedCheckpointError as error:
+                if is_main():
                     log.warning("%s; passed over", error)
-                    continue
-                chosen = [path]
-                break
-        if dist.is_initialized():
-            dist.broadcast_object_list(chosen, src=0)
-        return chosen[0]
+                continue
+            return path
+        return None
+
+    def set_aside(self, after: int) -> None:
+        """Take all checkpoints of later steps out of the row: the run goes back. Collective.
+
+        They keep their files under ``abandoned_step_...``; a killed run does not resume from them.
+        """
+        self.wait()
+        self.saved_step = min(self.saved_step, after)
+        if is_main():
+            for path in self.published():
+                if (step_of(path) or 0) > after:
+                    self._move_away(path, "abandoned")
+            fsync(self.folder)
+        _barrier()
 
     def clean(self) -> None:
-        """Remove what a killed run left unpublished or half removed."""
-        if _is_main() and self.folder.is_dir():
+        """Remove what a killed run left unpublished or half removed. Collective."""
+        if is_main() and self.folder.is_dir():
             for path in self.folder.iterdir():
-                if path.name.startswith((".writing_", ".removing_")):
+                if path.name.startswith((_WRITING, _REMOVING)):
                     shutil.rmtree(path, ignore_errors=True)
         _barrier()
+
+    # ---- rank 0's part -----------------------------------------------------------------------
+    def _open_aside(self, step: int) -> Path | None:
+        """A new hidden folder, known to all ranks; None if it cannot be made. Collective.
+
+        Its name is new each time: what a process cut off from this run still writes is another's.
+        """
+        aside = self.folder / f"{_WRITING}step_{step:08d}_{secrets.token_hex(4)}"
+        problem = ""
+        if is_main():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                aside.mkdir()
+            except OSError as error:
+                problem = str(error)
+                log.error("checkpoint of step %d failed: %s", step, problem)
+        aside, problem = same_everywhere((aside, problem))
+        return None if problem else aside
 
     def _publish(self, aside: Path, final: Path) -> None:
         if final.exists():
             # Only a damaged folder stands here: a good one of this step would have been resumed.
-            damaged = final.with_name(f"damaged_{final.name}")
-            shutil.rmtree(damaged, ignore_errors=True)
-            final.rename(damaged)
-            log.warning("checkpoint %s stood in the way and is now %s", final, damaged.name)
+            moved = self._move_away(final, "damaged")
+            log.warning("checkpoint %s stood in the way and is now %s", final, moved.name)
         aside.rename(final)
-        _fsync(self.folder)
+        fsync(self.folder)
+        log.info("saved %s", final)
+
+    def _move_away(self, path: Path, reason: str) -> Path:
+        moved = path.with_name(f"{reason}_{path.name}")
+        shutil.rmtree(moved, ignore_errors=True)
+        return path.rename(moved)
 
     def _prune(self) -> None:
-        kept = self.published()
-        for path in kept[: len(kept) - self.keep_last] if self.keep_last else []:
-            # Renamed first: a kill during the removal must not leave a folder that looks damaged.
-            removing = path.with_name(f".removing_{path.name}")
-            path.rename(removing)
-            shutil.rmtree(removing, ignore_errors=True)
+        of_step = {step_of(path) or 0: path for path in self.published()}
+        wanted = self.retention.best > 0
+        losses = {step: _val_loss(p) if wanted else None for step, p in of_step.items()}
+        for step in self.retention.removed(losses):
+            remove(of_step[step])
+
+
+def remove(path: Path) -> None:
+    """Remove a checkpoint; a kill in the middle leaves no folder that looks damaged."""
+    removing = path.with_name(f"{_REMOVING}{path.name}")
+    shutil.rmtree(removing, ignore_errors=True)
+    path.rename(removing)
+    shutil.rmtree(removing, ignore_errors=True)
+
+
+def _val_loss(path: Path) -> float | None:
+    """Validation loss that a checkpoint was saved with; None if it has none or cannot be read."""
+    try:
+        return json.loads((path / STATE).read_text(encoding="utf-8")).get("val_loss")
+    except (OSError, ValueError):
+        return None
 
 
 def locate(source: str) -> Path:
@@ -270,50 +454,7 @@ def locate(source: str) -> Path:
     )
 
 
-# ---- hashes, durability --------------------------------------------------------------------------
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _seal(manifest: dict[str, Any]) -> str:
-    """Text of a manifest: its canonical JSON with the sha256 of itself without that key."""
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(body, indent=1, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True) + "\n"
-
-
-def _open_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise DamagedCheckpointError(f"checkpoint {folder}: file {MANIFEST} is missing")
-    try:
-        text = path.read_bytes().decode("utf-8")
-        manifest = json.loads(text)
-        intact = isinstance(manifest, dict) and _seal(manifest) == text
-    except ValueError:
-        intact, manifest = False, {}
-    if not intact:
-        raise DamagedCheckpointError(
-            f"checkpoint {folder}: file {MANIFEST} ({path.stat().st_size} bytes) is not what"
-            " was written"
-        )
-    if manifest["format"] != FORMAT:
-        raise DamagedCheckpointError(
-            f"checkpoint {folder}: format {manifest['format']}, this code reads format {FORMAT}"
-        )
-    return manifest
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
+# ---- ranks -------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _quiet_dcp() -> Iterator[None]:
     """Distributed Checkpoint warns without a process group, even when told so by ``no_dist``."""
@@ -322,8 +463,21 @@ def _quiet_dcp() -> Iterator[None]:
         yield
 
 
-def _is_main() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def gathered(value: Any) -> list[Any]:
+    """Each rank's value. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def same_everywhere(value: Any) -> Any:
+    """Rank 0's value. Collective."""
+    shared = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
 
 
 def _barrier() -> None:

@@ -137,7 +137,11 @@ class TrainConfig:
         final_eval_tokens: the same for the one after the last step, which is compared with xz;
             null: as ``eval_tokens``.
         checkpoint_every: steps between checkpoints; 0 = only at the end or when stopped.
+        async_checkpoint: train on while a checkpoint is written; costs a copy of weights and
+            optimizer state in host memory.
         keep_checkpoints: how many of the newest are kept; 0 = all.
+        keep_checkpoints_every: besides, those whose step is a multiple of this; 0 = none.
+        keep_best_checkpoints: besides, how many with the lowest validation loss; 0 = none.
         time_limit_seconds: save and leave with exit code 75 after this long; 0 = no limit.
         log_every: steps between console lines.
         monitor_every: steps between the costly monitors (indexer recall, stream norms); 0 = never.
@@ -167,7 +171,10 @@ class TrainConfig:
     eval_tokens: int = 65536
     final_eval_tokens: int | None = None
     checkpoint_every: int = 0
+    async_checkpoint: bool = True
     keep_checkpoints: int = 2
+    keep_checkpoints_every: int = 0
+    keep_best_checkpoints: int = 0
     time_limit_seconds: float = 0.0
     log_every: int = 10
     monitor_every: int = 50
@@ -198,6 +205,12 @@ class TrainConfig:
             self.head_precision == Precision.fp32 or self.precision == Precision.bf16,
             f"{prefix}.head_precision={self.head_precision.value} needs {prefix}.precision=bf16,"
             f" not {self.precision.value}",
+        )
+        _need(
+            not self.keep_best_checkpoints or _meet(self.eval_every, self.checkpoint_every),
+            f"{prefix}.keep_best_checkpoints={self.keep_best_checkpoints} needs checkpoints of"
+            f" evaluated steps, but {prefix}.eval_every={self.eval_every} and"
+            f" {prefix}.checkpoint_every={self.checkpoint_every}: one must divide the other",
         )
         _need(
             bool(self.stages) or self.steps > 0 or self.eval_only,
@@ -267,8 +280,8 @@ class RunConfig:
 _NOT_NEGATIVE = (
     "steps", "mtp_loss_weight", "mtp_loss_weight_decay", "indexer_loss_weight",
     "balance_loss_weight", "bias_update_speed", "eval_every", "eval_tokens", "checkpoint_every",
-    "keep_checkpoints", "time_limit_seconds", "monitor_every", "ema_decay", "profile_start",
-    "profile_steps",
+    "keep_checkpoints", "keep_checkpoints_every", "keep_best_checkpoints", "time_limit_seconds",
+    "monitor_every", "ema_decay", "profile_start", "profile_steps",
 )  # fmt: skip
 
 
@@ -277,6 +290,10 @@ ConfigStore.instance().store("run_schema", RunConfig)
 
 # Resolving the annotations of a section costs more than everything else in a check.
 _types = functools.cache(get_type_hints)
+
+
+def _meet(a: int, b: int) -> bool:
+    return a > 0 and b > 0 and max(a, b) % min(a, b) == 0
 
 
 def _need(ok: bool, message: str) -> None:

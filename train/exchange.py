@@ -35,6 +35,7 @@ from quant.export import scale_name
 from quant.importing import dequantise_official
 from quant.probe import QuantProbe
 from train import checkpoint
+from train.checkpoint_files import sha256_of
 from train.config import IndexerPhase, RunConfig, load
 from train.errors import UserError, one_line
 from train.run_folder import CHECKPOINTS, CONFIG
@@ -157,7 +158,7 @@ class RunSource:
         self._root = self.path.absolute().parents[1]
         self._run: RunConfig | None = None
         state = checkpoint.verify(self.path)
-        self.origin = f"sha256 {checkpoint.sha256_of(self.path / checkpoint.MANIFEST)}"
+        self.origin = f"sha256 {sha256_of(self.path / checkpoint.MANIFEST)}"
         self.config, self.quant = self._read_config(state)
         self._meta = meta_state(self.config)
         self._check_tensors()

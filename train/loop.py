@@ -8,11 +8,12 @@ steps, saves, and returns the exit code that says "the same command continues".
 from __future__ import annotations
 
 import logging
+import math
 import time
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from data.loader import Loader
 from model.config import ModelConfig
@@ -99,8 +100,8 @@ class Trainer:
     stop: StopRequest
     matmul_rate: float
     progress: Progress = field(default_factory=Progress)
-    _saved_step: int = -1
     _save_seconds: float = 0.0
+    _val_loss: float | None = None  # of an evaluation after the step just done
 
     def __post_init__(self) -> None:
         self._eval_every = self.run.train.eval_every
@@ -112,16 +113,16 @@ class Trainer:
         Returns:
             An :class:`ExitCode`: finished or resumable.
         """
-        with self.stop:
+        with self.stop, self.checkpoints:
             if self.run.train.eval_only:
                 return self._evaluate_only()
-            self._saved_step = self.progress.step
+            self.checkpoints.saved_step = self.progress.step
             while self.progress.step < self.plan.steps:
                 self._next_step()
                 early = self.engine.agree(bool(self.stop.reason))
                 if early and self.progress.step < self.plan.steps:
                     return self._leave_early()
-            self._save()
+            self._save_last()
             self._close(finished=True)
             return ExitCode.finished
 
@@ -148,12 +149,13 @@ class Trainer:
         record = self._record(step, rows, result, seconds)
         if _due(step.number, self._eval_every, self.plan.steps):
             record |= self.evaluator.evaluate(step)
+        self._val_loss = record.get("val_loss")
         if self.engine.rank == 0:
             self.metrics.write(record)
         for tracker in self.trackers:
             tracker.show(record)
         if _due(step.number, self._checkpoint_every):
-            self._try_to_save()
+            self._save()
 
     def _record(
         self, step: StepPlan, rows: GlobalBatch, result: StepResult, seconds: float
@@ -181,31 +183,37 @@ class Trainer:
         }
         if self._save_seconds:
             record["checkpoint_seconds"], self._save_seconds = self._save_seconds, 0.0
+        if behind := self.checkpoints.background_seconds():
+            record["checkpoint_background_seconds"] = behind
         return record
 
     # ---- saving and leaving ------------------------------------------------------------------
     def _save(self) -> None:
-        if self._saved_step == self.progress.step:
-            return
+        """Begin the checkpoint of this step. A full disk costs this checkpoint, not the run."""
         began = time.perf_counter()
-        self.metrics.sync()
-        state = {"progress": asdict(self.progress), "loader": self.loader.state_dict()}
-        tensors = checkpoint_tensors(self.engine, self.average)
-        path = self.checkpoints.save(self.progress.step, tensors, state)
-        self._saved_step = self.progress.step
+        tensors, step = checkpoint_tensors(self.engine, self.average), self.progress.step
+        self.checkpoints.start(step, tensors, self._state(), durable_first=[self.metrics.path])
         self._save_seconds = time.perf_counter() - began
-        log.info("saved %s in %.1f s", path, self._save_seconds)
 
-    def _try_to_save(self) -> None:
-        """A full disk costs this checkpoint, not the run."""
-        try:
+    def _save_last(self) -> None:
+        """The run ends here, so the checkpoint of this step must be on disk."""
+        self.checkpoints.wait()
+        if self.checkpoints.saved_step != self.progress.step:
             self._save()
-        except (OSError, CheckpointException) as error:
-            log.error("checkpoint of step %d failed, going on: %s", self.progress.step, error)
+        self.checkpoints.require(self.progress.step)
+
+    def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside tensors; the same on every rank."""
+        loss = self._val_loss
+        return {
+            "progress": asdict(self.progress),
+            "loader": self.loader.state_dict(),
+            "val_loss": loss if loss is not None and math.isfinite(loss) else None,
+        }
 
     def _leave_early(self) -> int:
         self.stop.ask("another rank was asked to stop")
-        self._save()
+        self._save_last()
         log.info(
             "%s: stopped after step %d of %d; the same command continues",
             self.stop.reason,

@@ -86,7 +86,18 @@ METRICS = (
     Metric("tokens_per_second", "tokens per second, padding included", Reduction.same, True),
     Metric("step_seconds", "seconds", Reduction.max, True),
     Metric("eval_seconds", "seconds of the evaluation after the step", Reduction.max, True),
-    Metric("checkpoint_seconds", "seconds of the save before the step", Reduction.max, True),
+    Metric(
+        "checkpoint_seconds",
+        "seconds the run stood still to save before the step",
+        Reduction.same,
+        True,
+    ),
+    Metric(
+        "checkpoint_background_seconds",
+        "seconds of a save that ended behind the steps",
+        Reduction.same,
+        True,
+    ),
     Metric("peak_memory_bytes", "bytes, largest of any rank", Reduction.max, True),
     Metric("mfu", "fraction of the machine's measured matmul rate", Reduction.same, True),
 )
@@ -185,12 +196,6 @@ class MetricsFile:
         aside = self.path.with_suffix(".cut")
         aside.write_text("".join(kept), encoding="utf-8")
         os.replace(aside, self.path)
-
-    def sync(self) -> None:
-        """Make the file durable: called before a checkpoint that counts on it is published."""
-        if self.path.exists():
-            with self.path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -27,8 +27,8 @@ _FREE = (
     "run_dir", "engine", "parallel.", "wandb.", "sample.", "tensorboard", "model.kernels",
     "model.loss_chunk_tokens", "train.steps", "train.micro_batch_size", "train.device",
     "train.eval_every", "train.eval_only", "train.eval_tokens",
-    "train.final_eval_tokens", "train.checkpoint_every",
-    "train.keep_checkpoints", "train.time_limit_seconds", "train.log_every", "train.monitor_every",
+    "train.final_eval_tokens", "train.checkpoint_every", "train.async_checkpoint", "train.keep_",
+    "train.time_limit_seconds", "train.log_every", "train.monitor_every",
     "train.activation_checkpoint", "train.profile_",
 )  # fmt: skip
 

@@ -4,15 +4,22 @@ used.
 Oracle: the tensors themselves, bit for bit.
 """
 
+import contextlib
 import logging
+import os
 import random
+import resource
 import shutil
+import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
-from train import checkpoint
-from train.checkpoint import Checkpoints, DamagedCheckpointError
+from train import checkpoint, checkpoint_writer
+from train.checkpoint import CheckpointFailedError, Checkpoints, Retention
+from train.checkpoint_files import DamagedCheckpointError
 from train.errors import UserError
 
 STATE = {"tokens": 96, "loader": {"epoch": 0, "pool": 1, "row": 3}, "skipped_steps": 0}
@@ -40,7 +47,7 @@ def same(a, b):
 
 @pytest.fixture
 def run(tmp_path):
-    out = Checkpoints(tmp_path / "checkpoints", keep_last=2)
+    out = Checkpoints(tmp_path / "checkpoints", Retention(last=2))
     for step in (1, 2):
         out.save(step, tensors(step), STATE)
     return out
@@ -154,32 +161,139 @@ def test_nothing_is_unpickled_before_the_manifest_verifies(run, monkeypatch):
         checkpoint.read(run.path(2), empty_like(tensors(2)))
 
 
-def test_kill_inside_a_save_leaves_the_older_one(run, monkeypatch):
-    """The same call that publishes is cut before its rename, as by a SIGKILL: nothing is cleaned
-    up."""
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *a, **k: None)
-    monkeypatch.setattr(
-        Checkpoints, "_publish", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    with pytest.raises(KeyboardInterrupt):
+@pytest.mark.parametrize("place", ["start", "own files", "manifest", "rename", "retention"])
+def test_sigkill_inside_a_save_leaves_a_whole_checkpoint(run, monkeypatch, place):
+    """A forked process saves and kills itself on the way; nothing of it can clean up."""
+
+    def die(path=Path("/"), *_, **__):
+        if not isinstance(path, Path) or path.exists():  # rmtree is called for what is not there
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    owner, name = {
+        "start": (checkpoint_writer.Layout, "write"),
+        "own files": (checkpoint_writer, "describe_file"),
+        "manifest": (checkpoint_writer, "seal"),
+        "rename": (Checkpoints, "_publish"),
+        "retention": (checkpoint.shutil, "rmtree"),
+    }[place]
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(owner, name, die)
         run.save(3, tensors(3), STATE)
-    monkeypatch.undo()
-    assert (run.folder / ".writing_step_00000003").is_dir()
-    assert run.newest_good() == run.path(2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert run.newest_good() == run.path(3 if place == "retention" else 2)
+    assert list(run.folder.glob(".*"))
     run.clean()
-    assert not (run.folder / ".writing_step_00000003").exists()
-    assert run.save(3, tensors(3), STATE) == run.newest_good()
+    assert list(run.folder.glob(".*")) == []
+    assert run.save(4, tensors(4), STATE) == run.newest_good()
 
 
-def test_failed_save_leaves_the_older_ones_untouched(run, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
+@contextlib.contextmanager
+def files_up_to(num_bytes):
+    """The kernel lets no file grow beyond this, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    monkeypatch.setattr(checkpoint, "_fsync", full)
-    with pytest.raises(OSError, match="No space"):
+
+@pytest.mark.parametrize("num_bytes", [0, 100, 5000])
+def test_failed_save_leaves_the_older_ones_untouched(run, caplog, num_bytes):
+    """Limits hit in the tensors' file at its start and inside, and in the index."""
+    with files_up_to(num_bytes), pytest.raises(CheckpointFailedError, match="step_00000003"):
         run.save(3, tensors(3), STATE)
-    assert [p.name for p in run.folder.iterdir()] == ["step_00000001", "step_00000002"]
+    assert "checkpoint of step 3 failed: OSError: [Errno 27] File too large" in caplog.text
+    assert sorted(p.name for p in run.folder.iterdir()) == ["step_00000001", "step_00000002"]
     assert run.newest_good() == run.path(2)
+
+
+def test_folder_that_cannot_be_made_costs_the_save(tmp_path, caplog):
+    (tmp_path / "checkpoints").write_text("a file stands here")
+    behind = Checkpoints(tmp_path / "checkpoints", background=True)
+    behind.start(1, tensors(1), STATE)
+    behind.wait()
+    assert "checkpoint of step 1 failed: [Errno 17] File exists" in caplog.text
+    assert behind.saved_step == -1
+
+
+def test_save_behind_the_steps_holds_the_state_at_its_start(tmp_path):
+    """The tensors change as soon as start returns, while nothing is written yet."""
+    behind = Checkpoints(tmp_path, background=True)
+    for step in (1, 2, 3):
+        values = tensors(step)
+        behind.start(step, values, STATE)
+        for value in values.values():
+            value.zero_()
+        target = empty_like(values)
+        behind.wait()
+        checkpoint.read(behind.path(step), target)
+        assert same(target, tensors(step))
+        assert behind.saved_step == step
+        assert behind.background_seconds() > 0
+        assert behind.background_seconds() == 0
+
+
+def test_two_saves_never_run_at_once_and_leaving_waits(tmp_path, monkeypatch):
+    began, ended = [], []
+    write = checkpoint_writer.Layout.write
+
+    def slow(*args):
+        assert len(began) == len(ended)
+        began.append(1)
+        time.sleep(0.2)
+        report = write(*args)
+        ended.append(1)
+        return report
+
+    monkeypatch.setattr(checkpoint_writer.Layout, "write", slow)
+    saves = Checkpoints(tmp_path, background=True)
+
+    def run():
+        with saves:
+            for step in (1, 2, 3):
+                saves.start(step, tensors(step), STATE)
+            raise RuntimeError("of the run")
+
+    with pytest.raises(RuntimeError, match="of the run"):
+        run()
+    assert [p.name for p in saves.published()] == [f"step_{n:08d}" for n in (1, 2, 3)]
+    for path in saves.published():
+        checkpoint.verify(path)
+
+
+RETENTIONS = {
+    "all": (Retention(), [1, 2, 3, 4, 5, 6]),
+    "last": (Retention(last=2), [5, 6]),
+    "every": (Retention(last=1, every=2), [2, 4, 6]),
+    "best": (Retention(last=1, best=2), [1, 3, 6]),
+    "together": (Retention(last=2, every=4, best=1), [3, 4, 5, 6]),
+}
+
+
+@pytest.mark.parametrize("name", RETENTIONS)
+def test_retention_keeps_what_has_a_reason(tmp_path, name):
+    """Losses: lowest at step 3, then 1; steps 2 and 4 were not evaluated."""
+    retention, kept = RETENTIONS[name]
+    losses = [2.0, None, 1.0, None, 2.5, 3.0]
+    saves = Checkpoints(tmp_path, retention)
+    for step, loss in enumerate(losses, start=1):
+        saves.save(step, tensors(step), {**STATE, "val_loss": loss})
+    assert [checkpoint.step_of(p) for p in saves.published()] == kept
+
+
+def test_going_back_takes_later_checkpoints_out_of_the_row(run):
+    assert run.newest_good(upto=1) == run.path(1)
+    run.set_aside(after=1)
+    assert run.newest_good() == run.path(1)
+    assert (run.folder / "abandoned_step_00000002").is_dir()
+    assert run.saved_step == 1
+    run.save(2, tensors(7), STATE)
+    target = empty_like(tensors(7))
+    checkpoint.read(run.path(2), target)
+    assert same(target, tensors(7))
 
 
 def test_damaged_folder_of_the_same_step_is_moved_aside(run):

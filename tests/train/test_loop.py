@@ -7,6 +7,7 @@ import csv
 import json
 import logging
 import math
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from tests.integration.small_run import (
 )
 from train import checkpoint
 from train.build import build
+from train.checkpoint import CheckpointFailedError
 from train.config import SampleConfig, StageConfig, WandbConfig, WandbMode
 from train.errors import ExitCode, UserError
 from train.metrics import read_metrics
@@ -249,22 +251,51 @@ def test_init_from_nothing_is_the_users_error(corpus, tmp_path):
         build(run)
 
 
-def test_failed_periodic_save_costs_the_save_only(corpus, tmp_path, caplog, monkeypatch):
+class SmallFilesOnly:
+    """A tracker: files may not grow beyond so many bytes until a step's line is written."""
+
+    def __init__(self, num_bytes, until):
+        self.until, self.before = until, resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, self.before[1]))
+
+    def show(self, record):
+        if record["step"] == self.until:
+            self.close()
+
+    def close(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_failed_periodic_save_costs_the_save_only(corpus, tmp_path, caplog, behind):
+    """The kernel refuses to let the first checkpoints' files grow, as a full disk does."""
     run = small_run(tmp_path / "run", corpus, steps=3, eval_every=0, checkpoint_every=1)
+    run = replace(run, train=replace(run.train, async_checkpoint=behind))
     trainer = build(run)
-    write, calls = checkpoint.write, []
-
-    def full_at_first(*args):
-        calls.append(1)
-        if len(calls) < 3:
-            raise OSError(28, "No space left on device")
-        write(*args)
-
-    monkeypatch.setattr(checkpoint, "write", full_at_first)
-    with caplog.at_level(logging.ERROR):
-        assert trainer.fit() == ExitCode.finished
-    assert caplog.text.count("failed, going on: [Errno 28] No space left on device") == 2
+    trainer.checkpoints.saved_step = 0
+    limit = SmallFilesOnly(100_000, until=3)
+    trainer.trackers.append(limit)
+    try:
+        with caplog.at_level(logging.ERROR):
+            assert trainer.fit() == ExitCode.finished
+    finally:
+        limit.close()
+    assert "checkpoint of step 1 failed: OSError: [Errno 27] File too large" in caplog.text
+    assert "checkpoint of step 3 failed" not in caplog.text
     assert [p.name for p in trainer.checkpoints.folder.iterdir()] == ["step_00000003"]
+    assert differing(final_tensors(run), trainer.engine.state()) == []
+
+
+def test_last_save_that_fails_is_no_success(corpus, tmp_path):
+    run = small_run(tmp_path / "run", corpus, steps=1, eval_every=0)
+    trainer = build(run)
+    limit = SmallFilesOnly(100_000, until=9)
+    try:
+        with pytest.raises(CheckpointFailedError, match="step_00000001 could not be written"):
+            trainer.fit()
+    finally:
+        limit.close()
+    assert not (tmp_path / "run" / "receipt.json").exists()
 
 
 def test_all_checkpoints_damaged_is_refused(corpus, tmp_path):
