@@ -16,6 +16,7 @@ if __name__ == "__main__":  # run as a file: the repository root, not train/, mu
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -34,6 +35,7 @@ from train.run_folder import check_run_folder
 from train.stages import check_rows, refuse_unbuilt, resolve
 
 log = logging.getLogger(__name__)
+PATIENCE = 10.0  # seconds that a rank with a user error waits for rank 0 to have told it
 
 
 def main(cfg: DictConfig) -> int:
@@ -74,10 +76,11 @@ def cli(args: Sequence[str]) -> int:
         The exit code; of several jobs the worst (1 before 2 before 75 before 0).
     """
     codes: list[int] = []
+    untold: list[str] = []
     pid = os.getpid()
 
     def job(cfg: DictConfig) -> None:
-        code = _guarded(lambda: main(_in_own_folder(cfg, sys.argv[1:])))
+        code = _guarded(lambda: main(_in_own_folder(cfg, sys.argv[1:])), untold)
         codes.append(code)
         if os.getpid() != pid and code:  # a launcher's worker process: the list stays behind
             raise RuntimeError(f"job {HydraConfig.get().job.override_dirname} left with {code}")
@@ -88,7 +91,8 @@ def cli(args: Sequence[str]) -> int:
         order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)
         return next((code for code in order if code in codes), ExitCode.finished)
 
-    code = _guarded(compose_and_run)
+    code = _guarded(compose_and_run, untold)
+    _let_rank_0_tell(untold)
     if "torch" in sys.modules:
         from parallel.mesh import leave_process_group  # noqa: PLC0415
 
@@ -111,30 +115,49 @@ def _hydra_reads(argv: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full_error
 
 
-def _guarded(body: Callable[[], int]) -> int:
-    """Run ``body``; turn the user's errors into one line and exit code 2."""
+def _guarded(body: Callable[[], int], untold: list[str]) -> int:
+    """Run ``body``; turn the user's errors into one line and exit code 2.
+
+    Rank 0 prints the line; another rank adds it to ``untold``.
+    """
     try:
         return int(body())
     except DoesNotFitError as error:
-        _tell(one_line(error), before=error.table)
+        line, before = one_line(error), error.table
     except (HydraException, OmegaConfBaseException) as error:
-        _tell(_composition_error(error))
+        line, before = _composition_error(error), ""
     except ValueError as error:
         if not is_user_error(error):
             raise
-        _tell(one_line(error))
+        line, before = one_line(error), ""
     except SystemExit as left:  # Hydra's help and its parser of flags
         return int(left.code or 0)
     except KeyboardInterrupt:
-        _tell("stopped before the first step; the same command starts again")
+        if _rank() == 0:
+            _print("stopped before the first step; the same command starts again")
         return ExitCode.resumable
+    if _rank() == 0:
+        _print(line, before)
+    else:
+        untold.append(line)
     return ExitCode.user_error
 
 
-def _tell(text: str, before: str = "") -> None:
-    if _rank() == 0:
-        sys.stderr.write(f"{before}\n\nerror: {text}\n" if before else f"error: {text}\n")
-        sys.stderr.flush()
+def _print(text: str, before: str = "") -> None:
+    sys.stderr.write(f"{before}\n\nerror: {text}\n" if before else f"error: {text}\n")
+    sys.stderr.flush()
+
+
+def _let_rank_0_tell(untold: list[str]) -> None:
+    """On other ranks: wait until rank 0, which tells the user, has left; else tell him here.
+
+    torchrun stops all ranks as soon as one has left, maybe before rank 0 has said anything. A rank
+    that is still alive after the wait met an error that rank 0 did not.
+    """
+    if untold:
+        time.sleep(PATIENCE)
+        for line in untold:
+            _print(f"rank {_rank()}: {line}")
 
 
 def _composition_error(error: Exception) -> str:

@@ -61,6 +61,18 @@ def test_killed_rank_is_restarted_and_the_job_ends_bitwise(corpus, undisturbed, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_two_launchers_meet_and_restart_together(corpus, undisturbed, tmp_path, rank):
+    """As on two nodes: only one launcher counts the restart, the other one follows it."""
+    folder = tmp_path / "run"
+    args = words(corpus, STEPS)
+    code, _, printed = kill_rank(rank, 3, folder, args, ranks=1, restarts=1, nodes=2)
+    assert code == 0, printed[-3000:]
+    assert "resuming after step" in printed
+    assert steps_of(folder) == steps_of(undisturbed)
+
+
+@pytest.mark.slow
 def test_multirun_runs_every_job_on_all_ranks_in_one_folder_each(corpus, tmp_path):
     args = ["-m", "optim=muon,adamw", *words(corpus, 2), f"run_dir={tmp_path}/study"]
     done = launch(2, *args)
@@ -87,7 +99,8 @@ def test_job_of_four_ranks_goes_on_under_another_layout(corpus, undisturbed, tmp
     mine, theirs = steps_of(folder), steps_of(undisturbed)
     assert [r["step"] for r in mine] == [r["step"] for r in theirs]
     for one, other in zip(mine, theirs, strict=True):
-        assert (one["documents"], one["padding"]) == (other["documents"], other["padding"])
+        for name in ("tokens", "documents", "padding"):
+            assert one[name] == other[name], name
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
 
 

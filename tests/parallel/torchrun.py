@@ -10,11 +10,11 @@ from pathlib import Path
 
 import psutil
 
+from scripts.layouts import free_port
 from tests.helpers import ROOT
 from train.metrics import read_metrics, unmeasured
 
 ENTRY = ROOT / "train" / "pretrain.py"
-TEXT_SHORT = "data.validation.bytes=2000"
 SMALL_MODEL = [
     "model=v4_tiny", "model.num_hidden_layers=3", "model.compress_ratios=[0,4,16,0]",
     "model.layer_kinds=[swa,csa,hca]", "model.hidden_size=32",
@@ -25,19 +25,22 @@ def words(corpus: Path, steps: int) -> list[str]:
     """Overrides of a job of 8 rows of 64 tokens a step."""
     return [
         *SMALL_MODEL, "data=jsonl", f"data.sources.jsonl.path={corpus}",
-        f"data.cache_dir={corpus.parent / 'cache'}", "data.tokenizer=byte", TEXT_SHORT,
-        "data.validation.max_overlap=1", "train.seq_len=64", "train.global_batch_tokens=512",
-        "train.micro_batch_size=1", f"train.steps={steps}", "train.checkpoint_every=2",
+        f"data.cache_dir={corpus.parent / 'cache'}", "data.tokenizer=byte",
+        "data.validation.bytes=2000", "data.validation.max_overlap=1", "train.seq_len=64",
+        "train.global_batch_tokens=512", "train.micro_batch_size=1", f"train.steps={steps}", "train.checkpoint_every=2",
         "train.device=cpu", "train.eval_tokens=128", "sample.tokens=0",
     ]  # fmt: skip
 
 
-def command(ranks: int, args: list[str], restarts: int = 0) -> list[str]:
-    """torchrun as on a cluster: c10d rendezvous, here on a free port."""
+def command(
+    ranks: int, args: list[str], restarts: int = 0, nodes: int = 1, endpoint: str = "localhost:0"
+) -> list[str]:
+    """torchrun as on each node of a cluster: c10d rendezvous."""
     return [
-        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks),
-        "--max-restarts", str(restarts), "--monitor-interval", "0.5", "--rdzv-backend", "c10d",
-        "--rdzv-endpoint", "localhost:0", str(ENTRY), *args,
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node",
+        str(ranks), "--max-restarts", str(restarts), "--monitor-interval", "0.5",
+        "--rdzv-id", "job", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, str(ENTRY),
+        *args,
     ]  # fmt: skip
 
 
@@ -49,42 +52,68 @@ def launch(ranks: int, *args: str) -> subprocess.CompletedProcess[str]:
 
 
 def kill_rank(
-    rank: int, step: int, folder: Path, args: list[str], ranks: int = 2, restarts: int = 0
+    rank: int,
+    step: int,
+    folder: Path,
+    args: list[str],
+    ranks: int = 2,
+    restarts: int = 0,
+    nodes: int = 1,
 ) -> tuple[int, float, str]:
     """SIGKILL one rank once a step's line is written.
 
+    Args:
+        rank: which.
+        step: whose line is awaited.
+        folder: of the run; beside it stands what the launchers print.
+        args: of the job.
+        ranks: of each node.
+        restarts: that torchrun may try.
+        nodes: launchers, all on this machine, that meet as those of a cluster do.
+
     Returns:
-        Exit code of the launcher, seconds from the kill to its end, and what it printed.
+        The worst exit code of the launchers, seconds from the kill to their end, and what they
+        printed.
     """
     log = folder.with_suffix(".log")
-    job = command(ranks, [*args, f"run_dir={folder}"], restarts)
+    endpoint = "localhost:0" if nodes == 1 else f"localhost:{free_port()}"
+    job = command(ranks, [*args, f"run_dir={folder}"], restarts, nodes, endpoint)
     with log.open("w") as file:
-        launcher = subprocess.Popen(job, stdout=file, stderr=file)
+        launchers = [subprocess.Popen(job, stdout=file, stderr=file) for _ in range(nodes)]
     try:
-        wait_for_line(folder / "metrics.jsonl", step, launcher, log)
-        worker_of(launcher, rank).send_signal(signal.SIGKILL)
+        wait_for_line(folder / "metrics.jsonl", step, launchers, log)
+        worker_of(launchers, rank).send_signal(signal.SIGKILL)
         killed = time.monotonic()
-        code = launcher.wait(timeout=280)
+        code = max(launcher.wait(timeout=280) for launcher in launchers)
         return code, time.monotonic() - killed, log.read_text()
     finally:
-        if launcher.poll() is None:
-            for process in psutil.Process(launcher.pid).children(recursive=True):
-                process.kill()
-            launcher.kill()
-            launcher.wait()
+        for launcher in launchers:
+            end(launcher)
 
 
-def worker_of(launcher: subprocess.Popen[bytes], rank: int) -> psutil.Process:
+def end(launcher: subprocess.Popen[bytes]) -> None:
+    """Kill what a failed test left behind."""
+    if launcher.poll() is None:
+        for process in psutil.Process(launcher.pid).children(recursive=True):
+            process.kill()
+        launcher.kill()
+        launcher.wait()
+
+
+def worker_of(launchers: list[subprocess.Popen[bytes]], rank: int) -> psutil.Process:
     """The process that holds a rank."""
-    children = psutil.Process(launcher.pid).children()
-    return next(child for child in children if child.environ().get("RANK") == str(rank))
+    workers = [child for one in launchers for child in psutil.Process(one.pid).children()]
+    return next(worker for worker in workers if worker.environ().get("RANK") == str(rank))
 
 
-def wait_for_line(path: Path, step: int, launcher: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for_line(
+    path: Path, step: int, launchers: list[subprocess.Popen[bytes]], log: Path
+) -> None:
     """Until ``metrics.jsonl`` holds a step."""
     deadline = time.monotonic() + 200
     while len(read_metrics(path)) < step:
-        assert launcher.poll() is None, f"left before the kill: {log.read_text()[-3000:]}"
+        for launcher in launchers:
+            assert launcher.poll() is None, f"left before the kill: {log.read_text()[-3000:]}"
         assert time.monotonic() < deadline, f"no line {step} in time: {log.read_text()[-3000:]}"
         time.sleep(0.02)
 

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from train.config import dump
 from train.errors import ROOT, ExitCode
 from train.overrides import compose_run
-from train.pretrain import cli
+from train.pretrain import PATIENCE, cli
 
 # (what, arguments, what the line must say)
 CASES = [
@@ -211,7 +212,11 @@ def test_process_prints_one_line_and_leaves_with_2(arg, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_only_rank_0_prints(one_line, capsys, monkeypatch):
+def test_other_rank_leaves_the_word_to_rank_0_and_speaks_only_after_a_wait(capsys, monkeypatch):
+    """torchrun ends it during the wait, once rank 0 has left (tests/parallel/test_torchrun.py)."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setenv("RANK", "1")
     assert cli(["modle=v4_nano"]) == 2
-    assert capsys.readouterr() == ("", "")
+    assert waits == [PATIENCE]
+    assert capsys.readouterr().err.startswith("error: rank 1: ")
