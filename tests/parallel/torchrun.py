@@ -27,8 +27,8 @@ def words(corpus: Path, steps: int) -> list[str]:
         *SMALL_MODEL, "data=jsonl", f"data.sources.jsonl.path={corpus}",
         f"data.cache_dir={corpus.parent / 'cache'}", "data.tokenizer=byte",
         "data.validation.bytes=2000", "data.validation.max_overlap=1", "train.seq_len=64",
-        "train.global_batch_tokens=512", "train.micro_batch_size=1", f"train.steps={steps}", "train.checkpoint_every=2",
-        "train.device=cpu", "train.eval_tokens=128", "sample.tokens=0",
+        "train.global_batch_tokens=512", "train.micro_batch_size=1", f"train.steps={steps}",
+        "train.checkpoint_every=2", "train.device=cpu", "train.eval_tokens=128", "sample.tokens=0",
     ]  # fmt: skip
 
 
