@@ -92,7 +92,10 @@ def test_multirun_runs_every_job_on_all_ranks_in_one_folder_each(corpus, tmp_pat
 def test_job_of_four_ranks_goes_on_under_another_layout(corpus, undisturbed, tmp_path, ranks):
     """Every step's rows are those of the job that never changed: same counts, same losses."""
     folder = tmp_path / "run"
-    run_on(4, folder, [*words(corpus, STEPS), "parallel.ep=2", "train.time_limit_seconds=0.1"])
+    args = [*words(corpus, STEPS), "parallel.ep=2", "train.time_limit_seconds=0.1"]
+    stopped = launch(4, *args, f"run_dir={folder}")
+    assert stopped.returncode == 1  # the launcher's own code
+    assert "exitcode  : 75" in stopped.stderr
     half = len(steps_of(folder))
     assert 0 < half < STEPS
     run_on(ranks, folder, words(corpus, STEPS))
