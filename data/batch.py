@@ -3,6 +3,7 @@
 # Legend: B rows, T tokens of a row, K prediction depths (1 + MTP depths)
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,11 +23,14 @@ class Batch:
             document (taken
             from the document itself, also where the row cuts it), or ``IGNORE`` where that lies
             beyond the document.
+        routing: experts to use instead of the gates' own choices, int64 [B * T, experts per token]
+            by name of the gate; None: every gate chooses.
     """
 
     input_ids_BT: Tensor
     document_ids_BT: Tensor
     labels_BTK: Tensor
+    routing: Mapping[str, Tensor] | None = None
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,8 @@ class GlobalBatch:
                     label_N = token_N[1 + k : 1 + k + n]
                     labels_BTK[b, t : t + len(label_N), k] = label_N
                 t += n
-        return Batch(*(torch.from_numpy(x) for x in (ids_BT, documents_BT, labels_BTK)))
+        ids, documents, labels = map(torch.from_numpy, (ids_BT, documents_BT, labels_BTK))
+        return Batch(ids, documents, labels)
 
 
 def count(rows: Sequence[PackedRow], depths: int) -> BatchCounts:

@@ -10,6 +10,7 @@ every process plans the whole global batch and reads only its own rows from disk
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,8 @@ class Loader:
         self._streams = list(streams)
         self._pool: tuple[tuple[int, int], Pool | None] | None = None
         self._rows: tuple[Position, list[Row]] | None = None
+        self._ahead: deque[tuple[GlobalBatch, dict[str, Any]]] = deque()
+        self._taken: dict[str, Any] = {}  # state after the last batch taken, while some are ahead
 
     def plan(self, num_rows: int, seq_len: int) -> GlobalBatch:
         """The next rows; the position moves on.
@@ -79,6 +82,33 @@ class Loader:
         """
         if num_rows < 1 or seq_len < 1:
             raise ValueError(f"a batch of {num_rows} rows of {seq_len} tokens cannot be planned")
+        if not self._ahead:
+            return self._take(num_rows, seq_len)
+        batch, self._taken = self._ahead.popleft()
+        assert (len(batch.rows), batch.seq_len) == (num_rows, seq_len), "planned ahead otherwise"
+        return batch
+
+    def plan_ahead(self, number: int, num_rows: int, seq_len: int) -> GlobalBatch:
+        """A batch to come, which :meth:`plan` gives in its turn; the position stays.
+
+        Args:
+            number: 1 is the next; the batches before it have been looked at.
+            num_rows: rows of the global batch.
+            seq_len: tokens of a row.
+        """
+        assert 1 <= number <= len(self._ahead) + 1, (number, len(self._ahead))
+        if number > len(self._ahead):
+            if not self._ahead:
+                self._taken = self.state_dict()
+            self._ahead.append((self._take(num_rows, seq_len), self._state()))
+        return self._ahead[number - 1][0]
+
+    def forget_ahead(self) -> None:
+        """Plan anew what comes after the last batch that was taken."""
+        if self._ahead:
+            self.load_state_dict(self._taken)
+
+    def _take(self, num_rows: int, seq_len: int) -> GlobalBatch:
         taken: list[PackedRow] = []
         while len(taken) < num_rows:
             position = self.position.at(seq_len)
@@ -98,6 +128,9 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position and what it is a position in; JSON values only."""
+        return self._taken if self._ahead else self._state()
+
+    def _state(self) -> dict[str, Any]:
         p = self.position
         return {
             "epoch": p.epoch,
@@ -125,6 +158,7 @@ class Loader:
         place = {name: int(state[name]) for name in ("epoch", "pool", "row", "seq_len")}
         self.position = Position(**place, earlier=earlier)
         self._pool = self._rows = None
+        self._ahead.clear()
         for source in self._streams:
             source.seek(state["streams"][source.name])
 

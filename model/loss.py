@@ -33,6 +33,7 @@ class Objective:
         monitors: also compute the costly monitors.
         replay: indices to use instead of the model's own choices, by FQN of gate or attention.
         record: filled with the indices chosen, if given.
+        losses: form the losses; without them a pass is good for ``record`` alone.
     """
 
     targets_K: tuple[float, ...]
@@ -44,6 +45,7 @@ class Objective:
     monitors: bool = False
     replay: dict[str, Tensor] | None = None
     record: dict[str, Tensor] | None = None
+    losses: bool = True
 
 
 @dataclass

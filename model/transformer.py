@@ -146,6 +146,8 @@ class DeepSeekV4(nn.Module):
         ahead, mtp_results = [], []
         if objective.mtp_weight or torch.is_grad_enabled():  # an evaluation may leave it out
             ahead, mtp_results = self.predict_ahead(x_BTSD, labels_BTK, context)
+        if not objective.losses:
+            return ModelOutput(torch.zeros((), device=h_BTD.device), {}, {}, {})
         return self.losses([h_BTD, *ahead], labels_BTK, results + mtp_results, objective)
 
     def losses(

@@ -19,6 +19,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here, plain."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def add_up(values: Mapping[str, Tensor], group: dist.ProcessGroup) -> dict[str, Tensor]:
     """Sum tensors over ranks in one exchange, in float64. Collective.
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
 
 from data.batch import Batch
 from model.loss import Objective
@@ -48,7 +49,7 @@ class DistributedEngine(TorchEngine):
     ) -> None:
         super().__init__(model, optimizer, device, grad_clip)
         assert isinstance(model, FSDPModule)
-        self._fsdp, self._group = model, mesh.data.get_group()
+        self._fsdp, self._data, self._group = model, mesh.data, mesh.data.get_group()
         self.rank = dist.get_rank()
         self.data_rank, self.data_degree = mesh.data_rank, mesh.data.size()
 
@@ -66,9 +67,14 @@ class DistributedEngine(TorchEngine):
     def evaluate(self, batches: Iterable[Batch], objective: Objective) -> Shares:
         """Run microbatches without gradients; every rank must have as many."""
         shares = self._add_up(super().evaluate(batches, objective))
-        for module in fsdp_modules(self.model):
-            module.reshard()  # the root's group stays gathered after a forward pass alone
+        self._let_go()
         return shares
+
+    def choices(self, batches: Iterable[Batch], objective: Objective) -> list[dict[str, Tensor]]:
+        """What every gate and indexer chooses in each of this process's microbatches."""
+        records = super().choices(batches, objective)
+        self._let_go()
+        return records
 
     def optimizer_step(self, lr: float, finite: bool) -> Update:
         """Clip and update; with a norm or loss that is not finite, only drop the gradients."""
@@ -85,6 +91,10 @@ class DistributedEngine(TorchEngine):
         """Freeze the parameters for whose names ``trains`` is false."""
         super().set_trainable(trains)
         follow_requires_grad(self.model)
+
+    def spread_rows(self, mine: Tensor) -> Tensor:
+        """The rows of all data ranks, in order."""
+        return DTensor.from_local(mine, self._data, [Shard(0)], run_check=False)
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank raised ``flag``."""
@@ -105,6 +115,11 @@ class DistributedEngine(TorchEngine):
         shared = torch.tensor(number, device=self.device)
         dist.broadcast(shared, src=0)
         return int(shared)
+
+    def _let_go(self) -> None:
+        """The root's group stays gathered after a forward pass alone."""
+        for module in fsdp_modules(self.model):
+            module.reshard()
 
     def _sum(self, value: Tensor) -> Tensor:
         dist.all_reduce(value, group=self._group)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -95,6 +95,10 @@ class Engine(Protocol):
         """Run microbatches without gradients."""
         ...
 
+    def choices(self, batches: Iterable[Batch], objective: Objective) -> list[dict[str, Tensor]]:
+        """What every gate and indexer chooses in each microbatch, by name; no gradients."""
+        ...
+
     def optimizer_step(self, lr: float, finite: bool) -> Update:
         """Clip, update, drop the gradients; nothing is updated unless all ranks are finite."""
         ...
@@ -109,6 +113,10 @@ class Engine(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """Tensors of a checkpoint by layout-free name; loading fills them in place."""
+        ...
+
+    def spread_rows(self, mine: Tensor) -> Tensor:
+        """Values of this process's rows as part of the global batch's, for a checkpoint."""
         ...
 
     def agree(self, flag: bool) -> bool:
@@ -165,6 +173,15 @@ class TorchEngine:
             shares.add(self._forward(batch, objective))
         return shares
 
+    @torch.no_grad()
+    def choices(self, batches: Iterable[Batch], objective: Objective) -> list[dict[str, Tensor]]:
+        """What every gate and indexer chooses in each microbatch, by name."""
+        records: list[dict[str, Tensor]] = []
+        for batch in batches:
+            records.append({})
+            self._forward(batch, replace(objective, record=records[-1]))
+        return records
+
     def optimizer_step(self, lr: float, finite: bool) -> Update:
         """Clip and update; with a norm or loss that is not finite, only drop the gradients."""
         norm = clip_grad_norm(self.optimizer.trainable_parameters().values(), self._grad_clip)
@@ -196,6 +213,10 @@ class TorchEngine:
             tensors |= {f"optim.{name}.{key}": t for key, t in states.items()}
         return tensors
 
+    def spread_rows(self, mine: Tensor) -> Tensor:
+        """All rows are here."""
+        return mine
+
     def agree(self, flag: bool) -> bool:
         """There is nobody else."""
         return flag
@@ -213,6 +234,8 @@ class TorchEngine:
         return number
 
     def _forward(self, batch: Batch, objective: Objective) -> ModelOutput:
+        if batch.routing is not None:
+            objective = replace(objective, replay=dict(batch.routing))
         return self.model(
             batch.input_ids_BT.to(self.device),
             batch.document_ids_BT.to(self.device),

@@ -19,6 +19,7 @@ from parallel.engine import Engine, TorchEngine
 from parallel.mesh import Mesh, build_mesh, init_process_group, launched_world_size
 from parallel.plan import build_sharded_model
 from quant.apply import reads_master
+from train.anticipation import Anticipation
 from train.audit import Audit
 from train.checkpoint import Checkpoints, Retention
 from train.config import Device, Precision, RunConfig, WandbMode, dump
@@ -33,6 +34,7 @@ from train.params_table import split_counts, write_params_table
 from train.phase import PhaseSwitch
 from train.profiling import ProfilerWindow
 from train.receipt import plain
+from train.recovery import Recovery
 from train.report import RunReport
 from train.run_folder import CHECKPOINTS, CONFIG, METRICS
 from train.stages import Plan, resolve
@@ -68,7 +70,9 @@ def build(run: RunConfig) -> Trainer:
     final_evaluator = Evaluator(engine, loader, last_tokens)
     checkpoints = build_checkpoints(run)
     metrics = MetricsFile(folder / METRICS)
-    progress = restore(run, engine, loader, average, checkpoints, metrics)
+    recovery = Recovery(run.train.recovery)
+    anticipation = Anticipation(run, plan, engine, loader, recovery.anticipates)
+    progress = restore(run, engine, loader, average, checkpoints, metrics, recovery, anticipation)
     open_folder(folder, config_yaml, run, plan, engine, phase, evaluator)
     return Trainer(
         run=run,
@@ -81,6 +85,8 @@ def build(run: RunConfig) -> Trainer:
         final_evaluator=final_evaluator,
         audit=Audit(run, plan, engine, reads),
         checkpoints=checkpoints,
+        recovery=recovery,
+        anticipation=anticipation,
         metrics=metrics,
         trackers=build_trackers(run, plan, engine, progress.step),
         profiler=build_profiler(run, plan, engine),

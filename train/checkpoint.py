@@ -338,15 +338,17 @@ class Checkpoints:
             self._running.join(_LEAVE_SECONDS)
 
     # ---- finding -----------------------------------------------------------------------------
-    def newest_good(self, upto: int | None = None) -> Path | None:
+    def newest_good(self, upto: int | None = None, every: int = 1) -> Path | None:
         """The newest that verifies; a damaged one on the way is named in the log. Collective.
 
         Args:
             upto: only steps up to this one.
+            every: only steps that are a multiple.
         """
         self.wait()
         for path in reversed(same_everywhere(self.published())):
-            if upto is not None and (step_of(path) or 0) > upto:
+            step = step_of(path) or 0
+            if (upto is not None and step > upto) or step % every:
                 continue
             try:
                 verify_together(path)

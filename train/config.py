@@ -25,6 +25,7 @@ from optim.config import OptimConfig
 from parallel.config import ParallelConfig
 from quant.config import QuantConfig
 from train.errors import UserError, one_line
+from train.recovery_config import RecoveryConfig
 
 
 class Engine(StrEnum):
@@ -149,6 +150,7 @@ class TrainConfig:
         ema_decay: decay of the averaged weights, per step; 0 = none are kept.
         profile_start: first step that is profiled.
         profile_steps: number of profiled steps; 0 = no profile.
+        recovery: what is done about steps that fail.
     """
 
     steps: int = 1000
@@ -182,6 +184,7 @@ class TrainConfig:
     ema_decay: float = 0.0
     profile_start: int = 10
     profile_steps: int = 0
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
 
     def validate(self, prefix: str = "train") -> None:
         """Refuse values that cannot be.
@@ -216,6 +219,7 @@ class TrainConfig:
             bool(self.stages) or self.steps > 0 or self.eval_only,
             f"{prefix}.steps={self.steps} must be above 0, since {prefix}.stages is empty",
         )
+        self.recovery.validate(self.checkpoint_every, self.keep_checkpoints)
 
 
 @dataclass
@@ -333,6 +337,12 @@ def validate(run: RunConfig) -> None:
     run.quant.validate()
     run.parallel.validate()
     run.train.validate()
+    recovery = run.train.recovery
+    _need(
+        run.parallel.pp == 1 or not recovery.may_anticipate,
+        f"train.recovery.anticipatory={recovery.anticipatory.value} is not built for pipeline"
+        f" stages (parallel.pp={run.parallel.pp}): say never",
+    )
     _need(bool(run.run_dir.strip()), f"run_dir={run.run_dir!r} must name a folder")
     _need(run.sample.tokens >= 0, f"sample.tokens={run.sample.tokens} must be 0 or more")
     _need(

@@ -42,6 +42,10 @@ class DoesNotFitError(UserError):
         self.table = table
 
 
+class TrainingFailedError(RuntimeError):
+    """The run cannot go on and need not be debugged: steps failed, and it was to stop then."""
+
+
 def is_user_error(error: BaseException) -> bool:
     """Whether the text of ``error`` is meant for the user: a ``ValueError`` that we raised."""
     if isinstance(error, UserError):

@@ -47,6 +47,11 @@ def _never_quantised(run: RunConfig) -> bool:
 INACTIVE: tuple[tuple[str, str, When], ...] = (
     ("data.vocab_size", "of a trained bpe only", lambda r: r.data.tokenizer != "bpe"),
     ("data.workers", "the corpus was prepared by an earlier run", _always),
+    (
+        "data.validation.max_fraction",
+        "a stream gives its first documents, however long it is",
+        lambda r: all(s.streaming for s in r.data.named_sources().values()),
+    ),
     ("engine", "only torch is built; validation refuses the rest", _always),
     ("model.num_key_value_heads", "1 is the only value that validation lets through", _always),
     ("model.scoring_func", "the only value that validation lets through", _always),

@@ -11,20 +11,23 @@ import logging
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from torch import Tensor
 
 from data.loader import Loader
 from model.config import ModelConfig
 from model.flops import training_flops
+from parallel.collectives import local
 from parallel.engine import Engine
 from train import checkpoint
+from train.anticipation import Anticipation, RoutedRows
 from train.audit import Audit
 from train.checkpoint import Checkpoints
 from train.config import RunConfig
 from train.ema import WeightAverage
-from train.errors import ExitCode, UserError
+from train.errors import ExitCode, TrainingFailedError, UserError
 from train.evaluate import Evaluator
 from train.metrics import (
     MetricsFile,
@@ -35,6 +38,8 @@ from train.metrics import (
 )
 from train.phase import PhaseSwitch
 from train.profiling import ProfilerWindow
+from train.recovery import Recovery, Verdict
+from train.recovery_config import Remedy
 from train.report import FinalEvaluation, RunReport
 from train.stages import Plan
 from train.step import GlobalBatch, StepPlan, StepResult, plan_step, train_step
@@ -51,7 +56,7 @@ class Progress:
     Attributes:
         step: optimizer steps done.
         tokens: positions trained, padding included.
-        skipped_steps: steps that were not finite.
+        skipped_steps: steps whose update was left out.
     """
 
     step: int = 0
@@ -74,6 +79,8 @@ class Trainer:
         final_evaluator: the same after the last step.
         audit: of the first steps.
         checkpoints: of the run's folder.
+        recovery: judges steps.
+        anticipation: chooses experts ahead.
         metrics: its ``metrics.jsonl``.
         trackers: what else shows metrics; none on ranks above 0.
         profiler: its window.
@@ -93,6 +100,8 @@ class Trainer:
     final_evaluator: Evaluator
     audit: Audit
     checkpoints: Checkpoints
+    recovery: Recovery
+    anticipation: Anticipation
     metrics: MetricsFile
     trackers: list[Tracker]
     profiler: ProfilerWindow
@@ -102,6 +111,7 @@ class Trainer:
     progress: Progress = field(default_factory=Progress)
     _save_seconds: float = 0.0
     _val_loss: float | None = None  # of an evaluation after the step just done
+    _abandoned_steps: int = 0
 
     def __post_init__(self) -> None:
         self._eval_every = self.run.train.eval_every
@@ -133,20 +143,25 @@ class Trainer:
         self.profiler.before(step.number)
         began = time.perf_counter()
         rows = self.loader.plan(step.num_rows, step.stage.seq_len)
+        routed = self.anticipation.rows(step, rows)
         with self.audit.watching(step, rows) as observer:
             self.phase.probe.begin_step(step.monitors)
-            result = train_step(self.engine, rows, step, observer)
+            result = train_step(self.engine, routed, step, observer, self.recovery)
         seconds = time.perf_counter() - began
         self.profiler.after(step.number)
+        verdict = self.recovery.after(step, result)
+        if verdict.remedy is Remedy.rollback:
+            self._roll_back(step, verdict)
+            return
         if self.average is not None and result.update.applied:
             self.average.update()
         skipped = 0 if result.update.applied else 1
         self.progress = Progress(
             step.number, step.tokens + step.batch_tokens, done.skipped_steps + skipped
         )
-        if skipped:
-            log.warning("step %d is not finite and was skipped", step.number)
         record = self._record(step, rows, result, seconds)
+        if isinstance(routed, RoutedRows):
+            record["anticipated"] = 1
         if _due(step.number, self._eval_every, self.plan.steps):
             record |= self.evaluator.evaluate(step)
         self._val_loss = record.get("val_loss")
@@ -154,8 +169,10 @@ class Trainer:
             self.metrics.write(record)
         for tracker in self.trackers:
             tracker.show(record)
-        if _due(step.number, self._checkpoint_every):
-            self._save()
+        if verdict.remedy is Remedy.stop:
+            self._fail(verdict.reason)
+        if _due(step.number, self._checkpoint_every) and not self.recovery.suspects:
+            self._save_if_finite()
 
     def _record(
         self, step: StepPlan, rows: GlobalBatch, result: StepResult, seconds: float
@@ -172,6 +189,8 @@ class Trainer:
             "grad_norm": result.update.grad_norm,
             "lr": step.lr,
             "skipped_steps": self.progress.skipped_steps,
+            "loss_spikes": self.recovery.state.loss_spikes,
+            "rollbacks": self.recovery.state.rollbacks,
             "documents": rows.counts.documents,
             "padding": 1 - rows.counts.tokens / step.batch_tokens,
             **load_values(shares.expert_load),
@@ -185,15 +204,67 @@ class Trainer:
             record["checkpoint_seconds"], self._save_seconds = self._save_seconds, 0.0
         if behind := self.checkpoints.background_seconds():
             record["checkpoint_background_seconds"] = behind
+        if self._abandoned_steps:
+            record["abandoned_steps"], self._abandoned_steps = self._abandoned_steps, 0
         return record
+
+    def _roll_back(self, step: StepPlan, verdict: Verdict) -> None:
+        """Back to the checkpoint from before the failing steps; the data goes on behind them.
+
+        Nothing is saved here: killed now, the run does the same again from that checkpoint.
+        """
+        target = self._checkpoint_before(verdict.first_failed)
+        if target is None:
+            where = self.checkpoints.folder
+            self._fail(
+                f"{verdict.reason}, and {where} holds no whole checkpoint from before step"
+                f" {verdict.first_failed} to roll back to"
+            )
+        state = checkpoint.read(target, checkpoint_tensors(self.engine, self.average), partial=True)
+        self.progress = Progress(**state["progress"])
+        self.recovery.roll_back(self.progress.step, state.get("recovery", {}))
+        self.anticipation.forget()
+        self.loader.forget_ahead()
+        for _ in range(self.recovery.skip_steps):
+            self.loader.plan(step.num_rows, step.stage.seq_len)
+        self.checkpoints.set_aside(self.progress.step)
+        self._abandoned_steps = step.number - self.progress.step
+        if self.engine.rank == 0:
+            self.metrics.cut(self.progress.step)
+        for tracker in self.trackers:
+            tracker.rewind(self.progress.step)
+        log.warning("back to %s, on with the data behind step %d", target, step.number)
+
+    def _checkpoint_before(self, step: int) -> Path | None:
+        """The newest good one of an earlier step, first among those that every start would have.
+
+        One saved because the run was stopped in between would make it another run than the one
+        that was never stopped.
+        """
+        regular = self.checkpoints.newest_good(step - 1, self._checkpoint_every)
+        return regular or self.checkpoints.newest_good(step - 1)
+
+    def _fail(self, reason: str) -> NoReturn:
+        """Leave for good, without a checkpoint of what failed."""
+        self._close(finished=False)
+        raise TrainingFailedError(reason)
 
     # ---- saving and leaving ------------------------------------------------------------------
     def _save(self) -> None:
         """Begin the checkpoint of this step. A full disk costs this checkpoint, not the run."""
         began = time.perf_counter()
         tensors, step = checkpoint_tensors(self.engine, self.average), self.progress.step
+        tensors |= self.anticipation.state()
         self.checkpoints.start(step, tensors, self._state(), durable_first=[self.metrics.path])
         self._save_seconds = time.perf_counter() - began
+
+    def _save_if_finite(self) -> None:
+        """Spoilt weights are nothing to go back to."""
+        mine = all(bool(local(p).isfinite().all()) for p in self.engine.model.parameters())
+        if self.engine.agree(not mine):
+            log.error("no checkpoint of step %d: its weights are not finite", self.progress.step)
+            return
+        self._save()
 
     def _save_last(self) -> None:
         """The run ends here, so the checkpoint of this step must be on disk."""
@@ -208,6 +279,7 @@ class Trainer:
         return {
             "progress": asdict(self.progress),
             "loader": self.loader.state_dict(),
+            "recovery": self.recovery.state_dict(),
             "val_loss": loss if loss is not None and math.isfinite(loss) else None,
         }
 
@@ -262,6 +334,8 @@ def restore(
     average: WeightAverage | None,
     checkpoints: Checkpoints,
     metrics: MetricsFile,
+    recovery: Recovery,
+    anticipation: Anticipation,
 ) -> Progress:
     """Bring everything to where the run's newest complete checkpoint left it, or to the start.
 
@@ -275,8 +349,10 @@ def restore(
     checkpoints.clean()
     newest = checkpoints.newest_good()
     if newest is not None:
-        state = checkpoint.read(newest, checkpoint_tensors(engine, average))
+        ahead = anticipation.allocate(checkpoint.saved_tensors(newest))
+        state = checkpoint.read(newest, checkpoint_tensors(engine, average) | ahead)
         progress = Progress(**state["progress"])
+        recovery.load_state_dict(state.get("recovery", {}))
         loader.load_state_dict(state["loader"])
         log.info("resuming after step %d from %s", progress.step, newest)
     else:

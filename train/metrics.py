@@ -3,7 +3,9 @@
 The file holds one JSON object a step, in order. Fields marked *measured* depend on the machine and
 the moment; every other field is a function of config, data and code, equal between equal runs. A
 value that is not a finite number is written as null. After a resume the file is cut back to the
-checkpoint's step and goes on from there, so that it reads as if the run had never stopped.
+checkpoint's step and goes on from there, so that it reads as if the run had never stopped. A
+rollback cuts it in the same way: the abandoned steps are gone, step numbers go on from the
+checkpoint's, ``rollbacks`` grows by one, and the first line says how many were abandoned.
 """
 
 from __future__ import annotations
@@ -59,7 +61,11 @@ METRICS = (
     Metric("loss_balance", "1 at perfect balance, mean over learned layers", Reduction.sum),
     Metric("grad_norm", "global norm before clipping", Reduction.same),
     Metric("lr", "learning rate", Reduction.same),
-    Metric("skipped_steps", "steps skipped since the start, not finite", Reduction.same),
+    Metric("skipped_steps", "steps whose update was left out, since the start", Reduction.same),
+    Metric("loss_spikes", "loss spikes since the start, abandoned steps included", Reduction.same),
+    Metric("rollbacks", "rollbacks since the start", Reduction.same),
+    Metric("abandoned_steps", "steps that a rollback took away before this one", Reduction.same),
+    Metric("anticipated", "1 where earlier weights chose the experts", Reduction.same),
     Metric("documents", "document pieces of the step", Reduction.same),
     Metric("padding", "fraction of the step's positions", Reduction.same),
     Metric(

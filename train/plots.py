@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:
     for axes, (name, fields, log_scale) in zip(figure.subplots(2, 2).flat, _PANELS, strict=True):
         for field in fields:
             _curve(axes, records, field)
+        for tokens in rollbacks(records):
+            axes.axvline(tokens, color="tab:red", linestyle=":", label="rollback to here")
         axes.set_title(name)
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
@@ -40,9 +43,19 @@ def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:
             axes.set_yscale("log")
             axes.yaxis.set_minor_formatter(NullFormatter())
         if axes.lines:
-            axes.legend()
+            drawn = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+            axes.legend(drawn.values(), drawn.keys())  # one entry for all rollbacks
     figure.suptitle(title)
     figure.savefig(path, dpi=100)
+
+
+def rollbacks(records: Sequence[Record]) -> list[int]:
+    """Tokens at which the run was taken up again after a rollback."""
+    return [
+        before["tokens"]
+        for before, after in pairwise(records)
+        if after.get("rollbacks", 0) > before.get("rollbacks", 0)
+    ]
 
 
 def _curve(axes: Axes, records: Sequence[Record], field: str) -> None:

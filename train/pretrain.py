@@ -29,7 +29,14 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from train.config import load
-from train.errors import DoesNotFitError, ExitCode, UserError, is_user_error, one_line
+from train.errors import (
+    DoesNotFitError,
+    ExitCode,
+    TrainingFailedError,
+    UserError,
+    is_user_error,
+    one_line,
+)
 from train.overrides import CONF, normalise, swept
 from train.run_folder import check_run_folder
 from train.stages import check_rows, refuse_unbuilt, resolve
@@ -118,12 +125,17 @@ def _hydra_reads(argv: list[str]) -> Iterator[None]:
 def _guarded(body: Callable[[], int], untold: list[str]) -> int:
     """Run ``body``; turn the user's errors into one line and exit code 2.
 
+    A run that was to stop at a failure gets its one line too, and exit code 1.
+
     Rank 0 prints the line; another rank adds it to ``untold``.
     """
+    code = ExitCode.user_error
     try:
         return int(body())
     except DoesNotFitError as error:
         line, before = one_line(error), error.table
+    except TrainingFailedError as error:
+        line, before, code = one_line(error), "", ExitCode.failure
     except (HydraException, OmegaConfBaseException) as error:
         line, before = _composition_error(error), ""
     except ValueError as error:
@@ -140,7 +152,7 @@ def _guarded(body: Callable[[], int], untold: list[str]) -> int:
         _print(line, before)
     else:
         untold.append(line)
-    return ExitCode.user_error
+    return code
 
 
 def _print(text: str, before: str = "") -> None:

@@ -29,7 +29,7 @@ _FREE = (
     "train.eval_every", "train.eval_only", "train.eval_tokens",
     "train.final_eval_tokens", "train.checkpoint_every", "train.async_checkpoint", "train.keep_",
     "train.time_limit_seconds", "train.log_every", "train.monitor_every",
-    "train.activation_checkpoint", "train.profile_",
+    "train.activation_checkpoint", "train.profile_", "train.recovery.",
 )  # fmt: skip
 
 

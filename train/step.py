@@ -76,6 +76,14 @@ class StepObserver(Protocol):
         ...
 
 
+class Judge(Protocol):
+    """Has a say before the update (``train/recovery.py``); decides alike on all ranks."""
+
+    def accepts(self, step: StepPlan, shares: Shares) -> bool:
+        """Whether a finite update may be applied."""
+        ...
+
+
 @dataclass(frozen=True)
 class StepResult:
     """What came of a step.
@@ -148,7 +156,11 @@ def microbatches(
 
 
 def train_step(
-    engine: Engine, rows: GlobalBatch, step: StepPlan, observer: StepObserver | None = None
+    engine: Engine,
+    rows: GlobalBatch,
+    step: StepPlan,
+    observer: StepObserver | None = None,
+    judge: Judge | None = None,
 ) -> StepResult:
     """Run one step.
 
@@ -157,6 +169,7 @@ def train_step(
         rows: of the global batch.
         step: what to do.
         observer: looks on.
+        judge: may refuse the update.
     """
     batches = microbatches(
         rows, step.num_rows, step.stage.micro_batch_size, engine.data_rank, engine.data_degree
@@ -165,7 +178,9 @@ def train_step(
     if observer:
         observer.after_backward(shares)
     assert shares.total is not None
-    update = engine.optimizer_step(step.lr, finite=math.isfinite(float(shares.total)))
+    finite = math.isfinite(float(shares.total))
+    accepted = finite and (judge is None or judge.accepts(step, shares))
+    update = engine.optimizer_step(step.lr, finite=accepted)
     if update.applied and step.weights.bias_update_speed > 0:
         engine.update_biases(shares.expert_load, step.weights.bias_update_speed)
     if observer:

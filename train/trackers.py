@@ -24,6 +24,10 @@ class Tracker(Protocol):
         """Report one step."""
         ...
 
+    def rewind(self, step: int) -> None:
+        """The steps after ``step`` were given up; step + 1 comes next."""
+        ...
+
     def close(self) -> None:
         """Flush and let go."""
         ...
@@ -58,6 +62,12 @@ class Console:
             spent = (time.monotonic() - self._started) / max(1, step - self._done_before)
             left = _clock(spent * (self.steps - step))
             log.info("step %d/%d %s left %s", step, self.steps, _line(record, _SHOWN), left)
+
+    def rewind(self, step: int) -> None:
+        """Draw the bar back."""
+        if self._bar is not None:
+            self._bar.n = step
+            self._bar.refresh()
 
     def close(self) -> None:
         """Leave the bar on the screen."""
@@ -100,6 +110,9 @@ class WandbTracker:
         """Log one step under its own number."""
         self._run.log(dict(record), step=record["step"])
 
+    def rewind(self, step: int) -> None:
+        """W&B only goes forward: it shows the abandoned steps, then what comes after them."""
+
     def close(self) -> None:
         """Finish the upload."""
         self._run.finish()
@@ -121,13 +134,19 @@ class TensorBoardTracker:
                 "tensorboard=true needs the package tensorboard, which is not installed:"
                 " pip install tensorboard"
             ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=resume_step + 1)
+        self._open = lambda step: SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer = self._open(resume_step)
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Write every number of one step."""
         for name, value in record.items():
             if isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(name, value, record["step"])
+
+    def rewind(self, step: int) -> None:
+        """Hide the abandoned steps."""
+        self._writer.close()
+        self._writer = self._open(step)
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -136,9 +155,9 @@ class TensorBoardTracker:
 
 _SHOWN = (
     "loss", "loss_mtp", "loss_indexer", "val_loss", "val_bits_per_byte", "lr", "grad_norm",
-    "skipped_steps", "tokens_per_second", "mfu",
+    "skipped_steps", "rollbacks", "tokens_per_second", "mfu",
 )  # fmt: skip
-_HIDDEN_AT_ZERO = {"skipped_steps", "loss_mtp", "loss_indexer"}
+_HIDDEN_AT_ZERO = {"skipped_steps", "rollbacks", "loss_mtp", "loss_indexer"}
 
 
 def _line(record: Mapping[str, Any], names: tuple[str, ...]) -> str:

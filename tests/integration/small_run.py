@@ -104,6 +104,9 @@ class KillAfter:
         if record["step"] == self.step:
             raise Killed
 
+    def rewind(self, step: int) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
