@@ -162,6 +162,18 @@ class ModelConfig:
         return Router.hash if layer < self.num_hash_layers else Router.learned
 
     @property
+    def num_indexers(self) -> int:
+        """Layers with an indexer."""
+        kinds = [self.kind(layer) for layer in range(self.num_hidden_layers)]
+        return kinds.count(LayerKind.csa)
+
+    @property
+    def num_learned_gates(self) -> int:
+        """Gates whose choice is learned, those of MTP blocks included."""
+        routers = [self.router(layer) for layer in range(self.num_hidden_layers)]
+        return routers.count(Router.learned) + self.num_nextn_predict_layers
+
+    @property
     def num_streams(self) -> int:
         """Residual copies that travel between blocks."""
         return self.hc_mult if Residual(self.residual) is Residual.mhc else 1

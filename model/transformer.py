@@ -75,9 +75,19 @@ class DeepSeekV4(nn.Module):
         x_BTD = self.embed_tokens(ids_BT)
         return x_BTD.unsqueeze(2).repeat(1, 1, self.config.num_streams, 1)
 
-    def context(self, document_ids_BT: Tensor) -> ForwardContext:
-        """Plan and tables of a batch."""
-        return build_context(self.config, document_ids_BT, self.yarn)
+    def context(
+        self, document_ids_BT: Tensor, objective: Objective | None = None
+    ) -> ForwardContext:
+        """Plan and tables of a batch, and what an objective asks of the layers."""
+        context = build_context(self.config, document_ids_BT, self.yarn)
+        if objective is not None:
+            context.phase = IndexerPhase(objective.indexer_phase)
+            context.indexer_loss = objective.indexer_weight != 0
+            context.balance_loss = objective.balance_weight != 0
+            context.monitors = objective.monitors
+            context.replay = objective.replay or {}
+            context.record = objective.record
+        return context
 
     def trunk(
         self, x_BTSD: Tensor, input_ids_BT: Tensor, context: ForwardContext
@@ -134,13 +144,7 @@ class DeepSeekV4(nn.Module):
             labels_BTK: the token 1 + k places ahead, negative where there is none.
             objective: weights and the normalisers of the whole global batch.
         """
-        context = self.context(document_ids_BT)
-        context.phase = IndexerPhase(objective.indexer_phase)
-        context.indexer_loss = objective.indexer_weight != 0
-        context.balance_loss = objective.balance_weight != 0
-        context.monitors = objective.monitors
-        context.replay = objective.replay or {}
-        context.record = objective.record
+        context = self.context(document_ids_BT, objective)
         x_BTSD, results = self.trunk(self.streams(input_ids_BT), input_ids_BT, context)
         h_BTD = self.collapse(x_BTSD)
         ahead, mtp_results = [], []
@@ -153,12 +157,13 @@ class DeepSeekV4(nn.Module):
     def losses(
         self, h_KBTD: list[Tensor], labels_BTK: Tensor, results: list[Aux], objective: Objective
     ) -> ModelOutput:
-        """Put the objective together.
+        """Put the objective together: of a part of the model, that part's share.
 
         Args:
-            h_KBTD: the head's input for the main prediction and every MTP depth.
+            h_KBTD: the head's input for the main prediction and every MTP depth; empty where the
+                head lives elsewhere.
             labels_BTK: labels of each.
-            results: side results of all blocks.
+            results: side results of the blocks that are here.
             objective: weights and normalisers.
         """
         by_depth = [
@@ -173,20 +178,21 @@ class DeepSeekV4(nn.Module):
             for k, h in enumerate(h_KBTD)
         ]
         zero = torch.zeros((), device=labels_BTK.device)
+        loss = by_depth[0] if by_depth else zero
         loss_mtp = sum(by_depth[1:], zero) / max(len(by_depth) - 1, 1)
         kl = [aux["indexer_kl"] / objective.tokens for aux in results if "indexer_kl" in aux]
         balance = [aux["balance"] / objective.tokens for aux in results if "balance" in aux]
         total = (
-            by_depth[0]
+            loss
             + objective.mtp_weight * loss_mtp
             + objective.indexer_weight * sum(kl, zero)
             + objective.balance_weight * sum(balance, zero)
         )
         losses = {
-            "loss": by_depth[0],
+            "loss": loss,
             "loss_mtp": loss_mtp,
-            "loss_indexer": sum(kl, zero) / max(len(kl), 1),
-            "loss_balance": sum(balance, zero) / max(len(balance), 1),
+            "loss_indexer": sum(kl, zero) / max(self.config.num_indexers, 1),
+            "loss_balance": sum(balance, zero) / max(self.config.num_learned_gates, 1),
         }
         return ModelOutput(
             total=total,

@@ -136,6 +136,7 @@ def build_optimizer(
     trainable: Callable[[str], bool] | None = None,
     split_counts: Mapping[str, int] | None = None,
     group: ProcessGroup | None = None,
+    shapes: Mapping[str, Iterable[int]] | None = None,
 ) -> Optimizer:
     """Build the optimizer of a model.
 
@@ -147,13 +148,18 @@ def build_optimizer(
             at least.
         group: ranks that hold shards of the parameters, which are DTensors then; None: they are
             whole.
+        shapes: name and whole shape of all parameters of the model, against which patterns of the
+            config are held; None: the given ones are all.
 
     Raises:
         ValueError: see :meth:`OptimConfig.validate` and :func:`optim.groups.build_table`.
     """
     config.validate()
     parameters = dict(named_parameters)
-    table = build_table({n: p.shape for n, p in parameters.items()}, config, split_counts)
+    here = {name: parameter.shape for name, parameter in parameters.items()}
+    whole = build_table({**(shapes or {}), **here}, config, split_counts)
+    records = {record.name: record for record in whole}
+    table = [records[name] for name in here]
     engines = {owner: build(parameters, table, config, group) for owner, build in ENGINES.items()}
     return Optimizer(parameters, table, engines, trainable)
 

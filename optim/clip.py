@@ -31,27 +31,29 @@ def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def sharded_grad_norm(parameters: Iterable[Tensor], add_up: Callable[[Tensor], Tensor]) -> float:
+def sharded_grad_norm(
+    parameters: Iterable[Tensor], add_up: Callable[[Tensor], Tensor], device: torch.device
+) -> float:
     """Norm over all gradients of sharded parameters, each shard counted once. Collective.
 
     Args:
-        parameters: DTensors, the same on every rank; their meshes hold all ranks that add up.
-        add_up: sums a float64 scalar over these ranks.
+        parameters: DTensors, the same on every rank of their meshes; none on a pipeline stage that
+            does not train.
+        add_up: sums a float64 scalar over all ranks.
+        device: of the parameters.
     """
-    total: Tensor | None = None
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for p in parameters:
         assert isinstance(p, DTensor)
         copies = math.prod(
             size for size, at in zip(p.device_mesh.shape, p.placements, strict=True)
             if at.is_replicate()
         )  # fmt: skip
-        if total is None:
-            total = torch.zeros((), dtype=torch.float64, device=p.to_local().device)
         if p.grad is not None:
             assert isinstance(p.grad, DTensor)
             norm = torch.linalg.vector_norm(p.grad.to_local(), dtype=torch.float64)
             total += norm.square() / copies
-    return 0.0 if total is None else math.sqrt(float(add_up(total)))
+    return math.sqrt(float(add_up(total)))
 
 
 @torch.no_grad()

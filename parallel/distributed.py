@@ -8,7 +8,8 @@ summed by FSDP. Whatever decides something (finite or not, stop or not) is the s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,7 @@ class DistributedEngine(TorchEngine):
         device: where this process computes.
         grad_clip: bound of the global gradient norm; 0 = none.
         mesh: this process's place.
+        roots: modules that FSDP runs by themselves; None: the model.
     """
 
     sharded = True
@@ -46,10 +48,13 @@ class DistributedEngine(TorchEngine):
         device: torch.device,
         grad_clip: float,
         mesh: Mesh,
+        roots: Sequence[nn.Module] | None = None,
     ) -> None:
         super().__init__(model, optimizer, device, grad_clip)
-        assert isinstance(model, FSDPModule)
-        self._fsdp, self._data, self._group = model, mesh.data, mesh.data.get_group()
+        self._roots = [root for root in roots or [model] if isinstance(root, FSDPModule)]
+        assert len(self._roots) == len(roots or [model]), "shard the model first"
+        self._data = mesh.data
+        self._group = dist.distributed_c10d._get_default_group()
         self.rank = dist.get_rank()
         self.data_rank, self.data_degree = mesh.data_rank, mesh.data.size()
 
@@ -57,7 +62,8 @@ class DistributedEngine(TorchEngine):
         """Accumulate shards of the gradient; replicas are added up with the last microbatch."""
         shares = Shares()
         for batch, last in _with_last(batches):
-            self._fsdp.set_requires_all_reduce(last)
+            for root in self._roots:
+                root.set_requires_all_reduce(last)
             output = self._forward(batch, objective)
             output.total.backward()
             shares.add(output)
@@ -79,7 +85,7 @@ class DistributedEngine(TorchEngine):
     def optimizer_step(self, lr: float, finite: bool) -> Update:
         """Clip and update; with a norm or loss that is not finite, only drop the gradients."""
         parameters = list(self.optimizer.trainable_parameters().values())
-        norm = sharded_grad_norm(parameters, self._sum)
+        norm = sharded_grad_norm(parameters, self._sum, self.device)
         scale_grads_(parameters, norm, self._grad_clip)
         applied = finite and math.isfinite(norm)
         if applied:
@@ -90,7 +96,10 @@ class DistributedEngine(TorchEngine):
     def set_trainable(self, trains: Callable[[str], bool]) -> None:
         """Freeze the parameters for whose names ``trains`` is false."""
         super().set_trainable(trains)
-        follow_requires_grad(self.model)
+        for root in self._roots:
+            for name, parameter in root.named_parameters():
+                parameter.requires_grad_(trains(name))  # a stage may hold a copy of the embedding
+            follow_requires_grad(root)
 
     def spread_rows(self, mine: Tensor) -> Tensor:
         """The rows of all data ranks, in order."""
@@ -118,21 +127,39 @@ class DistributedEngine(TorchEngine):
 
     def _let_go(self) -> None:
         """The root's group stays gathered after a forward pass alone."""
-        for module in fsdp_modules(self.model):
-            module.reshard()
+        for root in self._roots:
+            for module in fsdp_modules(root):
+                module.reshard()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Collective and slow."""
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
 
     def _sum(self, value: Tensor) -> Tensor:
         dist.all_reduce(value, group=self._group)
         return value
 
     def _add_up(self, shares: Shares) -> Shares:
-        parts = {"losses": shares.losses, "load": shares.expert_load, "monitor": shares.monitors}
-        flat = {f"{part}:{n}": v for part, values in parts.items() for n, v in values.items()}
-        assert shares.total is not None, "every data rank needs a microbatch"
-        flat["total"] = shares.total
-        flat = add_up(flat, self._group)
-        named = {part: {n: flat[f"{part}:{n}"] for n in values} for part, values in parts.items()}
-        return Shares(flat["total"], named["losses"], named["load"], named["monitor"])
+        return named_shares(add_up(flat_shares(shares), self._group))
+
+
+def flat_shares(shares: Shares) -> dict[str, Tensor]:
+    """All of them under one name each, ``<part>:<name>``."""
+    assert shares.total is not None, "every data rank needs a microbatch"
+    parts = {"losses": shares.losses, "load": shares.expert_load, "monitor": shares.monitors}
+    flat = {f"{part}:{n}": v for part, values in parts.items() for n, v in values.items()}
+    return flat | {"total:": shares.total}
+
+
+def named_shares(flat: dict[str, Tensor]) -> Shares:
+    """The inverse of :func:`flat_shares`."""
+    named: dict[str, dict[str, Tensor]] = {"losses": {}, "load": {}, "monitor": {}, "total": {}}
+    for key, value in flat.items():
+        part, _, name = key.partition(":")
+        named[part][name] = value
+    return Shares(named["total"][""], named["losses"], named["load"], named["monitor"])
 
 
 def _with_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:

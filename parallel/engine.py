@@ -8,9 +8,10 @@ here runs one process and plain torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,18 @@ class Shares:
 
     def add(self, output: ModelOutput) -> None:
         """Add one microbatch."""
-        total = output.total.detach()
-        self.total = total if self.total is None else self.total + total
+        self.merge(
+            Shares(output.total.detach(), output.losses, output.expert_load, output.monitors)
+        )
+
+    def merge(self, other: Shares) -> None:
+        """Add other microbatches, or those of another part of the model."""
+        if other.total is not None:
+            self.total = other.total if self.total is None else self.total + other.total
         for mine, theirs in (
-            (self.losses, output.losses),
-            (self.expert_load, output.expert_load),
-            (self.monitors, output.monitors),
+            (self.losses, other.losses),
+            (self.expert_load, other.expert_load),
+            (self.monitors, other.monitors),
         ):
             for name, value in theirs.items():
                 mine[name] = mine[name] + value if name in mine else value
@@ -99,6 +106,13 @@ class Engine(Protocol):
         """What every gate and indexer chooses in each microbatch, by name; no gradients."""
         ...
 
+    def embedding_gradient(self, batch: Batch, objective: Objective) -> Tensor | None:
+        """Gradient [B, T, D] of a batch's objective by its embeddings; moves nothing.
+
+        None on ranks that do not hold the embedding.
+        """
+        ...
+
     def optimizer_step(self, lr: float, finite: bool) -> Update:
         """Clip, update, drop the gradients; nothing is updated unless all ranks are finite."""
         ...
@@ -133,6 +147,10 @@ class Engine(Protocol):
 
     def same_everywhere(self, number: int) -> int:
         """Rank 0's number, on every rank."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank."""
         ...
 
 
@@ -182,6 +200,12 @@ class TorchEngine:
             self._forward(batch, replace(objective, record=records[-1]))
         return records
 
+    def embedding_gradient(self, batch: Batch, objective: Objective) -> Tensor | None:
+        """Gradient [B, T, D] of a batch's objective by the embeddings it reads first."""
+        with self._embedding_as_leaf(self.model) as leaves:
+            output = self._forward(batch, objective)
+            return torch.autograd.grad(output.total, leaves[0])[0]
+
     def optimizer_step(self, lr: float, finite: bool) -> Update:
         """Clip and update; with a norm or loss that is not finite, only drop the gradients."""
         norm = clip_grad_norm(self.optimizer.trainable_parameters().values(), self._grad_clip)
@@ -194,11 +218,9 @@ class TorchEngine:
     @torch.no_grad()
     def update_biases(self, expert_load: dict[str, Tensor], speed: float) -> None:
         """Move every learned gate's selection bias by the global batch's load."""
-        for name, load_E in expert_load.items():
-            gate = self.model.get_submodule(name)
-            assert isinstance(gate, Gate)
-            if gate.router is Router.learned:
-                update_bias(gate, load_E, speed)
+        for name, module in self.model.named_modules():
+            if isinstance(module, Gate) and module.router is Router.learned and name in expert_load:
+                update_bias(module, expert_load[name], speed)
 
     def set_trainable(self, trains: Callable[[str], bool]) -> None:
         """Freeze the parameters for whose names ``trains`` is false."""
@@ -233,12 +255,33 @@ class TorchEngine:
         """There is nobody else."""
         return number
 
+    def gather(self, value: Any) -> list[Any]:
+        """There is nobody else."""
+        return [value]
+
+    def _inputs(self, batch: Batch) -> dict[str, Tensor]:
+        return {
+            "input_ids_BT": batch.input_ids_BT.to(self.device),
+            "document_ids_BT": batch.document_ids_BT.to(self.device),
+            "labels_BTK": batch.labels_BTK.to(self.device),
+        }
+
     def _forward(self, batch: Batch, objective: Objective) -> ModelOutput:
         if batch.routing is not None:
             objective = replace(objective, replay=dict(batch.routing))
-        return self.model(
-            batch.input_ids_BT.to(self.device),
-            batch.document_ids_BT.to(self.device),
-            batch.labels_BTK.to(self.device),
-            objective,
-        )
+        return self.model(*self._inputs(batch).values(), objective)
+
+    @contextmanager
+    def _embedding_as_leaf(self, model: nn.Module) -> Iterator[list[Tensor]]:
+        """Cut what the embedding gives off from its weight; the list has one tensor a call."""
+        leaves: list[Tensor] = []
+
+        def as_leaf(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+            leaves.append(output.detach().requires_grad_())
+            return leaves[-1]
+
+        handle = model.get_submodule("embed").register_forward_hook(as_leaf)
+        try:
+            yield leaves
+        finally:
+            handle.remove()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ def shard_model(
     for module in model.modules():
         if isinstance(module, Block):
             _shard_block(module, mesh, in_bf16)
-    fully_shard(model, mesh=mesh.dense, mp_policy=_policy(torch.float32))
+    fully_shard(model, **_options(mesh, torch.float32))
     register_fsdp_forward_method(model, "logits")
     register_fsdp_forward_method(model, "mtp_logits")
     for module in fsdp_modules(model):
@@ -90,8 +91,8 @@ def _shard_block(block: Block, mesh: Mesh, in_bf16: set[nn.Module]) -> None:
     groups.append([m for m in block.modules() if m in in_bf16 and m not in taken])
     for group in groups:
         if group:
-            fully_shard(group, mesh=mesh.dense, mp_policy=_policy(_dtype(group[0], in_bf16)))
-    fully_shard(block, mesh=mesh.dense, mp_policy=_policy(torch.float32))
+            fully_shard(group, **_options(mesh, _dtype(group[0], in_bf16)))
+    fully_shard(block, **_options(mesh, torch.float32))
 
 
 def _shard_experts(experts: Experts, mesh: Mesh, in_bf16: set[nn.Module]) -> None:
@@ -104,22 +105,22 @@ def _shard_experts(experts: Experts, mesh: Mesh, in_bf16: set[nn.Module]) -> Non
     def placement(parameter: nn.Parameter) -> Shard:
         return Shard(expert_shard_dim(tuple(parameter.shape), ep, shards))
 
-    fully_shard(
-        experts,
-        mesh=mesh.experts,
-        mp_policy=_policy(_dtype(experts.w1, in_bf16)),
-        shard_placement_fn=placement,
-    )
+    options = _options(mesh, _dtype(experts.w1, in_bf16))
+    options["mesh"] = mesh.experts
+    fully_shard(experts, **options, shard_placement_fn=placement)
 
 
 def _dtype(module: nn.Module, in_bf16: set[nn.Module]) -> torch.dtype:
     return torch.bfloat16 if module in in_bf16 else torch.float32
 
 
-def _policy(compute: torch.dtype) -> MixedPrecisionPolicy:
-    return MixedPrecisionPolicy(
+def _options(mesh: Mesh, compute: torch.dtype) -> dict[str, Any]:
+    """Arguments of ``fully_shard``; a pipeline stage stays gathered for a step."""
+    policy = MixedPrecisionPolicy(
         param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    resharding = {"reshard_after_forward": False} if mesh.layout.pp > 1 else {}
+    return {"mesh": mesh.dense, "mp_policy": policy, **resharding}
 
 
 def region_of(tensor: Tensor) -> Region:

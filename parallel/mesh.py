@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
+from parallel.pipeline_split import check_pipeline
 from parallel.rendezvous import fresh_store
 
 # Preparing data on rank 0 may take long, and the others wait for it at the first collective.
@@ -38,6 +39,7 @@ class Mesh:
         experts: replicas and shards that are left of the data axes, for the routed experts.
         ep: ranks that share the routed experts.
         data: all data ranks of this pipeline stage.
+        pipeline: ranks that hold the stages for this process's tokens.
     """
 
     layout: ParallelConfig
@@ -46,6 +48,7 @@ class Mesh:
     experts: DeviceMesh
     ep: DeviceMesh
     data: DeviceMesh
+    pipeline: DeviceMesh
 
     @property
     def data_rank(self) -> int:
@@ -87,11 +90,7 @@ def check_layout(layout: ParallelConfig, model: ModelConfig, prefix: str = "para
     Raises:
         ValueError: names the key, its value and what it does not go with.
     """
-    if layout.pp > 1:
-        raise ValueError(
-            f"{prefix}.pp={layout.pp}: pipeline parallelism is not built yet, only {prefix}.pp=1"
-            " runs"
-        )
+    check_pipeline(layout, model, prefix)
     if model.n_routed_experts % layout.ep:
         raise ValueError(
             f"{prefix}.ep={layout.ep} must divide model.n_routed_experts={model.n_routed_experts}"
@@ -151,4 +150,5 @@ def build_mesh(layout: ParallelConfig, device_type: str) -> Mesh:
         experts=root["replicas", "shards"] if sizes["replicas"] > 1 else root["shards"],
         ep=root["replicas_in_ep", "shards_in_ep"]._flatten("ep"),
         data=root["replicas", "replicas_in_ep", "shards", "shards_in_ep", "cp"]._flatten("data"),
+        pipeline=root["pp"],
     )

@@ -17,14 +17,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from data.batch import IGNORE
+from data.batch import IGNORE, Batch
+from model.flops import parameter_shapes
 from model.loss import Objective
 from model.transformer import DeepSeekV4
 from optim.groups import build_table
 from parallel.collectives import whole
 from parallel.engine import Engine, Shares, Update
+from parallel.pipeline_engine import PipelineEngine
 from train.audit_checks import AFTER_UPDATE, BEFORE_UPDATE, Check, Evidence, lr_to_judge
 from train.config import RunConfig
 from train.config_reads import ConfigReads
@@ -61,9 +63,10 @@ class Audit:
         assert isinstance(engine.model, DeepSeekV4)
         self._run, self._plan, self._engine, self._reads = run, plan, engine, reads
         self._model = engine.model
-        shapes = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        here = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        shapes = {**parameter_shapes(run.model), **here}
         table = build_table(shapes, run.optim, split_counts(run.model))
-        self._records = {record.name: record for record in table}
+        self._records = {record.name: record for record in table if record.name in here}
         self._stage: Stage | None = None
         self._steps = 0
         self._gradients: dict[str, Tensor] = {}
@@ -91,7 +94,8 @@ class Audit:
             yield None
             return
         if not self._checked:
-            _refuse([*self._owners(), *hash_tables(self._model), *isolation(self._model)])
+            faults = [*self._owners(), *self._holders(), *hash_tables(self._model)]
+            _refuse([*faults, *isolation(self._engine)])
             self._checked = True
         observer = _Observer(self._evidence(step, rows), self._engine)
         with watch_seams(self._model) as observer.evidence.seams:
@@ -131,6 +135,7 @@ class Audit:
                 -step.num_rows // self._engine.data_degree // step.stage.micro_batch_size
             ),
             longest_document=longest_document(rows.batch(0, step.num_rows).document_ids_BT),
+            pipeline=self._engine.pipeline if isinstance(self._engine, PipelineEngine) else None,
         )
 
     def _judge(self, e: Evidence) -> None:
@@ -159,10 +164,11 @@ class Audit:
                 faults.append(f"gradient: {name} {problem} in {self._steps} step(s)")
             elif problem:
                 self._result["not_exercised"].append(f"{name}: {excuse}")
+        readers = self._engine.gather(self._reads.unread())  # the head may live elsewhere
         faults += [
             f"config: {key} was read by nothing"
-            for key in self._reads.unread()
-            if needed(self._run, key) and self._engine.rank == 0  # the others show nothing
+            for key in readers[0]
+            if needed(self._run, key) and all(key in unread for unread in readers)
         ]
         self._reads.stop()
         _refuse(faults)
@@ -219,6 +225,16 @@ class Audit:
                 )
         unknown = sorted(set(table) - set(self._records))
         return faults + [f"owner: {name} is no parameter of the model" for name in unknown]
+
+    def _holders(self) -> list[str]:
+        """Every parameter of the model lives on exactly one pipeline stage."""
+        ranks = self._engine.gather((self._engine.data_rank, list(self._records)))
+        held = Counter(name for data_rank, names in ranks if data_rank == 0 for name in names)
+        return [
+            f"owner: {name} lives on {held[name]} pipeline stages"
+            for name in parameter_shapes(self._run.model)
+            if held[name] != 1
+        ]
 
 
 class _Observer:
@@ -282,34 +298,26 @@ def hash_tables(model: DeepSeekV4) -> list[str]:
     return faults
 
 
-def isolation(model: DeepSeekV4) -> list[str]:
+def isolation(engine: Engine) -> list[str]:
     """Faults of packing: the gradient of one document's loss with respect to another's embeddings.
 
     It must be exactly zero whatever the precision. Values would only be equal up to rounding, since
     the experts' products depend on how many rows each gets.
     """
-    length = 2 * max((1, *model.config.ratios)) + 2
-    device = model.embed.weight.device
+    assert isinstance(engine.model, DeepSeekV4)
+    config = engine.model.config
+    length = 2 * max((1, *config.ratios)) + 2
     generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(model.config.vocab_size, (1, 2 * length), generator=generator)
+    ids_BT = torch.randint(config.vocab_size, (1, 2 * length), generator=generator)
     documents_BT = torch.arange(2 * length).ge(length).long()[None]
-    depths = 1 + len(model.mtp)
+    depths = 1 + config.num_nextn_predict_layers
     labels_BTK = torch.full((1, 2 * length, depths), IGNORE)
     for k in range(depths):
         labels_BTK[0, length : 2 * length - 1 - k, k] = ids_BT[0, length + 1 + k :]
-    embedded: list[Tensor] = []
-
-    def as_leaf(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
-
-    handle = model.embed.register_forward_hook(as_leaf)
     objective = Objective((1.0,) * depths, 1.0, 1.0, indexer_weight=0.0, balance_weight=0.0)
-    try:
-        output = model(ids_BT.to(device), documents_BT.to(device), labels_BTK.to(device), objective)
-        (grad_BTD,) = torch.autograd.grad(output.total, embedded[0])
-    finally:
-        handle.remove()
+    grad_BTD = engine.embedding_gradient(Batch(ids_BT, documents_BT, labels_BTK), objective)
+    if grad_BTD is None:
+        return []  # another pipeline stage holds the embedding, and judges
     leak, own = float(grad_BTD[:, :length].abs().max()), float(grad_BTD[:, length:].abs().max())
     if leak > 0:
         return [f"isolation: a document's loss reaches the one before it (gradient {leak:.2g})"]

@@ -7,6 +7,7 @@ check, write it and add a line to one of the two tables at the end.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -20,6 +21,8 @@ from model.transformer import DeepSeekV4
 from optim.groups import Owner, ParamRecord
 from parallel.collectives import whole
 from parallel.engine import Shares, Update
+from parallel.pipeline import Pipeline
+from parallel.pipeline_split import splits_backward
 from quant.config import ExpertFormat
 from train.config import ActivationCheckpoint, IndexerPhase, RunConfig
 from train.seam_watch import SeamReading
@@ -51,6 +54,7 @@ class Evidence:
         seams: what the replaceable ops and casts did.
         longest_document: tokens of the longest piece of the batch.
         num_microbatches: of this process.
+        pipeline: what ran its stages; None without a pipeline.
     """
 
     run: RunConfig
@@ -69,6 +73,7 @@ class Evidence:
     seams: SeamReading = field(default_factory=SeamReading)
     longest_document: int = 0
     num_microbatches: int = 1
+    pipeline: Pipeline | None = None
 
     @property
     def applied(self) -> bool:
@@ -89,8 +94,8 @@ class Evidence:
             and self.longest_document > 2 * config.ratio(layer)
         ]
 
-    def learned_gates(self) -> dict[str, Gate]:
-        """Gates that run and whose choice is learned, by name, as the config lists them."""
+    def learned_gate_names(self) -> list[str]:
+        """Gates that run and whose choice is learned, as the config lists them."""
         config = self.run.model
         names = [
             f"layers.{layer}.ffn.gate"
@@ -99,8 +104,13 @@ class Evidence:
         ]
         if self.step.weights.mtp > 0:  # else the MTP blocks do not run at all
             names += [f"mtp.{k}.ffn.gate" for k in range(config.num_nextn_predict_layers)]
-        gates = {name: self.model.get_submodule(name) for name in names}
-        return {name: gate for name, gate in gates.items() if isinstance(gate, Gate)}
+        return names
+
+    def learned_gates(self) -> dict[str, Gate]:
+        """Those of them that live here."""
+        modules = dict(self.model.named_modules())
+        found = {name: modules.get(name) for name in self.learned_gate_names()}
+        return {name: gate for name, gate in found.items() if isinstance(gate, Gate)}
 
 
 Check = Callable[[Evidence], Iterator[str]]
@@ -204,7 +214,7 @@ def objective(e: Evidence) -> Iterator[str]:
         "loss": (1.0, losses["loss"]),
         "loss_mtp": (weights.mtp, losses["loss_mtp"]),
         "loss_indexer": (weights.indexer * csa, losses["loss_indexer"]),
-        "loss_balance": (weights.balance * len(e.learned_gates()), losses["loss_balance"]),
+        "loss_balance": (weights.balance * len(e.learned_gate_names()), losses["loss_balance"]),
     }
     assert e.shares.total is not None
     expected = sum(weight * float(value) for weight, value in parts.values())
@@ -219,7 +229,7 @@ def mtp(e: Evidence) -> Iterator[str]:
     depths = e.run.model.num_nextn_predict_layers
     if not (depths and e.step.weights.mtp > 0 and e.longest_document > 2):
         return
-    if len(e.model.mtp) != depths:
+    if len(e.model.mtp) != depths and e.pipeline is None:
         yield f"model.num_nextn_predict_layers={depths}, but the model has {len(e.model.mtp)}"
     if not float(e.shares.losses["loss_mtp"]) > 0:
         loss = float(e.shares.losses["loss_mtp"])
@@ -236,7 +246,7 @@ def indexer(e: Evidence) -> Iterator[str]:
 def balance(e: Evidence) -> Iterator[str]:
     """The balance loss is there where it was asked for; 1 at perfect balance, never 0."""
     loss = float(e.shares.losses["loss_balance"])
-    if e.step.weights.balance > 0 and e.learned_gates() and not loss > 0:
+    if e.step.weights.balance > 0 and e.learned_gate_names() and not loss > 0:
         yield f"the balance loss is {loss} with weight {e.step.weights.balance}"
 
 
@@ -296,17 +306,44 @@ def quant(e: Evidence) -> Iterator[str]:
 
 
 def recompute(e: Evidence) -> Iterator[str]:
-    """Blocks ran twice a microbatch where recomputation was asked for, once elsewhere."""
+    """Blocks ran once more for each backward pass where recomputation was asked for."""
     asked = e.run.train.activation_checkpoint
     if e.step.stage.indexer_phase is IndexerPhase.warmup:
         return  # most blocks have no backward pass
-    wanted = e.num_microbatches * (1 if asked is ActivationCheckpoint.none else 2)
     for name, passes in e.seams.passes.items():
+        again = e.num_microbatches if e.pipeline is None else e.pipeline.backward_passes(name)
+        wanted = e.num_microbatches + (0 if asked is ActivationCheckpoint.none else again)
         if passes != wanted:
             yield (
                 f"{name} ran {passes} times in {e.num_microbatches} microbatches,"
                 f" train.activation_checkpoint={asked.value} asks for {wanted}"
             )
+
+
+def pipeline(e: Evidence) -> Iterator[str]:
+    """The schedule asked for ran every microbatch once forward and once backward on each stage."""
+    if e.pipeline is None:
+        return
+    asked = e.run.parallel.schedule
+    ran = e.pipeline.schedule_name
+    if ran.lower() != f"schedule{asked}":
+        yield f"{ran} ran, parallel.schedule={asked} was asked for"
+    done = Counter((action.stage, action.kind, action.microbatch) for action in e.pipeline.actions)
+    for stage in e.pipeline.stages:
+        index = stage.parts.index
+        for microbatch in range(e.num_microbatches):
+            forward, whole, inputs, weights = (done[index, kind, microbatch] for kind in "FBIW")
+            if forward != 1 or whole + weights != 1 or inputs != weights:
+                yield (
+                    f"stage {index} ran microbatch {microbatch} {forward} times forward, {whole}"
+                    f" times backward, {inputs} and {weights} times by inputs and weights"
+                )
+    apart = any(kind == "W" for _, kind, _ in done)
+    if apart != splits_backward(asked):
+        yield (
+            f"the backward pass ran {'in two parts' if apart else 'whole'},"
+            f" not as parallel.schedule={asked} asks"
+        )
 
 
 def _part_of(module: str) -> str:
@@ -332,6 +369,7 @@ BEFORE_UPDATE: dict[str, Check] = {
     "precision": precision,
     "quant": quant,
     "recompute": recompute,
+    "pipeline": pipeline,
 }
 AFTER_UPDATE: dict[str, Check] = {
     "frozen": frozen,

@@ -10,6 +10,7 @@ import torch
 
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
+from model.flops import parameter_shapes
 from model.init import init_weights
 from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
@@ -17,7 +18,9 @@ from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
 from parallel.mesh import Mesh, build_mesh, init_process_group, launched_world_size
-from parallel.plan import build_sharded_model
+from parallel.pipeline_engine import PipelineEngine
+from parallel.pipeline_stage import ModelPart
+from parallel.plan import build_pipeline_part, build_sharded_model
 from quant.apply import reads_master
 from train.anticipation import Anticipation
 from train.audit import Audit
@@ -30,7 +33,7 @@ from train.evaluate import Evaluator
 from train.loop import Trainer, restore
 from train.metrics import MetricsFile
 from train.mfu import measured_matmul_rate
-from train.params_table import split_counts, write_params_table
+from train.params_table import split_counts, table_rows, write_params_table
 from train.phase import PhaseSwitch
 from train.profiling import ProfilerWindow
 from train.receipt import plain
@@ -59,7 +62,7 @@ def build(run: RunConfig) -> Trainer:
     mesh = build_layout(run)
     tokenizer = build_tokenizer(run.data)
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
-    model = build_model(run, loader, mesh)
+    model = build_model(run, loader, mesh, plan.longest_row)
     engine = build_engine(run, model, mesh)
     phase = PhaseSwitch(engine, run.quant)
     average = build_average(run, model)
@@ -110,11 +113,23 @@ def build_layout(run: RunConfig) -> Mesh | None:
     return build_mesh(layout, device.type)
 
 
-def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4:
-    """The model, or this process's part of it, with its first weights, where it will compute."""
+def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None, seq_len: int) -> DeepSeekV4:
+    """The model, or this process's part of it, with its first weights, where it will compute.
+
+    Args:
+        run: the config.
+        loader: counts tokens for the hash tables.
+        mesh: of the layout; None: one process.
+        seq_len: of the longest rows, by which pipeline stages are balanced.
+    """
     train, device = run.train, compute_device(run.train.device)
     token_counts_V = loader.token_counts(run.model.vocab_size)
-    if mesh is not None:
+    if mesh is not None and mesh.layout.pp > 1:
+        model = build_pipeline_part(
+            run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
+            run.seed, token_counts_V, partial(reads_master, run.quant), seq_len,
+        )  # fmt: skip
+    elif mesh is not None:
         model = build_sharded_model(
             run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
             run.seed, token_counts_V, partial(reads_master, run.quant),
@@ -140,10 +155,13 @@ def build_engine(run: RunConfig, model: DeepSeekV4, mesh: Mesh | None) -> Engine
     """The engine of this world, with the optimizer."""
     device, group = compute_device(run.train.device), mesh.data.get_group() if mesh else None
     optimizer = build_optimizer(
-        model.named_parameters(), run.optim, split_counts=split_counts(run.model), group=group
-    )
+        model.named_parameters(), run.optim, split_counts=split_counts(run.model), group=group,
+        shapes=parameter_shapes(run.model),
+    )  # fmt: skip
     if mesh is None:
         return TorchEngine(model, optimizer, device, run.optim.grad_clip)
+    if isinstance(model, ModelPart):
+        return PipelineEngine(model, optimizer, device, run.optim.grad_clip, mesh)
     return DistributedEngine(model, optimizer, device, run.optim.grad_clip, mesh)
 
 
@@ -214,9 +232,10 @@ def open_folder(
             f"train.{key}={getattr(train, key)} needs validation text, but"
             f" data.validation.bytes={run.data.validation.bytes} holds out none"
         )
+    phase.quantise(any(stage.quantised for stage in plan.reached()))
+    rows = engine.gather(table_rows(engine.optimizer.table, train, phase.records))
     if engine.rank:
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
-    phase.quantise(any(stage.quantised for stage in plan.reached()))
-    write_params_table(folder / PARAMS, engine.optimizer.table, train, phase.records)
+    write_params_table(folder / PARAMS, rows, parameter_shapes(run.model))

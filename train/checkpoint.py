@@ -143,7 +143,7 @@ def _check_same_tensors(
     folder: Path, saved: Mapping[str, torch.Size], wanted: Mapping[str, Tensor], partial: bool
 ) -> None:
     missing = sorted(set(wanted) - set(saved))
-    extra = [] if partial else sorted(set(saved) - set(wanted))
+    extra = [] if partial else sorted(set(saved) - _wanted_anywhere(wanted))
     if missing or extra:
         first = f"{missing[0]} is not in it" if missing else f"{extra[0]} is not in this run"
         raise UserError(
@@ -156,6 +156,15 @@ def _check_same_tensors(
                 f"checkpoint {folder} is of another model: {name} has shape"
                 f" {list(saved[name])} there and {list(tensor.shape)} here"
             )
+
+
+def _wanted_anywhere(wanted: Mapping[str, Tensor]) -> set[str]:
+    """Names that any rank wants: a pipeline stage holds some of them."""
+    if not dist.is_initialized():
+        return set(wanted)
+    names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(names, sorted(wanted))
+    return {name for some in names for name in some}
 
 
 # ---- the folder of a run -------------------------------------------------------------------------

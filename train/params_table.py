@@ -24,34 +24,50 @@ def split_counts(model: ModelConfig) -> dict[str, int]:
     }
 
 
-def write_params_table(
-    path: Path, records: Iterable[ParamRecord], train: TrainConfig, quantised: Iterable[QuantRecord]
-) -> None:
-    """Write one line a parameter.
+Row = list[str | float]
+
+
+def table_rows(
+    records: Iterable[ParamRecord], train: TrainConfig, quantised: Iterable[QuantRecord]
+) -> list[Row]:
+    """One row a parameter that lives here.
 
     Args:
-        path: CSV to write.
         records: the optimizer's table.
         train: its two precisions.
         quantised: seams that quantisation replaced.
     """
     formats = {record.parameter: describe(record) for record in quantised if record.parameter}
+    rows: list[Row] = []
+    for r in records:
+        dtypes = precision_of(r.name, train.precision.value, train.head_precision.value)
+        rows.append(
+            [
+                r.name,
+                "x".join(str(n) for n in r.shape),
+                r.owner.value,
+                r.split,
+                r.weight_decay,
+                *(
+                    str(dtype).removeprefix("torch.")
+                    for dtype in (dtypes.storage, dtypes.compute, dtypes.reduce)
+                ),
+                formats.get(r.name, "no"),
+            ]
+        )
+    return rows
+
+
+def write_params_table(path: Path, ranks: Iterable[list[Row]], order: Iterable[str]) -> None:
+    """Write the rows of all ranks, each parameter once, in the order of the network.
+
+    Args:
+        path: CSV to write.
+        ranks: rows of every rank.
+        order: names of the whole model's parameters.
+    """
+    rows = {str(row[0]): row for some in ranks for row in some}
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        for r in records:
-            dtypes = precision_of(r.name, train.precision.value, train.head_precision.value)
-            writer.writerow(
-                [
-                    r.name,
-                    "x".join(str(n) for n in r.shape),
-                    r.owner.value,
-                    r.split,
-                    r.weight_decay,
-                    *(
-                        str(dtype).removeprefix("torch.")
-                        for dtype in (dtypes.storage, dtypes.compute, dtypes.reduce)
-                    ),
-                    formats.get(r.name, "no"),
-                ]
-            )
+        writer.writerows(rows[name] for name in order)

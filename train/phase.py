@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from torch import nn
-
 from model.transformer import DeepSeekV4
 from parallel.engine import Engine
 from quant.apply import QuantRecord, absent_parts, apply_quant, remove_quant
@@ -35,13 +33,14 @@ class PhaseSwitch:
         self._engine, self._model, self._quant = engine, engine.model, quant
         self.probe = QuantProbe()
         self.records: list[QuantRecord] = []
+        self._quantised = False
         self._frozen: frozenset[str] | None = None
 
     def enter(self, step: StepPlan) -> None:
         """Prepare for ``step``."""
         self._model.yarn = step.stage.seq_len >= self._model.config.yarn_from_seq_len
         self.quantise(step.stage.quantised)
-        trained = trained_names(self._model, step)
+        trained = trained_names(step)
         frozen = frozenset(n for n, _ in self._model.named_parameters() if not trained(n))
         if frozen != self._frozen:
             self._engine.set_trainable(trained)
@@ -54,22 +53,23 @@ class PhaseSwitch:
         Raises:
             ValueError: a part that is asked for finds nothing to act on in this model.
         """
-        if on and self._quant.active and not self.records:
+        if on and self._quant.active and not self._quantised:
+            self._quantised = True
             self.records = apply_quant(
                 self._model, self._quant, self.probe, keep_weights=not self._engine.sharded
             )
-            absent = absent_parts(self._quant, self.records)
-            if absent:
+            missing = self._engine.gather(absent_parts(self._quant, self.records))
+            absent = [part for part in missing[0] if all(part in some for some in missing)]
+            if absent:  # on every rank: a pipeline stage may well have none
                 raise ValueError(
                     f"quant.{absent[0]} is asked for (recipe {self._quant.recipe.value}) but"
                     f" model.name={self._model.config.name} has nothing that it acts on"
                 )
-        elif not on and self.records:
+        elif not on and self._quantised:
             remove_quant(self.records)
-            self.records = []
+            self.records, self._quantised = [], False
 
 
-def trained_names(model: nn.Module, step: StepPlan) -> Callable[[str], bool]:
+def trained_names(step: StepPlan) -> Callable[[str], bool]:
     """Predicate: which parameters learn in ``step``."""
-    names = {n for n, _ in model.named_parameters() if trains(n, step.stage, step.weights)}
-    return names.__contains__
+    return lambda name: trains(name, step.stage, step.weights)

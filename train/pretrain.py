@@ -39,7 +39,7 @@ from train.errors import (
 )
 from train.overrides import CONF, normalise, swept
 from train.run_folder import check_run_folder
-from train.stages import check_rows, refuse_unbuilt, resolve
+from train.stages import check_rows, check_schedule, refuse_unbuilt, resolve
 
 log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds that a rank with a user error waits for rank 0 to have told it
@@ -65,6 +65,7 @@ def main(cfg: DictConfig) -> int:
     layout = run.parallel.resolve(world.ranks)
     check_layout(layout, run.model)
     check_rows(plan, layout.row_degree)
+    check_schedule(plan, layout)
     check_run_folder(run)
     from model.kernels.allocator import keep_freed_memory  # noqa: PLC0415
     from train.build import build  # noqa: PLC0415

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from model.config import LayerKind, ModelConfig
+from parallel.config import ParallelConfig
+from parallel.pipeline_split import check_microbatches
 from train.config import IndexerPhase, RunConfig, StageConfig, TrainConfig
 from train.errors import UserError
 
@@ -96,6 +98,11 @@ class Plan:
     def batch_tokens(self, tokens: int) -> int:
         """Tokens of the step that begins at position ``tokens``."""
         return self.stage(tokens).batch_tokens(tokens)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest rows that are reached."""
+        return max(stage.seq_len for stage in self.reached())
 
     def reached(self) -> tuple[Stage, ...]:
         """Stages in which at least one step begins."""
@@ -198,6 +205,33 @@ def check_rows(plan: Plan, row_degree: int) -> None:
                 f"{stage.global_batch_tokens}, seq_len={stage.seq_len}) must be a multiple of"
                 f" train.micro_batch_size={stage.micro_batch_size} times {row_degree} data rank(s)"
             )
+
+
+def check_schedule(plan: Plan, layout: ParallelConfig) -> None:
+    """Check that the pipeline's schedule admits the number of microbatches of every step.
+
+    Args:
+        plan: the resolved plan, whose rows split evenly (:func:`check_rows`).
+        layout: resolved.
+
+    Raises:
+        ValueError: names the keys and both values.
+    """
+    if layout.pp == 1:
+        return
+    for stage in plan.reached():
+        sizes, tokens = {stage.global_batch_tokens}, stage.start_tokens
+        while tokens < stage.until_tokens:
+            sizes.add(stage.batch_tokens(tokens))
+            tokens = stage.constant_until(tokens)
+        for size in sorted(sizes):
+            each = stage.micro_batch_size * layout.row_degree
+            batch = (
+                f"a batch of {size} tokens in stage {stage.name} (seq_len={stage.seq_len},"
+                f" train.micro_batch_size={stage.micro_batch_size}, {layout.row_degree} data"
+                " rank(s))"
+            )
+            check_microbatches(layout, size // stage.seq_len // each, batch)
 
 
 def _stages(train: TrainConfig) -> Iterator[Stage]:

@@ -18,7 +18,9 @@ from parallel.config import ParallelConfig
 from parallel.distributed import DistributedEngine
 from parallel.engine import TorchEngine
 from parallel.mesh import Mesh, build_mesh, check_layout
-from parallel.plan import build_sharded_model
+from parallel.pipeline_engine import PipelineEngine
+from parallel.pipeline_stage import ModelPart
+from parallel.plan import build_pipeline_part, build_sharded_model
 from tests.helpers import Rows, relative, small_model, tiny_model
 from train.step import microbatches
 
@@ -38,7 +40,7 @@ def alone(size: str = "small", optim: OptimConfig = OPTIM, **changes: Any) -> To
 
 def spread(
     reference: TorchEngine,
-    degrees: dict[str, int],
+    degrees: dict[str, Any],
     optim: OptimConfig = OPTIM,
     precision: str = "fp32",
     checkpoint: str = "none",
@@ -49,12 +51,19 @@ def spread(
     layout = ParallelConfig(**degrees).resolve(dist.get_world_size())
     check_layout(layout, model.config)
     mesh = build_mesh(layout, "cpu")
-    mine = build_sharded_model(model.config, mesh, CPU, precision, checkpoint)
+    if layout.pp > 1:
+        mine = build_pipeline_part(
+            model.config, mesh, CPU, precision, checkpoint, seq_len=4 * SEQ_LEN
+        )
+    else:
+        mine = build_sharded_model(model.config, mesh, CPU, precision, checkpoint)
     mine.compute_dtype = model.compute_dtype
     optimizer = build_optimizer(
         mine.named_parameters(), optim, split_counts={"o_groups": model.config.o_groups},
         group=mesh.data.get_group(),
     )  # fmt: skip
+    if isinstance(mine, ModelPart):
+        return PipelineEngine(mine, optimizer, CPU, optim.grad_clip, mesh), mesh
     return DistributedEngine(mine, optimizer, CPU, optim.grad_clip, mesh), mesh
 
 

@@ -12,7 +12,6 @@ from tests.helpers import small_config
 @pytest.mark.parametrize(
     ("degrees", "world", "message"),
     [
-        ({"pp": 2}, 2, r"parallel\.pp=2: pipeline parallelism is not built yet"),
         ({"ep": 3}, 3, r"parallel\.ep=3 must divide model\.n_routed_experts=4"),
         (
             {"dp_replicate": 2, "dp_shard": 3, "ep": 2},
