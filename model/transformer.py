@@ -75,18 +75,19 @@ class DeepSeekV4(nn.Module):
         x_BTD = self.embed_tokens(ids_BT)
         return x_BTD.unsqueeze(2).repeat(1, 1, self.config.num_streams, 1)
 
-    def context(
-        self, document_ids_BT: Tensor, objective: Objective | None = None
-    ) -> ForwardContext:
-        """Plan and tables of a batch, and what an objective asks of the layers."""
-        context = build_context(self.config, document_ids_BT, self.yarn)
-        if objective is not None:
-            context.phase = IndexerPhase(objective.indexer_phase)
-            context.indexer_loss = objective.indexer_weight != 0
-            context.balance_loss = objective.balance_weight != 0
-            context.monitors = objective.monitors
-            context.replay = objective.replay or {}
-            context.record = objective.record
+    def context(self, document_ids_BT: Tensor) -> ForwardContext:
+        """Plan and tables of a batch."""
+        return build_context(self.config, document_ids_BT, self.yarn)
+
+    def training_context(self, document_ids_BT: Tensor, objective: Objective) -> ForwardContext:
+        """The same, with what an objective asks of the layers."""
+        context = self.context(document_ids_BT)
+        context.phase = IndexerPhase(objective.indexer_phase)
+        context.indexer_loss = objective.indexer_weight != 0
+        context.balance_loss = objective.balance_weight != 0
+        context.monitors = objective.monitors
+        context.replay = objective.replay or {}
+        context.record = objective.record
         return context
 
     def trunk(
@@ -144,7 +145,7 @@ class DeepSeekV4(nn.Module):
             labels_BTK: the token 1 + k places ahead, negative where there is none.
             objective: weights and the normalisers of the whole global batch.
         """
-        context = self.context(document_ids_BT, objective)
+        context = self.training_context(document_ids_BT, objective)
         x_BTSD, results = self.trunk(self.streams(input_ids_BT), input_ids_BT, context)
         h_BTD = self.collapse(x_BTSD)
         ahead, mtp_results = [], []

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,14 +51,21 @@ class Action:
 
 
 class RecordedStage(PipelineStage):
-    """Notes what ran and when: the audit and the drawn timeline go by it."""
+    """Notes what ran and when: the audit and the drawn timeline go by it.
+
+    The base class holds receive buffers for all microbatches of a step at once, which of V4-Pro's
+    180 would be 170 GB a rank, and every output until its backward pass. Here a buffer comes with
+    its receive operation and goes with its last use, and an output is let go once it is sent.
+    """
 
     actions: list[Action]
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As in the base class."""
         with self._noting("F", fwd_chunk_id):
-            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+            out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+        _drop(self.args_recv_info[fwd_chunk_id])  # the backward pass has its own reference
+        return out
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, **kwargs: Any
@@ -65,6 +73,42 @@ class RecordedStage(PipelineStage):
         """As in the base class."""
         with self._noting("B" if full_backward else "I", bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, **kwargs)
+        _drop(self.grad_recv_info[bwd_chunk_id])
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """As in the base class."""
+        self._allocate(self.args_recv_info[fwd_chunk_id])
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[dist.P2POp]:
+        """As in the base class; from here on the operations alone hold the output."""
+        ops = super().get_fwd_send_ops(fwd_chunk_id)
+        if not self.is_last and self.has_backward:
+            outputs, inputs = self.fwd_cache[fwd_chunk_id]
+            self.fwd_cache[fwd_chunk_id] = (tuple(_Root.apply(x) for x in outputs), inputs)
+        return ops
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[dist.P2POp]:
+        """As in the base class."""
+        self._allocate(self.grad_recv_info[bwd_chunk_id])
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def _setup_forward_recv_info(self, num_microbatches: int, has_backward: bool) -> None:
+        super()._setup_forward_recv_info(1, has_backward)
+        _drop(self.args_recv_info[0])
+        for chunk in range(1, num_microbatches):
+            self.args_recv_info[chunk] = tuple(copy(info) for info in self.args_recv_info[0])
+
+    def _create_grad_recv_info(self, act_send_info: dict[int, Any]) -> Any:
+        infos = super()._create_grad_recv_info(act_send_info)
+        _drop(infos)
+        return infos
+
+    def _allocate(self, infos: Any) -> None:
+        for info in infos:
+            meta = info.tensor_meta
+            if not info.is_root_arg and info.buffer is None and meta is not None:
+                info.buffer = torch.empty(meta.shape, dtype=meta.dtype, device=self.device)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args: Any, **kwargs: Any) -> None:
         """As in the base class."""
@@ -77,6 +121,24 @@ class RecordedStage(PipelineStage):
         yield
         stop = time.perf_counter()
         self.actions.append(Action(kind, self.stage_index, microbatch, start, stop))
+
+
+class _Root(torch.autograd.Function):
+    """Stands for a stage's output where its gradient comes in: same shape, one element."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BTSD: Tensor) -> Tensor:
+        one = x_BTSD.new_zeros(1)  # set_, not expand: a view could not be detached in place
+        return x_BTSD.new_empty(0).set_(one.untyped_storage(), 0, x_BTSD.shape, (0,) * x_BTSD.ndim)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTSD: Tensor) -> Tensor:
+        return grad_BTSD
+
+
+def _drop(infos: Any) -> None:
+    for info in infos:
+        info.buffer = None
 
 
 class Pipeline:

@@ -65,6 +65,29 @@ def rank_of_stage(index: int, pp: int, schedule: str) -> int:
     return index % pp
 
 
+def in_flight(layout: ParallelConfig, rank: int, count: int) -> float:
+    """Most microbatches whose activations a rank holds at once, per stage of the rank.
+
+    Args:
+        layout: its ``pp`` and ``schedule`` count.
+        rank: on the pp axis.
+        count: microbatches of a step.
+    """
+    pp, schedule = layout.pp, layout.schedule
+    if schedule == "gpipe":
+        return count
+    if schedule == "1f1b":
+        return min(count, pp - rank)
+    # Two stages: those of the first run ahead; a weight gradient that waits holds on to its own.
+    ahead = {
+        "interleaved1f1b": pp + 2 * (pp - 1 - rank) + 1,
+        "interleavedzerobubble": pp + 2 * (pp - 1 - rank) + 1 + rank,
+        "zbvzerobubble": 2 * pp,
+        "dualpipev": 2 * pp + 1,
+    }[schedule]
+    return min(2 * count, ahead) / 2
+
+
 def check_pipeline(layout: ParallelConfig, model: ModelConfig, prefix: str = "parallel") -> None:
     """Refuse more stages than blocks.
 

@@ -83,7 +83,7 @@ class StageModel(DeepSeekV4):
         """
         objective = self.objective
         assert objective is not None, "begin() comes first"
-        context = self.context(document_ids_BT, objective)
+        context = self.training_context(document_ids_BT, objective)
         x_BTSD, results = self.trunk(self._enter(x_BTSD, input_ids_BT), input_ids_BT, context)
         h_KBTD: list[Tensor] = []
         if self.parts.last:

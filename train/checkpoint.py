@@ -160,11 +160,7 @@ def _check_same_tensors(
 
 def _wanted_anywhere(wanted: Mapping[str, Tensor]) -> set[str]:
     """Names that any rank wants: a pipeline stage holds some of them."""
-    if not dist.is_initialized():
-        return set(wanted)
-    names: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(names, sorted(wanted))
-    return {name for some in names for name in some}
+    return {name for some in gathered(sorted(wanted)) for name in some}
 
 
 # ---- the folder of a run -------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -28,9 +29,17 @@ from optim.config import StateDtype
 from optim.groups import Owner, build_table
 from optim.muon import CHUNK_ELEMENTS
 from parallel.config import ParallelConfig
+from parallel.pipeline_split import (
+    StageParts,
+    check_pipeline,
+    in_flight,
+    rank_of_stage,
+    split_stages,
+    stages_per_rank,
+)
 from train.config import ActivationCheckpoint, Device, Precision, RunConfig
 from train.errors import DoesNotFitError, UserError
-from train.stages import Plan, Stage
+from train.stages import Plan, Stage, check_schedule
 
 GB = 1e9
 _RUNTIME = {"cpu": 1.2e9, "cuda": 0.8e9}  # interpreter and libraries, CUDA context
@@ -232,6 +241,7 @@ class Needs:
             for position in range(-1, _num_blocks(model) + 1)
         }
         self.largest_matrix = 0.0
+        self._splits: dict[tuple[int, str], list[StageParts]] = {}
         counts = {
             key: getattr(model, key) for key in ("o_groups", "index_n_heads", "num_attention_heads")
         }
@@ -262,16 +272,14 @@ class Needs:
 
     def _rank(self, stage: Stage, layout: ParallelConfig, device: str, part: int) -> Memory:
         run, model = self.run, self.run.model
-        here = [i for i in self.blocks if _part(i, model, layout.pp) == part]
-        if part == layout.pp - 1 and model.num_nextn_predict_layers and -1 not in here:
-            here.append(-1)  # MTP reads the embedding
+        here, copies = self._held(layout, part)
         shards = layout.dp_shard * layout.cp
         split = (shards, max(layout.ep, shards))
 
         def local(values: list[float]) -> float:
             return sum(value / n for value, n in zip(values, split, strict=True))
 
-        weights = 4 * sum(local(self.blocks[i].elements) for i in here)
+        weights = 4 * sum(local(self.blocks[i].elements) for i in [*here, *copies])
         state_bytes = 2 if run.optim.state_dtype == StateDtype.bf16 else 4
         states = state_bytes * sum(local(self.blocks[i].states) for i in here)
         if run.train.ema_decay:
@@ -279,64 +287,94 @@ class Needs:
         activations = self._activations(stage, layout, part, here)
         newton_schulz = _NEWTON_SCHULZ_BYTES * max(self.largest_matrix, CHUNK_ELEMENTS[device])
         temporary = max(
-            self._largest_gradient(layout, here),
-            self._logits(stage) if part == layout.pp - 1 else 0.0,
+            self._largest_gradient(layout, [*here, *copies]),
+            self._logits(stage) if _num_blocks(model) in here else 0.0,
             newton_schulz - activations if self.largest_matrix else 0.0,
         )
         return Memory(
             weights=round(weights),
             gradients=round(weights),
             optimizer=round(states),
-            gathered=round(self._gathered(layout, here)),
+            gathered=round(self._gathered(layout, [*here, *copies])),
             activations=round(activations),
             temporary=round(temporary),
             audit=round(weights),
             runtime=round(_RUNTIME[device]),
         )
 
+    def _held(self, layout: ParallelConfig, rank: int) -> tuple[list[int], list[int]]:
+        """Positions on a rank of the pp axis, and those of which it holds a second copy."""
+        model, here = self.run.model, []
+        if layout.pp == 1:
+            return list(self.blocks), []
+        key = (layout.pp, layout.schedule)
+        if key not in self._splits:
+            seq_len = max(stage.seq_len for stage in self.stages)
+            self._splits[key] = split_stages(model, layout, seq_len)
+        copies: list[int] = []
+        for parts in self._splits[key]:
+            if rank_of_stage(parts.index, layout.pp, layout.schedule) != rank:
+                continue
+            here += [-1] * parts.first + list(parts.layers)
+            if parts.last:
+                here += range(model.num_hidden_layers, _num_blocks(model) + 1)
+                copies += [-1] * bool(model.num_nextn_predict_layers)  # MTP reads the embedding
+        return here, copies
+
     def _activations(
         self, stage: Stage, layout: ParallelConfig, part: int, here: list[int]
     ) -> float:
-        """Bytes kept by the positions ``here``, and of the running block.
+        """Bytes kept by the positions ``here``, of the running block, and between stages.
 
         What follows the main blocks goes back at once, except under gpipe.
         """
         model, mode = self.run.model, self.run.train.activation_checkpoint.value
         tokens = stage.micro_batch_size * stage.seq_len / max(stage.cp, layout.cp)
         compute = 4 if self.run.train.precision == Precision.fp32 else 2
-        in_flight = _in_flight(layout, stage, part)
-        at_the_end = in_flight if layout.schedule == "gpipe" else 1
+        held = _in_flight(layout, stage, part)
+        at_the_end = held if layout.schedule == "gpipe" else 1
         kept = running = 0.0
         for i in here:
             if 0 <= i < _num_blocks(model):
                 main = i < model.num_hidden_layers
                 kind, ratio = (model.kind(i), model.ratio(i)) if main else (LayerKind.swa, 0)
                 block = block_activation_bytes(model, kind, ratio, compute, mode)
-                kept += block.kept * (in_flight if main else at_the_end)
+                kept += block.kept * (held if main else at_the_end)
                 running = max(running, block.running)
             if i >= model.num_hidden_layers:
                 kept += head_bytes(model, compute) * at_the_end
                 kept += mtp_bytes(model, compute) * at_the_end if i < _num_blocks(model) else 0.0
+        if layout.pp > 1:  # an output that is being sent, a gradient that was received
+            streams = model.num_streams * model.hidden_size * compute
+            kept += 2 * stages_per_rank(layout.schedule) * streams
         return (kept + running) * tokens
 
     def _gathered(self, layout: ParallelConfig, here: list[int]) -> float:
-        """Whole weights in their compute dtype: of two blocks when sharded (one is prefetched)."""
-        sharded = layout.dp_shard * layout.cp > 1
+        """Whole weights in their compute dtype: of two blocks when sharded (one is prefetched).
+
+        A pipeline stage stays gathered for the whole step.
+        """
+        sharded = layout.dp_shard * layout.cp > 1 or layout.pp > 1
         sizes = []
         for i in here:
             block = self.blocks[i]
             parts = [block.gathered[w] + (block.fp32[w] if sharded else 0.0) for w in range(2)]
             sizes.append(parts[0] + parts[1] / layout.ep)
-        if not sharded and self.run.train.activation_checkpoint == ActivationCheckpoint.none:
-            return sum(sizes)  # every cast lives until its backward
+        recomputed = self.run.train.activation_checkpoint != ActivationCheckpoint.none
+        if layout.pp > 1 or not (sharded or recomputed):
+            return sum(sizes)  # where nothing is sharded every cast lives until its backward
         return sum(sorted(sizes)[-2:])
 
     def _largest_gradient(self, layout: ParallelConfig, here: list[int]) -> float:
-        """fp32 gradients of the largest block before they are scattered; alone they stay."""
-        if layout.dp_shard * layout.cp == 1:
-            return 0.0
-        blocks = [self.blocks[i].elements for i in here]
-        return 4 * max(rest + experts / layout.ep for rest, experts in blocks)
+        """fp32 gradients of the largest block before they are scattered; alone they stay.
+
+        Those of a pipeline stage add up whole over its microbatches.
+        """
+        sizes = [rest + experts / layout.ep for rest, experts in
+                 (self.blocks[i].elements for i in here)]  # fmt: skip
+        if layout.pp > 1:
+            return 4 * sum(sizes)
+        return 4 * max(sizes) if layout.dp_shard * layout.cp > 1 else 0.0
 
     def _logits(self, stage: Stage) -> float:
         """Logits of a chunk, their softmax and its gradient, fp32."""
@@ -359,19 +397,16 @@ def _num_blocks(model: ModelConfig) -> int:
     return model.num_hidden_layers + model.num_nextn_predict_layers
 
 
-def _part(position: int, model: ModelConfig, pp: int) -> int:
-    """Pipeline stage of a position: blocks spread evenly, embedding first, head last."""
-    last = _num_blocks(model) - 1
-    return min(max(position, 0), last) * pp // (last + 1)
+def _in_flight(layout: ParallelConfig, stage: Stage, rank: int) -> float:
+    """Microbatches whose activations a rank of the pp axis holds at once, per stage of it."""
+    return 1 if layout.pp == 1 else in_flight(layout, rank, _microbatches(layout, stage))
 
 
-def _in_flight(layout: ParallelConfig, stage: Stage, part: int) -> int:
-    """Microbatches whose activations a pipeline stage holds at once."""
+def _microbatches(layout: ParallelConfig, stage: Stage) -> int:
+    """Of the largest batch, on each data rank."""
     rows = stage.global_batch_tokens // stage.seq_len
-    total = max(1, rows // max(1, stage.micro_batch_size * layout.row_degree))
-    if layout.pp == 1 or layout.schedule == "gpipe":
-        return 1 if layout.pp == 1 else total
-    return min(total, layout.pp - part if layout.schedule == "1f1b" else layout.pp)
+    groups = max(1, layout.row_degree // stage.cp)
+    return max(1, rows // (stage.micro_batch_size * groups))
 
 
 def _layouts(run: RunConfig, plan: Plan, ranks: int) -> Iterator[ParallelConfig]:
@@ -381,7 +416,10 @@ def _layouts(run: RunConfig, plan: Plan, ranks: int) -> Iterator[ParallelConfig]
         shard, ep = ranks // pp, 1
         while ep <= shard and run.model.n_routed_experts % ep == 0:
             if all(_splits(stage, shard) for stage in plan.reached()):
-                yield ParallelConfig(dp_shard=shard, ep=ep, pp=pp)
+                # the schedule asked for, or the one that admits any number of microbatches
+                schedules = (run.parallel.schedule, "zbvzerobubble") if pp > 1 else ("1f1b",)
+                tried = (ParallelConfig(1, shard, ep, pp, schedule=s) for s in schedules)
+                yield from islice((t for t in tried if _admits(t, run.model, plan)), 1)
             ep *= 2
         pp *= 2
 
@@ -392,8 +430,19 @@ def _splits(stage: Stage, shard: int) -> bool:
     return shard % stage.cp == 0 and rows % (groups * stage.micro_batch_size) == 0
 
 
+def _admits(layout: ParallelConfig, model: ModelConfig, plan: Plan) -> bool:
+    """Whether there are layers and microbatches enough for the pipeline."""
+    try:
+        check_pipeline(layout, model)
+        check_schedule(plan, layout)
+    except ValueError:
+        return False
+    return True
+
+
 def _flags(layout: ParallelConfig) -> str:
-    return f"parallel.pp={layout.pp} parallel.dp_shard={layout.dp_shard} parallel.ep={layout.ep}"
+    flags = f"parallel.pp={layout.pp} parallel.dp_shard={layout.dp_shard} parallel.ep={layout.ep}"
+    return flags + (f" parallel.schedule={layout.schedule}" if layout.pp > 1 else "")
 
 
 def _gb(size: float) -> str:

@@ -225,13 +225,13 @@ def check_schedule(plan: Plan, layout: ParallelConfig) -> None:
             sizes.add(stage.batch_tokens(tokens))
             tokens = stage.constant_until(tokens)
         for size in sorted(sizes):
-            each = stage.micro_batch_size * layout.row_degree
+            groups = max(1, layout.row_degree // stage.cp)
             batch = (
                 f"a batch of {size} tokens in stage {stage.name} (seq_len={stage.seq_len},"
-                f" train.micro_batch_size={stage.micro_batch_size}, {layout.row_degree} data"
-                " rank(s))"
+                f" train.micro_batch_size={stage.micro_batch_size}, {groups} data rank(s))"
             )
-            check_microbatches(layout, size // stage.seq_len // each, batch)
+            count = size // stage.seq_len // (stage.micro_batch_size * groups)
+            check_microbatches(layout, count, batch)
 
 
 def _stages(train: TrainConfig) -> Iterator[Stage]:
