@@ -62,7 +62,7 @@ def build(run: RunConfig) -> Trainer:
     mesh = build_layout(run)
     tokenizer = build_tokenizer(run.data)
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
-    model = build_model(run, loader, mesh, plan.longest_row)
+    model = build_model(run, loader, mesh)
     engine = build_engine(run, model, mesh)
     phase = PhaseSwitch(engine, run.quant)
     average = build_average(run, model)
@@ -113,21 +113,15 @@ def build_layout(run: RunConfig) -> Mesh | None:
     return build_mesh(layout, device.type)
 
 
-def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None, seq_len: int) -> DeepSeekV4:
-    """The model, or this process's part of it, with its first weights, where it will compute.
-
-    Args:
-        run: the config.
-        loader: counts tokens for the hash tables.
-        mesh: of the layout; None: one process.
-        seq_len: of the longest rows, by which pipeline stages are balanced.
-    """
+def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4:
+    """The model, or this process's part of it, with its first weights, where it will compute."""
     train, device = run.train, compute_device(run.train.device)
     token_counts_V = loader.token_counts(run.model.vocab_size)
     if mesh is not None and mesh.layout.pp > 1:
         model = build_pipeline_part(
             run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
-            run.seed, token_counts_V, partial(reads_master, run.quant), seq_len,
+            run.seed, token_counts_V, partial(reads_master, run.quant),
+            resolve(run).longest_row,
         )  # fmt: skip
     elif mesh is not None:
         model = build_sharded_model(
