@@ -10,7 +10,7 @@ holds.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
@@ -59,9 +59,11 @@ class RecordedStage(PipelineStage):
     """
 
     actions: list[Action]
+    routings: Sequence[Mapping[str, Tensor] | None]  # of each microbatch
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As in the base class."""
+        self.submod.routing = self.routings[fwd_chunk_id]  # not a keyword: it would be cut
         with self._noting("F", fwd_chunk_id):
             out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
         _drop(self.args_recv_info[fwd_chunk_id])  # the backward pass has its own reference
@@ -164,6 +166,7 @@ class Pipeline:
         self._rank = mesh.pipeline.get_local_rank()
         self._count = self._size * stages_per_rank(self._schedule)
         self._built: tuple[tuple[int, ...], Any] = ((), None)
+        self._runners: list[RecordedStage] = []
 
     def holder(self, index: int) -> int:
         """Global rank that holds a stage, in this process's pipeline."""
@@ -199,6 +202,8 @@ class Pipeline:
             for name in ("input_ids_BT", "document_ids_BT", "labels_BTK")
         }
         schedule = self._schedule_for(len(batches), *batches[0].input_ids_BT.shape)
+        for stage in self._runners:
+            stage.routings = [batch.routing for batch in batches]
         self.actions.clear()
         self.schedule_name = type(schedule).__name__
         schedule.step(target=whole["labels_BTK"], return_outputs=False, **whole)
@@ -215,7 +220,7 @@ class Pipeline:
             self.shape(rows, seq_len), dtype=self.stages[0].compute_dtype, device=self._device
         ).requires_grad_()
         total = torch.zeros((), device=self._device).requires_grad_()
-        stages = []
+        self._runners = stages = []
         for model in self.stages:
             stage = RecordedStage(
                 model, model.parts.index, self._count, self._device,

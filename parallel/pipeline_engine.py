@@ -8,6 +8,7 @@ losses and loads of every stage are added up, the gradient norm counts every par
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from optim.build import Optimizer
 from parallel.collectives import add_up
 from parallel.distributed import DistributedEngine, flat_shares, named_shares
 from parallel.engine import Shares, Update
-from parallel.fsdp import fsdp_modules
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
 from parallel.pipeline_stage import ModelPart, StageModel
@@ -60,7 +60,7 @@ class PipelineEngine(DistributedEngine):
         """Run the schedule over all microbatches; leaves reduced gradients of every stage."""
         self._begin(objective)
         self.pipeline.step(list(batches))
-        self._reshard()
+        self._let_go()
         if self._copy is not None:
             self._copy.sum_gradients()
         return self._collect(objective)
@@ -70,11 +70,20 @@ class PipelineEngine(DistributedEngine):
         """Send microbatches from stage to stage without gradients."""
         self._begin(objective)
         for batch in batches:
-            inputs = self._inputs(batch)
-            rows, seq_len = batch.input_ids_BT.shape
-            self.pipeline.relay(rows, seq_len, lambda stage, x, i=inputs: stage(x, **i))
-        self._reshard()
+            self._pass_on(batch)
+        self._let_go()
         return self._collect(objective)
+
+    @torch.no_grad()
+    def choices(self, batches: Iterable[Batch], objective: Objective) -> list[dict[str, Tensor]]:
+        """What every gate and indexer of this rank's stages chooses in each microbatch."""
+        records: list[dict[str, Tensor]] = []
+        for batch in batches:
+            records.append({})
+            self._begin(replace(objective, record=records[-1]))
+            self._pass_on(batch)
+        self._let_go()
+        return records
 
     def embedding_gradient(self, batch: Batch, objective: Objective) -> Tensor | None:
         """As in the base class; None on ranks without the first stage."""
@@ -101,7 +110,7 @@ class PipelineEngine(DistributedEngine):
         rows, seq_len = batch.input_ids_BT.shape
         self.pipeline.relay(rows, seq_len, forward)
         grad = self.pipeline.relay_back(rows, seq_len, backward)
-        self._reshard()
+        self._let_go()
         return grad
 
     def optimizer_step(self, lr: float, finite: bool) -> Update:
@@ -127,17 +136,17 @@ class PipelineEngine(DistributedEngine):
         for stage in self._stages:
             stage.begin(objective)
 
+    def _pass_on(self, batch: Batch) -> None:
+        inputs = self._inputs(batch)
+        rows, seq_len = batch.input_ids_BT.shape
+        self.pipeline.relay(rows, seq_len, lambda stage, x: stage(x, **inputs))
+
     def _logits(self, input_ids_BT: Tensor, document_ids_BT: Tensor) -> Tensor:
         if self._copy is not None:
             self._copy.follow()
         logits = self.pipeline.logits(input_ids_BT, document_ids_BT)
-        self._reshard()
+        self._let_go()
         return logits
-
-    def _reshard(self) -> None:
-        for stage in self._stages:
-            for module in fsdp_modules(stage):
-                module.reshard()
 
     def _collect(self, objective: Objective) -> Shares:
         """Every stage's shares added up, over all ranks; the same on each."""

@@ -13,14 +13,15 @@ the optimizer; see ``parallel/pipeline_engine.py``.
 # Legend: B rows, T tokens, S streams, D hidden, K prediction depths
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.loss import Objective
+from model.loss import ModelOutput, Objective
 from model.transformer import DeepSeekV4
 from parallel.engine import Shares
 from parallel.pipeline_split import StageParts
@@ -36,6 +37,7 @@ class StageModel(DeepSeekV4):
     Attributes:
         parts: the same.
         objective: of the current step.
+        routing: experts of the microbatch that comes, by gate; None: every gate chooses.
         shares: what the microbatches since :meth:`begin` gave.
     """
 
@@ -43,6 +45,7 @@ class StageModel(DeepSeekV4):
         super().__init__(config)
         self.parts = parts
         self.objective: Objective | None = None
+        self.routing: Mapping[str, Tensor] | None = None
         self.shares = Shares()
         for name in list(self.layers):
             if int(name) not in parts.layers:
@@ -60,7 +63,7 @@ class StageModel(DeepSeekV4):
 
     def begin(self, objective: Objective) -> None:
         """Start a step or an evaluation."""
-        self.objective, self.shares = objective, Shares()
+        self.objective, self.routing, self.shares = objective, None, Shares()
 
     def forward(
         self,
@@ -83,6 +86,8 @@ class StageModel(DeepSeekV4):
         """
         objective = self.objective
         assert objective is not None, "begin() comes first"
+        if self.routing is not None:
+            objective = replace(objective, replay=dict(self.routing))
         context = self.training_context(document_ids_BT, objective)
         x_BTSD, results = self.trunk(self._enter(x_BTSD, input_ids_BT), input_ids_BT, context)
         h_KBTD: list[Tensor] = []
@@ -92,7 +97,9 @@ class StageModel(DeepSeekV4):
                 ahead, mtp_results = self.predict_ahead(x_BTSD, labels_BTK, context)
                 h_KBTD += ahead
                 results += mtp_results
-        output = self.losses(h_KBTD, labels_BTK, results, objective)
+        output = ModelOutput(torch.zeros((), device=x_BTSD.device), {}, {}, {})
+        if objective.losses:
+            output = self.losses(h_KBTD, labels_BTK, results, objective)
         self.shares.add(output)
         return output.total if self.parts.last else _Inject.apply(x_BTSD, output.total)
 
