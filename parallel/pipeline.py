@@ -63,6 +63,7 @@ class RecordedStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As in the base class."""
+        assert isinstance(self.submod, StageModel)
         self.submod.routing = self.routings[fwd_chunk_id]  # not a keyword: it would be cut
         with self._noting("F", fwd_chunk_id):
             out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
