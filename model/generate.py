@@ -10,6 +10,7 @@ released models have one MTP block). Further MTP blocks are not used.
 # Legend: B texts, T tokens of a pass, S streams, D hidden, V vocabulary
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,7 +60,7 @@ class Sampling:
                 f"max_new_tokens={self.max_new_tokens} and chunk_tokens={self.chunk_tokens} must"
                 " be above 0"
             )
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"temperature={self.temperature} must be 0 or more and top_p={self.top_p} in (0, 1]"
             )

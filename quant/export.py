@@ -1,9 +1,8 @@
 """The released checkpoint's layout (V4_SPEC E.1): which tensor is stored how, and the writer.
 
-:func:`quantise_official` turns official tensors into stored ones, one at a time;
-:func:`quantise_folder` does so for a folder of safetensors, shard by shard, so that a checkpoint
-larger than memory converts and a stopped conversion goes on where it was. The way back is
-``quant/importing.py``, which shares no code with this file.
+:func:`quantise_official` turns official tensors into stored ones, one at a time, which
+``train/export.py`` writes shard by shard. The way back is ``quant/importing.py``, which shares no
+code with this file.
 """
 
 # Legend: R rows, C columns
@@ -11,13 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quant.formats import FP8_WEIGHT, MXFP4, quantise
@@ -110,82 +107,25 @@ def quantise_official(
 _PLAIN = {Stored.bf16: torch.bfloat16, Stored.fp32: torch.float32, Stored.int64: torch.int64}
 
 
-def quantise_folder(
-    source: Path,
-    target: Path,
-    expert_format: Stored = Stored.fp4,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> None:
-    """Convert a folder of official safetensors shards, one shard at a time.
-
-    Each shard becomes one of the same name, written beside its place and renamed when complete; one
-    that was made from the same file is kept, so that a stopped conversion goes on. The index comes
-    last.
-
-    Args:
-        source: official tensors in bf16 or fp32.
-        target: made if need be; other files of ``source`` (config, tokenizer) are not copied.
-        expert_format: as in :func:`quantise_official`.
-        progress: called with the shards done and all shards.
-
-    Raises:
-        ValueError: ``source`` holds no shards or is ``target``; ``target`` holds a shard that was
-            made from something else; a tensor does not fit the layout.
-    """
-    shards = sorted(source.glob("*.safetensors"))
-    if not shards:
-        raise ValueError(f"{source} holds no .safetensors file")
-    if source.resolve() == target.resolve():
-        raise ValueError(f"source {source} and target {target} are the same folder")
-    target.mkdir(parents=True, exist_ok=True)
-    for done, shard in enumerate(shards):
-        progress(done, len(shards))
-        finished, origin = target / shard.name, _origin(shard, expert_format)
-        if finished.exists():
-            _check_origin(finished, origin)
-            continue
-        tensors = dict(quantise_official(read_shard(shard), expert_format))
-        partial = finished.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"format": "pt", **origin})
-        partial.replace(finished)
-    write_index(target, [target / shard.name for shard in shards])
-    progress(len(shards), len(shards))
-
-
-def _origin(shard: Path, expert_format: Stored) -> dict[str, str]:
-    """What a converted shard was made from."""
-    stat = shard.stat()
-    made_from = f"{stat.st_size} bytes, modified {stat.st_mtime_ns} ns"
-    return {"source": made_from, "experts": expert_format.value}
-
-
-def _check_origin(finished: Path, origin: dict[str, str]) -> None:
-    with safe_open(finished, framework="pt") as file:
-        found = file.metadata() or {}
-    for key, value in origin.items():
-        if found.get(key) != value:
-            raise ValueError(
-                f"{finished} is there already but was made from another {key}"
-                f" ({found.get(key)}, now {value}): choose an empty target folder"
-            )
-
-
-def read_shard(path: Path) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a safetensors file, loaded one at a time, in the order of their names."""
-    with safe_open(path, framework="pt") as file:
-        for name in sorted(file.keys()):
-            yield name, file.get_tensor(name)
-
-
 def write_index(folder: Path, shards: Iterable[Path]) -> None:
     """Write the index that maps names to files, as ``transformers`` and the releases have it."""
     weight_map: dict[str, str] = {}
     total = 0
     for shard in shards:
-        for name, tensor in read_shard(shard):
+        for name, begin, end in _header(shard):
             weight_map[name] = shard.name
-            total += tensor.nbytes
+            total += end - begin
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     partial = folder / f"{INDEX}.partial"
     partial.write_text(json.dumps(index, indent=2) + "\n")
     partial.replace(folder / INDEX)
+
+
+def _header(shard: Path) -> Iterator[tuple[str, int, int]]:
+    """Names of a safetensors file with the first byte of each and the one past it; maps nothing."""
+    with shard.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        entries = json.loads(file.read(size))
+    for name, entry in entries.items():
+        if name != "__metadata__":
+            yield name, *entry["data_offsets"]

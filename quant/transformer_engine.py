@@ -44,10 +44,15 @@ def load() -> tuple[Any, Any]:
         raise ValueError(f"{_INSTALL} (found {found})")
     try:  # the import runs CUDA libraries: it may raise anything
         te = importlib.import_module("transformer_engine.pytorch")
-        recipes = importlib.import_module("transformer_engine.common.recipe")
-        return te, recipes.Float8BlockScaling()
+        recipe = importlib.import_module("transformer_engine.common.recipe").Float8BlockScaling()
     except Exception as error:
-        raise ValueError(f"{_INSTALL} (import failed: {error})") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{_INSTALL} (import failed: {reason})") from error
+    if hasattr(te, "is_fp8_block_scaling_available"):  # 2.8 and later; else its first matmul raises
+        available, reason = te.is_fp8_block_scaling_available(return_reason=True)
+        if not available:
+            raise ValueError(f"{_INSTALL} (it says: {reason})")
+    return te, recipe
 
 
 def transformer_engine_op(op: QuantOp) -> Callable[..., Tensor]:

@@ -109,7 +109,10 @@ def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer | None) -> li
     for file in options.prompt_file:
         if not file.is_file():
             raise UserError(f"--prompt-file {file} is no file")
-        texts.append(file.read_text("utf-8"))
+        try:
+            texts.append(file.read_bytes().decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompt-file {file} is not UTF-8: {error}") from error
     if texts and tokenizer is None:
         raise UserError(f"{options.model} has no tokenizer: give the prompt as --ids")
     prompts = [tokenizer.encode(t) or [tokenizer.eos_id] for t in texts] if tokenizer else []

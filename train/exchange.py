@@ -14,7 +14,7 @@ import hashlib
 import json
 import logging
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -47,6 +47,7 @@ log = logging.getLogger(__name__)
 CONFIG_JSON = "config.json"
 QUANT_KEY = "quant"  # of config.json: the casts with which the weights were trained
 _QUANTISED = (torch.int8, torch.float8_e4m3fn)
+_OPEN_SHARDS = 2  # a weight's scale, or the next tensor, may lie in the next shard
 
 
 class Source(Protocol):
@@ -247,6 +248,15 @@ def _newest(path: Path) -> Path:
 
 
 # ---- folders of safetensors ----------------------------------------------------------------------
+@dataclass(frozen=True)
+class _Tensor:
+    """Where a tensor lies, and what its file's header says of it."""
+
+    shard: Path
+    dtype: str
+    shape: list[int]
+
+
 class FolderSource:
     """``config.json`` and safetensors: official names, plain or quantised, or transformers' own.
 
@@ -261,7 +271,7 @@ class FolderSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self._open: dict[Path, Any] = {}
         self._stored = self._find_tensors()
         self.config, self.quant = _read_config_json(folder / CONFIG_JSON)
         depths = self.config.num_nextn_predict_layers
@@ -282,27 +292,38 @@ class FolderSource:
         """See :class:`Source`."""
         stored, part = self._where[name]
         if part is not None:
-            return self._stored[stored].get_slice(stored)[part].squeeze(0)
-        tensor = self._stored[stored].get_tensor(stored)
+            return self._file(stored).get_slice(stored)[part].squeeze(0)
+        tensor = self._file(stored).get_tensor(stored)
         if tensor.dtype not in _QUANTISED:
             return tensor
         scale = scale_name(stored)
-        pair = [(stored, tensor), (scale, self._stored[scale].get_tensor(scale))]
+        pair = [(stored, tensor), (scale, self._file(scale).get_tensor(scale))]
         return dict(dequantise_official(pair))[stored]
 
     def tokenizer(self) -> Tokenizer | None:
         """See :class:`Source`."""
         return _folder_tokenizer(self.folder)
 
-    def _find_tensors(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def _find_tensors(self) -> dict[str, _Tensor]:
+        found: dict[str, _Tensor] = {}
         for shard in _shards(self.folder):
             try:
-                file = safe_open(shard, framework="pt")
+                with safe_open(shard, framework="pt") as file:
+                    for name in file.keys():
+                        view = file.get_slice(name)
+                        found[name] = _Tensor(shard, view.get_dtype(), list(view.get_shape()))
             except (SafetensorError, OSError) as error:
                 raise UserError(f"{shard} cannot be read: {one_line(error)}") from error
-            found |= dict.fromkeys(file.keys(), file)
         return found
+
+    def _file(self, stored: str) -> Any:
+        """The file of a tensor. Few stay open: each is mapped as a whole, as memory of its own."""
+        shard = self._stored[stored].shard
+        if shard not in self._open:
+            while len(self._open) >= _OPEN_SHARDS:
+                del self._open[next(iter(self._open))]
+            self._open[shard] = safe_open(shard, framework="pt")
+        return self._open[shard]
 
     def _resolve(self, name: str) -> tuple[str, tuple[slice, ...] | None]:
         """The stored tensor that holds an official one, and the part of it where it is stacked."""
@@ -333,9 +354,9 @@ class FolderSource:
     def _check_shapes(self) -> None:
         for name, shape in self.shapes.items():
             stored, part = self._where[name]
-            view = self._stored[stored].get_slice(stored)
-            found = list(view.get_shape())
-            if view.get_dtype() == "I8" and found:
+            tensor = self._stored[stored]
+            found = list(tensor.shape)
+            if tensor.dtype == "I8" and found:
                 found[-1] *= 2  # two FP4 codes a byte
             if part is not None:
                 rows = 1 if stored.endswith("down_proj") else 2
@@ -345,7 +366,7 @@ class FolderSource:
                     f"{self.folder}: tensor {stored} has shape {found}, {CONFIG_JSON} wants"
                     f" {list(shape)}"
                 )
-            needs_scale = view.get_dtype() in ("I8", "F8_E4M3")
+            needs_scale = tensor.dtype in ("I8", "F8_E4M3")
             if needs_scale and scale_name(stored) not in self._stored:
                 raise UserError(f"{self.folder}: tensor {scale_name(stored)} is missing")
 

@@ -38,6 +38,7 @@ COMMANDS = {
     "python scripts/generate.py --help": ([], 0, "usage"),
     "python scripts/bench_optim.py --help": ([], 0, "usage"),
     "python scripts/bench_step.py --help": ([], 0, "usage"),
+    "python scripts/bench_quant.py --help": ([], 0, "usage"),
     "python scripts/layouts.py --help": ([], 0, "usage"),
 }  # fmt: skip
 

@@ -4,18 +4,14 @@ The decoder below is numpy on raw bytes, written from the published definition; 
 with ``quant``. All comparisons are bitwise.
 """
 
-import json
-import shutil
-
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
-from model.state_dict import load_official, official_items, to_official
+from model.state_dict import load_official, to_official
 from quant.apply import apply_quant
 from quant.config import QuantConfig, Recipe
-from quant.export import INDEX, Stored, quantise_folder, quantise_official, read_shard, stored_as
+from quant.export import Stored, quantise_official, stored_as
 from quant.importing import dequantise_official
 from quant.linear import QuantOp
 from quant.probe import QuantProbe
@@ -195,62 +191,3 @@ def test_what_does_not_fit_is_named():
         list(quantise_official([("layers.0.attn.wq.weight", torch.ones(2, 2))]))
     with pytest.raises(ValueError, match=r"wq_a\.weight holds NaN or Inf"):
         list(quantise_official([("layers.0.attn.wq_a.weight", torch.full((2, 2), torch.inf))]))
-
-
-@pytest.fixture
-def source(tmp_path):
-    """An official folder in bf16, two shards, with a weight apart from its layer."""
-    items = sorted(official_items(tiny_model().state_dict()))
-    tensors = {
-        name: (value if value.dtype == torch.int64 else value.bfloat16()).contiguous()
-        for name, value in items
-    }
-    names, half = list(tensors), len(tensors) // 2
-    folder = tmp_path / "bf16"
-    folder.mkdir()
-    for number, part in enumerate((names[:half], names[half:]), start=1):
-        path = folder / f"model-0000{number}-of-00002.safetensors"
-        save_file({name: tensors[name] for name in part}, path)
-    return folder
-
-
-def test_folder_converts_shard_by_shard_and_goes_on_where_it_stopped(source, tmp_path):
-    target, told = tmp_path / "fp4", []
-    quantise_folder(source, target, progress=lambda *at: told.append(at))
-    assert told == [(0, 2), (1, 2), (2, 2)]
-    shards = sorted(path.name for path in target.glob("*.safetensors"))
-    assert shards == sorted(path.name for path in source.glob("*.safetensors"))
-    index = json.loads((target / INDEX).read_text())
-    tensors = {name: t for path in target.glob("*.safetensors") for name, t in read_shard(path)}
-    assert set(index["weight_map"]) == set(tensors)
-    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors.values())
-    whole = {name: t for path in source.glob("*.safetensors") for name, t in read_shard(path)}
-    for name, tensor in quantise_official(whole.items()):
-        assert torch.equal(tensors[name].view(torch.uint8), tensor.view(torch.uint8)), name
-
-    first, second = (target / name for name in shards)
-    kept = first.stat().st_mtime_ns
-    second.rename(second.with_suffix(".partial"))  # killed while writing the second
-    (target / INDEX).unlink()
-    quantise_folder(source, target)
-    assert first.stat().st_mtime_ns == kept
-    assert set(load_file(second)) == {n for n, f in index["weight_map"].items() if f == shards[1]}
-    assert json.loads((target / INDEX).read_text()) == index
-
-
-def test_folder_of_another_state_is_not_mixed_in(source, tmp_path):
-    target = tmp_path / "fp4"
-    quantise_folder(source, target)
-    with pytest.raises(ValueError, match="made from another experts"):
-        quantise_folder(source, target, Stored.fp8)
-    other = tmp_path / "other"
-    shutil.copytree(source, other)
-    for path in other.glob("*.safetensors"):
-        tensors = load_file(path)
-        save_file(tensors, path)
-    with pytest.raises(ValueError, match="made from another source"):
-        quantise_folder(other, target)
-    with pytest.raises(ValueError, match="holds no"):
-        quantise_folder(tmp_path / "nothing", target)
-    with pytest.raises(ValueError, match="the same folder"):
-        quantise_folder(source, source)

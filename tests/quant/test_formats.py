@@ -282,6 +282,35 @@ def test_all_fp8_codes_times_all_scales():
     assert_bits(got, (torch.cat([table, -table]) * factor).float())
 
 
+@pytest.mark.parametrize("fmt", [MXFP4, FP8_ACTIVATION], ids=lambda f: f.name)
+def test_all_codes_times_all_scales_are_written_back(fmt):
+    """The writer's side: every value that can be stored is stored as its own code and scale.
+
+    Each block holds every code, its largest too, so its scale is determined. Scales below the
+    floor's cannot come out of a cast, nor those with which the largest is beyond float32.
+    """
+    table = torch.tensor(TABLES[fmt.mantissa_bits])
+    table = torch.cat([table, -table])  # FP8: two blocks of one scale
+    values = table[: fmt.cols] if fmt.packed else table.view(2, -1)
+    values = torch.nn.functional.pad(values, (0, fmt.cols - values.shape[-1]))
+    low = reference.scale_exponent(0.0, fmt.largest, fmt.amax_floor) + 127
+    byte = torch.arange(low, 255 - math.frexp(fmt.largest)[1] + 1)
+    factor = torch.ldexp(torch.ones(len(byte)), byte - 127)
+    x = values * factor.view(-1, *(1,) * values.dim())
+    assert torch.isfinite(x).all()
+    stored = quantise(x, fmt)
+    assert torch.equal(stored.scale.view(torch.uint8).flatten().unique(), byte.to(torch.uint8))
+    raw = stored.codes.view(torch.uint8)
+    codes = unpack_fp4(stored.codes) if fmt.packed else raw
+    sign = 8 if fmt.packed else 128
+    count = len(table) // 2
+    expected = torch.cat([torch.arange(count), torch.arange(count) + sign]).to(torch.uint8)
+    rows = values.shape[:-1]
+    expected = expected.view(*rows, -1) if rows else expected
+    assert (codes[..., : expected.shape[-1]] == expected).all()
+    assert_bits(dequantise(stored, fmt), x)
+
+
 def test_shapes_and_dtypes_of_the_stored_form():
     fp4 = quantise(torch.ones(3, 70, 96), MXFP4)
     assert (fp4.codes.dtype, tuple(fp4.codes.shape)) == (torch.int8, (3, 70, 48))

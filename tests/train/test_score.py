@@ -67,7 +67,10 @@ def test_documents_end_behind_the_eos():
 
 
 def test_all_formats_have_the_same_scores(run, tmp_path, capsys):
-    """fp32 tensors, so to the last bit; the quantised one is another model and differs."""
+    """fp32 tensors, so to the last bit; the quantised one is another model and differs.
+
+    Under ``deployed``, which computes with what it stores, the quantised one is equal too.
+    """
     folder, model = run
     models = {"run": folder / "run"}
     for layout in ("transformers", "official"):
@@ -102,6 +105,15 @@ def test_all_formats_have_the_same_scores(run, tmp_path, capsys):
     assert told["run"]["perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)
     assert told["run"]["bits_per_byte"] == pytest.approx(mean / math.log(2), abs=1e-5)
     assert told["quantised"]["nats_per_token"] != told["run"]["nats_per_token"]
+    deployed = {}
+    for name, path in models.items():
+        out = tmp_path / f"{name}_deployed.npz"
+        arguments = (path, folder / "text.txt", "--out", out, "--quant", "deployed")
+        assert called(score.main, *arguments) == 0
+        with np.load(out) as arrays:
+            deployed[name] = arrays["nll"]
+        assert np.array_equal(deployed[name], deployed["run"], equal_nan=True), name
+    assert not np.array_equal(deployed["run"], found["run"]["nll"], equal_nan=True)
 
 
 def test_token_files_hold_documents(run, capsys):
@@ -176,6 +188,9 @@ def test_a_character_is_streamed_whole(capsys):
         (generate.main, ("{run}/run", "--ids", "1,x"), "--ids 1,x"),
         (generate.main, ("{run}/run", "--ids", "1,999"), "id 999 is not below vocab_size=320"),
         (generate.main, ("{run}/run", "--prompt-file", "{run}/no"), "no is no file"),
+        (generate.main, ("{run}/run", "--prompt-file", "{run}/tokens.npy"), "npy is not UTF-8"),
+        (generate.main, ("{run}/run", "--prompt", "x", "--temperature", "nan"), "temperature=nan"),
+        (generate.main, ("{run}/run", "--prompt", "x", "--tokens", "0"), "max_new_tokens=0"),
         (export_hf.main, ("{run}/run", "{run}/run"), "are the same folder"),
         (export_hf.main, ("{run}/run", "{run}/x", "--shard-gb", "0"), "--shard-gb 0.0"),
         (import_hf.main, ("{run}", "{run}/x"), "holds no model"),
