@@ -32,6 +32,8 @@ class ParallelConfig:
         pp: pipeline stages.
         cp: sequence shards.
         schedule: order of microbatches in the pipeline; only with ``pp`` above 1.
+        timeout_seconds: a rank that keeps the others waiting for so long in training is given up;
+            longer than any save, evaluation or compilation may hold one rank up.
     """
 
     dp_replicate: int = 1
@@ -40,6 +42,7 @@ class ParallelConfig:
     pp: int = 1
     cp: int = 1
     schedule: str = "1f1b"
+    timeout_seconds: float = 600.0
 
     def validate(self, prefix: str = "parallel") -> None:
         """Refuse degrees that no world could have.
@@ -53,6 +56,8 @@ class ParallelConfig:
                 raise ValueError(
                     f"{prefix}.{key}={value} must be 1 or more, or -1 for the rest of the world"
                 )
+        if self.timeout_seconds <= 0:
+            raise ValueError(f"{prefix}.timeout_seconds={self.timeout_seconds} must be above 0")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"{prefix}.schedule={self.schedule} is none of {', '.join(SCHEDULES)}")
         rest = [key for key in _AXES if getattr(self, key) == -1]

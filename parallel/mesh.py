@@ -24,7 +24,7 @@ from parallel.config import ParallelConfig
 from parallel.pipeline_split import check_pipeline
 from parallel.rendezvous import fresh_store
 
-# Preparing data on rank 0 may take long, and the others wait for it at the first collective.
+# One rank may prepare data for long while others wait; parallel/lost_rank.py shortens it then.
 TIMEOUT = datetime.timedelta(hours=2)
 
 

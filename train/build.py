@@ -17,6 +17,7 @@ from optim.build import build_optimizer
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
+from parallel.lost_rank import all_ready
 from parallel.mesh import Mesh, build_mesh, init_process_group, launched_world_size
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_stage import ModelPart
@@ -62,6 +63,7 @@ def build(run: RunConfig) -> Trainer:
     mesh = build_layout(run)
     tokenizer = build_tokenizer(run.data)
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
+    all_ready(run.parallel.timeout_seconds)
     model = build_model(run, loader, mesh)
     engine = build_engine(run, model, mesh)
     phase = PhaseSwitch(engine, run.quant)

@@ -85,9 +85,7 @@ def verify(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
         raise DamagedCheckpointError(
             f"checkpoint {folder}: its manifest is of step {manifest['step']}"
         )
-    if share:
-        check_file(folder, STATE, manifest["files"][STATE])  # it is read here too
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return read_state(folder, manifest)
 
 
 def verify_together(folder: Path) -> dict[str, Any]:
@@ -126,11 +124,36 @@ def read(folder: Path, tensors: Mapping[str, Tensor], partial: bool = False) -> 
         UserError: names or shapes differ from those of ``tensors``: another model's checkpoint.
     """
     state = verify_together(folder)
-    reader = dcp.FileSystemReader(folder)
     _check_same_tensors(folder, saved_tensors(folder), tensors, partial)
+    _load(folder, tensors)
+    return state
+
+
+def load_each(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """The named tensors of a verified ``folder``, whole, one in memory at a time."""
+    index = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name in names:
+        entry = index[name]
+        assert isinstance(entry, TensorStorageMetadata)
+        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        _load(folder, {name: tensor})
+        yield name, tensor
+
+
+def read_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The state beside the tensors, once its own hash is right.
+
+    Raises:
+        DamagedCheckpointError: it is not.
+    """
+    check_file(folder, STATE, manifest["files"][STATE])
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+
+
+def _load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    reader = dcp.FileSystemReader(folder)
     with _quiet_dcp():
         dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
-    return state
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Size]:
@@ -442,8 +465,12 @@ def _val_loss(path: Path) -> float | None:
         return None
 
 
-def locate(source: str) -> Path:
+def locate(source: str, asked_by: str = "init_from") -> Path:
     """The checkpoint that ``init_from`` names: itself, or the newest good one of a run folder.
+
+    Args:
+        source: the folder.
+        asked_by: what named it, for the message.
 
     Raises:
         UserError: there is none.
@@ -456,7 +483,7 @@ def locate(source: str) -> Path:
         if good is not None:
             return good
     raise UserError(
-        f"init_from={source} holds no complete checkpoint (looked for {MANIFEST} in it, and for"
+        f"{asked_by}={source} holds no complete checkpoint (looked for {MANIFEST} in it, and for"
         f" step_* folders in {path / 'checkpoints'})"
     )
 

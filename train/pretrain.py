@@ -68,10 +68,12 @@ def main(cfg: DictConfig) -> int:
     check_schedule(plan, layout)
     check_run_folder(run)
     from model.kernels.allocator import keep_freed_memory  # noqa: PLC0415
+    from parallel.lost_rank import lost_rank_ends_the_job  # noqa: PLC0415
     from train.build import build  # noqa: PLC0415
 
     keep_freed_memory()
-    return build(run).fit()
+    with lost_rank_ends_the_job(run.parallel.timeout_seconds):
+        return build(run).fit()
 
 
 def cli(args: Sequence[str]) -> int:

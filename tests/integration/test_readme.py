@@ -35,6 +35,8 @@ COMMANDS = {
     "python scripts/export_hf.py --help": ([], 0, "usage"),
     "python scripts/import_hf.py --help": ([], 0, "usage"),
     "python scripts/score.py --help": ([], 0, "usage"),
+    "python scripts/checkpoints.py --help": ([], 0, "usage"),
+    "python scripts/bench_checkpoint.py --help": ([], 0, "usage"),
     "python scripts/generate.py --help": ([], 0, "usage"),
     "python scripts/bench_optim.py --help": ([], 0, "usage"),
     "python scripts/bench_step.py --help": ([], 0, "usage"),

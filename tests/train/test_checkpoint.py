@@ -131,8 +131,18 @@ def test_damage_is_named_and_passed_over(run, caplog, name):
 
 @pytest.mark.core
 def test_random_damage_is_never_loaded(run, tmp_path):
-    rng = random.Random(0)
-    for trial in range(60):
+    damage_at_random(run, tmp_path, trials=60, seed=0)
+
+
+@pytest.mark.slow
+def test_200_random_damages_are_never_loaded(run, tmp_path):
+    damage_at_random(run, tmp_path, trials=200, seed=1)
+
+
+def damage_at_random(run, tmp_path, trials, seed):
+    """Drop, flip or insert one byte or bit anywhere in any file; the older one is used."""
+    rng = random.Random(seed)
+    for trial in range(trials):
         folder = tmp_path / f"step_{2:08d}"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(run.path(2), folder)

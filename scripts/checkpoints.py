@@ -1,0 +1,271 @@
+"""Look after checkpoints: list, verify, show, compare, prune.
+
+  python scripts/checkpoints.py list runs/nano
+  python scripts/checkpoints.py verify runs/nano runs/other/checkpoints/step_00000100
+  python scripts/checkpoints.py show runs/nano
+  python scripts/checkpoints.py compare runs/a runs/b --only model.
+  python scripts/checkpoints.py prune runs/nano --last 2 --every 1000 --best 1 --yes
+
+A run folder stands for its newest whole checkpoint, except for list, verify and prune, which take
+all of them. Exit codes: 0 all is well (verify: nothing damaged; compare: equal bits), 1 it is not
+(damage, a difference), 2 the input cannot be. Checkpoints hold pickles, which are read only after
+their hashes verify: use only checkpoints of people whose code you would run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import Tensor
+
+from train import checkpoint
+from train.checkpoint import Checkpoints, Retention, step_of
+from train.checkpoint_files import MANIFEST, DamagedCheckpointError, open_manifest
+from train.errors import ExitCode, UserError
+from train.run_folder import CHECKPOINTS
+
+
+def main(words: Sequence[str]) -> int:
+    """Run one command; the exit code."""
+    args = parse(words)
+    try:
+        return args.run(args)
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        damaged = isinstance(error, DamagedCheckpointError)
+        return ExitCode.failure if damaged else ExitCode.user_error
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=about, description=about)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("list", list_run, "Steps, bytes and validation loss of a run's checkpoints.")
+    sub.add_argument("folder", type=Path, help="run folder")
+    sub = command("verify", verify, "Compare every file with the hashes that were written.")
+    sub.add_argument("folders", type=Path, nargs="+", help="run folders or checkpoints")
+    sub = command("show", show, "State and tensors of one checkpoint.")
+    sub.add_argument("folder", type=Path, help="run folder or checkpoint")
+    sub.add_argument("--only", default="", help="tensors whose names start so")
+    sub = command("compare", compare, "Which tensors and which state of two checkpoints differ.")
+    sub.add_argument("first", type=Path, help="run folder or checkpoint")
+    sub.add_argument("second", type=Path, help="run folder or checkpoint")
+    sub.add_argument("--only", default="", help="tensors whose names start so, and no state")
+    sub = command("prune", prune, "Remove checkpoints; without --yes only say which.")
+    sub.add_argument("folder", type=Path, help="run folder; nothing may be training in it")
+    sub.add_argument(
+        "--last", type=int, required=True, help="how many of the newest whole ones stay"
+    )
+    sub.add_argument("--every", type=int, default=0, help="steps that are multiples stay")
+    sub.add_argument("--best", type=int, default=0, help="so many of lowest validation loss stay")
+    sub.add_argument("--yes", action="store_true", help="do it")
+    return parser.parse_args(words)
+
+
+# ---- commands ------------------------------------------------------------------------------------
+def list_run(args: argparse.Namespace) -> int:
+    """One line a checkpoint, oldest first; hashes are not compared."""
+    print(f"{'step':>10} {'tokens':>14} {'MB':>10} {'val_loss':>9}  folder")
+    for path in checkpoints_of(args.folder):
+        try:
+            info = read_info(path)
+            loss = "" if info.val_loss is None else f"{info.val_loss:.4f}"
+            print(f"{info.step:10} {info.tokens:14,} {info.megabytes:10.1f} {loss:>9}  {path}")
+        except DamagedCheckpointError as error:
+            print(f"{step_of(path):10} {'damaged':>14} {'':10} {'':9}  {error}")
+    return ExitCode.finished
+
+
+def verify(args: argparse.Namespace) -> int:
+    """One line a checkpoint."""
+    paths = [path for folder in args.folders for path in checkpoints_of(folder)]
+    damaged = 0
+    for path in paths:
+        try:
+            checkpoint.verify(path)
+            print(f"whole    {path}")
+        except DamagedCheckpointError as error:
+            damaged += 1
+            print(f"DAMAGED  {error}")
+    return ExitCode.failure if damaged else ExitCode.finished
+
+
+def show(args: argparse.Namespace) -> int:
+    """State, then one line a tensor."""
+    path = locate(args.folder)
+    state = checkpoint.verify(path)
+    print(f"{path}\n")
+    for key, value in flat(state).items():
+        print(f"{key} = {value}")
+    print()
+    chosen = named(path, args.only)
+    for name, value in checkpoint.load_each(path, chosen):
+        norm = float(value.double().norm())
+        print(f"{name:60} {dtype_of(value):9} {list(value.shape)!s:20} norm {norm:.6g}")
+    print(f"{len(chosen)} tensors")
+    return ExitCode.finished
+
+
+def compare(args: argparse.Namespace) -> int:
+    """One line a difference."""
+    first, second = locate(args.first), locate(args.second)
+    states = [flat(checkpoint.verify(path)) for path in (first, second)]
+    names = [named(path, args.only) for path in (first, second)]
+    print(f"a = {first}\nb = {second}\n")
+    differences = 0 if args.only else compare_states(*states)
+    for side, own, other in (("a", *names), ("b", *names[::-1])):
+        for name in sorted(set(own) - set(other)):
+            differences += 1
+            print(f"{name}: only in {side}")
+    shared = sorted(set(names[0]) & set(names[1]))
+    pairs = zip(
+        checkpoint.load_each(first, shared), checkpoint.load_each(second, shared), strict=True
+    )
+    for (name, a), (_, b) in pairs:
+        if line := difference(a, b):
+            differences += 1
+            print(f"{name}: {line}")
+    found = f"{differences} differences" if differences else "every bit is the same"
+    print(f"{len(shared)} tensors in both: {found}")
+    return ExitCode.failure if differences else ExitCode.finished
+
+
+def prune(args: argparse.Namespace) -> int:
+    """Remove what no reason keeps; damaged ones stay, since somebody may want to look at them."""
+    if args.last < 1 or args.every < 0 or args.best < 0:
+        raise UserError(
+            f"--last {args.last} must be 1 or more, --every {args.every} and --best {args.best} 0"
+            " or more"
+        )
+    whole = {}
+    for path in checkpoints_of(args.folder):
+        try:
+            checkpoint.verify(path)
+            whole[step_of(path) or 0] = path
+        except DamagedCheckpointError as error:
+            print(f"left alone: {error}")
+    retention = Retention(args.last, args.every, args.best)
+    gone = retention.removed({step: read_info(path).val_loss for step, path in whole.items()})
+    for step in gone:
+        print(f"{'removing' if args.yes else 'would remove'} {whole[step]}")
+        if args.yes:
+            checkpoint.remove(whole[step])
+    print(
+        f"{len(whole) - len(gone)} whole checkpoints stay"
+        + ("" if args.yes else " (--yes does it)")
+    )
+    return ExitCode.finished
+
+
+# ---- parts ---------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Info:
+    """What a checkpoint says of itself, hashes not compared."""
+
+    step: int
+    tokens: int
+    megabytes: float
+    val_loss: float | None
+
+
+def read_info(path: Path) -> Info:
+    """Manifest and state of a checkpoint.
+
+    Raises:
+        DamagedCheckpointError: the manifest or the state is not what was written.
+    """
+    manifest = open_manifest(path)
+    state = checkpoint.read_state(path, manifest)
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    tokens = state.get("progress", {}).get("tokens", 0)
+    return Info(manifest["step"], tokens, size / 1e6, state.get("val_loss"))
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """All checkpoints of a run folder, or the one that ``folder`` is.
+
+    Raises:
+        UserError: there are none.
+    """
+    if (folder / MANIFEST).exists() or step_of(folder) is not None:
+        return [folder]
+    for place in (folder / CHECKPOINTS, folder):
+        if found := Checkpoints(place).published():
+            return found
+    raise UserError(f"{folder} is no checkpoint and holds none (step_* in {folder / CHECKPOINTS})")
+
+
+def locate(folder: Path) -> Path:
+    """The checkpoint that ``folder`` is, or its newest whole one."""
+    if step_of(folder) is not None and folder.is_dir():
+        return folder
+    return checkpoint.locate(str(folder), "the folder")
+
+
+def named(path: Path, prefix: str) -> list[str]:
+    """Names of a verified checkpoint's tensors.
+
+    Raises:
+        UserError: none starts with ``prefix``.
+    """
+    names = sorted(n for n in checkpoint.saved_tensors(path) if n.startswith(prefix))
+    if not names:
+        raise UserError(f"--only {prefix}: no tensor of {path} has such a name")
+    return names
+
+
+def flat(values: object, key: str = "") -> dict[str, object]:
+    """Nested dicts as dotted keys."""
+    if not isinstance(values, dict):
+        return {key: values}
+    items = values.items()
+    return {
+        k: v for name, part in items for k, v in flat(part, f"{key}.{name}".lstrip(".")).items()
+    }
+
+
+def compare_states(a: dict[str, object], b: dict[str, object]) -> int:
+    """Print the keys that differ; how many."""
+    keys = sorted(k for k in {*a, *b} if k not in a or k not in b or a[k] != b[k])
+    for key in keys:
+        print(f"state {key}: {a.get(key, 'absent')} | {b.get(key, 'absent')}")
+    return len(keys)
+
+
+def difference(a: Tensor, b: Tensor) -> str:
+    """What differs between two tensors; empty where every bit is the same."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"{dtype_of(a)} {list(a.shape)} | {dtype_of(b)} {list(b.shape)}"
+    if torch.equal(a, b):
+        return ""
+    x, y = a.double(), b.double()
+    gap = (x - y).abs()
+    relative = float((x - y).norm() / y.norm().clamp(min=1e-300))
+    return (
+        f"max difference {float(gap.max()):.3g}, relative {relative:.3g},"
+        f" {int((a != b).sum())} of {a.numel()} elements"
+    )
+
+
+def dtype_of(tensor: Tensor) -> str:
+    """Short name of a dtype."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
