@@ -108,6 +108,8 @@ def init_weights(
 ) -> None:
     """Fill every parameter, selection bias and hash table of a model (or of one pipeline stage).
 
+    What is on the meta device has nothing to fill.
+
     Args:
         model: has ``config``; its parameters bear their global names.
         seed: the run's seed.
@@ -125,6 +127,8 @@ def init_weights(
         _fill(region_of(parameter), fqn, seed, config, distribution_of(fqn))
     for fqn, buffer in _saved_buffers(model):
         region = region_of(buffer)
+        if region.local.is_meta:
+            continue
         values = _buffer_values(fqn, region.shape, seed, config, token_counts_V)
         region.local.copy_(values[region.slices])
 
@@ -137,7 +141,7 @@ def initial_tensor(fqn: str, shape: Iterable[int], seed: int, config: ModelConfi
 
 
 def _fill(region: Region, fqn: str, seed: int, config: ModelConfig, draw: Draw) -> None:
-    if region.local.numel() == 0:
+    if region.local.numel() == 0 or region.local.is_meta:
         return
     if _STACKED.fullmatch(fqn):  # one expert at a time: only the local ones are ever drawn
         held, *inner = region.slices

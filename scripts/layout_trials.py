@@ -10,10 +10,15 @@ another order.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import repeat
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -25,7 +30,6 @@ from data.batch import Batch, BatchCounts
 from data.global_batch import GlobalBatch
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
-from model.loss import Objective
 from model.transformer import DeepSeekV4
 from parallel.collectives import whole
 from parallel.engine import Engine, Shares, Update
@@ -175,21 +179,32 @@ def _everyones(seen: dict[int, RowKey], num_rows: int) -> list[RowKey]:
 # ---- choices of gates and indexers ---------------------------------------------------------------
 @contextmanager
 def recording(model: nn.Module, into: Choices, rows: int) -> Iterator[None]:
-    """Keep what gates and indexers choose, row by row; a step is complete after ``rows`` rows."""
+    """Keep what gates and indexers of a whole model choose, row by row.
+
+    Args:
+        model: of one process.
+        into: one entry a step is added.
+        rows: of a step.
+    """
     records: list[Tensors] = []
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def before(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = _arguments(module, args, named)
         records.append({})
-        return (*args[:3], replace(args[3], record=records[-1]))
+        return (), given | {"objective": replace(given["objective"], record=records[-1])}
 
-    def after(_: nn.Module, args: tuple[Any, ...], __: Any) -> None:
-        keys, record = row_keys(args[0], args[1]), records.pop()
+    def after(module: nn.Module, args: Any, named: dict[str, Any], _: Any) -> None:
+        given, record = _arguments(module, args, named), records.pop()
+        keys = row_keys(given["input_ids_BT"], given["document_ids_BT"])
         if not into or len(into[-1]) == rows:
             into.append({})
         for i, key in enumerate(keys):
             into[-1][key] = {n: _rows_of(t, len(keys))[i].cpu() for n, t in record.items()}
 
-    hooks = [model.register_forward_pre_hook(before), model.register_forward_hook(after)]
+    hooks = [
+        model.register_forward_pre_hook(before, with_kwargs=True),
+        model.register_forward_hook(after, with_kwargs=True),
+    ]
     try:
         yield
     finally:
@@ -202,18 +217,29 @@ def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
     """Let gates and indexers choose what was recorded for each row, in whatever step it comes."""
     by_row = {key: chosen for step in choices for key, chosen in step.items()}
 
-    def before(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        ids_BT, documents_BT, labels_BTK, objective = args
-        assert isinstance(objective, Objective)
-        rows = [by_row[key] for key in row_keys(ids_BT, documents_BT)]
+    def before(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        given = _arguments(module, args, named)
+        ids_BT = given["input_ids_BT"]
+        rows = [by_row[key] for key in row_keys(ids_BT, given["document_ids_BT"])]
         replay = {name: _together(name, rows).to(ids_BT.device) for name in rows[0]}
-        return ids_BT, documents_BT, labels_BTK, replace(objective, replay=replay)
+        stage: Any = module
+        if "objective" not in given:  # a pipeline stage was told it before
+            stage.objective = replace(stage.objective, replay=replay)
+            return args, named
+        return (), given | {"objective": replace(given["objective"], replay=replay)}
 
-    hook = model.register_forward_pre_hook(before)
+    stages: Any = getattr(model, "stages", [model])  # of a pipeline's rank
+    hooks = [stage.register_forward_pre_hook(before, with_kwargs=True) for stage in stages]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def _arguments(module: nn.Module, args: Any, named: dict[str, Any]) -> dict[str, Any]:
+    """What a forward pass was given, by name."""
+    return dict(inspect.signature(module.forward).bind(*args, **named).arguments)
 
 
 def _rows_of(index: Tensor, num_rows: int) -> Tensor:
@@ -234,12 +260,14 @@ def gathered(named: Tensors) -> Tensors:
         return mine
     names: list[set[str]] = [set() for _ in range(dist.get_world_size())]
     dist.all_gather_object(names, set(mine))
+    seen: set[str] = set()
     for rank, theirs in enumerate(names):
-        missing = theirs - set().union(*names[:rank]) if rank else set()
-        if missing:  # a pipeline stage of its own
-            parts = [{n: mine[n] for n in sorted(missing)} if rank == dist.get_rank() else None]
-            dist.broadcast_object_list(parts, src=rank, device=torch.device("cpu"))
-            mine |= parts[0] or {}
+        new, seen = theirs - seen, seen | theirs
+        if all(new <= other for other in names):
+            continue
+        parts = [{name: mine[name] for name in sorted(new)} if rank == dist.get_rank() else None]
+        dist.broadcast_object_list(parts, src=rank, device=torch.device("cpu"))
+        mine |= parts[0] or {}
     return mine
 
 
@@ -279,7 +307,8 @@ class Reference:
         updated: weights after one update from ``grads``.
         end: weights after all steps.
         choices: of gates and indexers, with which ``end`` came about.
-        noise: distance (losses, weights) from the same steps with rows added up in other orders.
+        noise: ``losses`` and ``weights``: distances from the same steps with rows added up in
+            other orders, one an order.
     """
 
     start: Tensors
@@ -290,7 +319,7 @@ class Reference:
     updated: Tensors
     end: Tensors
     choices: Choices
-    noise: dict[str, float]
+    noise: dict[str, list[float]]
 
 
 def reference(run: RunConfig, count: int, orders: int) -> Reference:
@@ -299,10 +328,11 @@ def reference(run: RunConfig, count: int, orders: int) -> Reference:
     Args:
         run: config of the layout of one process, all rows in one microbatch.
         count: steps.
-        orders: permuted accumulation orders that are tried.
+        orders: accumulation orders that are tried.
     """
     rows = run.train.global_batch_tokens // run.train.seq_len
     bench, watch, choices = build_bench(run, alone=True), Watch(grads=True), []
+    assert isinstance(bench.engine.model, DeepSeekV4)
     start = weights(bench.engine)
     with recording(bench.engine.model, choices, rows):
         losses = steps(bench, count, watch=watch)
@@ -312,16 +342,25 @@ def reference(run: RunConfig, count: int, orders: int) -> Reference:
     bench.engine.optimizer_step(run.optim.lr, finite=True)
     out = Reference(
         start, watch.rows, losses, watch.first, rounding(run, watch.first, choices),
-        weights(bench.engine), end, choices, {"losses": 0.0, "weights": 0.0},
+        weights(bench.engine), end, choices, {"losses": [], "weights": []},
     )  # fmt: skip
-    one_by_one = replace(run, train=replace(run.train, micro_batch_size=1))
-    for seed in range(orders):
-        order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
-        bench = build_bench(one_by_one, alone=True)
-        again = steps(bench, count, order)
-        found = from_reference(out, again, weights(bench.engine))
-        out.noise = {name: max(value, found[name]) for name, value in out.noise.items()}
+    on_cpu = bench.engine.device.type == "cpu"
+    workers = min(os.cpu_count() or 1, orders) if on_cpu else 1
+    with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
+        for found in pool.map(_reordered, range(orders), *map(repeat, (run, count, out))):
+            for name, values in out.noise.items():
+                values.append(found[name])
     return out
+
+
+def _reordered(seed: int, run: RunConfig, count: int, ref: Reference) -> dict[str, float]:
+    """Distance of one process from itself with its rows in another order, 1, 2 or 4 at once."""
+    torch.set_num_threads(1)
+    rows = run.train.global_batch_tokens // run.train.seq_len
+    micro = min(rows, 2 ** (seed % 3))
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    bench = build_bench(replace(run, train=replace(run.train, micro_batch_size=micro)), alone=True)
+    return from_reference(ref, steps(bench, count, order), weights(bench.engine))
 
 
 def rounding(run: RunConfig, grads: Tensors, choices: Choices) -> dict[str, float]:

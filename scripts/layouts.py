@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import random
@@ -55,8 +56,9 @@ from parallel.mesh import check_layout, leave_process_group
 from scripts.layout_trials import Reference, last_loss, reference, trials
 from train.build import build_layout
 from train.config import RunConfig
+from train.errors import UserError
 from train.overrides import compose_run
-from train.stages import check_rows, resolve
+from train.stages import check_rows, check_schedule, resolve
 
 DEFAULT = (
     "dp_shard=1 micro=4", "dp_shard=1 micro=2",
@@ -140,6 +142,7 @@ def compose(layout: Layout, args: argparse.Namespace, corpus: str, *more: str) -
     resolved = run.parallel.resolve(layout.ranks)
     check_layout(resolved, run.model)
     check_rows(resolve(run), resolved.row_degree)
+    check_schedule(resolve(run), resolved)
     return run
 
 
@@ -202,14 +205,33 @@ def spawn(layout: Layout, args: argparse.Namespace, corpus: str) -> dict[str, An
 
 def shared_reference(args: argparse.Namespace, corpus: str, launched: int) -> Reference:
     """One process's results: rank 0's, on every rank."""
-    rows = Layout("one process", {"dp_shard": "1"}, args.rows)
     found: list[Reference | None] = [None]
     if int(os.environ.get("RANK", "0")) == 0:
-        found[0] = reference(compose(rows, args, corpus), args.steps, args.orders)
+        found[0] = own_reference(args, corpus)
     if launched > 1:
         dist.broadcast_object_list(found, src=0, device=torch.device("cpu"))
     assert found[0] is not None
     return found[0]
+
+
+def own_reference(args: argparse.Namespace, corpus: str) -> Reference:
+    """Compute it, or take it from the file of an earlier call with the same options.
+
+    Raises:
+        UserError: the file holds another.
+    """
+    asked = {key: vars(args)[key] for key in ("model", "steps", "rows", "seq_len", "orders", "set")}
+    file = Path(args.reference) if args.reference else None
+    if file is not None and file.exists():
+        of, ref = torch.load(file, weights_only=False)
+        if of != asked:
+            raise UserError(f"--reference {file} was computed with {of}, now it is {asked}")
+        return ref
+    layout = Layout("one process", {"dp_shard": "1"}, args.rows)
+    ref = reference(compose(layout, args, corpus), args.steps, args.orders)
+    if file is not None:
+        torch.save((asked, ref), file)
+    return ref
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -224,7 +246,7 @@ def failures(result: dict[str, Any], ref: Reference) -> list[str]:
 
 def allowed(column: str, ref: Reference) -> float:
     """Bound of a free run."""
-    return 3 * ref.noise["losses" if column == "free" else "weights"]
+    return 3 * max(ref.noise["losses" if column == "free" else "weights"], default=math.inf)
 
 
 COLUMNS = (
@@ -283,6 +305,9 @@ def main(argv: list[str] | None = None) -> int:
             build_layout(runs[0])  # joins the others
         try:
             return compare(layouts, args, corpus, launched)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         finally:
             leave_process_group()
 
@@ -302,20 +327,33 @@ def compare(layouts: list[Layout], args: argparse.Namespace, corpus: str, launch
             result = measure(layout, args, corpus, ref)
         else:
             result = spawn(layout, args, corpus)
-        broken = failures(result, ref)
-        results.append({"layout": layout.text, **result, "broken": broken})
-        lines.append(row(layout, result, broken))
-        if speaks:
+        results.append({"layout": layout.text, **result, "broken": failures(result, ref)})
+        lines.append(row(layout, result, results[-1]["broken"]))
+        if speaks:  # a long table is of use before its end
             show(lines[-1], width)
-    notes = about(args, ref, results)
+            write(lines, results, ref, args)
     if speaks:
-        print("\n".join(["", *notes]))
-        if args.json:
-            found = {"results": results, "noise": ref.noise, "losses": ref.losses, "notes": notes}
-            Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        if args.markdown:
-            Path(args.markdown).write_text(markdown(lines, notes), encoding="utf-8")
+        print("\n".join(["", *about(args, ref, results)]))
     return 1 if any(result["broken"] for result in results) else 0
+
+
+def write(
+    lines: list[list[str]],
+    results: list[dict[str, Any]],
+    ref: Reference,
+    args: argparse.Namespace,
+) -> None:
+    """The files that were asked for, with the rows that are done."""
+    notes = about(args, ref, results)
+    if args.json:
+        found = {"results": results, "noise": ref.noise, "losses": ref.losses, "notes": notes}
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if args.markdown:
+        Path(args.markdown).write_text(markdown(lines, notes), encoding="utf-8")
+
+
+def _listed(values: list[float]) -> str:
+    return " ".join(f"{value:.1e}" for value in sorted(values)) or "not measured"
 
 
 def about(args: argparse.Namespace, ref: Reference, results: list[dict[str, Any]]) -> list[str]:
@@ -325,8 +363,10 @@ def about(args: argparse.Namespace, ref: Reference, results: list[dict[str, Any]
         f"{args.model}, {args.rows} rows of {args.seq_len} tokens a step, {args.steps} steps;"
         f" torch {torch.__version__} on {platform.machine()}, device {args.device}",
         f"one process: total loss {first['total']:.7f} at step 1, {last['total']:.7f} at step"
-        f" {len(ref.losses)}; farthest from itself under {args.orders} other orders of its rows:"
-        f" losses {ref.noise['losses']:.1e}, path of the weights {ref.noise['weights']:.1e}",
+        f" {len(ref.losses)}",
+        f"one process from itself under {args.orders} other orders of its rows:"
+        f" losses {_listed(ref.noise['losses'])}; path of the weights"
+        f" {_listed(ref.noise['weights'])}",
     ]
     measured = [r for r in results if "gradient_raw" in r]
     if measured:
@@ -374,9 +414,12 @@ def options() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add_run_options(parser, DEFAULT, steps=20)
-    parser.add_argument("--orders", type=int, default=3, help="permuted accumulation orders")
+    parser.add_argument("--orders", type=int, default=6, help="permuted accumulation orders")
     parser.add_argument(
         "--trials", nargs="+", choices=TRIALS, default=TRIALS, help="what to measure"
+    )
+    parser.add_argument(
+        "--reference", metavar="FILE", help="one process's results: read, or written if absent"
     )
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
     parser.add_argument("--markdown", metavar="FILE", help="write the table as a document")

@@ -238,6 +238,7 @@ def test_spoilt_weights_are_not_saved_and_rolled_back(recovered, tmp_path, caplo
     assert all(math.isfinite(r["loss"]) for r in records)
 
 
+@pytest.mark.slow
 def test_endless_spikes_end_the_run_with_one_line(recovered, tmp_path):
     """Poison to the end of the file, which every rollback meets again."""
     reference, _ = recovered

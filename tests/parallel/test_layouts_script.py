@@ -12,7 +12,7 @@ from scripts.step_parts import main as step_parts
 from tests.parallel.torchrun import SMALL_MODEL
 
 SMALL = ["--set", *SMALL_MODEL[1:], "--rows", "4", "--device", "cpu"]
-REFERENCE = Reference({}, [], [], {}, {}, {}, {}, [], {"losses": 1e-6, "weights": 1e-2})
+REFERENCE = Reference({}, [], [], {}, {}, {}, {}, [], {"losses": [1e-6], "weights": [1e-2]})
 GOOD = {"same_bits": True, "same_order": True} | {field: 1e-7 for field, _ in BOUNDS.values()}
 
 
