@@ -94,7 +94,7 @@ def assign_owners(matrices: Sequence[Matrix], num_ranks: int, num_steps: int) ->
     """
     load = [0] * num_ranks
     owners = [0] * len(matrices)
-    cost = [matmul_flops(m.rows, m.cols, num_steps, merged=True) for m in matrices]
+    cost = [matmul_flops(m.rows, m.cols, num_steps) for m in matrices]
     options = [m.candidates() for m in matrices]
     for i in sorted(range(len(matrices)), key=lambda i: (len(options[i]) > 1, -cost[i], i)):
         owners[i] = min(options[i], key=lambda rank: (load[rank], rank))

@@ -17,7 +17,6 @@ from optim.config import MuonConfig
 from optim.muon import expand
 from optim.newton_schulz import (
     matmul_flops,
-    merges_pairs,
     newton_schulz,
     newton_schulz_reference,
 )
@@ -185,12 +184,33 @@ def test_two_dims_are_refused():
         newton_schulz(torch.randn(4, 5), HYBRID, torch.float32)
 
 
-def test_flops_count_what_runs():
+@pytest.mark.parametrize("shape", [(10, 40), (40, 10), (14, 12)])
+def test_flops_count_what_runs(shape):
     with FlopCounterMode(display=False) as counter:
-        newton_schulz(torch.randn(3, 10, 40), HYBRID, torch.float32)
-    assert counter.get_total_flops() == 3 * matmul_flops(10, 40, 10, merged=True)
-    with FlopCounterMode(display=False) as counter:
-        newton_schulz(torch.randn(3, 14, 12), HYBRID, torch.float32)
-    assert counter.get_total_flops() == 3 * matmul_flops(14, 12, 10, merged=True)
-    assert not merges_pairs(14, 12)
-    assert matmul_flops(10, 40, 10, merged=True) < matmul_flops(10, 40, 10)
+        newton_schulz(torch.randn(3, *shape), HYBRID, torch.float32)
+    assert counter.get_total_flops() == 3 * matmul_flops(*shape, 10)
+
+
+def spectra(side):
+    """Singular values as momenta have them: flat, falling, one large, half of them zero."""
+    yield torch.ones(side)
+    yield torch.logspace(0, -3, side)
+    yield torch.logspace(0, -6, side)
+    yield torch.cat((torch.ones(1), torch.full((side - 1,), 1e-2)))
+    yield (torch.arange(side) < side // 2).float()
+    yield torch.linspace(3e-2, 2e-4, side)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("shape", [(16, 32), (32, 16), (24, 512), (64, 128), (16, 16)])
+def test_bf16_never_leaves_the_basin(shape):
+    """Above 1.264 the quintic runs away: merged iterations did, on some of these, up to NaN.
+
+    Measured on 40 seeds: at most 1.0073, which is 2 roundings of bf16 (2^-8 each).
+    """
+    for seed in range(20):
+        torch.manual_seed(seed)
+        for values in spectra(min(shape)):
+            left, _, right = torch.linalg.svd(torch.randn(4, *shape), full_matrices=False)
+            result = newton_schulz((left * values) @ right, HYBRID, torch.bfloat16).float()
+            assert torch.linalg.matrix_norm(result, 2).max() < 1.02, (seed, values)
