@@ -194,23 +194,21 @@ def test_flops_count_what_runs(shape):
 def spectra(side):
     """Singular values as momenta have them: flat, falling, one large, half of them zero."""
     yield torch.ones(side)
-    yield torch.logspace(0, -3, side)
-    yield torch.logspace(0, -6, side)
+    yield from (torch.logspace(0, -decades, side) for decades in (1, 2, 3, 6))
     yield torch.cat((torch.ones(1), torch.full((side - 1,), 1e-2)))
     yield (torch.arange(side) < side // 2).float()
-    yield torch.linspace(3e-2, 2e-4, side)
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("shape", [(16, 32), (32, 16), (24, 512), (64, 128), (16, 16)])
+@pytest.mark.parametrize("shape", [(16, 32), (32, 16), (24, 256), (64, 128), (16, 16)])
 def test_bf16_never_leaves_the_basin(shape):
-    """Above 1.264 the quintic runs away: merged iterations did, on some of these, up to NaN.
+    """Above 1.264 the quintic runs away: merged iterations did, on 5 of these matrices (32 x 16).
 
-    Measured on 40 seeds: at most 1.0073, which is 2 roundings of bf16 (2^-8 each).
+    Measured: at most 1.0073, which is 2 roundings of bf16 (2^-8 each).
     """
-    for seed in range(20):
-        torch.manual_seed(seed)
-        for values in spectra(min(shape)):
-            left, _, right = torch.linalg.svd(torch.randn(4, *shape), full_matrices=False)
-            result = newton_schulz((left * values) @ right, HYBRID, torch.bfloat16).float()
-            assert torch.linalg.matrix_norm(result, 2).max() < 1.02, (seed, values)
+    for seed in range(41):
+        directions = torch.randn(16, *shape, generator=torch.Generator().manual_seed(seed))
+        left, _, right = torch.linalg.svd(directions, full_matrices=False)
+        batch = torch.cat([(left * values) @ right for values in spectra(min(shape))])
+        result = newton_schulz(batch, HYBRID, torch.bfloat16).float()
+        assert torch.linalg.matrix_norm(result, 2).max() < 1.02, seed
