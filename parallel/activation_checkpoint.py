@@ -10,11 +10,11 @@ only at the operations that are kept.
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,14 +34,12 @@ _MATMULS = (
 _KEPT = {"block": _CHOICES, "selective": _CHOICES + _MATMULS}
 
 
-def checkpoint_blocks(model: nn.Module, mode: str, twice: bool = False) -> int:
+def checkpoint_blocks(model: nn.Module, mode: str) -> int:
     """Let every block of ``model`` recompute.
 
     Args:
         model: holds :class:`model.block.Block` modules.
         mode: ``none``, ``block`` or ``selective``.
-        twice: a block may be recomputed twice, for the gradients of its input and of its weights
-            apart (zero-bubble pipelines): what is kept then outlives the first.
 
     Returns:
         Number of blocks that recompute.
@@ -54,17 +52,17 @@ def checkpoint_blocks(model: nn.Module, mode: str, twice: bool = False) -> int:
             checkpoint,
             block.forward,
             use_reentrant=False,
-            context_fn=partial(_contexts, frozenset(_KEPT[mode]), twice),
+            context_fn=partial(_contexts, frozenset(_KEPT[mode])),
         )
     return len(blocks)
 
 
 def _contexts(
-    kept: frozenset[Any], twice: bool
+    kept: frozenset[Any],
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """For the first pass and for its recomputation."""
     results: dict[Any, list[Any]] = defaultdict(list)
-    return _Keep(kept, results), _Reuse(kept, results, twice)
+    return _Keep(kept, results), _Reuse(kept, results)
 
 
 class _Keep(TorchDispatchMode):
@@ -84,28 +82,18 @@ class _Keep(TorchDispatchMode):
 
 
 class _Reuse(TorchDispatchMode):
-    """Gives them back, from the first on each time; each is freed when it was used, if once."""
+    """Gives them back; each is freed when it was used."""
 
-    def __init__(self, kept: frozenset[Any], results: dict[Any, list[Any]], twice: bool) -> None:
+    def __init__(self, kept: frozenset[Any], results: dict[Any, list[Any]]) -> None:
         super().__init__()
-        self._kept, self._results, self._twice = kept, results, twice
-        self._used: Counter[Any] = Counter()
-
-    def __enter__(self) -> Self:
-        self._used.clear()
-        return super().__enter__()
+        self._kept, self._results = kept, results
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func not in self._kept:
             return func(*args, **(kwargs or {}))
-        results, place = self._results[func], self._used[func]
-        self._used[func] += 1
-        result = results[place]
-        if not self._twice:
-            results[place] = None
-        return tree_map_only(_Frozen, _Frozen.thaw, result)
+        return tree_map_only(_Frozen, _Frozen.thaw, self._results[func].pop(0))
 
 
 class _Frozen:

@@ -139,6 +139,11 @@ class _Root(torch.autograd.Function):
         return grad_BTSD
 
 
+def _nothing_left() -> Callable[[], None]:
+    """Of a backward pass that was not split: torch would recompute a block for each weight."""
+    return lambda: None
+
+
 def _drop(infos: Any) -> None:
     for info in infos:
         info.buffer = None
@@ -174,13 +179,9 @@ class Pipeline:
         return dist.get_global_rank(self._group, rank_of_stage(index, self._size, self._schedule))
 
     def backward_passes(self, block: str) -> int:
-        """Backward passes through a block in the last step, those of inputs and weights apart.
-
-        The first stage has no input to differentiate: all its work is done with the weights.
-        """
+        """Backward passes through a block that recomputes, in the last step."""
         stage = next(s for s in self.stages if block in dict(s.named_modules()))
-        kinds = "BW" if stage.parts.first else "BIW"
-        return sum(a.kind in kinds and a.stage == stage.parts.index for a in self.actions)
+        return sum(a.kind in "BI" and a.stage == stage.parts.index for a in self.actions)
 
     @property
     def last_holder(self) -> int:
@@ -227,7 +228,7 @@ class Pipeline:
                 model, model.parts.index, self._count, self._device,
                 input_args=() if model.parts.first else (x_BTSD,),
                 output_args=(total if model.parts.last else x_BTSD,),
-                group=self._group,
+                group=self._group, dw_builder=_nothing_left if model.recomputes else None,
             )  # fmt: skip
             stage.actions = self.actions
             stages.append(stage)

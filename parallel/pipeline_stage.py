@@ -38,12 +38,14 @@ class StageModel(DeepSeekV4):
         parts: the same.
         objective: of the current step.
         routing: experts of the microbatch that comes, by gate; None: every gate chooses.
+        recomputes: whether blocks recompute; then a backward pass is not split in two.
         shares: what the microbatches since :meth:`begin` gave.
     """
 
     def __init__(self, config: ModelConfig, parts: StageParts) -> None:
         super().__init__(config)
         self.parts = parts
+        self.recomputes = False
         self.objective: Objective | None = None
         self.routing: Mapping[str, Tensor] | None = None
         self.shares = Shares()

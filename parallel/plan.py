@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,8 @@ from parallel.fsdp import region_of, shard_model
 from parallel.mesh import Mesh
 from parallel.pipeline_split import rank_of_stage, split_stages, splits_backward
 from parallel.pipeline_stage import ModelPart, StageModel
+
+log = logging.getLogger(__name__)
 
 
 def build_sharded_model(
@@ -81,10 +84,17 @@ def build_pipeline_part(
         with torch.device("meta"):
             stage = StageModel(config, parts)
         _shard(stage, mesh, precision, activation_checkpoint, reads_master)
+        stage.recomputes = activation_checkpoint != "none"
         register_fsdp_forward_method(stage, "advance")
         stage.to_empty(device=device)
         init_weights(stage, seed, token_counts_V, region_of)
         stages.append(stage)
+    if splits_backward(layout.schedule) and activation_checkpoint != "none":
+        log.warning(
+            "parallel.schedule=%s with train.activation_checkpoint=%s: gradients of weights are"
+            " computed with those of inputs; apart, a block would be recomputed for every weight",
+            layout.schedule, activation_checkpoint,
+        )  # fmt: skip
     return ModelPart(config, stages)
 
 
@@ -95,7 +105,7 @@ def _shard(
     activation_checkpoint: str,
     reads_master: Callable[[str], bool],
 ) -> None:
-    checkpoint_blocks(model, activation_checkpoint, splits_backward(mesh.layout.schedule))
+    checkpoint_blocks(model, activation_checkpoint)
     if mesh.layout.ep > 1:
         shard_experts(model, mesh.ep)
     shard_model(model, mesh, precision, reads_master)
