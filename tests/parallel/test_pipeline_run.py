@@ -56,7 +56,10 @@ def test_run_on_two_stages_is_audited_and_reports_as_one_process(tmp_path):
         assert first[name] == pytest.approx(expected[name], abs=1e-6), name
     assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-6)
     tables = [
-        {row["name"]: row for row in csv.DictReader(Path(run.run_dir, "params.csv").open())}
+        {
+            row["name"]: row
+            for row in csv.DictReader(Path(run.run_dir, "params.csv").read_text().splitlines())
+        }
         for run in (one, many)
     ]
     assert tables[0] == tables[1]
