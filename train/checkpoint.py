@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step_(\d{8,})")
 _WRITING, _REMOVING = ".writing_", ".removing_"
-_LEAVE_SECONDS = 60.0  # how long a run that ends by an error waits for a save that is under way
+_LEAVE_SECONDS = 10.0  # how long a run that ends by an error waits for a save that is under way
 
 
 class CheckpointFailedError(RuntimeError):
