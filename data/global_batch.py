@@ -47,6 +47,11 @@ class GlobalBatch:
     seq_len: int
     target_bytes: int = 0
 
+    def share_past(self, tokens: int) -> float:
+        """Fraction of tokens with at least ``tokens`` tokens of their own piece before them."""
+        lengths = [span.length for row in self.rows for span in row.spans]
+        return sum(max(0, n - tokens) for n in lengths) / max(1, sum(lengths))
+
     def batch(self, start: int, stop: int) -> Batch:
         """Read rows ``start .. stop - 1``.
 

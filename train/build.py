@@ -118,21 +118,22 @@ def build_layout(run: RunConfig) -> Mesh | None:
 def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4:
     """The model, or this process's part of it, with its first weights, where it will compute."""
     train, device = run.train, compute_device(run.train.device)
+    seed = run.seed + run.init_seed_offset
     token_counts_V = loader.token_counts(run.model.vocab_size)
     if mesh is not None and mesh.layout.pp > 1:
         model = build_pipeline_part(
             run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
-            run.seed, token_counts_V, partial(reads_master, run.quant),
+            seed, token_counts_V, partial(reads_master, run.quant),
             resolve(run).longest_row,
         )  # fmt: skip
     elif mesh is not None:
         model = build_sharded_model(
             run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
-            run.seed, token_counts_V, partial(reads_master, run.quant),
+            seed, token_counts_V, partial(reads_master, run.quant),
         )  # fmt: skip
     else:
         model = DeepSeekV4(run.model)
-        init_weights(model, run.seed, token_counts_V)
+        init_weights(model, seed, token_counts_V)
         checkpoint_blocks(model, train.activation_checkpoint.value)
         model = model.to(device)
     model.compute_dtype = _DTYPES[run.train.precision]

@@ -261,6 +261,7 @@ class RunConfig:
     Attributes:
         run_dir: the run's own folder; the same folder resumes.
         seed: of initialisation and data order.
+        init_seed_offset: added to ``seed`` for the initialisation alone: another start, same data.
         engine: torch, or deepspeed.
         init_from: run folder or checkpoint whose weights a new run starts from; empty: fresh.
         tensorboard: also write TensorBoard event files.
@@ -268,6 +269,7 @@ class RunConfig:
 
     run_dir: str = "runs/default"
     seed: int = 0
+    init_seed_offset: int = 0
     engine: Engine = Engine.torch
     init_from: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
+from data.global_batch import GlobalBatch as PackedBatch
 from data.loader import Loader
-from model.config import ModelConfig
+from model.config import LayerKind, ModelConfig
 from model.flops import training_flops
 from parallel.collectives import local
 from parallel.engine import Engine
@@ -141,13 +142,13 @@ class Trainer:
         step = plan_step(done.step + 1, done.tokens, self.plan, self.run.train, self.run.optim)
         self.phase.enter(step)
         self.profiler.before(step.number)
-        began = time.perf_counter()
+        began, cpu_began = time.perf_counter(), time.process_time()
         rows = self.loader.plan(step.num_rows, step.stage.seq_len)
         routed = self.anticipation.rows(step, rows)
         with self.audit.watching(step, rows) as observer:
             self.phase.probe.begin_step(step.monitors)
             result = train_step(self.engine, routed, step, observer, self.recovery)
-        seconds = time.perf_counter() - began
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         self.profiler.after(step.number)
         verdict = self.recovery.after(step, result)
         if verdict.remedy is Remedy.rollback:
@@ -162,6 +163,9 @@ class Trainer:
         record = self._record(step, rows, result, seconds)
         if isinstance(routed, RoutedRows):
             record["anticipated"] = 1
+        record["step_cpu_seconds"] = self.engine.largest(cpu_seconds)
+        if step.monitors:
+            record |= reach(rows, self.run.model)
         if _due(step.number, self._eval_every, self.plan.steps):
             record |= self.evaluator.evaluate(step)
         self._val_loss = record.get("val_loss")
@@ -391,6 +395,19 @@ def flops_per_token(config: ModelConfig, step: StepPlan) -> float:
         config, stage.seq_len, stage.indexer_phase.value, indexer_loss=step.weights.indexer > 0
     )
     return flops.total
+
+
+def reach(rows: PackedBatch, config: ModelConfig) -> Record:
+    """How many tokens the compressed branches can matter for: what the window does not hold."""
+    found = {"past_window": rows.share_past(config.sliding_window)}
+    blocks = [
+        config.ratio(layer)
+        for layer in range(config.num_hidden_layers)
+        if config.kind(layer) is LayerKind.hca
+    ]
+    if blocks:
+        found["past_hca_block"] = rows.share_past(max(blocks))
+    return found
 
 
 def _due(step: int, every: int, last: int | None = None) -> bool:

@@ -79,6 +79,14 @@ METRICS = (
     Metric(
         "indexer_leaves_out", "fraction of queries that see more than top-k entries", Reduction.mean
     ),
+    Metric(
+        "past_window", "fraction of tokens whose document began before the window", Reduction.same
+    ),
+    Metric(
+        "past_hca_block",
+        "fraction of tokens behind their document's first HCA block",
+        Reduction.same,
+    ),
     Metric("stream_gain", "norm after / norm before a block", Reduction.mean),
     Metric("quant_error_*", "squared error / squared norm, per part of quant", Reduction.mean),
     Metric("quant_zeroed_*", "fraction of non-zero values rounded to zero", Reduction.mean),
@@ -91,6 +99,7 @@ METRICS = (
     Metric("val_bits_per_byte", "bits per byte of validation text", Reduction.sum),
     Metric("tokens_per_second", "tokens per second, padding included", Reduction.same, True),
     Metric("step_seconds", "seconds", Reduction.max, True),
+    Metric("step_cpu_seconds", "CPU seconds of the process, all threads", Reduction.max, True),
     Metric("eval_seconds", "seconds of the evaluation after the step", Reduction.max, True),
     Metric(
         "checkpoint_seconds",
