@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -142,16 +142,23 @@ def _start(protocol: Protocol, batch: Batch, launcher: str, lock: int) -> ExitCo
     # The child holds the lock too, so that nobody writes to its folders should we be killed.
     process = subprocess.Popen(command, cwd=ROOT, pass_fds=[lock])
 
-    def forward(number: int, _: FrameType | None) -> None:
-        process.send_signal(number)
+    stopping = False
 
-    before = signal.signal(signal.SIGTERM, forward)
+    def stop(_: int, __: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = True
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
-        code = process.wait()
-    except KeyboardInterrupt:  # the child got it from the terminal too
-        code = process.wait()
+        while process.poll() is None:
+            if stopping:  # again and again: Hydra starts the next run of a batch
+                process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=1)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    code = ExitCode.resumable if stopping else process.returncode
     return ExitCode(code) if code in list(ExitCode) else ExitCode.failure
 
 
