@@ -288,15 +288,15 @@ class Protocol:
         stem = self._stem(first, swept)
         values = [repr(cell.lr if swept == "optim.lr" else cell.seed) for cell in batch.cells]
         if len(values) == 1:
-            return [*fixed, f"{swept}={values[0]}", f"run_dir={stem}_sweep/{swept}={values[0]}"]
-        return ["-m", *launcher, *fixed, f"{swept}={','.join(values)}", f"run_dir={stem}"]
+            return [*fixed, f"{swept}={values[0]}", f"run_dir='{stem}_sweep/{swept}={values[0]}'"]
+        return ["-m", *launcher, *fixed, f"{swept}={','.join(values)}", f"run_dir='{stem}'"]
 
     def _stem(self, cell: Cell, swept: str) -> Path:
         """Folder of a batch, named by what its runs share."""
         shared = replace(self.config(cell), seed=0)
         shared = replace(shared, optim=replace(shared.optim, lr=1.0))
         name = f"{cell.arm}_{cell.steps}_{identity_of(shared, self._evaluates(cell.arm))}"
-        fixed = f"seed={cell.seed}" if swept == "optim.lr" else f"lr={cell.lr!r}"
+        fixed = f"seed{cell.seed}" if swept == "optim.lr" else f"lr{cell.lr!r}"
         return self.out / name / fixed
 
     def _evaluates(self, arm: str) -> bool:
