@@ -191,12 +191,16 @@ class Protocol:
             if cells:
                 yield Batch(f"search, {arm}", cells, "optim.lr")
 
-    def _seeds(self) -> Iterator[Batch]:
+    def _wanted(self) -> list[tuple[str, int]]:
+        """Arm and steps of everything that trains on the study's seeds, in order."""
         study, ask = self.study, self.study.catch_up
         wanted = [(arm, study.steps) for arm in self.trained_arms]
-        wanted += [(AGAIN, study.steps)] if study.again else []
         wanted += [(ask.arm, self.shortened(f)) for f in ask.fractions if ask.arm]
-        for arm, steps in wanted:
+        return wanted + ([(AGAIN, study.steps)] if study.again else [])
+
+    def _seeds(self) -> Iterator[Batch]:
+        study = self.study
+        for arm, steps in self._wanted():
             rate = self.choice(arm).best
             assert rate is not None
             cells = [Cell(arm, steps, rate, seed) for seed in study.seeds]
@@ -221,17 +225,14 @@ class Protocol:
 
         What depends on a learning rate that is not chosen yet is shown at the grid's middle.
         """
-        study, ask = self.study, self.study.catch_up
+        study = self.study
         for arm in self.trained_arms:
             choice, grid = self.choice(arm), study.grid(arm)
             wanted = len(choice.tried) + len(choice.missing)
             example = self._search_cell(arm, grid[len(grid) // 2])
             yield f"search, {arm}", example, wanted, len(choice.tried)
-        wanted = [(arm, study.steps) for arm in self.trained_arms]
-        wanted += [(AGAIN, study.steps)] if study.again else []
-        wanted += [(ask.arm, self.shortened(f)) for f in ask.fractions if ask.arm]
-        wanted += [(arm, study.steps) for arm in study.arms if self._evaluates(arm)]
-        for arm, steps in wanted:
+        evaluated = [(arm, study.steps) for arm in study.arms if self._evaluates(arm)]
+        for arm, steps in [*self._wanted(), *evaluated]:
             grid = study.grid(study.baseline if arm == AGAIN else arm)
             rate = self.choice(arm).best or grid[len(grid) // 2]
             done = len(self.results(arm, steps))

@@ -77,6 +77,13 @@ class FinishedRun:
         return float("inf") if value is None else float(value)
 
     @property
+    def bits_per_byte(self) -> float | None:
+        """Of the validation text, after the last step."""
+        return self.receipt["metrics" if self.is_evaluation else "final_metrics"].get(
+            "val_bits_per_byte"
+        )
+
+    @property
     def has_weights(self) -> bool:
         """Whether a checkpoint lies there too."""
         return any((self.folder / CHECKPOINTS).glob("step_*"))
@@ -107,7 +114,11 @@ def read_run(folder: Path) -> FinishedRun:
             f"{folder}: {name} is of the config {receipt['config_sha256'][:12]}, but {CONFIG} is"
             f" {config_hash(raw)[:12]}"
         )
-    return FinishedRun(folder, load(OmegaConf.create(raw)), receipt, read_metrics(folder / METRICS))
+    try:
+        run = load(OmegaConf.create(raw))
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+    return FinishedRun(folder, run, receipt, read_metrics(folder / METRICS))
 
 
 class Store:

@@ -1,0 +1,109 @@
+"""Report of a study, or of any runs side by side: Markdown, and one HTML file that needs no other.
+
+    python scripts/report.py study=muon_vs_adamw
+    python scripts/report.py runs/one runs/other --out runs/comparison
+
+With a study it reads the finished runs below --runs again and writes docs/studies/NAME. With run
+folders (or archived ones, docs/studies/runs/ID) it says why they differ: config, code, data, layout
+and machine, the first step at which they part, and their curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
+    sys.path.insert(0, ROOT)
+
+from scripts.report_document import Document, Picture, Table
+from scripts.run_differences import differences, explain
+from scripts.study_config import load_study
+from scripts.study_plots import draw_runs
+from scripts.study_protocol import Protocol, from_root
+from scripts.study_report import write_study_report
+from scripts.study_store import FinishedRun, Store, read_run
+from train.errors import ExitCode, UserError, is_user_error, one_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, read, write."""
+    args = _parse(argv)
+    try:
+        path = _study(args) if args.what[0].startswith("study=") else _runs(args)
+    except ValueError as error:
+        if not is_user_error(error):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return ExitCode.user_error
+    print(path.read_text(encoding="utf-8").split("\n## ")[0])
+    print(f"report: {path} and {path.with_suffix('.html').name}")
+    return ExitCode.finished
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", nargs="+", help="study=NAME KEY=VALUE ..., or run folders")
+    parser.add_argument(
+        "--out", type=Path, help="where to write (default: docs/studies, or runs/comparison)"
+    )
+    parser.add_argument(
+        "--runs", type=Path, action="append", help="where a study's runs lie (may be repeated)"
+    )
+    return parser.parse_args(argv)
+
+
+def _study(args: argparse.Namespace) -> Path:
+    root = Path(ROOT)
+    folders = args.runs or [root / "runs" / "studies", root / "docs" / "studies" / "runs"]
+    name = args.what[0].partition("=")[2]
+    study = load_study(name, args.what[1:])
+    protocol = Protocol(study, Store(folders, None), Path(from_root(folders[0])))
+    return write_study_report(name, protocol, args.out or root / "docs" / "studies")
+
+
+def _runs(args: argparse.Namespace) -> Path:
+    folders = [Path(word) for word in args.what]
+    if len(folders) < 2:
+        raise UserError(f"{folders[0]}: give at least two run folders, or study=NAME")
+    runs = [read_run(folder) for folder in folders]
+    return comparison(runs).write(args.out or Path(ROOT) / "runs" / "comparison")
+
+
+def comparison(runs: Sequence[FinishedRun]) -> Document:
+    """Runs side by side."""
+    names = _names(runs)
+    document = Document("Comparison of runs", f"{' | '.join(names)}: {explain(runs)}.")
+    found = differences(runs)
+    for aspect in dict.fromkeys(d.aspect for d in found):
+        rows = [[f"`{d.key}`", *d.values] for d in found if d.aspect == aspect]
+        document.add(f"Differences: {aspect}", Table([aspect, *names], rows))
+    rows = [
+        [name, f"`{run.receipt['config_sha256'][:12]}`", f"`{run.code[:12]}`",
+         str(len(run.records)), f"{run.val_loss:.4f}"]
+        for name, run in zip(names, runs, strict=True)
+    ]  # fmt: skip
+    head = ["run", "config", "code", "steps", "validation loss"]
+    document.add("Results", Table(head, rows))
+    if any(run.records for run in runs):
+        figure = draw_runs(dict(zip(names, runs, strict=True)))
+        document.add("Curves", Picture("curves", "loss of each run", figure))
+    return document
+
+
+def _names(runs: Sequence[FinishedRun]) -> list[str]:
+    """The shortest ends of the folders' paths that tell them apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len({*names}) == len(names):
+            return names
+    return [str(run.folder) for run in runs]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""A small document of headings, text, tables and figures, as Markdown and as one HTML file.
+
+The HTML holds its figures inside; Markdown refers to PNG files beside it.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+table { border-collapse: collapse; margin: 1rem 0; }
+th, td { padding: .25rem .7rem; border-bottom: 1px solid #ddd; text-align: left; }
+th { border-bottom: 2px solid #888; }
+img { max-width: 100%; }
+code { background: #f3f3f3; padding: 0 .2rem; overflow-wrap: anywhere; }
+.lead { font-size: 1.15rem; font-weight: 600; border-left: 4px solid #36c; padding-left: .8rem; }
+"""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows under a head, all text."""
+
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with its name and what it shows."""
+
+    name: str
+    caption: str
+    figure: Figure
+
+
+Block = str | Table | Picture
+
+
+@dataclass
+class Document:
+    """What a report says, in order.
+
+    Attributes:
+        title: the heading.
+        lead: the answer, in one line.
+        sections: heading -> blocks.
+    """
+
+    title: str
+    lead: str
+    sections: dict[str, list[Block]] = field(default_factory=dict)
+
+    def add(self, heading: str, *blocks: Block | None) -> None:
+        """Append blocks to a section; None is left out."""
+        self.sections.setdefault(heading, []).extend(b for b in blocks if b is not None)
+
+    def write(self, folder: Path) -> Path:
+        """Write ``report.md``, its PNG files and ``report.html``; returns the Markdown's path."""
+        folder.mkdir(parents=True, exist_ok=True)
+        images: dict[str, bytes] = {}
+        for block in (b for blocks in self.sections.values() for b in blocks):
+            if isinstance(block, Picture):
+                images[block.name] = _png(block.figure)
+                (folder / f"{block.name}.png").write_bytes(images[block.name])
+        path = folder / "report.md"
+        path.write_text(self.markdown(), encoding="utf-8")
+        (folder / "report.html").write_text(self.html(images), encoding="utf-8")
+        return path
+
+    def markdown(self) -> str:
+        """As Markdown."""
+        parts = [f"# {self.title}", f"**{self.lead}**"]
+        for heading, blocks in self.sections.items():
+            parts += [f"## {heading}", *(_markdown(block) for block in blocks)]
+        return "\n\n".join(parts) + "\n"
+
+    def html(self, images: dict[str, bytes]) -> str:
+        """As one HTML page.
+
+        Args:
+            images: PNG of each picture, by name.
+        """
+        parts = [f"<h1>{html.escape(self.title)}</h1>", f'<p class="lead">{_inline(self.lead)}</p>']
+        for heading, blocks in self.sections.items():
+            parts.append(f"<h2>{html.escape(heading)}</h2>")
+            parts += [_html(block, images) for block in blocks]
+        title = html.escape(self.title)
+        head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        body = "\n".join(parts)
+        return (
+            f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
+        )
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=90, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _markdown(block: Block) -> str:
+    if isinstance(block, str):
+        return block
+    if isinstance(block, Picture):
+        return f"![{block.caption}]({block.name}.png)\n\n{block.caption}"
+    lines = [block.head, ["---"] * len(block.head), *block.rows]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in lines)
+
+
+def _html(block: Block, images: dict[str, bytes]) -> str:
+    if isinstance(block, str):
+        return f"<p>{_inline(block)}</p>"
+    if isinstance(block, Picture):
+        data = base64.b64encode(images[block.name]).decode()
+        caption = html.escape(block.caption)
+        return f'<p><img alt="{caption}" src="data:image/png;base64,{data}"><br>{caption}</p>'
+    head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.head)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>"
+        for row in block.rows
+    )
+    return f"<table><tr>{head}</tr>{rows}</table>"
+
+
+def _inline(text: str) -> str:
+    """Code spans and bold; the rest is escaped."""
+    escaped = html.escape(text)
+    escaped = re.sub(r"`([^`]*)`", r"<code>\1</code>", escaped)
+    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escaped).replace("\n", "<br>")
