@@ -32,11 +32,13 @@ class ArmConfig:
         overrides: of ``train/pretrain.py``, on top of the study's ``base``.
         lr: learning rates that the search tries first, ascending; empty: those of the baseline.
         evaluates: another arm, whose trained weights this arm evaluates and does not train.
+        fraction: of the study's steps that this arm trains for, with its own decay.
     """
 
     overrides: list[str] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     evaluates: str = ""
+    fraction: float = 1.0
 
 
 @dataclass
@@ -143,6 +145,10 @@ class StudyConfig:
                 (
                     arm.evaluates in ("", *names) and arm.evaluates != name,
                     f"arms.{name}.evaluates={arm.evaluates} must be another of arms={names}",
+                ),
+                (
+                    0 < arm.fraction <= 1,
+                    f"arms.{name}.fraction={arm.fraction} must lie in (0, 1]",
                 ),
                 (
                     bool(arm.evaluates) or len(self.grid(name)) >= 3,

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -45,7 +46,8 @@ def draw_curves(arms: Iterable[ArmResult]) -> Figure:
         lowest, highest = ([pick(v) for v in points.values()] for pick in (min, max))
         axes.fill_between(steps, lowest, highest, color=colour, alpha=0.2)
     axes.plot([], [], color="grey", alpha=0.5, linewidth=1, label="training loss, smoothed")
-    finite = [v for line in axes.lines for v in line.get_ydata() if math.isfinite(v)]
+    drawn = (float(v) for line in axes.lines for v in np.asarray(line.get_ydata()))
+    finite = [v for v in drawn if math.isfinite(v)]
     if finite:
         axes.set_ylim(min(finite) - 0.05, statistics.quantiles(finite, n=20)[-2])
     axes.legend()

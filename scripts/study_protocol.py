@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 
 from scripts.study_config import AGAIN, StudyConfig
@@ -129,10 +128,16 @@ class Protocol:
     _configs: dict[tuple[str, int], RunConfig] = field(default_factory=dict)
 
     # ---- what to run -------------------------------------------------------------------------
-    @cached_property
+    @property
     def search_steps(self) -> int:
-        """Steps of a run of the search."""
-        return max(1, round(self.study.steps * self.study.search.fraction))
+        """Steps of a run of the baseline's search."""
+        return self.shortened(self.study.search.fraction)
+
+    def steps_of(self, arm: str) -> int:
+        """Steps of an arm's runs."""
+        config = self.study.arms[self.study.baseline if arm == AGAIN else arm]
+        trained = self.study.arms[config.evaluates] if config.evaluates else config
+        return self.shortened(trained.fraction)
 
     @property
     def trained_arms(self) -> list[str]:
@@ -172,17 +177,18 @@ class Protocol:
 
         Args:
             arm: its name, or :data:`AGAIN`.
-            steps: of the runs; 0: the study's.
+            steps: of the runs; 0: the arm's own.
         """
         rate = self.choice(arm).best
         if rate is None:
             return {}
-        cells = [Cell(arm, steps or self.study.steps, rate, seed) for seed in self.study.seeds]
+        cells = [Cell(arm, steps or self.steps_of(arm), rate, seed) for seed in self.study.seeds]
         found = {cell.seed: self.find(cell) for cell in cells}
         return {seed: run for seed, run in found.items() if run is not None}
 
     def _search_cell(self, arm: str, rate: float) -> Cell:
-        return Cell(arm, self.search_steps, rate, self.study.search.seed)
+        steps = max(1, round(self.steps_of(arm) * self.study.search.fraction))
+        return Cell(arm, steps, rate, self.study.search.seed)
 
     def _search(self) -> Iterator[Batch]:
         for arm in self.trained_arms:
@@ -194,9 +200,9 @@ class Protocol:
     def _wanted(self) -> list[tuple[str, int]]:
         """Arm and steps of everything that trains on the study's seeds, in order."""
         study, ask = self.study, self.study.catch_up
-        wanted = [(arm, study.steps) for arm in self.trained_arms]
+        wanted = [(arm, self.steps_of(arm)) for arm in self.trained_arms]
         wanted += [(ask.arm, self.shortened(f)) for f in ask.fractions if ask.arm]
-        return wanted + ([(AGAIN, study.steps)] if study.again else [])
+        return wanted + ([(AGAIN, self.steps_of(AGAIN))] if study.again else [])
 
     def _seeds(self) -> Iterator[Batch]:
         study = self.study
@@ -206,7 +212,7 @@ class Protocol:
             cells = [Cell(arm, steps, rate, seed) for seed in study.seeds]
             cells = [cell for cell in cells if not self._is_done(cell)]
             if cells:
-                short = "" if steps == study.steps else f", {steps} steps"
+                short = "" if steps == self.steps_of(arm) else f", {steps} steps"
                 yield Batch(f"seeds, {arm}{short}", tuple(cells), "seed")
         yield from self._evaluations()
 
@@ -216,7 +222,7 @@ class Protocol:
                 continue
             for seed, source in self.results(arm.evaluates).items():
                 rate = source.run.optim.lr
-                cell = Cell(name, self.study.steps, rate, seed, from_root(source.folder))
+                cell = Cell(name, self.steps_of(name), rate, seed, from_root(source.folder))
                 if self.find(cell) is None and source.has_weights:
                     yield Batch(f"evaluation, {name}, seed {seed}", (cell,), "seed")
 
@@ -231,7 +237,7 @@ class Protocol:
             wanted = len(choice.tried) + len(choice.missing)
             example = self._search_cell(arm, grid[len(grid) // 2])
             yield f"search, {arm}", example, wanted, len(choice.tried)
-        evaluated = [(arm, study.steps) for arm in study.arms if self._evaluates(arm)]
+        evaluated = [(arm, self.steps_of(arm)) for arm in study.arms if self._evaluates(arm)]
         for arm, steps in [*self._wanted(), *evaluated]:
             grid = study.grid(study.baseline if arm == AGAIN else arm)
             rate = self.choice(arm).best or grid[len(grid) // 2]
@@ -241,7 +247,7 @@ class Protocol:
     def _is_done(self, cell: Cell) -> bool:
         """A run whose weights an arm still has to evaluate must have left them."""
         found = self.find(cell)
-        if found is None or found.has_weights or cell.steps != self.study.steps:
+        if found is None or found.has_weights or cell.steps != self.steps_of(cell.arm):
             return found is not None
         evaluated_by = [n for n, arm in self.study.arms.items() if arm.evaluates == cell.arm]
         return all(self.find(replace(cell, arm=name)) is not None for name in evaluated_by)
@@ -268,7 +274,7 @@ class Protocol:
         study = self.study
         again = cell.arm == AGAIN
         arm = study.arms[study.baseline if again else cell.arm]
-        every = math.ceil(cell.steps / study.evaluations)
+        every = math.ceil(cell.steps / min(cell.steps, study.evaluations))
         own = [*study.base, *arm.overrides]
         own += [f"train.steps={cell.steps}", f"train.eval_every={every}"]
         own += [f"optim.lr={cell.lr!r}", f"seed={cell.seed}"]

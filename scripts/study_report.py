@@ -20,7 +20,7 @@ from scripts.study_statistics import Crossing, Spread, Verdict, spread
 from train.receipt import plain, write_json
 
 MEASURED = "Measured on this machine"
-_WORDS = {Verdict.lower: "a lower loss than", Verdict.higher: "a higher loss than"}
+_WORDS = {Verdict.below: "a lower loss than", Verdict.above: "a higher loss than"}
 
 
 def write_study_report(name: str, protocol: Protocol, root: Path) -> Path:

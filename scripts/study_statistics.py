@@ -20,8 +20,8 @@ _ITERATIONS, _TINY = 300, 1e-300
 class Verdict(StrEnum):
     """What a comparison says of an arm's loss beside the baseline's."""
 
-    lower = "lower"
-    higher = "higher"
+    below = "below"
+    above = "above"
     none = "no verdict"
 
 
@@ -82,7 +82,7 @@ def judge(test: Paired, level: float, floor: float = 0.0) -> Verdict:
     """A verdict needs both: a significant mean, and one above the noise floor."""
     if test.p >= level or abs(test.mean) <= floor:
         return Verdict.none
-    return Verdict.lower if test.mean < 0 else Verdict.higher
+    return Verdict.below if test.mean < 0 else Verdict.above
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 
 from train.config import RunConfig, load
 from train.errors import UserError
@@ -115,7 +115,7 @@ def read_run(folder: Path) -> FinishedRun:
             f" {config_hash(raw)[:12]}"
         )
     try:
-        run = load(OmegaConf.create(raw))
+        run = load(DictConfig(raw))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
     return FinishedRun(folder, run, receipt, read_metrics(folder / METRICS))
