@@ -125,7 +125,8 @@ class Protocol:
     study: StudyConfig
     store: Store
     out: Path
-    _configs: dict[tuple[str, int], RunConfig] = field(default_factory=dict)
+    _configs: dict[str, RunConfig] = field(default_factory=dict)
+    _identities: dict[tuple[str, int, float, int], str] = field(default_factory=dict)
 
     # ---- what to run -------------------------------------------------------------------------
     @property
@@ -259,24 +260,29 @@ class Protocol:
     # ---- a run's config ----------------------------------------------------------------------
     def find(self, cell: Cell) -> FinishedRun | None:
         """The finished run of a cell, or None."""
-        return self.store.find(self.config(cell), self._evaluates(cell.arm))
+        key = (cell.arm, cell.steps, cell.lr, cell.seed)
+        if key not in self._identities:
+            self._identities[key] = identity_of(self.config(cell), self._evaluates(cell.arm))
+        return self.store.runs.get(self._identities[key])
 
     def config(self, cell: Cell) -> RunConfig:
         """The config of a cell, up to its folder."""
-        key = (cell.arm, cell.steps)
-        if key not in self._configs:
-            self._configs[key] = compose_run(self.overrides(cell))
-        run = self._configs[key]
-        return replace(run, seed=cell.seed, optim=replace(run.optim, lr=cell.lr))
+        if cell.arm not in self._configs:
+            self._configs[cell.arm] = compose_run(self.overrides(cell))
+        run = self._configs[cell.arm]
+        train = replace(run.train, steps=cell.steps, eval_every=self._eval_every(cell))
+        return replace(run, seed=cell.seed, optim=replace(run.optim, lr=cell.lr), train=train)
+
+    def _eval_every(self, cell: Cell) -> int:
+        return math.ceil(cell.steps / min(cell.steps, self.study.evaluations))
 
     def overrides(self, cell: Cell) -> list[str]:
         """Everything that the command line of a cell says but its folder."""
         study = self.study
         again = cell.arm == AGAIN
         arm = study.arms[study.baseline if again else cell.arm]
-        every = math.ceil(cell.steps / min(cell.steps, study.evaluations))
         own = [*study.base, *arm.overrides]
-        own += [f"train.steps={cell.steps}", f"train.eval_every={every}"]
+        own += [f"train.steps={cell.steps}", f"train.eval_every={self._eval_every(cell)}"]
         own += [f"optim.lr={cell.lr!r}", f"seed={cell.seed}"]
         own += [f"init_seed_offset={AGAIN_OFFSET}"] if again else []
         own += ["train.eval_only=true"] if arm.evaluates else []

@@ -131,7 +131,7 @@ class Store:
 
     def __init__(self, folders: Iterable[Path], code: str | None) -> None:
         self._folders, self._code = list(folders), code
-        self.runs: dict[str, FinishedRun] = {}
+        self.runs: dict[str, FinishedRun] = {}  # by identity
         self.other_code: dict[str, FinishedRun] = {}
         self._seen: set[Path] = set()
         self.scan()
@@ -142,10 +142,6 @@ class Store:
             for name in (RECEIPT, EVALUATION):
                 for path in sorted(folder.rglob(name)):
                     self._take(path.parent)
-
-    def find(self, run: RunConfig, evaluation: bool = False) -> FinishedRun | None:
-        """The finished run with this config, or None."""
-        return self.runs.get(identity_of(run, evaluation))
 
     def _take(self, folder: Path) -> None:
         if folder in self._seen:

@@ -1,7 +1,7 @@
 """What a study runs, in which order, and what it refuses; every study of conf/ composes.
 
-Finished runs are written by ``folders.leave_run`` as the trainer writes them, with losses of a known
-function of the learning rate, so that the right choice is known.
+Finished runs are written by ``folders.leave_run`` as the trainer writes them; losses are known
+functions of the learning rate, so that the right choice is known.
 """
 
 import json
@@ -163,8 +163,7 @@ def test_archived_runs_are_enough_to_continue(tmp_path):
     found = protocol(tmp_path).find(cell)
     assert found is not None
     kept = archive(found, tmp_path / "archive")
-    again = Store([tmp_path / "archive"], CODE).find(plan.config(cell))
-    assert again is not None
+    again = Store([tmp_path / "archive"], CODE).runs[found.identity]
     assert (again.folder, again.val_loss) == (kept, 3.0)
     assert again.records == found.records
 
@@ -197,9 +196,13 @@ def test_constants_of_muon_are_study_parameters(tmp_path):
     assert run["momentum_90"].optim.muon.momentum == 0.9
     assert run["rms_25"].optim.muon.rms == 0.25
     split = run["heads_split"]
-    shape = {"layers.1.attn.wq_b.weight": (128, 64)}
-    rows = [build_table(shape, r.optim, split_counts(r.model)) for r in (split, run["rms_25"])]
-    assert [row[0].num_matrices for row in rows] == [split.model.num_attention_heads, 1]
+    shapes = {
+        "layers.1.attn.wq_b.weight": (128, 64),
+        "layers.1.attn.indexer.wq_b.weight": (512, 64),
+    }
+    rows = [build_table(shapes, r.optim, split_counts(r.model)) for r in (split, run["rms_25"])]
+    heads, index_heads = split.model.num_attention_heads, split.model.index_n_heads
+    assert [[r.num_matrices for r in table] for table in rows] == [[heads, index_heads], [1, 1]]
 
 
 def test_all_hash_routes_every_layer_by_hash(tmp_path):

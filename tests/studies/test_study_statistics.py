@@ -113,7 +113,9 @@ def test_an_effect_of_some_sigmas_is_found_with_its_sign():
 def test_a_small_lucky_spread_does_not_pass_the_floor():
     """Five differences that happen to agree are significant, but below what A/A shows."""
     test = paired({s: 3.010 + s * 1e-4 for s in range(5)}, dict.fromkeys(range(5), 3.0), 0.05)
-    again = paired({s: 3.0 + (-1) ** s * 0.03 for s in range(5)}, dict.fromkeys(range(5), 3.0), 0.05)
+    again = paired(
+        {s: 3.0 + (-1) ** s * 0.03 for s in range(5)}, dict.fromkeys(range(5), 3.0), 0.05
+    )
     assert test is not None
     assert again is not None
     assert judge(test, 0.05) is Verdict.above

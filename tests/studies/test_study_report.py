@@ -1,0 +1,176 @@
+"""What a report says of runs whose losses are known, and why two runs differ.
+
+Losses are written by ``folders.leave_run``: a power law of the steps with noise of a known size per
+seed and arm, so that verdicts and the steps to a loss can be computed by hand.
+"""
+
+import json
+import math
+import random
+import re
+
+import pytest
+
+from scripts import report
+from scripts.run_differences import differences, explain, parting_step
+from scripts.study_config import AGAIN, load_study
+from scripts.study_protocol import Cell, Protocol
+from scripts.study_report import study_document, write_study_report
+from scripts.study_results import gather
+from scripts.study_statistics import Verdict, judge, noise_floor, paired
+from scripts.study_store import Store, read_run
+from tests.helpers import ROOT
+from tests.studies.folders import CODE, leave_run
+
+WORDS = ["steps=100", "seeds=[1,2,3]", "catch_up.fractions=[0.25,0.5]"]
+
+
+def protocol(tmp_path, *words, name="muon_vs_adamw"):
+    config = load_study(name, [*(WORDS if name == "muon_vs_adamw" else []), *words])
+    return Protocol(config, Store([tmp_path / "runs"], CODE), tmp_path / "runs")
+
+
+def fill(tmp_path, effect, sigma=0.01, skip=(), *words):
+    """Finish every run: muon's loss is 6 - log2(steps / 10); adamw's lies ``effect`` above."""
+    generator = random.Random(5)
+    plan = protocol(tmp_path, *words)
+    for arm, grid in (("muon", [4e-3, 8e-3, 1.6e-2]), ("adamw", [2e-3, 4e-3, 8e-3])):
+        for rate, loss in zip(grid, (5.0, 4.0, 5.0), strict=True):
+            leave(tmp_path, plan, Cell(arm, plan.search_steps, rate, 0), loss)
+    cells = [("muon", 8e-3, n) for n in (25, 50, 100)]
+    cells += [("adamw", 4e-3, 100), (AGAIN, 8e-3, 100)]
+    for arm, rate, steps in cells:
+        for seed in plan.study.seeds:
+            order = 0.1 * seed  # what data order does to all arms alike
+            loss = 6 - math.log2(steps / 10) + order + generator.gauss(0, sigma)
+            loss += effect if arm == "adamw" else 0
+            if (arm, seed) not in skip:
+                leave(tmp_path, plan, Cell(arm, steps, rate, seed), loss)
+    return protocol(tmp_path, *words)
+
+
+def leave(tmp_path, plan, cell, loss):
+    folder = tmp_path / "runs" / f"{cell.arm}_{cell.steps}_{cell.lr}_{cell.seed}"
+    curve = {max(1, cell.steps // 4): loss + 0.5, cell.steps: loss}
+    leave_run(folder, plan.config(cell), curve)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """The report of a study in which adamw lies 0.5 nats above muon."""
+    folder = tmp_path_factory.mktemp("planted")
+    return write_study_report("muon_vs_adamw", fill(folder, 0.5), folder / "docs")
+
+
+def test_report_finds_a_planted_effect_and_its_price_in_steps(planted):
+    """Muon falls by a nat with each doubling: it needs 100 / 2^0.5 = 70.7 steps for that loss."""
+    path = planted
+    lines = path.read_text().splitlines()
+    assert lines[2].startswith("**adamw has a higher loss than muon (+0.5")
+    ratio = re.search(r"muon needs (0\.\d+) \+- (0\.\d+) \(sigma", lines[2])
+    assert ratio is not None
+    assert abs(float(ratio[1]) - 2**-0.5) < 2 * float(ratio[2]) < 0.02
+    found = json.loads((path.parent / "results.json").read_text())
+    assert found["comparisons"][0]["verdict"] == "above"
+    assert found["missing"] == 0
+    assert found["arms"]["adamw"]["lr"] == 4e-3
+
+
+def test_report_gives_no_verdict_where_nothing_differs(tmp_path):
+    results = gather("muon_vs_adamw", fill(tmp_path, 0.0))
+    assert results.comparisons[0].verdict is Verdict.none
+    assert results.floor > 0
+    assert study_document(results).lead.startswith("adamw against muon: no verdict (")
+
+
+def test_half_a_study_has_no_verdict_however_large_the_effect(tmp_path):
+    plan = fill(tmp_path, 0.5, 0.01, [("adamw", 3)])
+    results = gather("muon_vs_adamw", plan)
+    assert results.comparisons[0].test is not None
+    assert results.comparisons[0].test.p < 0.05
+    document = study_document(results)
+    assert "no verdict" in document.lead
+    assert "2 of 3 seeds" in document.lead
+    assert "1 runs are still to do" in document.lead
+
+
+def test_rate_at_the_edge_of_the_grid_is_no_answer(tmp_path):
+    plan = protocol(tmp_path, "search.extensions=0")
+    for arm in ("muon", "adamw"):
+        for rate in plan.study.grid(arm):
+            leave(tmp_path, plan, Cell(arm, plan.search_steps, rate, 0), 5.0 + rate)
+    results = gather("muon_vs_adamw", protocol(tmp_path, "search.extensions=0"))
+    assert study_document(results).lead == (
+        "No answer: muon: the best learning rate, 0.004, is the lowest of 3 tried (0.004 to 0.016)."
+    )
+
+
+def test_html_needs_no_other_file(planted):
+    path = planted
+    html = path.with_suffix(".html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,40})', html)
+    assert len(sources) >= 4
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    for name in re.findall(r"\]\(([^)]+)\)", path.read_text()):
+        assert (path.parent / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_two_runs_says_why_they_differ(tmp_path, capsys):
+    plan = protocol(tmp_path)
+    for rate, seed in ((8e-3, 1), (8e-3, 2), (1e-2, 1)):
+        leave(tmp_path, plan, Cell("muon", 100, rate, seed), 3.0 + seed)
+    folders = sorted(path.parent for path in (tmp_path / "runs").rglob("receipt.json"))
+    runs = [read_run(folder) for folder in folders]
+    assert [(d.aspect, d.key, d.values) for d in differences([runs[0], runs[1]])] == [
+        ("config", "seed", ("1", "2")), ("data", "seed", ("1", "2")),
+    ]  # fmt: skip
+    assert parting_step(runs[0], runs[1]) == 25
+    assert parting_step(runs[0], runs[2]) is None
+    assert explain([runs[0], runs[2]]) == "they differ in config (1); losses are equal bit for bit"
+    out = ["--out", str(tmp_path / "out")]
+    assert report.main([*map(str, folders), *out]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| `optim.lr` | 0.008 | 0.008 | 0.01 |" in text
+    assert report.main([str(folders[0]), *out]) == 2
+    assert report.main([str(tmp_path), str(folders[0]), *out]) == 2
+    assert "holds no finished run" in capsys.readouterr().err
+
+
+# ---- recorded losses -----------------------------------------------------------------------------
+RECORDED = ROOT / "docs" / "studies" / "muon_vs_adamw" / "results.json"
+
+
+def recorded_pairs():
+    """A/A differences of the committed study, seed by seed."""
+    arms = json.loads(RECORDED.read_text())["arms"]
+    losses = {arm: arms[arm]["val_loss"] for arm in ("muon", AGAIN)}
+    return {int(s): losses[AGAIN][s] - losses["muon"][s] for s in losses[AGAIN]}
+
+
+def test_recorded_equal_arms_give_no_verdict_in_18_of_20_repeats():
+    """Which of two equal arms is called the first is chance, so signs are drawn anew each time."""
+    pairs, generator = recorded_pairs(), random.Random(7)
+    assert len(pairs) >= 5
+    nothing = dict.fromkeys(pairs, 0.0)
+    none = 0
+    for _ in range(20):
+        drawn = {seed: value * generator.choice((-1, 1)) for seed, value in pairs.items()}
+        test = paired(drawn, nothing, 0.05)
+        assert test is not None
+        none += judge(test, 0.05) is Verdict.none
+    assert none >= 18
+
+
+def test_recorded_arm_with_fewer_tokens_is_found():
+    """Muon's recorded runs of a fifth of the tokens beside the whole ones: far above the floor."""
+    found = json.loads(RECORDED.read_text())
+    final = found["catch_up"]["final"]
+    shortest = {int(s): loss for s, loss in final[min(final, key=int)].items()}
+    whole = {int(s): loss for s, loss in found["arms"]["muon"]["val_loss"].items()}
+    test, again = (
+        paired(shortest, whole, 0.05),
+        paired(recorded_pairs(), dict.fromkeys(whole, 0.0), 0.05),
+    )
+    assert test is not None
+    assert again is not None
+    assert judge(test, 0.05, noise_floor(again, 5, 0.05)) is Verdict.above
