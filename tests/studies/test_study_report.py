@@ -66,7 +66,9 @@ def test_report_finds_a_planted_effect_and_its_price_in_steps(planted):
     """Muon falls by a nat with each doubling: it needs 100 / 2^0.5 = 70.7 steps for that loss."""
     path = planted
     lines = path.read_text().splitlines()
-    effect = re.match(r"\*\*adamw has a higher loss than muon \(\+(0\.\d+) \+- (0\.\d+) nats", lines[2])
+    effect = re.match(
+        r"\*\*adamw has a higher loss than muon \(\+(0\.\d+) \+- (0\.\d+) nats", lines[2]
+    )
     assert effect is not None
     assert abs(float(effect[1]) - 0.5) < float(effect[2]) < 0.05
     ratio = re.search(r"muon needs (0\.\d+) \+- (0\.\d+) \(sigma", lines[2])
