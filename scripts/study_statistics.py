@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from itertools import pairwise
 
 _ITERATIONS, _TINY = 300, 1e-300
@@ -157,6 +158,7 @@ def t_two_sided(t: float, degrees: int) -> float:
     return incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
 
 
+@cache
 def t_quantile(probability: float, degrees: int) -> float:
     """Value below which Student's distribution lies with this probability, above 1/2."""
     low, high = 0.0, 1.0
