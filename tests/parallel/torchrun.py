@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from scripts.layouts import free_port
 from tests.helpers import ROOT
 from train.metrics import read_metrics, unmeasured
 
+# torchrun sets it where it starts several ranks and leaves it where it starts one.
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 ENTRY = ROOT / "train" / "pretrain.py"
 SMALL_MODEL = [
     "model=v4_tiny", "model.num_hidden_layers=3", "model.compress_ratios=[0,4,16,0]",
@@ -47,8 +50,9 @@ def command(
 def launch(ranks: int, *args: str) -> subprocess.CompletedProcess[str]:
     """Run a job to its end."""
     return subprocess.run(
-        command(ranks, list(args)), capture_output=True, text=True, check=False, timeout=280
-    )
+        command(ranks, list(args)), capture_output=True, text=True, check=False, timeout=280,
+        env=ONE_THREAD,
+    )  # fmt: skip
 
 
 def kill_rank(
@@ -79,7 +83,9 @@ def kill_rank(
     endpoint = "localhost:0" if nodes == 1 else f"localhost:{free_port()}"
     job = command(ranks, [*args, f"run_dir={folder}"], restarts, nodes, endpoint)
     with log.open("w") as file:
-        launchers = [subprocess.Popen(job, stdout=file, stderr=file) for _ in range(nodes)]
+        launchers = [
+            subprocess.Popen(job, stdout=file, stderr=file, env=ONE_THREAD) for _ in range(nodes)
+        ]
     try:
         wait_for_line(folder / "metrics.jsonl", step, launchers, log)
         worker_of(launchers, rank).send_signal(signal.SIGKILL)
