@@ -114,7 +114,10 @@ def _run_all(protocol: Protocol, args: argparse.Namespace, lock: int, name: str)
         if code != ExitCode.finished:
             return code
         if missing:
-            raise UserError(f"{batch.title}: {missing} of {len(batch.cells)} runs left no receipt")
+            raise UserError(
+                f"{batch.title}: {missing} of {len(batch.cells)} runs left no receipt of this"
+                " config and code; was a source file changed meanwhile?"
+            )
     return ExitCode.finished
 
 

@@ -16,7 +16,7 @@ from scripts.report_document import Document, Picture, Table
 from scripts.study_plots import draw_catch_up, draw_curves, draw_differences, draw_search
 from scripts.study_protocol import Protocol
 from scripts.study_results import ACTS, ArmResult, CatchUp, Comparison, StudyResults, gather
-from scripts.study_statistics import Crossing, Spread, Verdict, spread
+from scripts.study_statistics import Crossing, Paired, Spread, Verdict, spread
 from train.receipt import plain, write_json
 
 MEASURED = "Measured on this machine"
@@ -70,13 +70,21 @@ def _verdict(results: StudyResults, found: Comparison) -> str:
         return f"{found.arm} against {base}: no runs to compare yet"
     effect = f"{_number(test.mean)} +- {test.half_width:.3f} nats, p {test.p:.2g}"
     if found.verdict is Verdict.none:
-        waiting = len(test.differences) < len(results.study.seeds)
-        seeds = f", {len(test.differences)} of {len(results.study.seeds)} seeds" if waiting else ""
-        return f"{found.arm} against {base}: no verdict ({effect}{seeds})"
+        return f"{found.arm} against {base}: no verdict ({effect}{_waiting(results, test)})"
     text = f"{found.arm} has {_WORDS[found.verdict]} {base} ({effect}"
     if len(results.comparisons) > 1 and found.corrected_p >= results.study.level:
         text += f"; not after Holm's correction, p {found.corrected_p:.2g}"
     return text + ")"
+
+
+def _waiting(results: StudyResults, test: Paired) -> str:
+    """What a verdict still waits for."""
+    seeds = len(results.study.seeds)
+    if len(test.differences) < seeds:
+        return f", {len(test.differences)} of {seeds} seeds"
+    if results.study.again and not results.again_is_complete:
+        return ", the A/A pair is not there yet"
+    return ""
 
 
 def _catch_up_line(results: StudyResults) -> str | None:
@@ -136,7 +144,7 @@ def _comparisons(results: StudyResults) -> list[Table | Picture | str]:
     return blocks
 
 
-def _test_row(name: str, test: Any, verdict: str, found: Comparison | None) -> list[str]:
+def _test_row(name: str, test: Paired | None, verdict: str, found: Comparison | None) -> list[str]:
     if test is None:
         values = ["", "", "", "", "", "0"]
     else:

@@ -162,6 +162,12 @@ class StudyResults:
         return self.arms[self.study.baseline]
 
     @property
+    def again_is_complete(self) -> bool:
+        """Whether the noise floor stands on all seeds; no verdict is given before."""
+        test = self.again_test
+        return test is not None and len(test.differences) == len(self.study.seeds)
+
+    @property
     def runs(self) -> list[FinishedRun]:
         """All finished runs of the seeds."""
         arms = [*self.arms.values(), *([self.again] if self.again else [])]
@@ -212,6 +218,7 @@ def _compare(results: StudyResults) -> list[Comparison]:
                 floor = noise_floor(again, len(test.differences), study.level)
                 results.floor = max(results.floor, floor)
         complete = test is not None and len(test.differences) == len(study.seeds)
+        complete = complete and (not study.again or results.again_is_complete)
         verdict = judge(test, study.level, floor) if test and complete else Verdict.none
         ratios = arm.parameters / base.parameters, arm.flops / base.flops
         found.append(Comparison(arm.name, test, verdict, p, *ratios))

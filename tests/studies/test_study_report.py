@@ -98,6 +98,11 @@ def test_half_a_study_has_no_verdict_however_large_the_effect(tmp_path):
     assert "1 runs are still to do" in document.lead
 
 
+def test_verdict_waits_for_the_noise_floor(tmp_path):
+    plan = fill(tmp_path, 0.5, 0.01, [(AGAIN, 2)])
+    assert "the A/A pair is not there yet" in study_document(gather("x", plan)).lead
+
+
 def test_rate_at_the_edge_of_the_grid_is_no_answer(tmp_path):
     plan = protocol(tmp_path, "search.extensions=0")
     for arm in ("muon", "adamw"):
