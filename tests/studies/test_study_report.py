@@ -17,7 +17,7 @@ from scripts.study_config import AGAIN, load_study
 from scripts.study_protocol import Cell, Protocol
 from scripts.study_report import study_document, write_study_report
 from scripts.study_results import gather
-from scripts.study_statistics import Verdict, judge, noise_floor, paired
+from scripts.study_statistics import Verdict, judge, paired
 from scripts.study_store import Store, read_run
 from tests.helpers import ROOT
 from tests.studies.folders import CODE, leave_run
@@ -146,40 +146,37 @@ def test_report_of_two_runs_says_why_they_differ(tmp_path, capsys):
 
 
 # ---- recorded losses -----------------------------------------------------------------------------
-RECORDED = ROOT / "docs" / "studies" / "muon_vs_adamw" / "results.json"
+STUDIES = ROOT / "docs" / "studies"
 
 
-def recorded_pairs():
-    """A/A differences of the committed study, seed by seed."""
-    arms = json.loads(RECORDED.read_text())["arms"]
-    losses = {arm: arms[arm]["val_loss"] for arm in ("muon", AGAIN)}
-    return {int(s): losses[AGAIN][s] - losses["muon"][s] for s in losses[AGAIN]}
+def recorded(arm):
+    """Seed -> final validation loss of a committed study's arm."""
+    results = json.loads((STUDIES / "muon_vs_adamw" / "results.json").read_text())
+    return {int(seed): loss for seed, loss in results["arms"][arm]["val_loss"].items()}
 
 
-def test_recorded_equal_arms_give_no_verdict_in_18_of_20_repeats():
-    """Which of two equal arms is called the first is chance, so signs are drawn anew each time."""
-    pairs, generator = recorded_pairs(), random.Random(7)
-    assert len(pairs) >= 5
-    nothing = dict.fromkeys(pairs, 0.0)
-    none = 0
+@pytest.mark.parametrize("arm", ["muon", "adamw"])
+def test_recorded_equal_arms_give_no_verdict_in_18_of_20_repeats(arm):
+    """Both arms of a repeat draw their losses from the same recorded ones, seed by seed."""
+    losses, generator, none = sorted(recorded(arm).values()), random.Random(7), 0
+    assert len(losses) >= 5
     for _ in range(20):
-        drawn = {seed: value * generator.choice((-1, 1)) for seed, value in pairs.items()}
-        test = paired(drawn, nothing, 0.05)
+        one, other = ({s: generator.choice(losses) for s in range(5)} for _ in range(2))
+        test = paired(one, other, 0.05)
         assert test is not None
         none += judge(test, 0.05) is Verdict.none
     assert none >= 18
 
 
-def test_recorded_arm_with_fewer_tokens_is_found():
-    """Muon's recorded runs of a fifth of the tokens beside the whole ones: far above the floor."""
-    found = json.loads(RECORDED.read_text())
-    final = found["catch_up"]["final"]
-    shortest = {int(s): loss for s, loss in final[min(final, key=int)].items()}
-    whole = {int(s): loss for s, loss in found["arms"]["muon"]["val_loss"].items()}
-    test, again = (
-        paired(shortest, whole, 0.05),
-        paired(recorded_pairs(), dict.fromkeys(whole, 0.0), 0.05),
-    )
+def test_recorded_arm_with_a_tenth_of_the_tokens_is_found():
+    """Muon's recorded training loss after a tenth of the steps beside that after all of them."""
+    results = json.loads((STUDIES / "muon_vs_adamw" / "results.json").read_text())
+    tenth, whole = {}, {}
+    for seed, name in results["arms"]["muon"]["runs"].items():
+        records = read_run(STUDIES / "runs" / name).records
+        whole[int(seed)] = records[-1]["loss"]
+        tenth[int(seed)] = records[len(records) // 10 - 1]["loss"]
+    test = paired(tenth, whole, 0.05)
     assert test is not None
-    assert again is not None
-    assert judge(test, 0.05, noise_floor(again, 5, 0.05)) is Verdict.above
+    assert judge(test, 0.05) is Verdict.above
+    assert test.mean > test.half_width
