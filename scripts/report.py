@@ -54,7 +54,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, action="append", help="where a study's runs lie (may be repeated)"
     )
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def _study(args: argparse.Namespace) -> Path:

@@ -77,7 +77,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--time-limit", type=float, default=0.0, help="start no batch after this many seconds"
     )
-    return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
 
 
 def _study(words: Sequence[str]) -> tuple[str, StudyConfig]:
