@@ -286,7 +286,7 @@ class Protocol:
         own += [f"optim.lr={cell.lr!r}", f"seed={cell.seed}"]
         own += [f"init_seed_offset={AGAIN_OFFSET}"] if again else []
         own += ["train.eval_only=true"] if arm.evaluates else []
-        own += [f"init_from={cell.source}"] if cell.source else []
+        own += [f"init_from='{cell.source}'"] if cell.source else []
         return own
 
     def command(self, batch: Batch, launcher: Sequence[str] = ()) -> list[str]:
