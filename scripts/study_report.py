@@ -123,7 +123,8 @@ def _floor(results: StudyResults) -> str:
 def _comparisons(results: StudyResults) -> list[Table | Picture | str]:
     rows, level = [], results.study.level
     for found in results.comparisons:
-        rows.append(_test_row(found.arm, found.test, found.verdict.value, found))
+        verdict = _WORDS.get(found.verdict, found.verdict.value).removesuffix(" than")
+        rows.append(_test_row(found.arm, found.test, verdict, found))
     if results.again_test is not None:
         verdict = "no verdict" if results.again_test.p >= level else "differs: beware"
         rows.append(_test_row("A/A", results.again_test, verdict, None))
