@@ -12,12 +12,14 @@ import datetime
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+_PATIENCE = 3.0  # seconds; torchrun looks after its ranks every 0.1 s unless told otherwise
 # What gloo says of a rank that is gone; NCCL's and the store's errors have types of their own.
 _GLOO = re.compile(
     r"gloo|connection (closed|reset)|timed out|timeout|broken pipe|no route to host", re.IGNORECASE
@@ -41,7 +43,8 @@ def all_ready(timeout_seconds: float) -> None:
 def lost_rank_ends_the_job(timeout_seconds: float) -> Iterator[None]:
     """Turn the error of a collective whose partner is gone into one line and exit code 1.
 
-    The process leaves without closing its groups: with a partner missing they may never close.
+    It leaves a little later, so that the launcher meets the rank that died first and names that one
+    as the cause; and without closing its groups, which with a partner missing may never close.
     """
     try:
         yield
@@ -55,6 +58,7 @@ def lost_rank_ends_the_job(timeout_seconds: float) -> Iterator[None]:
             f" newest checkpoint ({what})\n"
         )
         sys.stderr.flush()
+        time.sleep(_PATIENCE)
         os._exit(1)
 
 
