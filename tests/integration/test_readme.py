@@ -39,13 +39,13 @@ COMMANDS = {
     "python scripts/bench_checkpoint.py --help": ([], 0, "usage"),
     "python scripts/generate.py --help": ([], 0, "usage"),
     "python scripts/study.py --help": ([], 0, "muon_vs_adamw"),
-    "python scripts/study.py study=muon_vs_adamw --dry-run": ([], 0, "minutes in turn"),
     "python scripts/report.py --help": ([], 0, "usage"),
     "python scripts/bench_optim.py --help": ([], 0, "usage"),
     "python scripts/bench_step.py --help": ([], 0, "usage"),
     "python scripts/bench_quant.py --help": ([], 0, "usage"),
     "python scripts/pipeline_timeline.py --help": ([], 0, "usage"),
     "python scripts/layouts.py --help": ([], 0, "usage"),
+    "python scripts/study.py study=muon_vs_adamw --dry-run": ([], 0, "minutes in turn"),
 }  # fmt: skip
 
 
