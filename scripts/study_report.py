@@ -262,7 +262,7 @@ def _receipts(results: StudyResults) -> list[Table | str]:
     arms = [[arm.name, " ".join(f"`{word}`" for word in arm.overrides)]
             for arm in results.arms.values()]  # fmt: skip
     rows = [
-        [arm.name, str(seed), f"{run.run.optim.lr:g}", f"`{run.identity}`", f"`{run.code[:12]}`",
+        [arm.name, str(seed), f"{run.run.optim.lr:g}", f"`{run.name}`", f"`{run.code[:12]}`",
          _loss(run.val_loss)]
         for arm in [*results.arms.values(), *([results.again] if results.again else [])]
         for seed, run in arm.runs.items()
@@ -281,12 +281,12 @@ def _receipts(results: StudyResults) -> list[Table | str]:
 
 
 def _measured(results: StudyResults) -> list[Table | str]:
-    rows, cpu = [], {}
+    rows, cost = [], {}
     for arm in [*results.arms.values(), *([results.again] if results.again else [])]:
         used, wall = arm.step_seconds("step_cpu_seconds"), arm.step_seconds("step_seconds")
         if used is None or wall is None:
             continue
-        cpu[arm.name] = used
+        cost[arm.name] = used.mean, wall.mean
         rows.append([arm.name, f"{used.mean:.3f} +- {used.deviation:.3f}",
                      f"{wall.mean:.3f} +- {wall.deviation:.3f}"])  # fmt: skip
     blocks: list[Table | str] = [
@@ -295,12 +295,13 @@ def _measured(results: StudyResults) -> list[Table | str]:
         Table(["arm", "CPU seconds a step", "wall-clock seconds a step"], rows),
     ]
     found, ask = results.catch_up, results.study.catch_up
-    if found is not None and found.own_decay and {ask.arm, ask.to} <= cpu.keys():
+    if found is not None and found.own_decay and {ask.arm, ask.to} <= cost.keys():
         steps = _ratios(found.own_decay, results.study.steps)
-        a_step = cpu[ask.arm].mean / cpu[ask.to].mean
+        cpu, wall = (a / b for a, b in zip(cost[ask.arm], cost[ask.to], strict=True))
         blocks.append(
-            f"A step of {ask.arm} costs {a_step:.3f} of one of {ask.to}, so for {ask.to}'s final"
-            f" loss it needs {steps.mean * a_step:.3f} of its CPU seconds."
+            f"A step of {ask.arm} costs {cpu:.3f} of the CPU seconds of one of {ask.to} (wall-clock"
+            f" {wall:.3f}), so for {ask.to}'s final loss it needs {steps.mean * cpu:.3f} of its CPU"
+            f" seconds (wall-clock {steps.mean * wall:.3f})."
         )
     return blocks
 
@@ -336,7 +337,7 @@ def as_json(results: StudyResults) -> dict[str, Any]:
                 "reason": arm.choice.reason,
                 "search": {str(k): v for k, v in arm.choice.tried.items()},
                 "val_loss": {str(k): v for k, v in arm.losses.items()},
-                "runs": {str(k): v.identity for k, v in arm.runs.items()},
+                "runs": {str(k): v.name for k, v in arm.runs.items()},
                 "parameters": arm.parameters,
                 "flops_per_token": arm.flops,
                 "acts": arm.acts(),

@@ -60,6 +60,11 @@ class FinishedRun:
         return identity_of(self.run, self.is_evaluation)
 
     @property
+    def name(self) -> str:
+        """Of its archive: the hash in its receipt, which no later code changes."""
+        return str(self.receipt["config_sha256"])[:12]
+
+    @property
     def is_evaluation(self) -> bool:
         """Whether weights of another run were evaluated and nothing trained."""
         return "metrics" in self.receipt
@@ -157,12 +162,12 @@ class Store:
 
 
 def archive(found: FinishedRun, root: Path) -> Path:
-    """Copy what reports need to ``root/IDENTITY`` and return that folder."""
-    target = root / found.identity
+    """Copy what reports need to ``root/NAME`` and return that folder."""
+    target = root / found.name
     if target.is_dir() and target != found.folder:
         shutil.rmtree(target)
     if target != found.folder:
-        aside = root / f".{found.identity}.writing"
+        aside = root / f".{found.name}.writing"
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         for name in (CONFIG, RECEIPT, EVALUATION):
