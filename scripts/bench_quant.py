@@ -151,9 +151,9 @@ class Step:
         ids = torch.randint(0, run.model.vocab_size, (rows, tokens + depths))
         labels = torch.stack([ids[:, 1 + k : tokens + 1 + k] for k in range(depths)], dim=-1)
         size = self.plan.stage.micro_batch_size
-        whole = Batch(ids[:, :tokens], torch.zeros(rows, tokens, dtype=torch.long), labels)
+        whole = (ids[:, :tokens], torch.zeros(rows, tokens, dtype=torch.long), labels)
         self.batches = [
-            Batch(*(t[i : i + size] for t in vars(whole).values())) for i in range(0, rows, size)
+            Batch(*parts) for parts in zip(*(t.split(size) for t in whole), strict=True)
         ]
         counts = BatchCounts(rows * tokens, (rows * tokens,) * depths, rows)
         self.objective = replace(objective_of(self.plan, counts), monitors=False)
