@@ -339,6 +339,7 @@ def import_checkpoint(
     checkpoints = Checkpoints(target / CHECKPOINTS)
     if checkpoints.published():
         raise UserError(f"{target} holds a model already: choose an empty target folder")
+    checkpoints.clean()  # what a killed import left half written
     staging = target / "importing"
     staging.mkdir(parents=True, exist_ok=True)
     mark = staging / "origin"
