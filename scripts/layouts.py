@@ -63,8 +63,12 @@ from train.stages import check_rows, check_schedule, resolve
 DEFAULT = (
     "dp_shard=1 micro=4", "dp_shard=1 micro=2",
     "dp_shard=2", "dp_shard=2 micro=2", "dp_shard=2 micro=1", "dp_shard=2 ep=2",
+    *(f"pp=2 schedule={schedule}" for schedule in SCHEDULES),
     "dp_shard=4", "dp_replicate=2 dp_shard=2", "dp_shard=4 ep=4", "dp_shard=4 ep=2",
-    "dp_replicate=2 dp_shard=2 ep=2", "dp_shard=8", "dp_shard=8 ep=4",
+    "dp_replicate=2 dp_shard=2 ep=2",
+    *(f"pp=2 dp_shard=2 ep=2 schedule={schedule} micro=1" for schedule in SCHEDULES),
+    "pp=2 dp_shard=2", "pp=4", "pp=4 schedule=zbvzerobubble",
+    "dp_shard=8", "dp_shard=8 ep=4", "pp=2 dp_replicate=2 dp_shard=2 ep=2", "pp=4 dp_shard=2 ep=2",
 )  # fmt: skip
 TRIALS = ("start", "update", "replay", "free", "bf16")
 # Column -> (field of a result, bound). A bound of None depends on one process's own noise.
@@ -198,8 +202,12 @@ def on_rank(rank: int, port: int, layout: Layout, args: argparse.Namespace, corp
 
 
 def spawn(layout: Layout, args: argparse.Namespace, corpus: str) -> dict[str, Any]:
-    """Run a layout in processes of its own."""
-    mp.spawn(on_rank, (free_port(), layout, args, corpus), nprocs=layout.ranks)
+    """Run a layout in processes of its own; one that dies says so in its result."""
+    try:
+        mp.spawn(on_rank, (free_port(), layout, args, corpus), nprocs=layout.ranks)
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+        print(error, file=sys.stderr)  # with the rank's traceback
+        return {"ranks": layout.ranks, "died": str(error).strip().splitlines()[-1]}
     return json.loads(Path(corpus, "result.json").read_text(encoding="utf-8"))
 
 
@@ -237,6 +245,8 @@ def own_reference(args: argparse.Namespace, corpus: str) -> Reference:
 # ---- the table -----------------------------------------------------------------------------------
 def failures(result: dict[str, Any], ref: Reference) -> list[str]:
     """Columns that break their bound."""
+    if "died" in result:
+        return [f"it died ({result['died']})"]
     broken = [key for key in ("same_bits", "same_order") if result.get(key) is False]
     for column, (name, bound) in BOUNDS.items():
         if name in result and not result[name] <= (bound or allowed(column, ref)):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from parallel.config import SCHEDULES
+from scripts import layouts
 from scripts.layout_trials import Reference
 from scripts.layouts import BOUNDS, failures, main, parse
 from scripts.step_parts import PARTS, Collective, Span, Trace, parts_of
@@ -57,6 +58,20 @@ def test_layout_that_cannot_be_leaves_with_2_before_anything_runs(capsys):
 def test_every_bound_bites(field, value, column):
     assert failures(GOOD, REFERENCE) == []
     assert failures(GOOD | {field: value}, REFERENCE) == [column]
+
+
+def dies(rank, port, layout, args, corpus):
+    """A rank of a layout that does not come to its end."""
+    raise RuntimeError(f"rank {rank} of {layout.text} lost its link")
+
+
+def test_layout_that_dies_is_a_broken_row_and_the_others_are_measured(monkeypatch, capsys):
+    monkeypatch.setattr(layouts, "on_rank", dies)
+    asked = ["dp_shard=2", "dp_shard=1 micro=2", "--trials", "start", "--steps", "1"]
+    assert main([*asked, "--orders", "0", *SMALL]) == 1
+    _, died, measured, *_ = capsys.readouterr().out.splitlines()
+    assert died.endswith("of dp_shard=2 lost its link)")
+    assert measured.endswith("  ok")
 
 
 def test_table_of_a_layout(tmp_path, capsys):
