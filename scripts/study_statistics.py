@@ -1,8 +1,6 @@
 """The statistics of a study: paired Student's t, its noise floor, and steps to a given loss.
 
-Nothing here knows runs or files. Student's distribution is computed from the regularised incomplete
-beta function by its continued fraction (Numerical Recipes 6.4), which is exact to 1e-12 for the few
-degrees of freedom that studies have.
+Nothing here knows runs or files. Student's distribution is scipy's.
 """
 
 from __future__ import annotations
@@ -12,10 +10,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
 from itertools import pairwise
 
-_ITERATIONS, _TINY = 300, 1e-300
+from scipy.stats import t as student
 
 
 class Verdict(StrEnum):
@@ -155,50 +152,9 @@ def spread(values: Sequence[float], level: float) -> Spread:
 # ---- Student's t ---------------------------------------------------------------------------------
 def t_two_sided(t: float, degrees: int) -> float:
     """Probability that |T| exceeds ``|t|`` under Student's distribution."""
-    return incomplete_beta(degrees / 2, 0.5, degrees / (degrees + t * t))
+    return float(2 * student.sf(abs(t), degrees))
 
 
-@cache
 def t_quantile(probability: float, degrees: int) -> float:
-    """Value below which Student's distribution lies with this probability, above 1/2."""
-    low, high = 0.0, 1.0
-    while t_two_sided(high, degrees) > 2 * (1 - probability):
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if t_two_sided(middle, degrees) > 2 * (1 - probability):
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
-
-
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """Regularised incomplete beta function I_x(a, b)."""
-    if x <= 0 or x >= 1:
-        return 0.0 if x <= 0 else 1.0
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    front = math.exp(log_front + a * math.log(x) + b * math.log1p(-x))
-    if x < (a + 1) / (a + b + 2):  # where the fraction converges fast
-        return front * _beta_fraction(a, b, x) / a
-    return 1 - front * _beta_fraction(b, a, 1 - x) / b
-
-
-def _beta_fraction(a: float, b: float, x: float) -> float:
-    """Continued fraction of the incomplete beta function, by Lentz's method."""
-    c, d = 1.0, 1 / _away_from_zero(1 - (a + b) * x / (a + 1))
-    result = d
-    for m in range(1, _ITERATIONS):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d = 1 / _away_from_zero(1 + term * d)
-            c = _away_from_zero(1 + term / c)
-            result *= d * c
-        if abs(d * c - 1) < 1e-15:
-            break
-    return result
-
-
-def _away_from_zero(value: float) -> float:
-    return value if abs(value) > _TINY else _TINY
+    """Value below which Student's distribution lies with this probability."""
+    return float(student.ppf(probability, degrees))

@@ -19,6 +19,7 @@ import torch
 from train.errors import ROOT
 
 _PACKAGES = ("train", "model", "optim", "parallel", "quant", "data")
+_SOURCES = {".py", ".cpp", ".h"}
 _LIBRARIES = ("torch", "numpy", "hydra-core", "datasets", "tokenizers", "triton", "deepspeed")
 
 
@@ -34,9 +35,10 @@ def code_version(root: Path = ROOT) -> dict[str, Any]:
 
 
 def source_hash(root: Path = ROOT) -> str:
-    """Sha256 over the names and bytes of every Python file of the packages."""
+    """Sha256 over the names and bytes of every Python and C++ file of the packages."""
     digest = hashlib.sha256()
-    for path in sorted(p for name in _PACKAGES for p in (root / name).rglob("*.py")):
+    files = (p for name in _PACKAGES for p in (root / name).rglob("*") if p.suffix in _SOURCES)
+    for path in sorted(files):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)}\n".encode())
         digest.update(content)

@@ -13,7 +13,6 @@ from scripts.study_statistics import (
     Crossing,
     Verdict,
     holm,
-    incomplete_beta,
     judge,
     noise_floor,
     paired,
@@ -36,15 +35,6 @@ def test_quantiles_equal_the_table(degrees, printed):
     for probability, value in zip((0.975, 0.995), printed, strict=True):
         assert t_quantile(probability, degrees) == pytest.approx(value, abs=5e-4)
         assert t_two_sided(value, degrees) == pytest.approx(2 * (1 - probability), rel=2e-3)
-
-
-def test_incomplete_beta_has_its_closed_forms():
-    for x in (0.0, 0.1, 0.5, 0.93, 1.0):
-        assert incomplete_beta(1, 1, x) == pytest.approx(x, abs=1e-14)
-        assert incomplete_beta(3, 1, x) == pytest.approx(x**3, abs=1e-14)
-        assert incomplete_beta(0.5, 0.5, x) == pytest.approx(
-            2 / math.pi * math.asin(math.sqrt(x)), abs=1e-13
-        )
 
 
 def test_paired_test_equals_a_hand_computation():
