@@ -73,6 +73,7 @@ def write(options: argparse.Namespace) -> None:
     """
     model, tokenizer = open_model(options)
     prompts = read_prompts(options, tokenizer)
+    check_lengths(prompts, options.tokens, model.config.max_position_embeddings)
     stop = tokenizer.eos_id if tokenizer is not None and not options.no_stop else None
     sampling = Sampling(
         max_new_tokens=options.tokens,
@@ -124,6 +125,20 @@ def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer | None) -> li
     if not prompts:
         raise UserError("no prompt: give --prompt, --prompt-file or --ids")
     return prompts
+
+
+def check_lengths(prompts: list[list[int]], tokens: int, limit: int) -> None:
+    """Check that the model has positions for every text.
+
+    Raises:
+        UserError: one would grow beyond them.
+    """
+    longest = max(map(len, prompts))
+    if longest + tokens > limit:
+        raise UserError(
+            f"a prompt of {longest} tokens and --tokens {tokens} exceed the model's"
+            f" max_position_embeddings={limit}"
+        )
 
 
 def cast_as_stored(model: DeepSeekV4) -> None:

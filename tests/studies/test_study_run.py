@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 
@@ -78,6 +79,16 @@ def test_weights_are_rounded_after_training_without_training_again(corpus, tmp_p
     evaluations = sorted((tmp_path / "docs").rglob("evaluation.json"))
     assert len(evaluations) == 4
     assert "post_training" in reported(tmp_path, "fp4_qat")
+
+
+@pytest.mark.timeout(3000)
+@pytest.mark.skipif(find_spec("joblib") is None, reason="needs pip install -e .[sweep]")
+def test_runs_side_by_side_give_the_report_of_runs_in_turn(corpus, tmp_path):
+    args = ["study=aa", "steps=4", "+arms={tenth:{fraction:0.5}}"]
+    in_turn, at_once = tmp_path / "in_turn", tmp_path / "at_once"
+    assert study.main([*args, *words(in_turn, corpus)]) == 0
+    assert study.main([*args, *words(at_once, corpus), "--launcher", "joblib"]) == 0
+    assert reported(at_once, "aa") == reported(in_turn, "aa")
 
 
 def wait_for_metrics(folder, process, runs):
