@@ -281,29 +281,41 @@ def _receipts(results: StudyResults) -> list[Table | str]:
 
 
 def _measured(results: StudyResults) -> list[Table | str]:
-    rows, cost = [], {}
+    level, rows = results.study.level, []
     for arm in [*results.arms.values(), *([results.again] if results.again else [])]:
-        used, wall = arm.step_seconds("step_cpu_seconds"), arm.step_seconds("step_seconds")
-        if used is None or wall is None:
-            continue
-        cost[arm.name] = used.mean, wall.mean
-        rows.append([arm.name, f"{used.mean:.3f} +- {used.deviation:.3f}",
-                     f"{wall.mean:.3f} +- {wall.deviation:.3f}"])  # fmt: skip
+        medians = [arm.step_seconds(key) for key in ("step_cpu_seconds", "step_seconds")]
+        if all(medians):
+            spreads = [spread([*seconds.values()], level) for seconds in medians]
+            rows.append([arm.name, *(f"{s.mean:.3f} +- {s.deviation:.3f}" for s in spreads)])
     blocks: list[Table | str] = [
         "Median of a run's steps; mean and sigma over runs. Wall-clock is only worth something on"
         " a machine that does nothing else; CPU seconds hold better beside other work.",
         Table(["arm", "CPU seconds a step", "wall-clock seconds a step"], rows),
     ]
-    found, ask = results.catch_up, results.study.catch_up
-    if found is not None and found.own_decay and {ask.arm, ask.to} <= cost.keys():
-        steps = _ratios(found.own_decay, results.study.steps)
-        cpu, wall = (a / b for a, b in zip(cost[ask.arm], cost[ask.to], strict=True))
-        blocks.append(
-            f"A step of {ask.arm} costs {cpu:.3f} of the CPU seconds of one of {ask.to} (wall-clock"
-            f" {wall:.3f}), so for {ask.to}'s final loss it needs {steps.mean * cpu:.3f} of its CPU"
-            f" seconds (wall-clock {steps.mean * wall:.3f})."
-        )
+    if results.catch_up is not None:
+        blocks += _time_to_catch_up(results, results.catch_up)
     return blocks
+
+
+def _time_to_catch_up(results: StudyResults, found: CatchUp) -> list[Table]:
+    """Tokens and seconds that one arm needs for the other's final loss, over that one's."""
+    ask, steps = results.study.catch_up, results.study.steps
+    ratios = {"tokens": {seed: c.steps / steps for seed, c in found.own_decay.items()}}
+    for title, key in (("CPU seconds", "step_cpu_seconds"), ("wall-clock", "step_seconds")):
+        mine, theirs = (results.arms[arm].step_seconds(key) for arm in (ask.arm, ask.to))
+        ratios[title] = {
+            seed: ratio * mine[seed] / theirs[seed]
+            for seed, ratio in ratios["tokens"].items()
+            if seed in mine and seed in theirs
+        }
+    head = [f"{ask.arm} over {ask.to}, to the same loss", "ratio, sigma over seeds", "by seed"]
+    rows = []
+    for title, by_seed in ratios.items():
+        if by_seed:
+            mean = spread([*by_seed.values()], results.study.level)
+            listed = ", ".join(f"{seed}: {ratio:.3f}" for seed, ratio in by_seed.items())
+            rows.append([title, f"{mean.mean:.3f} +- {mean.deviation:.3f}", listed])
+    return [Table(head, rows)] if rows else []
 
 
 def _data_hash(receipt: Any) -> str:

@@ -14,13 +14,11 @@ from scripts.study_protocol import Choice, Protocol
 from scripts.study_statistics import (
     Crossing,
     Paired,
-    Spread,
     Verdict,
     holm,
     judge,
     noise_floor,
     paired,
-    spread,
     steps_to_reach,
 )
 from scripts.study_store import FinishedRun
@@ -75,14 +73,13 @@ class ArmResult:
                 found[key] = statistics.fmean(values)
         return found
 
-    def step_seconds(self, field_name: str) -> Spread | None:
-        """``step_cpu_seconds`` or ``step_seconds``: each run's median, and their spread."""
-        medians = [
-            statistics.median(values)
-            for run in self.trained
-            if (values := [r[field_name] for r in run.records if field_name in r])
-        ]
-        return spread(medians, 0.05) if medians else None
+    def step_seconds(self, field_name: str) -> dict[int, float]:
+        """Seed -> median over a run's steps of ``step_cpu_seconds`` or ``step_seconds``."""
+        values = {
+            seed: [record[field_name] for record in run.records if field_name in record]
+            for seed, run in self.runs.items()
+        }
+        return {seed: statistics.median(seconds) for seed, seconds in values.items() if seconds}
 
 
 @dataclass(frozen=True)
