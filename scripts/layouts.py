@@ -58,6 +58,7 @@ from train.build import build_layout
 from train.config import RunConfig
 from train.errors import UserError
 from train.overrides import compose_run
+from train.receipt import source_hash
 from train.stages import check_rows, check_schedule, resolve
 
 DEFAULT = (
@@ -66,9 +67,9 @@ DEFAULT = (
     *(f"pp=2 schedule={schedule}" for schedule in SCHEDULES),
     "dp_shard=4", "dp_replicate=2 dp_shard=2", "dp_shard=4 ep=4", "dp_shard=4 ep=2",
     "dp_replicate=2 dp_shard=2 ep=2",
+    "pp=2 dp_shard=2", "pp=4", "dp_shard=8", "dp_shard=8 ep=4",
+    "pp=2 dp_replicate=2 dp_shard=2 ep=2",
     *(f"pp=2 dp_shard=2 ep=2 schedule={schedule} micro=1" for schedule in SCHEDULES),
-    "pp=2 dp_shard=2", "pp=4", "pp=4 schedule=zbvzerobubble",
-    "dp_shard=8", "dp_shard=8 ep=4", "pp=2 dp_replicate=2 dp_shard=2 ep=2", "pp=4 dp_shard=2 ep=2",
 )  # fmt: skip
 TRIALS = ("start", "update", "replay", "free", "bf16")
 # Column -> (field of a result, bound). A bound of None depends on one process's own noise.
@@ -228,8 +229,7 @@ def own_reference(args: argparse.Namespace, corpus: str) -> Reference:
     Raises:
         UserError: the file holds another.
     """
-    asked = {key: vars(args)[key] for key in ("model", "steps", "rows", "seq_len", "orders", "set")}
-    file = Path(args.reference) if args.reference else None
+    file, asked = Path(args.reference) if args.reference else None, asked_for(args)
     if file is not None and file.exists():
         of, ref = torch.load(file, weights_only=False)
         if of != asked:
@@ -240,6 +240,28 @@ def own_reference(args: argparse.Namespace, corpus: str) -> Reference:
     if file is not None:
         torch.save((asked, ref), file)
     return ref
+
+
+def asked_for(args: argparse.Namespace) -> dict[str, Any]:
+    """The options and sources on which every figure depends."""
+    keys = ("model", "steps", "rows", "seq_len", "device", "orders", "set")
+    return {key: vars(args)[key] for key in keys} | {"source_sha256": source_hash()}
+
+
+def measured_before(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Layout -> result, from the file of an earlier call with the same options and sources.
+
+    Raises:
+        UserError: the file holds results of others.
+    """
+    file = Path(args.json) if args.json else None
+    if file is None or not file.exists():
+        return {}
+    found = json.loads(file.read_text(encoding="utf-8"))
+    asked = asked_for(args) | {"trials": list(args.trials)}
+    if found.get("asked") != asked:
+        raise UserError(f"--json {file} was measured with {found.get('asked')}, now it is {asked}")
+    return {result["layout"]: result for result in found["results"] if "died" not in result}
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -324,6 +346,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(layouts: list[Layout], args: argparse.Namespace, corpus: str, launched: int) -> int:
     """One line a layout, then what one process does to itself; the exit code."""
+    before = measured_before(args)
     ref = shared_reference(args, corpus, launched)
     speaks = int(os.environ.get("RANK", "0")) == 0
     if launched == 1:
@@ -332,8 +355,10 @@ def compare(layouts: list[Layout], args: argparse.Namespace, corpus: str, launch
     if speaks:
         show(list(COLUMNS), width)
     lines, results = [], []
-    for layout in layouts:
-        if launched > 1 or layout.ranks == 1:
+    for layout in sorted(layouts, key=lambda one: one.text not in before):  # keeps them on file
+        if layout.text in before:
+            result = before[layout.text]
+        elif launched > 1 or layout.ranks == 1:
             result = measure(layout, args, corpus, ref)
         else:
             result = spawn(layout, args, corpus)
@@ -356,7 +381,11 @@ def write(
     """The files that were asked for, with the rows that are done."""
     notes = about(args, ref, results)
     if args.json:
-        found = {"results": results, "noise": ref.noise, "losses": ref.losses, "notes": notes}
+        asked = asked_for(args) | {"trials": list(args.trials)}
+        found = {
+            "asked": asked, "results": results, "noise": ref.noise, "losses": ref.losses,
+            "notes": notes,
+        }  # fmt: skip
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.markdown:
         Path(args.markdown).write_text(markdown(lines, notes), encoding="utf-8")
@@ -431,7 +460,11 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument(
         "--reference", metavar="FILE", help="one process's results: read, or written if absent"
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write everything that was measured; layouts in it are not measured again",
+    )
     parser.add_argument("--markdown", metavar="FILE", help="write the table as a document")
     return parser
 

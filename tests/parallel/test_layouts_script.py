@@ -86,6 +86,19 @@ def test_table_of_a_layout(tmp_path, capsys):
     assert "dp_shard=2 ep=2" in capsys.readouterr().out
 
 
+def test_table_that_broke_off_goes_on_and_other_options_are_refused(tmp_path, monkeypatch, capsys):
+    found = tmp_path / "found.json"
+    args = ["--steps", "1", "--orders", "0", "--trials", "start", *SMALL, "--json", str(found)]
+    assert main(["dp_shard=1 micro=2", *args]) == 0
+    monkeypatch.setattr(layouts, "on_rank", dies)
+    assert main(["dp_shard=2", "dp_shard=1 micro=2", *args]) == 1
+    monkeypatch.setattr(layouts, "measure", None)  # nothing is measured again
+    assert main(["dp_shard=1 micro=2", *args]) == 0
+    capsys.readouterr()
+    assert main(["dp_shard=1 micro=2", *args, "--rows", "8"]) == 2
+    assert "'rows': 4" in capsys.readouterr().err
+
+
 def trace(shift, late):
     """Steps of 100 ms: gather at 10, rows sent at 30 and awaited at 40, an update of 20 at 60."""
     ms = 1e3
