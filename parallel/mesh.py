@@ -14,6 +14,7 @@ import datetime
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -123,12 +124,16 @@ def expert_shard_dim(shape: tuple[int, ...], ep: int, shards: int) -> int:
     return next((dim for dim, size in enumerate(sizes) if size % shards == 0), -1)
 
 
-def build_mesh(layout: ParallelConfig, device_type: str) -> Mesh:
+def build_mesh(
+    layout: ParallelConfig, device_type: str, timeout: datetime.timedelta | None = None
+) -> Mesh:
     """Make the mesh of a checked layout. Collective.
 
     Args:
         layout: resolved and checked.
         device_type: cpu or cuda.
+        timeout: how long stages wait for each other; None: as long as torch lets them. The
+            other axes' groups take what :func:`parallel.lost_rank.all_ready` gives them.
     """
     in_ep = math.gcd(layout.dp_shard, layout.ep)
     replicas_in_ep = layout.ep // in_ep
@@ -140,7 +145,15 @@ def build_mesh(layout: ParallelConfig, device_type: str) -> Mesh:
         "shards_in_ep": in_ep,
         "cp": layout.cp,
     }
-    root = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    own: dict[int | str, Any] | None = None
+    if timeout is not None and device_type == "cpu" and layout.pp > 1:
+        # gloo's send and receive keep the timeout with which their group was made.
+        options = dist.ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
+        options._timeout = timeout
+        own = {"pp": options}
+    root = init_device_mesh(
+        device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=own
+    )
     replicate = root["replicas", "replicas_in_ep"]._flatten("dp_replicate")
     shard = root["shards", "shards_in_ep", "cp"]._flatten("dp_shard")
     return Mesh(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import os
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +35,7 @@ from train.ema import WeightAverage
 from train.errors import UserError
 from train.evaluate import Evaluator
 from train.loop import Trainer, restore
-from train.metrics import MetricsFile
+from train.metrics import MetricsFile, read_metrics
 from train.mfu import measured_matmul_rate
 from train.params_table import split_counts, table_rows, write_params_table
 from train.phase import PhaseSwitch
@@ -43,7 +46,8 @@ from train.report import RunReport
 from train.run_folder import CHECKPOINTS, CONFIG, METRICS
 from train.stages import Plan, resolve
 from train.stop import StopRequest
-from train.trackers import Console, TensorBoardTracker, Tracker, WandbTracker
+from train.trackers import Console, TensorBoardTracker, Tracker
+from train.wandb_tracker import WandbTracker
 
 PARAMS = "params.csv"
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
@@ -77,7 +81,9 @@ def build(run: RunConfig) -> Trainer:
     metrics = MetricsFile(folder / METRICS)
     recovery = Recovery(run.train.recovery)
     anticipation = Anticipation(run, plan, engine, loader, recovery.anticipates)
-    progress = restore(run, engine, loader, average, checkpoints, metrics, recovery, anticipation)
+    progress, shown = restore(
+        run, engine, loader, average, checkpoints, metrics, recovery, anticipation
+    )
     open_folder(folder, config_yaml, run, plan, engine, phase, evaluator)
     return Trainer(
         run=run,
@@ -93,7 +99,7 @@ def build(run: RunConfig) -> Trainer:
         recovery=recovery,
         anticipation=anticipation,
         metrics=metrics,
-        trackers=build_trackers(run, plan, engine, progress.step),
+        trackers=build_trackers(run, plan, engine, metrics, progress.step, shown),
         profiler=build_profiler(run, plan, engine),
         report=RunReport(run, engine, tokenizer, metrics, loader.manifest),
         stop=stop,
@@ -112,7 +118,7 @@ def build_layout(run: RunConfig) -> Mesh | None:
         return None
     device = compute_device(run.train.device)
     init_process_group(device)
-    return build_mesh(layout, device.type)
+    return build_mesh(layout, device.type, datetime.timedelta(seconds=run.parallel.timeout_seconds))
 
 
 def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4:
@@ -192,19 +198,38 @@ def build_profiler(run: RunConfig, plan: Plan, engine: Engine) -> ProfilerWindow
     return ProfilerWindow(Path(run.run_dir), start, steps, engine.device, engine.rank)
 
 
-def build_trackers(run: RunConfig, plan: Plan, engine: Engine, done: int) -> list[Tracker]:
-    """What shows metrics besides their file; on rank 0 only."""
+def build_trackers(
+    run: RunConfig,
+    plan: Plan,
+    engine: Engine,
+    metrics: MetricsFile,
+    done: int,
+    saved: Mapping[str, Any],
+) -> list[Tracker]:
+    """What shows metrics besides their file; on rank 0 only.
+
+    Args:
+        run: the config.
+        plan: its stages.
+        engine: of this rank.
+        metrics: holds the steps that the run has done.
+        done: their number.
+        saved: what the trackers gave to the checkpoint from which the run resumes.
+    """
     if engine.rank or run.train.eval_only:
         return []
     folder, wandb = Path(run.run_dir), run.wandb
+    history = partial(read_metrics, metrics.path)
     trackers: list[Tracker] = [Console(plan.steps, done, run.train.log_every)]
     if wandb.mode is not WandbMode.disabled:
-        name = wandb.name or folder.name
         trackers.append(
-            WandbTracker(wandb.mode.value, wandb.project, wandb.entity, name, folder, plain(run))
-        )
+            WandbTracker(
+                wandb.mode is WandbMode.online, wandb.project, wandb.entity,
+                wandb.name or folder.name, folder, plain(run), history, done, saved.get("wandb"),
+            )
+        )  # fmt: skip
     if run.tensorboard:
-        trackers.append(TensorBoardTracker(folder / "tensorboard", done))
+        trackers.append(TensorBoardTracker(folder / "tensorboard", done, history))
     return trackers
 
 

@@ -270,7 +270,7 @@ class Checkpoints:
         Args:
             step: that ends here.
             tensors: flat name -> tensor (or DTensor), layout-free names.
-            state: JSON values; the same on every rank.
+            state: JSON values; rank 0's are written.
             durable_first: files that the checkpoint counts on; made durable before it appears.
         """
         self.wait()

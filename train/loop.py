@@ -278,12 +278,13 @@ class Trainer:
         self.checkpoints.require(self.progress.step)
 
     def _state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside tensors; the same on every rank."""
+        """What a checkpoint holds beside tensors; rank 0's is written, which alone has trackers."""
         loss = self._val_loss
         return {
             "progress": asdict(self.progress),
             "loader": self.loader.state_dict(),
             "recovery": self.recovery.state_dict(),
+            "trackers": {k: v for t in self.trackers for k, v in t.before_save().items()},
             "val_loss": loss if loss is not None and math.isfinite(loss) else None,
         }
 
@@ -340,24 +341,25 @@ def restore(
     metrics: MetricsFile,
     recovery: Recovery,
     anticipation: Anticipation,
-) -> Progress:
+) -> tuple[Progress, dict[str, Any]]:
     """Bring everything to where the run's newest complete checkpoint left it, or to the start.
 
     Returns:
-        Where the run stands.
+        Where the run stands, and what its trackers gave to the checkpoint.
 
     Raises:
         UserError: every checkpoint is damaged, or it is another model's.
     """
     source = run.init_from  # of a new run: one that resumes has weights of its own
     checkpoints.clean()
-    newest = checkpoints.newest_good()
+    newest, shown = checkpoints.newest_good(), {}
     if newest is not None:
         ahead = anticipation.allocate(checkpoint.saved_tensors(newest))
         state = checkpoint.read(newest, checkpoint_tensors(engine, average) | ahead)
         progress = Progress(**state["progress"])
         recovery.load_state_dict(state.get("recovery", {}))
         loader.load_state_dict(state["loader"])
+        shown = state.get("trackers", {})
         log.info("resuming after step %d from %s", progress.step, newest)
     else:
         if checkpoints.published():
@@ -369,8 +371,13 @@ def restore(
         if source:
             _start_from(source, engine, average)
     if engine.rank == 0:
-        metrics.cut(progress.step)
-    return progress
+        found = metrics.cut(progress.step)
+        if found != progress.step:
+            log.warning(
+                "%s ends with step %d, the checkpoint is of step %d: the lines between are lost",
+                metrics.path, found, progress.step,
+            )  # fmt: skip
+    return progress, shown
 
 
 def _start_from(source: str, engine: Engine, average: WeightAverage | None) -> None:

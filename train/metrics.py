@@ -203,14 +203,19 @@ class MetricsFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    def cut(self, step: int) -> None:
-        """Remove what lies behind ``step``, half lines included; 0 empties the file."""
+    def cut(self, step: int) -> int:
+        """Remove what lies behind ``step``, half lines included; 0 empties the file.
+
+        Returns:
+            The step with which it ends now; 0: it holds none.
+        """
         if not self.path.exists():
-            return
-        kept = [line for line, record in _complete_lines(self.path) if record["step"] <= step]
+            return 0
+        kept = [(line, r["step"]) for line, r in _complete_lines(self.path) if r["step"] <= step]
         aside = self.path.with_suffix(".cut")
-        aside.write_text("".join(kept), encoding="utf-8")
+        aside.write_text("".join(line for line, _ in kept), encoding="utf-8")
         os.replace(aside, self.path)
+        return kept[-1][1] if kept else 0
 
 
 def read_metrics(path: Path) -> list[Record]:

@@ -1,4 +1,4 @@
-"""Where metrics are shown besides their file: console, Weights & Biases, TensorBoard.
+"""Where metrics are shown besides their file: console, TensorBoard; W&B has a file of its own.
 
 Only rank 0 builds these. None of them feeds anything back into the run.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +26,14 @@ class Tracker(Protocol):
 
     def rewind(self, step: int) -> None:
         """The steps after ``step`` were given up; step + 1 comes next."""
+        ...
+
+    def before_save(self) -> dict[str, Any]:
+        """A checkpoint of the last step comes: bring the steps to disk.
+
+        Returns:
+            JSON values that a resumed run gets from the checkpoint.
+        """
         ...
 
     def close(self) -> None:
@@ -69,53 +77,14 @@ class Console:
             self._bar.n = step
             self._bar.refresh()
 
+    def before_save(self) -> dict[str, Any]:
+        """Nothing to keep."""
+        return {}
+
     def close(self) -> None:
         """Leave the bar on the screen."""
         if self._bar is not None:
             self._bar.close()
-
-
-class WandbTracker:
-    """Weights & Biases. A resumed run sends its repeated steps again; they equal what was sent.
-
-    Args:
-        mode: offline or online.
-        project: the project.
-        entity: team or user; empty: the account's own.
-        name: of the run.
-        folder: run folder; keeps the id, so that a resume continues the same W&B run.
-        config: the resolved config.
-    """
-
-    def __init__(
-        self, mode: str, project: str, entity: str, name: str, folder: Path, config: dict[str, Any]
-    ) -> None:
-        import wandb  # noqa: PLC0415  a second to import, and most runs never use it
-
-        remembered = folder / "wandb_id.txt"
-        known = remembered.read_text(encoding="utf-8").strip() if remembered.exists() else None
-        self._run = wandb.init(
-            mode="offline" if mode == "offline" else "online",
-            project=project,
-            entity=entity or None,
-            name=name,
-            id=known,
-            resume="allow",
-            dir=str(folder),
-            config=config,
-        )
-        remembered.write_text(self._run.id + "\n", encoding="utf-8")
-
-    def show(self, record: Mapping[str, Any]) -> None:
-        """Log one step under its own number."""
-        self._run.log(dict(record), step=record["step"])
-
-    def rewind(self, step: int) -> None:
-        """W&B only goes forward: it shows the abandoned steps, then what comes after them."""
-
-    def close(self) -> None:
-        """Finish the upload."""
-        self._run.finish()
 
 
 class TensorBoardTracker:
@@ -123,10 +92,13 @@ class TensorBoardTracker:
 
     Args:
         folder: where they are written.
-        resume_step: steps from here on that an earlier start wrote are hidden.
+        done: steps that the run has done; what an earlier start wrote behind them is hidden.
+        history: reads these steps, oldest first, for a folder that has none of them.
     """
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
+    def __init__(
+        self, folder: Path, done: int, history: Callable[[], list[dict[str, Any]]]
+    ) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  optional package
         except ImportError as error:
@@ -134,8 +106,12 @@ class TensorBoardTracker:
                 "tensorboard=true needs the package tensorboard, which is not installed:"
                 " pip install tensorboard"
             ) from error
+        empty = not any(folder.glob("events.out.tfevents.*"))
         self._open = lambda step: SummaryWriter(str(folder), purge_step=step + 1)
-        self._writer = self._open(resume_step)
+        self._writer = self._open(done)
+        if empty:
+            for record in history():
+                self.show(record)
 
     def show(self, record: Mapping[str, Any]) -> None:
         """Write every number of one step."""
@@ -147,6 +123,11 @@ class TensorBoardTracker:
         """Hide the abandoned steps."""
         self._writer.close()
         self._writer = self._open(step)
+
+    def before_save(self) -> dict[str, Any]:
+        """Let no step up to the checkpoint be lost by a kill."""
+        self._writer.flush()
+        return {}
 
     def close(self) -> None:
         """Write what is buffered."""

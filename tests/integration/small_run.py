@@ -107,6 +107,9 @@ class KillAfter:
     def rewind(self, step: int) -> None:
         pass
 
+    def before_save(self) -> dict[str, Any]:
+        return {}
+
     def close(self) -> None:
         pass
 

@@ -32,6 +32,9 @@ class RoomAt:
         if record["step"] == self.step:
             mount("-o", f"remount,size={self.num_bytes}", self.folder)
 
+    def before_save(self):
+        return {}
+
     def close(self):
         pass
 

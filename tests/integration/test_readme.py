@@ -43,6 +43,7 @@ COMMANDS = {
     "python scripts/bench_optim.py --help": ([], 0, "usage"),
     "python scripts/bench_step.py --help": ([], 0, "usage"),
     "python scripts/bench_quant.py --help": ([], 0, "usage"),
+    "python scripts/bench_recovery.py --help": ([], 0, "usage"),
     "python scripts/pipeline_timeline.py --help": ([], 0, "usage"),
     "python scripts/layouts.py --help": ([], 0, "usage"),
     "python scripts/study.py study=muon_vs_adamw --dry-run": ([], 0, "minutes in turn"),

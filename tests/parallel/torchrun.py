@@ -36,13 +36,18 @@ def words(corpus: Path, steps: int) -> list[str]:
 
 
 def command(
-    ranks: int, args: list[str], restarts: int = 0, nodes: int = 1, endpoint: str = "localhost:0"
+    ranks: int,
+    args: list[str],
+    restarts: int = 0,
+    nodes: int = 1,
+    endpoint: str = "localhost:0",
+    entry: Path = ENTRY,
 ) -> list[str]:
     """torchrun as on each node of a cluster: c10d rendezvous."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", str(nodes), "--nproc-per-node",
         str(ranks), "--max-restarts", str(restarts), "--monitor-interval", "0.5",
-        "--rdzv-id", "job", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, str(ENTRY),
+        "--rdzv-id", "job", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, str(entry),
         *args,
     ]  # fmt: skip
 

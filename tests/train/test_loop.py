@@ -262,6 +262,9 @@ class SmallFilesOnly:
         if record["step"] == self.until:
             self.close()
 
+    def before_save(self):
+        return {}
+
     def close(self):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
 
