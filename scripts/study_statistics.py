@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
-from scipy.stats import t as student
+from scipy.special import stdtr, stdtrit
 
 
 class Verdict(StrEnum):
@@ -152,9 +152,9 @@ def spread(values: Sequence[float], level: float) -> Spread:
 # ---- Student's t ---------------------------------------------------------------------------------
 def t_two_sided(t: float, degrees: int) -> float:
     """Probability that |T| exceeds ``|t|`` under Student's distribution."""
-    return float(2 * student.sf(abs(t), degrees))
+    return float(2 * stdtr(degrees, -abs(t)))
 
 
 def t_quantile(probability: float, degrees: int) -> float:
     """Value below which Student's distribution lies with this probability."""
-    return float(student.ppf(probability, degrees))
+    return float(stdtrit(degrees, probability))
