@@ -65,28 +65,28 @@ def _contexts(
     return _Keep(kept, results), _Reuse(kept, results)
 
 
-class _Keep(TorchDispatchMode):
-    """Keeps the results of some operations, in the order of the calls of each."""
+class _Kept(TorchDispatchMode):
+    """Sees the operations whose results are kept, in the order of the calls of each."""
 
     def __init__(self, kept: frozenset[Any], results: dict[Any, list[Any]]) -> None:
         super().__init__()
         self._kept, self._results = kept, results
+
+
+class _Keep(_Kept):
+    """Keeps their results."""
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in self._kept:
-            self._results[func].append(tree_map_only(Tensor, _frozen, out))
+            self._results[func].append(tree_map_only(Tensor, _Frozen, out))
         return out
 
 
-class _Reuse(TorchDispatchMode):
+class _Reuse(_Kept):
     """Gives them back; each is freed when it was used."""
-
-    def __init__(self, kept: frozenset[Any], results: dict[Any, list[Any]]) -> None:
-        super().__init__()
-        self._kept, self._results = kept, results
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -108,7 +108,3 @@ class _Frozen:
         if self._tensor._version != self._version:
             raise RuntimeError("a result that is kept for the backward pass was written to")
         return self._tensor
-
-
-def _frozen(tensor: Tensor) -> _Frozen:
-    return _Frozen(tensor)

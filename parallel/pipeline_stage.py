@@ -33,19 +33,19 @@ class StageModel(DeepSeekV4):
     Args:
         config: of the whole model.
         parts: what this stage holds of it.
+        recomputes: whether blocks recompute; then a backward pass is not split in two.
 
     Attributes:
         parts: the same.
         objective: of the current step.
         routing: experts of the microbatch that comes, by gate; None: every gate chooses.
-        recomputes: whether blocks recompute; then a backward pass is not split in two.
+        recomputes: the same.
         shares: what the microbatches since :meth:`begin` gave.
     """
 
-    def __init__(self, config: ModelConfig, parts: StageParts) -> None:
+    def __init__(self, config: ModelConfig, parts: StageParts, recomputes: bool = False) -> None:
         super().__init__(config)
-        self.parts = parts
-        self.recomputes = False
+        self.parts, self.recomputes = parts, recomputes
         self.objective: Objective | None = None
         self.routing: Mapping[str, Tensor] | None = None
         self.shares = Shares()

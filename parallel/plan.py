@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.expert import shard_experts
 from parallel.fsdp import region_of, shard_model
 from parallel.mesh import Mesh
-from parallel.pipeline_split import rank_of_stage, split_stages, splits_backward
+from parallel.pipeline_split import StageParts, rank_of_stage, split_stages, splits_backward
 from parallel.pipeline_stage import ModelPart, StageModel
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def build_sharded_model(
     seed: int = 0,
     token_counts_V: Tensor | None = None,
     reads_master: Callable[[str], bool] = lambda name: False,
+    seq_len: int = 4096,
 ) -> DeepSeekV4:
     """This process's part of a model, with the bits that one process would have given it.
 
@@ -43,69 +45,46 @@ def build_sharded_model(
         seed: of the run.
         token_counts_V: occurrences of each token id, for the hash tables.
         reads_master: see :func:`parallel.fsdp.shard_model`.
+        seq_len: tokens of a row, by which pipeline stages are balanced.
+
+    Returns:
+        The whole model with this process's shards, or with pipeline stages a :class:`ModelPart`.
     """
-    with torch.device("meta"):  # no process ever holds the whole model
-        model = DeepSeekV4(config)
-    _shard(model, mesh, precision, activation_checkpoint, reads_master)
-    model.to_empty(device=device)
-    init_weights(model, seed, token_counts_V, region_of)
-    return model
 
+    def materialise(make: Callable[[], DeepSeekV4]) -> DeepSeekV4:
+        with torch.device("meta"):  # no process ever holds the whole model
+            model = make()
+        checkpoint_blocks(model, activation_checkpoint)
+        if mesh.layout.ep > 1:
+            shard_experts(model, mesh.ep)
+        shard_model(model, mesh, precision, reads_master)
+        model.to_empty(device=device)
+        init_weights(model, seed, token_counts_V, region_of)
+        return model
 
-def build_pipeline_part(
-    config: ModelConfig,
-    mesh: Mesh,
-    device: torch.device,
-    precision: str = "fp32",
-    activation_checkpoint: str = "none",
-    seed: int = 0,
-    token_counts_V: Tensor | None = None,
-    reads_master: Callable[[str], bool] = lambda name: False,
-    seq_len: int = 4096,
-) -> ModelPart:
-    """This rank's pipeline stages, with the bits that one process would have given them.
-
-    Args:
-        config: of the whole model.
-        mesh: of the layout.
-        device: where this process computes.
-        precision: ``fp32`` or ``bf16``.
-        activation_checkpoint: ``none``, ``block`` or ``selective``.
-        seed: of the run.
-        token_counts_V: occurrences of each token id, for the hash tables.
-        reads_master: see :func:`parallel.fsdp.shard_model`.
-        seq_len: tokens of a row, by which the stages are balanced.
-    """
-    layout, rank = mesh.layout, mesh.pipeline.get_local_rank()
+    if mesh.layout.pp == 1:
+        return materialise(lambda: DeepSeekV4(config))
+    recomputes = activation_checkpoint != "none"
     stages = []
-    for parts in split_stages(config, layout, seq_len):
-        if rank_of_stage(parts.index, layout.pp, layout.schedule) != rank:
-            continue
-        with torch.device("meta"):
-            stage = StageModel(config, parts)
-        _shard(stage, mesh, precision, activation_checkpoint, reads_master)
-        stage.recomputes = activation_checkpoint != "none"
+    for parts in _stages_here(config, mesh, seq_len):
+        stage = materialise(partial(StageModel, config, parts, recomputes))
+        assert isinstance(stage, StageModel)
         register_fsdp_forward_method(stage, "advance")
-        stage.to_empty(device=device)
-        init_weights(stage, seed, token_counts_V, region_of)
         stages.append(stage)
-    if splits_backward(layout.schedule) and activation_checkpoint != "none":
+    if splits_backward(mesh.layout.schedule) and recomputes:
         log.warning(
             "parallel.schedule=%s with train.activation_checkpoint=%s: gradients of weights are"
             " computed with those of inputs; apart, a block would be recomputed for every weight",
-            layout.schedule, activation_checkpoint,
+            mesh.layout.schedule, activation_checkpoint,
         )  # fmt: skip
     return ModelPart(config, stages)
 
 
-def _shard(
-    model: DeepSeekV4,
-    mesh: Mesh,
-    precision: str,
-    activation_checkpoint: str,
-    reads_master: Callable[[str], bool],
-) -> None:
-    checkpoint_blocks(model, activation_checkpoint)
-    if mesh.layout.ep > 1:
-        shard_experts(model, mesh.ep)
-    shard_model(model, mesh, precision, reads_master)
+def _stages_here(config: ModelConfig, mesh: Mesh, seq_len: int) -> list[StageParts]:
+    """What each of this rank's pipeline stages holds, in order."""
+    layout, rank = mesh.layout, mesh.pipeline.get_local_rank()
+    return [
+        parts
+        for parts in split_stages(config, layout, seq_len)
+        if rank_of_stage(parts.index, layout.pp, layout.schedule) == rank
+    ]

@@ -43,7 +43,7 @@ from optim.build import Optimizer, build_optimizer
 from optim.muon_distributed import ShardedMuon
 from parallel.mesh import Mesh, build_mesh, check_layout
 from parallel.pipeline_stage import ModelPart
-from parallel.plan import build_pipeline_part, build_sharded_model
+from parallel.plan import build_sharded_model
 from quant.apply import reads_master
 from train.config import RunConfig
 from train.fit import Memory, Needs
@@ -118,16 +118,10 @@ def build_rank(run: RunConfig, rank: int, world_size: int) -> RankPart:
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
         mesh = build_mesh(layout, "cpu")
-        shape = (run.model, mesh, META, run.train.precision.value)
-        recompute = run.train.activation_checkpoint.value
-        masters = partial(reads_master, run.quant)
-        if layout.pp > 1:
-            longest = resolve(run).longest_row
-            model = build_pipeline_part(
-                *shape, recompute, run.seed, reads_master=masters, seq_len=longest
-            )
-        else:
-            model = build_sharded_model(*shape, recompute, run.seed, reads_master=masters)
+        model = build_sharded_model(
+            run.model, mesh, META, run.train.precision.value, run.train.activation_checkpoint.value,
+            run.seed, None, partial(reads_master, run.quant), resolve(run).longest_row,
+        )  # fmt: skip
         optimizer = build_optimizer(
             model.named_parameters(), run.optim, split_counts=split_counts(run.model),
             group=mesh.data.get_group(), shapes=parameter_shapes(run.model),

@@ -3,12 +3,12 @@
     python scripts/pipeline_timeline.py --pp 2 --out runs/timeline
     python scripts/pipeline_timeline.py dualpipev --pp 4 --microbatches 12 --model v4_tiny
 
-One step of each schedule after a first that warms up, from the timestamps that the stages record. A
-rank's bubble is the share of the step, from the first action of any rank to the last, in which it
-runs nothing. Beside it stand the closed form with the measured mean time of an action, which
-takes stages as equal, and a simulation that keeps each action's own measured time and the order
-that ran, and lets it wait for nothing but the actions it depends on. What the measured one has
-above that is communication and processes in each other's way: give every rank a core.
+The fastest of some steps of each schedule after a first that warms up, from the timestamps that the
+stages record. A rank's bubble is the share of the step, from the first action of any rank to the
+last, in which it runs nothing. Beside it stand the closed form with the measured mean time of an
+action, which takes stages as equal, and a simulation that keeps each action's own measured time and
+the order that ran, and lets it wait for nothing but the actions it depends on. What the measured
+one has above that is communication and processes in each other's way: give every rank a core.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ from parallel.mesh import build_mesh, check_layout
 from parallel.pipeline import Action
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_split import check_microbatches, describe_split, stages_per_rank
-from parallel.plan import build_pipeline_part
+from parallel.pipeline_stage import ModelPart
+from parallel.plan import build_sharded_model
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -86,22 +87,24 @@ def on_rank(rank: int, schedule: str, folder: str, args: argparse.Namespace) -> 
     )
     config, layout = read_model(args.model), layout_of(schedule, args)
     mesh = build_mesh(layout, "cpu")
-    model = build_pipeline_part(config, mesh, CPU, seq_len=args.seq_len)
+    model = build_sharded_model(config, mesh, CPU, seq_len=args.seq_len)
     optimizer = build_optimizer(
         model.named_parameters(), OptimConfig(), split_counts={"o_groups": config.o_groups},
         group=mesh.data.get_group(),
     )  # fmt: skip
+    assert isinstance(model, ModelPart)
     engine = PipelineEngine(model, optimizer, CPU, 0.0, mesh)
     batches = microbatches(config, args)
     tokens = float(args.microbatches * args.rows * args.seq_len)
     objective = Objective((tokens,) * (1 + config.num_nextn_predict_layers), tokens)
-    for _ in range(2):
+    steps: list[Timeline] = []
+    for _ in range(1 + args.steps):
         engine.optimizer.zero_grad()
         dist.barrier()
         engine.forward_backward(batches, objective)
-    actions = engine.gather(engine.pipeline.actions)
+        steps.append(engine.gather(engine.pipeline.actions))
     if rank == 0:
-        torch.save(actions, f"{folder}/actions.pt")
+        torch.save(min(steps[1:], key=span), f"{folder}/actions.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -127,11 +130,16 @@ def run(schedule: str, args: argparse.Namespace) -> Timeline:
     ]
 
 
+def span(ranks: Timeline) -> float:
+    """Seconds from the first action of any rank to the last."""
+    actions = [action for of_rank in ranks for action in of_rank]
+    return max(a.stop for a in actions) - min(a.start for a in actions)
+
+
 def bubble(ranks: Timeline) -> float:
     """Share of the step in which ranks run nothing, mean over ranks."""
-    span = max(a.stop for actions in ranks for a in actions)
     busy = sum(a.stop - a.start for actions in ranks for a in actions)
-    return 1 - busy / (span * len(ranks))
+    return 1 - busy / (span(ranks) * len(ranks))
 
 
 def closed_form(schedule: str, ranks: Timeline) -> float:
@@ -219,13 +227,13 @@ def draw(drawn: dict[str, Timeline], path: Path, title: str) -> None:
 
 def text_of(ranks: Timeline, width: int = 100) -> str:
     """A line a rank: the kind of action that runs, dots where none does; lower case: 2nd stage."""
-    span = max(a.stop for actions in ranks for a in actions)
+    seconds = span(ranks)
     lines = []
     for rank, actions in enumerate(ranks):
         line, first = ["."] * width, min(a.stage for a in actions)
         for a in actions:
             mark = a.kind if a.stage == first else a.kind.lower()
-            for i in range(int(a.start / span * width), max(1, round(a.stop / span * width))):
+            for i in range(int(a.start / seconds * width), max(1, round(a.stop / seconds * width))):
                 line[min(i, width - 1)] = mark
         lines.append(f"  rank {rank} {''.join(line)}")
     return "\n".join(lines)
@@ -242,8 +250,11 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=8)
     parser.add_argument("--rows", type=int, default=4, help="of a microbatch")
     parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=5, help="of which the fastest is shown")
     parser.add_argument("--out", type=Path, default=Path("runs/timeline"), help="folder")
     args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps} must be 1 or more")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     args.out.mkdir(parents=True, exist_ok=True)
     drawn: dict[str, Timeline] = {}
@@ -254,15 +265,14 @@ def main() -> None:
     ]
     for schedule in args.schedules:
         ranks = drawn[schedule] = run(schedule, args)
-        seconds = max(a.stop for actions in ranks for a in actions)
         stages = args.pp * stages_per_rank(schedule)
         report.append(
-            f"{schedule:22} {stages:6} {seconds:8.3f} {bubble(ranks):9.1%}"
+            f"{schedule:22} {stages:6} {span(ranks):8.3f} {bubble(ranks):9.1%}"
             f" {closed_form(schedule, ranks):9.1%} {bubble(simulated(ranks)):9.1%}"
         )
     title = (
-        f"{args.model}, {args.pp} ranks, {args.microbatches} microbatches of {args.rows} x"
-        f" {args.seq_len} tokens"
+        f"{args.model}, {args.pp} ranks on {os.cpu_count()} cores, {args.microbatches} microbatches"
+        f" of {args.rows} x {args.seq_len} tokens; the fastest of {args.steps} steps"
     )
     for schedule, ranks in drawn.items():
         layout = layout_of(schedule, args)

@@ -11,6 +11,7 @@ otherwise.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,13 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data.batch import IGNORE, Batch
 from model.flops import parameter_shapes
 from model.loss import Objective
 from model.transformer import DeepSeekV4
 from optim.groups import build_table
-from parallel.collectives import whole
+from parallel.collectives import local, whole
 from parallel.engine import Engine, Shares, Update
 from parallel.pipeline_engine import PipelineEngine
 from train.audit_checks import AFTER_UPDATE, BEFORE_UPDATE, Check, Evidence, lr_to_judge
@@ -42,7 +44,7 @@ AUDITED_STEPS = 3  # at the beginning of every stage and of every start
 _FEW_TOKENS = 16  # an expert that got fewer may have met none whose loss reaches it
 
 
-_OTHER_CHECKS = ("isolation", "hash_table", "gradient", "config")
+_OTHER_CHECKS = ("isolation", "hash_table", "sharding", "gradient", "config")
 
 
 class AuditError(RuntimeError):
@@ -73,7 +75,7 @@ class Audit:
         self._loads: dict[str, Tensor] = {}
         self._longest = 0
         self._unjudged: set[str] = set()
-        self._judging_lr = 0.0
+        self._some_unjudged, self._judging_lr = True, 0.0  # of any rank
         self._checked = False
         self._result: dict[str, Any] = {"steps": [], "checks": [], "not_exercised": []}
 
@@ -94,8 +96,8 @@ class Audit:
             yield None
             return
         if not self._checked:
-            faults = [*self._owners(), *self._holders(), *hash_tables(self._model)]
-            _refuse([*faults, *isolation(self._engine)])
+            faults = [*self._owners(), *self._holders(), *self._shards(), *hash_tables(self._model)]
+            _refuse(self._engine, [*faults, *isolation(self._engine)])
             self._checked = True
         observer = _Observer(self._evidence(step, rows), self._engine)
         with watch_seams(self._model) as observer.evidence.seams:
@@ -111,7 +113,7 @@ class Audit:
         """The first steps, and the first whose learning rate shows what the first ones hid."""
         if self._steps < AUDITED_STEPS:
             return True
-        return bool(self._unjudged) and step.lr >= self._judging_lr
+        return self._some_unjudged and step.lr >= self._judging_lr
 
     def _trained(self, step: StepPlan) -> set[str]:
         return {name for name in self._records if trains(name, step.stage, step.weights)}
@@ -139,7 +141,7 @@ class Audit:
         )
 
     def _judge(self, e: Evidence) -> None:
-        _refuse(_faults(AFTER_UPDATE, e))
+        _refuse(self._engine, _faults(AFTER_UPDATE, e))
         if not e.update.applied:
             return  # nothing moved; the next step will show
         self._steps += 1
@@ -152,7 +154,8 @@ class Audit:
         self._longest = max(self._longest, e.longest_document)
         hidden = {name: lr_to_judge(e, name) for name in sorted(self._unjudged)}
         self._unjudged = {name for name, lr in hidden.items() if lr > e.step.lr}
-        self._judging_lr = max(hidden.values(), default=0.0)
+        self._some_unjudged = self._engine.agree(bool(self._unjudged))  # stages hold other names
+        self._judging_lr = self._engine.largest(max(hidden.values(), default=0.0))
         if self._steps == AUDITED_STEPS or e.step.number == self._plan.steps:
             self._end_window(e)
 
@@ -171,7 +174,7 @@ class Audit:
             if needed(self._run, key) and all(key in unread for unread in readers)
         ]
         self._reads.stop()
-        _refuse(faults)
+        _refuse(self._engine, faults)
         log.info(
             "audit: stage %s is as asked for (%d parameters, %d checks, steps %s)",
             e.step.stage.name,
@@ -236,6 +239,26 @@ class Audit:
             if held[name] != 1
         ]
 
+    def _shards(self) -> list[str]:
+        """Every parameter is in FSDP's hands, and its shards make as many copies as asked for."""
+        if not self._engine.sharded:
+            return []
+        shapes, faults = parameter_shapes(self._run.model), []
+        here = dict(self._model.named_parameters())
+        ranks = self._engine.gather({name: local(p).numel() for name, p in here.items()})
+        layout = self._run.parallel.resolve(len(ranks))
+        in_ep = layout.ep // math.gcd(layout.ep, layout.dp_shard)  # replicas that share experts
+        for name, parameter in here.items():
+            copies = layout.dp_replicate // (in_ep if ".ffn.experts." in name else 1)
+            held = sum(sizes.get(name, 0) for sizes in ranks) / math.prod(shapes[name])
+            if not isinstance(parameter, DTensor):
+                faults.append(f"sharding: {name} is left out: its gradient is not reduced")
+            elif held != copies:
+                faults.append(
+                    f"sharding: {name} is held {held:g} times, {layout} asks for {copies}"
+                )
+        return faults
+
 
 class _Observer:
     """Collects the evidence of one step."""
@@ -253,7 +276,7 @@ class _Observer:
             if parameter.grad is not None:
                 e.grad_norms[name] = _norms(name, whole(parameter.grad))
         e.seams.settle()
-        _refuse(_faults(BEFORE_UPDATE, e))
+        _refuse(self._engine, _faults(BEFORE_UPDATE, e))
 
     def after_update(self, update: Update) -> None:
         """Note what moved; frozen parameters keep their state objects, so both are compared."""
@@ -274,12 +297,22 @@ def _faults(checks: dict[str, Check], e: Evidence) -> list[str]:
     return [f"{name}: {line}" for name, check in checks.items() for line in check(e)]
 
 
-def _refuse(faults: list[str]) -> None:
-    if faults:
-        shown = faults[:20] + ([f"... and {len(faults) - 20} more"] if len(faults) > 20 else [])
-        raise AuditError(
-            "the run does not do what it was asked to:\n" + "\n".join(f"  {f}" for f in shown)
-        )
+def _refuse(engine: Engine, faults: list[str]) -> None:
+    """Every rank raises what any has found, and names which where not all have."""
+    ranks = engine.gather(faults)
+    found = {
+        line: [r for r, lines in enumerate(ranks) if line in lines] for f in ranks for line in f
+    }
+    if not found:
+        return
+    told = [
+        line if len(holders) == len(ranks) else f"{line} (rank {', '.join(map(str, holders))})"
+        for line, holders in found.items()
+    ]
+    shown = told[:20] + ([f"... and {len(told) - 20} more"] if len(told) > 20 else [])
+    raise AuditError(
+        "the run does not do what it was asked to:\n" + "\n".join(f"  {f}" for f in shown)
+    )
 
 
 # ---- before the first step ----------------------------------------------------------------------

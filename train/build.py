@@ -24,7 +24,7 @@ from parallel.lost_rank import all_ready
 from parallel.mesh import Mesh, build_mesh, init_process_group, launched_world_size
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_stage import ModelPart
-from parallel.plan import build_pipeline_part, build_sharded_model
+from parallel.plan import build_sharded_model
 from quant.apply import reads_master
 from train.anticipation import Anticipation
 from train.audit import Audit
@@ -85,6 +85,7 @@ def build(run: RunConfig) -> Trainer:
         run, engine, loader, average, checkpoints, metrics, recovery, anticipation
     )
     open_folder(folder, config_yaml, run, plan, engine, phase, evaluator)
+    matmul_rate = measured_matmul_rate(engine.device, _DTYPES[run.train.precision])
     return Trainer(
         run=run,
         plan=plan,
@@ -103,7 +104,7 @@ def build(run: RunConfig) -> Trainer:
         profiler=build_profiler(run, plan, engine),
         report=RunReport(run, engine, tokenizer, metrics, loader.manifest),
         stop=stop,
-        matmul_rate=measured_matmul_rate(engine.device, _DTYPES[run.train.precision]),
+        matmul_rate=sum(engine.gather(matmul_rate)),
         progress=progress,
     )
 
@@ -126,16 +127,10 @@ def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4
     train, device = run.train, compute_device(run.train.device)
     seed = run.seed + run.init_seed_offset
     token_counts_V = loader.token_counts(run.model.vocab_size)
-    if mesh is not None and mesh.layout.pp > 1:
-        model = build_pipeline_part(
-            run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
-            seed, token_counts_V, partial(reads_master, run.quant),
-            resolve(run).longest_row,
-        )  # fmt: skip
-    elif mesh is not None:
+    if mesh is not None:
         model = build_sharded_model(
             run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
-            seed, token_counts_V, partial(reads_master, run.quant),
+            seed, token_counts_V, partial(reads_master, run.quant), resolve(run).longest_row,
         )  # fmt: skip
     else:
         model = DeepSeekV4(run.model)

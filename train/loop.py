@@ -87,7 +87,7 @@ class Trainer:
         profiler: its window.
         report: what the run leaves behind.
         stop: whether to leave early.
-        matmul_rate: of this machine, FLOPs per second.
+        matmul_rate: of all ranks' devices together, FLOPs per second.
         progress: where the run stands.
     """
 

@@ -114,7 +114,9 @@ METRICS = (
         True,
     ),
     Metric("peak_memory_bytes", "bytes, largest of any rank", Reduction.max, True),
-    Metric("mfu", "fraction of the machine's measured matmul rate", Reduction.same, True),
+    Metric(
+        "mfu", "fraction of the measured matmul rate of all ranks' devices", Reduction.same, True
+    ),
 )
 _BY_NAME = {metric.name: metric for metric in METRICS}
 MEASURED = frozenset(metric.name for metric in METRICS if metric.measured)

@@ -1,8 +1,9 @@
 """How fast this machine multiplies matrices: the denominator of MFU.
 
 MFU here is useful FLOPs (``model/flops.py``, recomputation not counted) per second over the rate
-of a plain square matmul on the same device, threads and dtype. A published peak would be unknown
-for most CPUs and out of reach on the rest.
+of a plain square matmul on the same device, threads and dtype, added up over ranks, which measure
+at the same time (they may share cores). A published peak would be unknown for most CPUs and out of
+reach on the rest.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ def measured_matmul_rate(
         device: where the run computes.
         dtype: of the run's matmuls.
         size: rows and columns; 0 takes 1024 on a CPU and 8192 on a GPU.
-        seconds: how long to measure; at least three products are timed after a first that warms up.
+        seconds: how long to measure; at least one product, after a small one that warms up.
     """
     size = size or (8192 if device.type == "cuda" else 1024)
     x = torch.ones(size, size, device=device, dtype=dtype)
-    _timed(x)
-    times = [_timed(x) for _ in range(3)]
+    _timed(x[:64, :64])
+    times: list[float] = []
     while sum(times) < seconds:
         times.append(_timed(x))
     return 2 * size**3 / min(times)

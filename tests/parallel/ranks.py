@@ -20,7 +20,7 @@ from parallel.engine import TorchEngine
 from parallel.mesh import Mesh, build_mesh, check_layout
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_stage import ModelPart
-from parallel.plan import build_pipeline_part, build_sharded_model
+from parallel.plan import build_sharded_model
 from tests.helpers import Rows, relative, small_model, tiny_model
 from train.step import microbatches
 
@@ -51,12 +51,7 @@ def spread(
     layout = ParallelConfig(**degrees).resolve(dist.get_world_size())
     check_layout(layout, model.config)
     mesh = build_mesh(layout, "cpu")
-    if layout.pp > 1:
-        mine = build_pipeline_part(
-            model.config, mesh, CPU, precision, checkpoint, seq_len=4 * SEQ_LEN
-        )
-    else:
-        mine = build_sharded_model(model.config, mesh, CPU, precision, checkpoint)
+    mine = build_sharded_model(model.config, mesh, CPU, precision, checkpoint, seq_len=4 * SEQ_LEN)
     mine.compute_dtype = model.compute_dtype
     optimizer = build_optimizer(
         mine.named_parameters(), optim, split_counts={"o_groups": model.config.o_groups},
