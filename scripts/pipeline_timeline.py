@@ -221,7 +221,7 @@ def draw(drawn: dict[str, Timeline], path: Path, title: str) -> None:
     figure.legend(handles, NAMES.values(), loc="upper right", ncols=4, fontsize=8, frameon=False)
     figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

@@ -7,6 +7,7 @@ rows, the only ones whose bits depend on the layout, are few enough); routing is
 """
 
 import os
+import re
 from dataclasses import replace
 
 import pytest
@@ -116,9 +117,10 @@ def test_every_rank_is_audited_and_quantises_the_fp32_master(tmp_path):
     with pytest.raises(ProcessRaisedException) as error:
         run_distributed(audited_run, 2, tmp_path, corpus)
     told = str(error.value)
-    assert "Process 1 terminated" in told
     assert "AuditError" in told
-    assert "quant: quant.experts: layers.0.ffn.experts.w1 gave products" in told
+    assert re.search(
+        r"quant: quant.experts: layers.0.ffn.experts.w1 gave products .* \(rank 1\)", told
+    )
     first = read_metrics(tmp_path / "honest" / "metrics.jsonl")[0]
     for part in ("experts", "kv", "indexer"):
         assert 0 < first[f"quant_error_{part}"] < 0.05
