@@ -30,7 +30,7 @@ def measured_matmul_rate(
     x = torch.ones(size, size, device=device, dtype=dtype)
     _timed(x[:64, :64])
     times: list[float] = []
-    while sum(times) < seconds:
+    while not times or sum(times) < seconds:
         times.append(_timed(x))
     return 2 * size**3 / min(times)
 
