@@ -88,7 +88,7 @@ def test_job_of_four_ranks_survives_kills_of_one(corpus, tmp_path):
     """Under torchrun, which starts all four again each time."""
     kills, steps, folder, log = 8, 40, tmp_path / "killed", tmp_path / "log"
     args = [*words(corpus, steps), "train.checkpoint_every=1"]
-    done = launch(4, *args, f"run_dir={tmp_path / 'whole'}")
+    done = launch(4, *args, f"run_dir={tmp_path / 'whole'}", seconds=1200)
     assert done.returncode == 0, done.stderr[-3000:]
     rng, hit = random.Random(0), []
     with log.open("w") as file:

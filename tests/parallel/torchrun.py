@@ -52,12 +52,19 @@ def command(
     ]  # fmt: skip
 
 
-def launch(ranks: int, *args: str) -> subprocess.CompletedProcess[str]:
-    """Run a job to its end."""
-    return subprocess.run(
-        command(ranks, list(args)), capture_output=True, text=True, check=False, timeout=280,
+def launch(ranks: int, *args: str, seconds: float = 280) -> subprocess.CompletedProcess[str]:
+    """Run a job to its end; one that takes longer is killed with its ranks."""
+    job = psutil.Popen(
+        command(ranks, list(args)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=ONE_THREAD,
     )  # fmt: skip
+    try:
+        output = job.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        for process in [*job.children(recursive=True), job]:  # each rank is a session of its own
+            process.kill()
+        raise
+    return subprocess.CompletedProcess(job.args, job.returncode, *output)
 
 
 def kill_rank(
