@@ -125,10 +125,14 @@ def worker_of(launchers: list[subprocess.Popen[bytes]], rank: int) -> psutil.Pro
 
 
 def wait_for_line(
-    path: Path, step: int, launchers: list[subprocess.Popen[bytes]], log: Path
+    path: Path,
+    step: int,
+    launchers: list[subprocess.Popen[bytes]],
+    log: Path,
+    seconds: float = 200,
 ) -> None:
     """Until ``metrics.jsonl`` holds a step."""
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + seconds
     while len(read_metrics(path)) < step:
         for launcher in launchers:
             assert launcher.poll() is None, f"left before the kill: {log.read_text()[-3000:]}"
