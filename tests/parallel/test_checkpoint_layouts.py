@@ -60,24 +60,19 @@ def load_here(folder):
         assert torch.equal(tensor, saved[name]), name
 
 
-def test_checkpoint_of_two_ranks_loads_under_another_layout_and_alone(tmp_path):
-    run_distributed(write_and_read, 2, tmp_path, {}, {"ep": 2})
-    load_here(tmp_path)
-
-
-def there_and_back(rank, world, folder, layouts):
-    """Each layout reads what one process wrote and writes its own next step."""
+def pass_on(rank, world, folder, layouts):
+    """Each layout reads what the one before it wrote, and writes its own next step."""
     reference = alone()
     rows = random_rows(ROWS, SEQ_LEN, reference.model.config.vocab_size)
-    saved, loss = torch.load(folder / "alone.pt", weights_only=True)
     for number, layout in enumerate(layouts, start=2):
+        saved, loss = torch.load(folder / f"{number - 1}.pt", weights_only=True)
         engine, _ = spread(reference, layout)
-        checkpoint.read(Checkpoints(folder).path(1), engine.state())
+        checkpoint.read(Checkpoints(folder).path(number - 1), engine.state())
         loaded = gathered(engine)
         assert loaded.keys() == saved.keys()
         for name, tensor in loaded.items():
-            assert torch.equal(tensor, saved[name]), name
-        assert next_loss(engine, rows) == pytest.approx(loss, abs=1e-5)
+            assert torch.equal(tensor, saved[name]), (layout, name)
+        assert next_loss(engine, rows) == pytest.approx(loss, abs=1e-5), layout
         advance(engine, rows)
         Checkpoints(folder).save(number, engine.state(), {})
         expected = gathered(engine), next_loss(engine, rows)
@@ -86,13 +81,14 @@ def there_and_back(rank, world, folder, layouts):
         dist.barrier()
 
 
-def compare_there_and_back(folder, world, layouts):
+def compare_chain(folder, world, layouts):
+    """From one process through all layouts; one process reads what each of them wrote."""
     engine = alone()
     rows = random_rows(ROWS, SEQ_LEN, engine.model.config.vocab_size)
     advance(engine, rows)
     Checkpoints(folder).save(1, engine.state(), {})
-    torch.save((gathered(engine), next_loss(engine, rows)), folder / "alone.pt")
-    run_distributed(there_and_back, world, folder, layouts)
+    torch.save((gathered(engine), next_loss(engine, rows)), folder / "1.pt")
+    run_distributed(pass_on, world, folder, layouts)
     for number, layout in enumerate(layouts, start=2):
         engine = alone()
         checkpoint.read(Checkpoints(folder).path(number), engine.state())
@@ -104,18 +100,17 @@ def compare_there_and_back(folder, world, layouts):
         assert next_loss(engine, rows) == pytest.approx(loss, abs=1e-5), layout
 
 
-def test_checkpoint_of_one_process_loads_on_two_stages_and_back(tmp_path):
-    layouts = [{"pp": 2}, {"pp": 2, "schedule": "zbvzerobubble"}]
-    compare_there_and_back(tmp_path, 2, layouts)
+def test_checkpoint_goes_from_one_process_through_layouts_of_two_ranks_and_back(tmp_path):
+    compare_chain(tmp_path, 2, [{"ep": 2}, {"pp": 2}])
 
 
 @pytest.mark.slow
-def test_checkpoint_of_one_process_loads_on_four_ranks_and_back(tmp_path):
+def test_checkpoint_goes_from_one_process_through_layouts_of_four_ranks_and_back(tmp_path):
     layouts = [
-        {}, {"ep": 2}, {"ep": 4}, {"dp_replicate": 2}, {"pp": 2}, {"pp": 2, "ep": 2},
-        {"pp": 2, "ep": 2, "schedule": "zbvzerobubble"}, {"pp": 4},
+        {}, {"ep": 2}, {"pp": 2, "ep": 2}, {"ep": 4}, {"dp_replicate": 2}, {"pp": 2}, {"pp": 4},
+        {"pp": 2, "ep": 2, "schedule": "zbvzerobubble"},
     ]  # fmt: skip
-    compare_there_and_back(tmp_path, 4, layouts)
+    compare_chain(tmp_path, 4, layouts)
 
 
 @pytest.mark.slow
