@@ -248,6 +248,11 @@ def asked_for(args: argparse.Namespace) -> dict[str, Any]:
     return {key: vars(args)[key] for key in keys} | {"source_sha256": source_hash()}
 
 
+def measured_for(args: argparse.Namespace) -> dict[str, Any]:
+    """:func:`asked_for`, and what was measured."""
+    return asked_for(args) | {"trials": list(args.trials)}
+
+
 def measured_before(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Layout -> result, from the file of an earlier call with the same options and sources.
 
@@ -258,7 +263,7 @@ def measured_before(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     if file is None or not file.exists():
         return {}
     found = json.loads(file.read_text(encoding="utf-8"))
-    asked = asked_for(args) | {"trials": list(args.trials)}
+    asked = measured_for(args)
     if found.get("asked") != asked:
         raise UserError(f"--json {file} was measured with {found.get('asked')}, now it is {asked}")
     return {result["layout"]: result for result in found["results"] if "died" not in result}
@@ -381,10 +386,9 @@ def write(
     """The files that were asked for, with the rows that are done."""
     notes = about(args, ref, results)
     if args.json:
-        asked = asked_for(args) | {"trials": list(args.trials)}
         found = {
-            "asked": asked, "results": results, "noise": ref.noise, "losses": ref.losses,
-            "notes": notes,
+            "asked": measured_for(args), "results": results, "noise": ref.noise,
+            "losses": ref.losses, "notes": notes,
         }  # fmt: skip
         Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if args.markdown:

@@ -6,15 +6,24 @@ checkpoint. Bound: equality.
 """
 
 import random
+import subprocess
 import time
 from collections import Counter
 
-import psutil
 import pytest
 
 from tests.integration.killed_jobs import kill_at_random, run_to_end
 from tests.integration.small_run import differing, final_tensors, write_corpus
-from tests.parallel.torchrun import command, launch, steps_of, wait_for_line, words, worker_of
+from tests.parallel.torchrun import (
+    ONE_THREAD,
+    command,
+    end,
+    launch,
+    steps_of,
+    wait_for_line,
+    words,
+    worker_of,
+)
 from train.config import RunConfig
 from train.metrics import read_metrics
 
@@ -92,9 +101,10 @@ def test_job_of_four_ranks_survives_kills_of_one(corpus, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     rng, hit = random.Random(0), []
     with log.open("w") as file:
-        launcher = psutil.Popen(
-            command(4, [*args, f"run_dir={folder}"], restarts=kills), stdout=file, stderr=file
-        )
+        launcher = subprocess.Popen(
+            command(4, [*args, f"run_dir={folder}"], restarts=kills),
+            stdout=file, stderr=file, env=ONE_THREAD,
+        )  # fmt: skip
     try:
         for _ in range(kills):
             at = len(read_metrics(folder / "metrics.jsonl")) + rng.randint(1, 3)
@@ -105,8 +115,6 @@ def test_job_of_four_ranks_survives_kills_of_one(corpus, tmp_path):
             hit.append((rank, bool(list((folder / "checkpoints").glob(".writing_*")))))
         assert launcher.wait(timeout=1200) == 0, log.read_text()[-3000:]
     finally:
-        if launcher.poll() is None:
-            for process in [*launcher.children(recursive=True), launcher]:
-                process.kill()
+        end(launcher)
     print(f"killed (rank, inside a save): {hit}")  # noqa: T201
     assert_equal_runs(folder, tmp_path / "whole", steps)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -54,16 +55,14 @@ def command(
 
 def launch(ranks: int, *args: str, seconds: float = 280) -> subprocess.CompletedProcess[str]:
     """Run a job to its end; one that takes longer is killed with its ranks."""
-    job = psutil.Popen(
+    job = subprocess.Popen(
         command(ranks, list(args)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=ONE_THREAD,
     )  # fmt: skip
     try:
         output = job.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        for process in [*job.children(recursive=True), job]:  # each rank is a session of its own
-            process.kill()
-        raise
+    finally:
+        end(job)
     return subprocess.CompletedProcess(job.args, job.returncode, *output)
 
 
@@ -109,8 +108,8 @@ def kill_rank(
             end(launcher)
 
 
-def end(launcher: subprocess.Popen[bytes]) -> None:
-    """Kill what a failed test left behind."""
+def end(launcher: subprocess.Popen[Any]) -> None:
+    """Kill what a failed test left behind; each rank is a session of its own."""
     if launcher.poll() is None:
         for process in psutil.Process(launcher.pid).children(recursive=True):
             process.kill()
