@@ -14,6 +14,30 @@ from data.batch import IGNORE, Batch, BatchCounts
 from data.packing import Row, Span
 
 
+class DocumentName(NamedTuple):
+    """A document in one pass through its source.
+
+    Attributes:
+        source: name of the source.
+        document: its number there; of a store among the training documents, of a stream its place.
+        epoch: number of the pass, from 0.
+    """
+
+    source: str
+    document: int
+    epoch: int
+
+
+class Sample(NamedTuple):
+    """Tokens ``start .. stop - 1`` of a document, as they stand in a row."""
+
+    source: str
+    document: int
+    epoch: int
+    start: int
+    stop: int
+
+
 class RowDocuments(Protocol):
     """The documents that rows refer to."""
 
@@ -21,6 +45,10 @@ class RowDocuments(Protocol):
 
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens of a document; int64."""
+        ...
+
+    def name(self, document: int) -> DocumentName:
+        """What a document is called."""
         ...
 
 
@@ -51,6 +79,11 @@ class GlobalBatch:
         """Fraction of tokens with at least ``tokens`` tokens of their own piece before them."""
         lengths = [span.length for row in self.rows for span in row.spans]
         return sum(max(0, n - tokens) for n in lengths) / max(1, sum(lengths))
+
+    def samples(self, row: int) -> list[Sample]:
+        """What stands in a row, in order."""
+        documents, spans = self.rows[row]
+        return [Sample(*documents.name(s.document), s.start, s.stop) for s in spans]
 
     def batch(self, start: int, stop: int) -> Batch:
         """Read rows ``start .. stop - 1``.

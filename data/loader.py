@@ -289,9 +289,9 @@ def _sources(
     """One for each weighted source; all stores as one where there are no weights."""
     names = list(cfg.named_sources())
     if _weights(cfg) is None and not streams:
-        return [StoreSource("all", [stores[name].train for name in names], seed)]
+        return [StoreSource("all", {name: stores[name].train for name in names}, seed)]
     return [
-        streams[name] if name in streams else StoreSource(name, [stores[name].train], seed)
+        streams[name] if name in streams else StoreSource(name, {name: stores[name].train}, seed)
         for name in names
     ]
 

@@ -15,13 +15,14 @@ its validation text and skipped; later documents that repeat them are left out o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from data.fim import EXTRA_TOKENS, FimCut, fim_cut, fim_tokens
+from data.global_batch import DocumentName
 from data.keyed import mix, permute
 from data.token_store import StoredDocuments, TokenDocuments
 
@@ -30,11 +31,12 @@ _ORDER, _FIM = 1, 2  # purposes of keys
 
 @dataclass(frozen=True)
 class Drawn:
-    """One document of a pool: where it is stored, and its key in this pass."""
+    """One document of a pool: where it is stored, its key in this pass, and what it is called."""
 
     documents: TokenDocuments
     index: int
     key: int
+    name: DocumentName
 
 
 class Source(Protocol):
@@ -60,14 +62,14 @@ class StoreSource:
 
     Args:
         name: for messages.
-        parts: the training documents of the stores, in a fixed order.
+        parts: source -> the training documents of its store, in a fixed order.
         seed: of the run.
     """
 
-    def __init__(self, name: str, parts: Sequence[StoredDocuments], seed: int) -> None:
+    def __init__(self, name: str, parts: Mapping[str, StoredDocuments], seed: int) -> None:
         self.name = name
-        self._parts = list(parts)
-        self._ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
+        self._parts, self._names = list(parts.values()), list(parts)
+        self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
         self._count = int(self._ends[-1])
         self._key = mix(seed, *name.encode())
 
@@ -89,14 +91,12 @@ class StoreSource:
             return None
         index_N = permute(places, self._count, mix(self._key, _ORDER, epoch))
         part_N = np.searchsorted(self._ends, index_N, side="right")
-        return [
-            Drawn(
-                self._parts[part],
-                index - (int(self._ends[part - 1]) if part else 0),
-                mix(self._key, _FIM, epoch, index),
-            )
-            for part, index in zip(part_N.tolist(), index_N.tolist(), strict=True)
-        ]
+        drawn = []
+        for part, place in zip(part_N.tolist(), index_N.tolist(), strict=True):
+            index = place - (int(self._ends[part - 1]) if part else 0)
+            name = DocumentName(self._names[part], index, epoch)
+            drawn.append(Drawn(self._parts[part], index, mix(self._key, _FIM, epoch, place), name))
+        return drawn
 
     def mean_length(self) -> float:
         """Tokens of an average document."""
@@ -142,6 +142,10 @@ class Pool:
         if cut is None or self._fim_ids is None:
             return drawn.documents.tokens(drawn.index, start, stop)
         return fim_tokens(drawn.documents, drawn.index, cut, self._fim_ids, start, stop)
+
+    def name(self, document: int) -> DocumentName:
+        """Which document of which source, in which pass."""
+        return self._drawn[document].name
 
 
 class Mixture:

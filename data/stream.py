@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.config import ValidationConfig
+from data.global_batch import DocumentName
 from data.keyed import mix
 from data.mixture import Drawn
 from data.near_duplicates import OverlapCounter
@@ -97,8 +98,15 @@ class StreamSource:
             return None
         places, ids = self._encode(texts)
         documents = ListDocuments(ids)
-        keys = [mix(self._key, epoch, start + place) for place in places]
-        return [Drawn(documents, i, key) for i, key in enumerate(keys)]
+        return [
+            Drawn(
+                documents,
+                i,
+                mix(self._key, epoch, start + place),
+                DocumentName(self.name, self._first + start + place, epoch),
+            )
+            for i, place in enumerate(places)
+        ]
 
     def mean_length(self) -> float:
         """Tokens of an average document among the first."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from data.global_batch import DocumentName
 from data.keyed import mix, permute
 from data.packing import Row, Span, pack, whole_documents
 
@@ -48,6 +49,10 @@ class ValidationSet:
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens ``start .. stop - 1`` of a document, fewer at its end; int64."""
         return self._ids[document][start:stop]
+
+    def name(self, document: int) -> DocumentName:
+        """Its number among the held-out documents of all sources."""
+        return DocumentName("validation", document, 0)
 
     def rows(self, seq_len: int, num_tokens: int) -> list[Row]:
         """Rows for an evaluation, always the same.

@@ -43,7 +43,8 @@ from train.profiling import ProfilerWindow
 from train.receipt import plain
 from train.recovery import Recovery
 from train.report import RunReport
-from train.run_folder import CHECKPOINTS, CONFIG, METRICS
+from train.run_folder import CHECKPOINTS, CONFIG, METRICS, SAMPLES
+from train.sample_log import SampleLog
 from train.stages import Plan, resolve
 from train.stop import StopRequest
 from train.trackers import Console, TensorBoardTracker, Tracker
@@ -81,8 +82,9 @@ def build(run: RunConfig) -> Trainer:
     metrics = MetricsFile(folder / METRICS)
     recovery = Recovery(run.train.recovery)
     anticipation = Anticipation(run, plan, engine, loader, recovery.anticipates)
+    samples = SampleLog(folder / SAMPLES, engine, run.train.log_samples)
     progress, shown = restore(
-        run, engine, loader, average, checkpoints, metrics, recovery, anticipation
+        run, engine, loader, average, checkpoints, metrics, samples, recovery, anticipation
     )
     open_folder(folder, config_yaml, run, plan, engine, phase, evaluator)
     matmul_rate = measured_matmul_rate(engine.device, _DTYPES[run.train.precision])
@@ -100,6 +102,7 @@ def build(run: RunConfig) -> Trainer:
         recovery=recovery,
         anticipation=anticipation,
         metrics=metrics,
+        samples=samples,
         trackers=build_trackers(run, plan, engine, metrics, progress.step, shown),
         profiler=build_profiler(run, plan, engine),
         report=RunReport(run, engine, tokenizer, metrics, loader.manifest),

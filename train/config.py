@@ -145,6 +145,7 @@ class TrainConfig:
         keep_best_checkpoints: besides, how many with the lowest validation loss; 0 = none.
         time_limit_seconds: save and leave with exit code 75 after this long; 0 = no limit.
         log_every: steps between console lines.
+        log_samples: write the documents of every row of every step to ``samples.jsonl``.
         monitor_every: steps between the costly monitors (indexer recall, stream norms); 0 = never.
         activation_checkpoint: what the backward pass recomputes.
         ema_decay: decay of the averaged weights, per step; 0 = none are kept.
@@ -179,6 +180,7 @@ class TrainConfig:
     keep_best_checkpoints: int = 0
     time_limit_seconds: float = 0.0
     log_every: int = 10
+    log_samples: bool = False
     monitor_every: int = 50
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint.none
     ema_decay: float = 0.0

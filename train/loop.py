@@ -42,6 +42,7 @@ from train.profiling import ProfilerWindow
 from train.recovery import Recovery, Verdict
 from train.recovery_config import Remedy
 from train.report import FinalEvaluation, RunReport
+from train.sample_log import SampleLog
 from train.stages import Plan
 from train.step import GlobalBatch, StepPlan, StepResult, plan_step, train_step
 from train.stop import StopRequest
@@ -83,6 +84,7 @@ class Trainer:
         recovery: judges steps.
         anticipation: chooses experts ahead.
         metrics: its ``metrics.jsonl``.
+        samples: its ``samples.jsonl``, if asked for.
         trackers: what else shows metrics; none on ranks above 0.
         profiler: its window.
         report: what the run leaves behind.
@@ -104,6 +106,7 @@ class Trainer:
     recovery: Recovery
     anticipation: Anticipation
     metrics: MetricsFile
+    samples: SampleLog
     trackers: list[Tracker]
     profiler: ProfilerWindow
     report: RunReport
@@ -147,7 +150,8 @@ class Trainer:
         routed = self.anticipation.rows(step, rows)
         with self.audit.watching(step, rows) as observer:
             self.phase.probe.begin_step(step.monitors)
-            result = train_step(self.engine, routed, step, observer, self.recovery)
+            watched = self.samples.watch(rows, routed)
+            result = train_step(self.engine, watched, step, observer, self.recovery)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         self.profiler.after(step.number)
         verdict = self.recovery.after(step, result)
@@ -169,6 +173,7 @@ class Trainer:
         if _due(step.number, self._eval_every, self.plan.steps):
             record |= self.evaluator.evaluate(step)
         self._val_loss = record.get("val_loss")
+        self.samples.write(step.number)
         if self.engine.rank == 0:
             self.metrics.write(record)
         for tracker in self.trackers:
@@ -235,6 +240,7 @@ class Trainer:
         self._abandoned_steps = step.number - self.progress.step
         if self.engine.rank == 0:
             self.metrics.cut(self.progress.step)
+            self.samples.cut(self.progress.step)
         for tracker in self.trackers:
             tracker.rewind(self.progress.step)
         log.warning("back to %s, on with the data behind step %d", target, step.number)
@@ -259,7 +265,8 @@ class Trainer:
         began = time.perf_counter()
         tensors, step = checkpoint_tensors(self.engine, self.average), self.progress.step
         tensors |= self.anticipation.state()
-        self.checkpoints.start(step, tensors, self._state(), durable_first=[self.metrics.path])
+        files = [self.metrics.path] + [self.samples.path] * self.samples.enabled
+        self.checkpoints.start(step, tensors, self._state(), durable_first=files)
         self._save_seconds = time.perf_counter() - began
 
     def _save_if_finite(self) -> None:
@@ -339,6 +346,7 @@ def restore(
     average: WeightAverage | None,
     checkpoints: Checkpoints,
     metrics: MetricsFile,
+    samples: SampleLog,
     recovery: Recovery,
     anticipation: Anticipation,
 ) -> tuple[Progress, dict[str, Any]]:
@@ -371,12 +379,13 @@ def restore(
         if source:
             _start_from(source, engine, average)
     if engine.rank == 0:
-        found = metrics.cut(progress.step)
-        if found != progress.step:
-            log.warning(
-                "%s ends with step %d, the checkpoint is of step %d: the lines between are lost",
-                metrics.path, found, progress.step,
-            )  # fmt: skip
+        for file, wanted in ((metrics, True), (samples, samples.enabled)):
+            found = file.cut(progress.step)
+            if wanted and found != progress.step:
+                log.warning(
+                    "%s ends with step %d, the checkpoint is of step %d: the lines between are"
+                    " lost", file.path, found, progress.step,
+                )  # fmt: skip
     return progress, shown
 
 

@@ -183,8 +183,8 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 # ---- the file ------------------------------------------------------------------------------------
-class MetricsFile:
-    """``metrics.jsonl`` of a run; every write reaches the operating system at once.
+class StepLines:
+    """A file of one JSON object a step, in order; every write reaches the system at once.
 
     Args:
         path: the file; made when the first line is written.
@@ -193,17 +193,10 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Append one step.
-
-        Raises:
-            KeyError: a field that has no line in :data:`METRICS`.
-        """
-        for name in record:
-            metric_of(name)
-        line = json.dumps({name: _json_value(value) for name, value in record.items()})
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Add a line; its ``step`` is above those of the lines before."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(record) + "\n")
 
     def cut(self, step: int) -> int:
         """Remove what lies behind ``step``, half lines included; 0 empties the file.
@@ -218,6 +211,20 @@ class MetricsFile:
         aside.write_text("".join(line for line, _ in kept), encoding="utf-8")
         os.replace(aside, self.path)
         return kept[-1][1] if kept else 0
+
+
+class MetricsFile(StepLines):
+    """``metrics.jsonl`` of a run."""
+
+    def write(self, record: Record) -> None:
+        """Append one step.
+
+        Raises:
+            KeyError: a field that has no line in :data:`METRICS`.
+        """
+        for name in record:
+            metric_of(name)
+        self.append({name: _json_value(value) for name, value in record.items()})
 
 
 def read_metrics(path: Path) -> list[Record]:

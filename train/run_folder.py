@@ -21,6 +21,7 @@ from train.errors import UserError, one_line
 log = logging.getLogger(__name__)
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+SAMPLES = "samples.jsonl"
 # What may change between the parts of a run: the machine, the layout, how often one looks, how far
 # it goes.
 _FREE = (
@@ -28,7 +29,7 @@ _FREE = (
     "model.loss_chunk_tokens", "train.steps", "train.micro_batch_size", "train.device",
     "train.eval_every", "train.eval_only", "train.eval_tokens",
     "train.final_eval_tokens", "train.checkpoint_every", "train.async_checkpoint", "train.keep_",
-    "train.time_limit_seconds", "train.log_every", "train.monitor_every",
+    "train.time_limit_seconds", "train.log_every", "train.log_samples", "train.monitor_every",
     "train.activation_checkpoint", "train.profile_", "train.recovery.",
 )  # fmt: skip
 

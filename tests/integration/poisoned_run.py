@@ -46,6 +46,7 @@ def poisoned_run(folder: Path, corpus: Path, **recovery: Any) -> RunConfig:
         eval_every=0,
         monitor_every=0,
         checkpoint_every=EVERY,
+        log_samples=True,
         recovery=RecoveryConfig(
             **{
                 "on_spike": Remedy.rollback,

@@ -22,13 +22,13 @@ from train.metrics import Record, read_metrics, unmeasured
 SEQ_LEN, ROWS = 48, 4
 
 
-def write_corpus(folder: Path) -> Path:
+def write_corpus(folder: Path, documents: int = 60) -> Path:
     """Documents of 20 to 400 words, deterministic; some shorter than a row, most longer."""
     rng = random.Random(0)
     words = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 8))) for _ in range(80)]
     path = folder / "corpus.jsonl"
     with path.open("w") as file:
-        for _ in range(60):
+        for _ in range(documents):
             text = " ".join(rng.choices(words, k=rng.choice((20, 60, 120, 400))))
             file.write(json.dumps({"text": text}) + "\n")
     return path

@@ -32,6 +32,7 @@ from tests.integration.small_run import (
     fit,
     metrics_of,
 )
+from tests.train.samples import read_samples
 from train import checkpoint
 from train.build import build
 from train.errors import ExitCode, TrainingFailedError
@@ -58,6 +59,10 @@ def recovered(corpus, tmp_path_factory):
 
 def again(run, folder, **recovery):
     return settings(replace(run, run_dir=str(folder)), **recovery)
+
+
+def samples_of(run):
+    return read_samples(Path(run.run_dir))
 
 
 def without_counters(records):
@@ -105,6 +110,7 @@ def test_rollback_is_the_run_that_never_met_the_batches(recovered, tmp_path):
     assert trainer.fit() == ExitCode.finished
     assert [r["rollbacks"] for r in metrics_of(rolled)][-1] == 1
     assert without_counters(metrics_of(rolled)) == without_counters(metrics_of(passed))
+    assert samples_of(rolled) == samples_of(passed)
     assert differing(final_tensors(rolled), final_tensors(passed)) == []
 
 
@@ -163,6 +169,7 @@ def test_sigkill_around_a_rollback_continues_bitwise(recovered, tmp_path, step, 
     assert holds == ({str(step)} if (step, times) == IN_THE_MODE else set())
     assert fit(run)[0] == ExitCode.finished
     assert metrics_of(run) == metrics_of(reference)
+    assert samples_of(run) == samples_of(reference)
     assert differing(final_tensors(run), final_tensors(reference)) == []
 
 

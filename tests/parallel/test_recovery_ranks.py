@@ -6,6 +6,7 @@ checkpoint gives to a step. Losses agree to 1e-3: free steps, and Newton-Schulz 
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from tests.helpers import run_distributed
 from tests.integration.poisoned_run import EVERY, FIRST_SPIKE, poisoned_run, write_poisoned
 from tests.integration.small_run import SignalAfter, differing, fit, metrics_of
+from tests.train.samples import read_samples
 from train.build import build
 from train.config import SampleConfig
 from train.errors import ExitCode
@@ -50,6 +52,7 @@ def test_two_ranks_roll_back_as_one_process(run, tmp_path):
     spread = replace(run, run_dir=str(tmp_path / "spread"))
     run_distributed(on_ranks, 2, spread)
     assert told(spread) == told(run)
+    assert read_samples(tmp_path / "spread") == read_samples(Path(run.run_dir))
     for mine, theirs in zip(metrics_of(spread), metrics_of(run), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], abs=1e-3)
 
