@@ -1,9 +1,10 @@
-"""Sums over ranks, and tensors made whole."""
+"""Sums and values over ranks, and tensors made whole."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -55,3 +56,31 @@ def add_up_loose(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, value in theirs.items():
             total[name] = total.get(name, 0.0) + value
     return {name: torch.tensor(total[name]) for name in sorted(total)}
+
+
+def gathered(value: Any) -> list[Any]:
+    """Each rank's value. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def same_everywhere(value: Any) -> Any:
+    """Rank 0's value. Collective."""
+    shared = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(shared, src=0)
+    return shared[0]
+
+
+def barrier() -> None:
+    """Wait for all ranks. Collective."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return not dist.is_initialized() or dist.get_rank() == 0

@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-from train import checkpoint
-from train.checkpoint import Checkpoints, Retention, step_of
-from train.checkpoint_files import MANIFEST, DamagedCheckpointError, open_manifest
+from train import checkpoint, checkpoint_reader
+from train.checkpoint import Checkpoints, Retention
+from train.checkpoint_files import MANIFEST, DamagedCheckpointError, open_manifest, step_of
 from train.errors import ExitCode, UserError
 from train.run_folder import CHECKPOINTS
 
@@ -97,7 +97,7 @@ def verify(args: argparse.Namespace) -> int:
     damaged = 0
     for path in paths:
         try:
-            checkpoint.verify(path)
+            checkpoint_reader.verify(path)
             print(f"whole    {path}")
         except DamagedCheckpointError as error:
             damaged += 1
@@ -108,13 +108,13 @@ def verify(args: argparse.Namespace) -> int:
 def show(args: argparse.Namespace) -> int:
     """State, then one line a tensor."""
     path = locate(args.folder)
-    state = checkpoint.verify(path)
+    state = checkpoint_reader.verify(path)
     print(f"{path}\n")
     for key, value in flat(state).items():
         print(f"{key} = {value}")
     print()
     chosen = named(path, args.only)
-    for name, value in checkpoint.load_each(path, chosen):
+    for name, value in checkpoint_reader.load_each(path, chosen):
         norm = float(value.double().norm())
         print(f"{name:60} {dtype_of(value):9} {list(value.shape)!s:20} norm {norm:.6g}")
     print(f"{len(chosen)} tensors")
@@ -124,7 +124,7 @@ def show(args: argparse.Namespace) -> int:
 def compare(args: argparse.Namespace) -> int:
     """One line a difference."""
     first, second = locate(args.first), locate(args.second)
-    states = [flat(checkpoint.verify(path)) for path in (first, second)]
+    states = [flat(checkpoint_reader.verify(path)) for path in (first, second)]
     names = [named(path, args.only) for path in (first, second)]
     print(f"a = {first}\nb = {second}\n")
     differences = 0 if args.only else compare_states(*states)
@@ -134,7 +134,9 @@ def compare(args: argparse.Namespace) -> int:
             print(f"{name}: only in {side}")
     shared = sorted(set(names[0]) & set(names[1]))
     pairs = zip(
-        checkpoint.load_each(first, shared), checkpoint.load_each(second, shared), strict=True
+        checkpoint_reader.load_each(first, shared),
+        checkpoint_reader.load_each(second, shared),
+        strict=True,
     )
     for (name, a), (_, b) in pairs:
         if line := difference(a, b):
@@ -155,7 +157,7 @@ def prune(args: argparse.Namespace) -> int:
     whole = {}
     for path in checkpoints_of(args.folder):
         try:
-            checkpoint.verify(path)
+            checkpoint_reader.verify(path)
             whole[step_of(path) or 0] = path
         except DamagedCheckpointError as error:
             print(f"left alone: {error}")
@@ -190,7 +192,7 @@ def read_info(path: Path) -> Info:
         DamagedCheckpointError: the manifest or the state is not what was written.
     """
     manifest = open_manifest(path)
-    state = checkpoint.read_state(path, manifest)
+    state = checkpoint_reader.read_state(path, manifest)
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     tokens = state.get("progress", {}).get("tokens", 0)
     return Info(manifest["step"], tokens, size / 1e6, state.get("val_loss"))
@@ -223,7 +225,7 @@ def named(path: Path, prefix: str) -> list[str]:
     Raises:
         UserError: none starts with ``prefix``.
     """
-    names = sorted(n for n in checkpoint.saved_tensors(path) if n.startswith(prefix))
+    names = sorted(n for n in checkpoint_reader.saved_tensors(path) if n.startswith(prefix))
     if not names:
         raise UserError(f"--only {prefix}: no tensor of {path} has such a name")
     return names

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,17 @@ from train.errors import UserError
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
+_NAME = re.compile(r"step_(\d{8,})")
 
 
 class DamagedCheckpointError(UserError):
     """A checkpoint folder whose content is not what was written; the text names the file."""
+
+
+def step_of(path: Path) -> int | None:
+    """Step of a checkpoint folder by its name; None if the name is no checkpoint's."""
+    match = _NAME.fullmatch(path.name)
+    return int(match.group(1)) if match else None
 
 
 def describe_file(path: Path) -> dict[str, Any]:

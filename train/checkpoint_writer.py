@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
+from parallel.collectives import is_main
 from train.checkpoint_files import (
     FORMAT,
     MANIFEST,
@@ -243,11 +244,6 @@ def leave_report(folder: Path, report: Report) -> None:
     aside = final.with_suffix(".partial")
     aside.write_bytes(pickle.dumps(report))
     aside.rename(final)
-
-
-def is_main() -> bool:
-    """Whether this is rank 0."""
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def _where() -> str:

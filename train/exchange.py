@@ -34,8 +34,9 @@ from quant.config import QuantConfig, Recipe
 from quant.export import scale_name
 from quant.importing import dequantise_official
 from quant.probe import QuantProbe
-from train import checkpoint
-from train.checkpoint_files import sha256_of
+from train import checkpoint_reader
+from train.checkpoint import Checkpoints
+from train.checkpoint_files import MANIFEST, sha256_of
 from train.config import IndexerPhase, RunConfig, load
 from train.errors import UserError, one_line
 from train.run_folder import CHECKPOINTS, CONFIG
@@ -86,13 +87,13 @@ def open_source(path: Path) -> Source:
     """
     if not path.exists():
         raise UserError(f"{path} does not exist")
-    if (path / checkpoint.MANIFEST).is_file() or (path / CHECKPOINTS).is_dir():
+    if (path / MANIFEST).is_file() or (path / CHECKPOINTS).is_dir():
         return RunSource(path)
     if (path / CONFIG_JSON).is_file() and any(path.glob("*.safetensors")):
         return FolderSource(path)
     raise UserError(
         f"{path} holds no model: neither a run ({CHECKPOINTS}/), nor a checkpoint"
-        f" ({checkpoint.MANIFEST}), nor {CONFIG_JSON} with .safetensors files"
+        f" ({MANIFEST}), nor {CONFIG_JSON} with .safetensors files"
     )
 
 
@@ -158,8 +159,8 @@ class RunSource:
         self.path = _newest(path)
         self._root = self.path.absolute().parents[1]
         self._run: RunConfig | None = None
-        state = checkpoint.verify(self.path)
-        self.origin = f"sha256 {sha256_of(self.path / checkpoint.MANIFEST)}"
+        state = checkpoint_reader.verify(self.path)
+        self.origin = f"sha256 {sha256_of(self.path / MANIFEST)}"
         self.config, self.quant = self._read_config(state)
         self._meta = meta_state(self.config)
         self._check_tensors()
@@ -203,7 +204,7 @@ class RunSource:
         return tensor
 
     def _check_tensors(self) -> None:
-        saved = checkpoint.saved_tensors(self.path)
+        saved = checkpoint_reader.saved_tensors(self.path)
         for name, tensor in self._meta.items():
             found = saved.get(f"model.{name}")
             if found != tensor.shape:
@@ -239,9 +240,9 @@ class RunSource:
 
 
 def _newest(path: Path) -> Path:
-    if (path / checkpoint.MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         return path
-    good = checkpoint.Checkpoints(path / CHECKPOINTS).newest_good()
+    good = Checkpoints(path / CHECKPOINTS).newest_good()
     if good is None:
         raise UserError(f"{path} holds no complete checkpoint in {CHECKPOINTS}/")
     return good

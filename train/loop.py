@@ -22,10 +22,10 @@ from model.config import LayerKind, ModelConfig
 from model.flops import training_flops
 from parallel.collectives import local
 from parallel.engine import Engine
-from train import checkpoint
+from train import checkpoint_reader
 from train.anticipation import Anticipation, RoutedRows
 from train.audit import Audit
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, locate
 from train.config import RunConfig
 from train.ema import WeightAverage
 from train.errors import ExitCode, TrainingFailedError, UserError
@@ -229,7 +229,9 @@ class Trainer:
                 f"{verdict.reason}, and {where} holds no whole checkpoint from before step"
                 f" {verdict.first_failed} to roll back to"
             )
-        state = checkpoint.read(target, checkpoint_tensors(self.engine, self.average), partial=True)
+        state = checkpoint_reader.read(
+            target, checkpoint_tensors(self.engine, self.average), partial=True
+        )
         self.progress = Progress(**state["progress"])
         self.recovery.roll_back(self.progress.step, state.get("recovery", {}))
         self.anticipation.forget()
@@ -362,8 +364,8 @@ def restore(
     checkpoints.clean()
     newest, shown = checkpoints.newest_good(), {}
     if newest is not None:
-        ahead = anticipation.allocate(checkpoint.saved_tensors(newest))
-        state = checkpoint.read(newest, checkpoint_tensors(engine, average) | ahead)
+        ahead = anticipation.allocate(checkpoint_reader.saved_tensors(newest))
+        state = checkpoint_reader.read(newest, checkpoint_tensors(engine, average) | ahead)
         progress = Progress(**state["progress"])
         recovery.load_state_dict(state.get("recovery", {}))
         loader.load_state_dict(state["loader"])
@@ -391,9 +393,9 @@ def restore(
 
 def _start_from(source: str, engine: Engine, average: WeightAverage | None) -> None:
     """Take weights, expert biases and hash tables from elsewhere; the optimizer starts fresh."""
-    path = checkpoint.locate(source)
+    path = locate(source)
     model = {name: t for name, t in engine.state().items() if name.startswith("model.")}
-    checkpoint.read(path, model, partial=True)
+    checkpoint_reader.read(path, model, partial=True)
     if average is not None:
         average.restart()
     log.info("starting from the weights of %s", path)

@@ -13,7 +13,7 @@ import torch
 from data.config import DataConfig, PackingConfig, SourceConfig, SourceKind, ValidationConfig
 from optim.config import OptimConfig, ScheduleConfig
 from tests.helpers import small_config
-from train import checkpoint
+from train import checkpoint, checkpoint_reader
 from train.build import build
 from train.config import Device, Precision, RunConfig, SampleConfig, TrainConfig
 from train.loop import Trainer
@@ -79,9 +79,9 @@ def metrics_of(run: RunConfig) -> list[Record]:
 def final_tensors(run: RunConfig) -> dict[str, torch.Tensor]:
     """Everything in the newest checkpoint of a run."""
     path = checkpoint.locate(run.run_dir)
-    index = checkpoint.dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    index = checkpoint_reader.dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in index.items()}
-    checkpoint.read(path, tensors)
+    checkpoint_reader.read(path, tensors)
     return tensors
 
 

@@ -17,7 +17,7 @@ from tests.integration.small_run import (
     small_run,
     write_corpus,
 )
-from train import checkpoint
+from train import checkpoint_reader
 from train.build import build
 from train.errors import ExitCode
 
@@ -64,7 +64,7 @@ def test_full_disk_costs_the_save_and_not_the_run(tmp_path, caplog, behind):
             assert trainer.fit() == ExitCode.finished
         assert "checkpoint of step 2 failed: OSError: [Errno 28] No space left" in caplog.text
         assert [p.name for p in sorted(disk.iterdir())] == ["step_00000001", "step_00000003"]
-        checkpoint.verify(disk / "step_00000001")
+        checkpoint_reader.verify(disk / "step_00000001")
         assert metrics_of(run) == metrics_of(whole)
         assert differing(final_tensors(run), final_tensors(whole)) == []
     finally:

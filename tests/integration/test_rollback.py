@@ -33,7 +33,7 @@ from tests.integration.small_run import (
     metrics_of,
 )
 from tests.train.samples import read_samples
-from train import checkpoint
+from train import checkpoint, checkpoint_reader
 from train.build import build
 from train.errors import ExitCode, TrainingFailedError
 from train.plots import rollbacks
@@ -164,7 +164,7 @@ def test_sigkill_around_a_rollback_continues_bitwise(recovered, tmp_path, step, 
     run = again(reference, tmp_path / "run")
     sigkill(run, step, times)
     assert metrics_of(run)[-1]["step"] == step
-    newest = checkpoint.saved_tensors(checkpoint.locate(run.run_dir))
+    newest = checkpoint_reader.saved_tensors(checkpoint.locate(run.run_dir))
     holds = {name.split(".")[1] for name in newest if name.startswith("anticipated.")}
     assert holds == ({str(step)} if (step, times) == IN_THE_MODE else set())
     assert fit(run)[0] == ExitCode.finished

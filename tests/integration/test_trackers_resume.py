@@ -22,6 +22,7 @@ from tests.integration.poisoned_run import FIRST_SPIKE, poisoned_run, write_pois
 from tests.integration.small_run import KillAfter, fit, metrics_of, small_run, write_corpus
 from train import checkpoint
 from train.build import build
+from train.checkpoint_files import STATE
 from train.config import SampleConfig, WandbConfig, WandbMode
 from train.errors import ExitCode
 from train.wandb_tracker import last_step, logged_steps
@@ -71,7 +72,7 @@ def assert_shows_metrics(run, run_id="*"):
 
 
 def id_of(run):
-    state = json.loads((checkpoint.locate(run.run_dir) / checkpoint.STATE).read_text())
+    state = json.loads((checkpoint.locate(run.run_dir) / STATE).read_text())
     return state["trackers"]["wandb"]["id"]
 
 

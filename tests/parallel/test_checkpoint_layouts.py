@@ -10,7 +10,7 @@ import torch.distributed as dist
 from parallel.collectives import whole
 from tests.helpers import random_rows, run_distributed
 from tests.parallel.ranks import SEQ_LEN, alone, forward_backward, spread
-from train import checkpoint
+from train import checkpoint_reader
 from train.checkpoint import Checkpoints
 
 ROWS = 8
@@ -39,7 +39,7 @@ def write_and_read(rank, world, folder, written, read):
     advance(writer, rows)
     path = Checkpoints(folder).save(1, writer.state(), {})
     reader, _ = spread(reference, read)
-    checkpoint.read(path, reader.state())
+    checkpoint_reader.read(path, reader.state())
     saved, loaded = gathered(writer), gathered(reader)
     assert saved.keys() == loaded.keys()
     for name, tensor in saved.items():
@@ -54,7 +54,7 @@ def write_and_read(rank, world, folder, written, read):
 def load_here(folder):
     """Load what other ranks wrote, in one process."""
     engine = alone()
-    checkpoint.read(Checkpoints(folder).path(1), engine.state())
+    checkpoint_reader.read(Checkpoints(folder).path(1), engine.state())
     saved = torch.load(folder / "gathered.pt", weights_only=True)
     for name, tensor in engine.state().items():
         assert torch.equal(tensor, saved[name]), name
@@ -67,7 +67,7 @@ def pass_on(rank, world, folder, layouts):
     for number, layout in enumerate(layouts, start=2):
         saved, loss = torch.load(folder / f"{number - 1}.pt", weights_only=True)
         engine, _ = spread(reference, layout)
-        checkpoint.read(Checkpoints(folder).path(number - 1), engine.state())
+        checkpoint_reader.read(Checkpoints(folder).path(number - 1), engine.state())
         loaded = gathered(engine)
         assert loaded.keys() == saved.keys()
         for name, tensor in loaded.items():
@@ -91,7 +91,7 @@ def compare_chain(folder, world, layouts):
     run_distributed(pass_on, world, folder, layouts)
     for number, layout in enumerate(layouts, start=2):
         engine = alone()
-        checkpoint.read(Checkpoints(folder).path(number), engine.state())
+        checkpoint_reader.read(Checkpoints(folder).path(number), engine.state())
         saved, loss = torch.load(folder / f"{number}.pt", weights_only=True)
         state = engine.state()
         assert saved.keys() == state.keys(), layout

@@ -22,7 +22,7 @@ from tests.parallel.ranks import (
     spread,
     worst_gradient,
 )
-from train import checkpoint
+from train import checkpoint_reader
 from train.checkpoint import Checkpoints
 from train.step import microbatches
 
@@ -125,7 +125,7 @@ def write(engine, folder, rank):
 
 
 def compare_loaded(engine, path, folder):
-    checkpoint.read(path, engine.state())
+    checkpoint_reader.read(path, engine.state())
     saved = torch.load(folder / "gathered.pt", weights_only=True)
     for name, tensor in engine.state().items():
         assert torch.equal(whole(tensor), saved[name]), name
@@ -139,7 +139,7 @@ def compare_loaded(engine, path, folder):
 
 def load_alone(folder, size="small"):
     engine = alone(size)
-    checkpoint.read(Checkpoints(folder).path(1), engine.state())
+    checkpoint_reader.read(Checkpoints(folder).path(1), engine.state())
     saved = torch.load(folder / "gathered.pt", weights_only=True)
     assert saved.keys() == engine.state().keys()
     for name, tensor in engine.state().items():

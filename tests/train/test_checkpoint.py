@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import checkpoint, checkpoint_writer
+from train import checkpoint, checkpoint_reader, checkpoint_writer
 from train.checkpoint import CheckpointFailedError, Checkpoints, Retention
-from train.checkpoint_files import DamagedCheckpointError
+from train.checkpoint_files import DamagedCheckpointError, step_of
 from train.errors import UserError
 
 STATE = {"tokens": 96, "loader": {"epoch": 0, "pool": 1, "row": 3}, "skipped_steps": 0}
@@ -56,7 +56,7 @@ def run(tmp_path):
 @pytest.mark.core
 def test_checkpoint_round_trip_is_bitwise(run):
     target = empty_like(tensors(2))
-    state = checkpoint.read(run.path(2), target)
+    state = checkpoint_reader.read(run.path(2), target)
     assert same(target, tensors(2))
     assert state == {**STATE, "step": 2}
 
@@ -122,7 +122,7 @@ def test_damage_is_named_and_passed_over(run, caplog, name):
     damage, words = DAMAGES[name]
     damage(run.path(2))
     with pytest.raises(DamagedCheckpointError, match="step_00000002") as error:
-        checkpoint.read(run.path(2), empty_like(tensors(2)))
+        checkpoint_reader.read(run.path(2), empty_like(tensors(2)))
     assert words in str(error.value)
     with caplog.at_level(logging.WARNING):
         assert run.newest_good() == run.path(1)
@@ -157,7 +157,7 @@ def damage_at_random(run, tmp_path, trials, seed):
             data.insert(at, rng.randrange(256))
         path.write_bytes(data)
         with pytest.raises(DamagedCheckpointError):
-            checkpoint.verify(folder)
+            checkpoint_reader.verify(folder)
 
 
 def test_nothing_is_unpickled_before_the_manifest_verifies(run, monkeypatch):
@@ -166,9 +166,9 @@ def test_nothing_is_unpickled_before_the_manifest_verifies(run, monkeypatch):
     def unpickled(*_):
         raise AssertionError("the index was read from a folder that does not verify")
 
-    monkeypatch.setattr(checkpoint.dcp.FileSystemReader, "read_metadata", unpickled)
+    monkeypatch.setattr(checkpoint_reader.dcp.FileSystemReader, "read_metadata", unpickled)
     with pytest.raises(DamagedCheckpointError):
-        checkpoint.read(run.path(2), empty_like(tensors(2)))
+        checkpoint_reader.read(run.path(2), empty_like(tensors(2)))
 
 
 @pytest.mark.parametrize("place", ["start", "own files", "manifest", "rename", "retention"])
@@ -239,7 +239,7 @@ def test_save_behind_the_steps_holds_the_state_at_its_start(tmp_path):
             value.zero_()
         target = empty_like(values)
         behind.wait()
-        checkpoint.read(behind.path(step), target)
+        checkpoint_reader.read(behind.path(step), target)
         assert same(target, tensors(step))
         assert behind.saved_step == step
         assert behind.background_seconds() > 0
@@ -271,7 +271,7 @@ def test_two_saves_never_run_at_once_and_leaving_waits(tmp_path, monkeypatch):
         run()
     assert [p.name for p in saves.published()] == [f"step_{n:08d}" for n in (1, 2, 3)]
     for path in saves.published():
-        checkpoint.verify(path)
+        checkpoint_reader.verify(path)
 
 
 RETENTIONS = {
@@ -291,7 +291,7 @@ def test_retention_keeps_what_has_a_reason(tmp_path, name):
     saves = Checkpoints(tmp_path, retention)
     for step, loss in enumerate(losses, start=1):
         saves.save(step, tensors(step), {**STATE, "val_loss": loss})
-    assert [checkpoint.step_of(p) for p in saves.published()] == kept
+    assert [step_of(p) for p in saves.published()] == kept
 
 
 def test_going_back_takes_later_checkpoints_out_of_the_row(run):
@@ -302,7 +302,7 @@ def test_going_back_takes_later_checkpoints_out_of_the_row(run):
     assert run.saved_step == 1
     run.save(2, tensors(7), STATE)
     target = empty_like(tensors(7))
-    checkpoint.read(run.path(2), target)
+    checkpoint_reader.read(run.path(2), target)
     assert same(target, tensors(7))
 
 
@@ -310,7 +310,7 @@ def test_damaged_folder_of_the_same_step_is_moved_aside(run):
     truncate(run.path(2))
     run.save(2, tensors(5), STATE)
     target = empty_like(tensors(5))
-    checkpoint.read(run.path(2), target)
+    checkpoint_reader.read(run.path(2), target)
     assert same(target, tensors(5))
     assert (run.folder / "damaged_step_00000002").is_dir()
 
@@ -330,12 +330,12 @@ def test_checkpoint_of_another_model_is_refused(run, change, words):
     target = empty_like(tensors(2))
     change(target)
     with pytest.raises(UserError, match=words):
-        checkpoint.read(run.path(2), target)
+        checkpoint_reader.read(run.path(2), target)
 
 
 def test_part_of_a_checkpoint_can_be_loaded(run):
     target = {"model.embed.weight": torch.zeros(11, 3)}
-    checkpoint.read(run.path(2), target, partial=True)
+    checkpoint_reader.read(run.path(2), target, partial=True)
     assert torch.equal(target["model.embed.weight"], tensors(2)["model.embed.weight"])
 
 

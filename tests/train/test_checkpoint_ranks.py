@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.helpers import run_distributed
-from train import checkpoint
+from train import checkpoint_reader
 from train.checkpoint import CheckpointFailedError, Checkpoints
 from train.checkpoint_files import DamagedCheckpointError
 
@@ -34,7 +34,7 @@ def state_of(mesh, step):
 
 def assert_loads(path, mesh, step):
     target = state_of(mesh, 0)
-    checkpoint.read(path, target)
+    checkpoint_reader.read(path, target)
     for name, tensor in state_of(mesh, step).items():
         assert type(target[name]) is type(tensor)
         if isinstance(tensor, DTensor):
@@ -82,7 +82,7 @@ def read_damaged(rank, world, folder, words):
     mesh = init_device_mesh("cpu", (world,))
     saves = Checkpoints(folder / "checkpoints")
     with pytest.raises(DamagedCheckpointError, match=words):
-        checkpoint.read(saves.path(5), state_of(mesh, 0))
+        checkpoint_reader.read(saves.path(5), state_of(mesh, 0))
     assert saves.newest_good() == saves.path(2)
 
 

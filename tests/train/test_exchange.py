@@ -21,7 +21,7 @@ from quant.probe import QuantProbe
 from tests.parity.models import build_hf
 from tests.parity.weights import random_weights
 from tests.train.exchange_models import CONFIG_TINY, tiny_config, tiny_model, write_run
-from train import checkpoint, export
+from train import checkpoint, checkpoint_reader, export
 from train.exchange import FolderSource, RunSource, load_model, open_source
 from train.export import ExportJob, FloatType, Layout, export_folder, import_checkpoint
 
@@ -93,7 +93,7 @@ def test_plain_layouts_come_back_bitwise(layout, run, tmp_path, ids):
     path = import_checkpoint(open_source(tmp_path / "out"), tmp_path / "back")
     assert_same_weights(load_model(tmp_path / "back")[0], expected)
     assert checkpoint.locate(str(tmp_path / "back")) == path, "init_from finds it"
-    names = checkpoint.saved_tensors(path)
+    names = checkpoint_reader.saved_tensors(path)
     assert names == {f"model.{n}": t.shape for n, t in expected.state_dict().items()}
 
 

@@ -30,7 +30,7 @@ from tests.integration.small_run import (
     small_run,
     write_corpus,
 )
-from train import checkpoint
+from train import checkpoint_reader
 from train.build import build
 from train.checkpoint import CheckpointFailedError
 from train.config import SampleConfig, StageConfig, WandbConfig, WandbMode
@@ -144,9 +144,9 @@ def test_average_follows_its_formula(done, corpus, tmp_path):
 
 
 def model_tensors(path, name):
-    shape = checkpoint.saved_tensors(path)[name]
+    shape = checkpoint_reader.saved_tensors(path)[name]
     tensor = torch.empty(shape)
-    checkpoint.read(path, {name: tensor}, partial=True)
+    checkpoint_reader.read(path, {name: tensor}, partial=True)
     return tensor
 
 
