@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig, SourceKind
-from data.global_batch import GlobalBatch, PackedRow, count
+from data.global_batch import DocumentName, GlobalBatch, PackedRow, Sample, count
 from data.mixture import Mixture, Pool, Source, StoreSource
 from data.packing import Row
 from data.position import Position, rows_of
@@ -187,6 +187,15 @@ class Loader:
         Its length is the sum of the batches' ``target_bytes``.
         """
         return self._validation.text(self._validation.rows(seq_len, num_tokens))
+
+    def sample_tokens(self, sample: Sample) -> np.ndarray:
+        """Ids of a piece that a row held; int64. A stream is read up to it, so do not train on.
+
+        Raises:
+            ValueError: there is no such source or document.
+        """
+        name = DocumentName(sample.source, sample.document, sample.epoch)
+        return self.mixture.document(name).tokens(0, sample.start, sample.stop)
 
     def token_counts(self, vocab_size: int) -> Tensor:
         """``token_counts_V`` with zeros up to a model's vocabulary; int64.

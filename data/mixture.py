@@ -40,9 +40,15 @@ class Drawn:
 
 
 class Source(Protocol):
-    """What pools draw from."""
+    """What pools draw from.
+
+    Attributes:
+        name: for messages.
+        names: of the configured sources whose documents it gives.
+    """
 
     name: str
+    names: Sequence[str]
 
     def draw(self, start: int, count: int) -> list[Drawn]:
         """Draws ``start .. start + count - 1`` of a source without end."""
@@ -50,6 +56,10 @@ class Source(Protocol):
 
     def draw_epoch(self, epoch: int, start: int, count: int) -> list[Drawn] | None:
         """Places ``start .. start + count - 1`` of one pass; fewer at its end, None after it."""
+        ...
+
+    def find(self, name: DocumentName) -> Drawn:
+        """A document by its name, as it was drawn in its pass."""
         ...
 
     def mean_length(self) -> float:
@@ -68,7 +78,8 @@ class StoreSource:
 
     def __init__(self, name: str, parts: Mapping[str, StoredDocuments], seed: int) -> None:
         self.name = name
-        self._parts, self._names = list(parts.values()), list(parts)
+        self._parts = list(parts.values())
+        self.names: Sequence[str] = tuple(parts)
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
         self._count = int(self._ends[-1])
         self._key = mix(seed, *name.encode())
@@ -91,16 +102,36 @@ class StoreSource:
             return None
         index_N = permute(places, self._count, mix(self._key, _ORDER, epoch))
         part_N = np.searchsorted(self._ends, index_N, side="right")
-        drawn = []
-        for part, place in zip(part_N.tolist(), index_N.tolist(), strict=True):
-            index = place - (int(self._ends[part - 1]) if part else 0)
-            name = DocumentName(self._names[part], index, epoch)
-            drawn.append(Drawn(self._parts[part], index, mix(self._key, _FIM, epoch, place), name))
-        return drawn
+        return [
+            self._drawn(part, place - self._begin(part), epoch)
+            for part, place in zip(part_N.tolist(), index_N.tolist(), strict=True)
+        ]
+
+    def find(self, name: DocumentName) -> Drawn:
+        """A document by its name.
+
+        Raises:
+            ValueError: there is none.
+        """
+        part = self.names.index(name.source)
+        if not 0 <= name.document < len(self._parts[part]):
+            raise ValueError(
+                f"data.sources.{name.source} has {len(self._parts[part])} training documents, no"
+                f" number {name.document}"
+            )
+        return self._drawn(part, name.document, name.epoch)
 
     def mean_length(self) -> float:
         """Tokens of an average document."""
         return sum(part.num_tokens for part in self._parts) / self._count
+
+    def _drawn(self, part: int, index: int, epoch: int) -> Drawn:
+        key = mix(self._key, _FIM, epoch, self._begin(part) + index)
+        name = DocumentName(self.names[part], index, epoch)
+        return Drawn(self._parts[part], index, key, name)
+
+    def _begin(self, part: int) -> int:
+        return int(self._ends[part - 1]) if part else 0
 
 
 class Pool:
@@ -199,6 +230,17 @@ class Mixture:
             for source, quota in zip(self._sources, self._quotas, strict=True):
                 drawn += source.draw(number * quota, quota)
         return Pool(drawn, *self._fim, key=mix(self._seed, epoch, number))
+
+    def document(self, name: DocumentName) -> Pool:
+        """A pool of one document, as it was trained on in its pass.
+
+        Raises:
+            ValueError: there is no such source or document.
+        """
+        for source in self._sources:
+            if name.source in source.names:
+                return Pool([source.find(name)], *self._fim, key=0)
+        raise ValueError(f"data.sources has no {name.source}")
 
 
 def quotas(

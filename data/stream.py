@@ -6,6 +6,7 @@ for what does not fit the disk; scripts/prepare_data.py is the quick way for the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,7 @@ class StreamSource:
         seed: int,
     ) -> None:
         self.name = name
+        self.names: Sequence[str] = (name,)
         self._stream = stream
         self._tokenizer = tokenizer
         self._key = mix(seed, *name.encode())
@@ -107,6 +109,19 @@ class StreamSource:
             )
             for i, place in enumerate(places)
         ]
+
+    def find(self, name: DocumentName) -> Drawn:
+        """A document by its name; reads the stream up to it.
+
+        Raises:
+            ValueError: there is none, or it is not trained on.
+        """
+        if drawn := self.draw_epoch(name.epoch, name.document - self._first, 1):
+            return drawn[0]
+        raise ValueError(
+            f"data.sources.{self.name} trains on no document {name.document}: it ends before, has"
+            " no text there or repeats validation text"
+        )
 
     def mean_length(self) -> float:
         """Tokens of an average document among the first."""

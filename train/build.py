@@ -43,8 +43,8 @@ from train.profiling import ProfilerWindow
 from train.receipt import plain
 from train.recovery import Recovery
 from train.report import RunReport
-from train.run_folder import CHECKPOINTS, CONFIG, METRICS, SAMPLES
-from train.sample_log import SampleLog
+from train.run_folder import CHECKPOINTS, CONFIG, METRICS
+from train.sample_log import SampleLog, data_hash
 from train.stages import Plan, resolve
 from train.stop import StopRequest
 from train.trackers import Console, TensorBoardTracker, Tracker
@@ -82,7 +82,8 @@ def build(run: RunConfig) -> Trainer:
     metrics = MetricsFile(folder / METRICS)
     recovery = Recovery(run.train.recovery)
     anticipation = Anticipation(run, plan, engine, loader, recovery.anticipates)
-    samples = SampleLog(folder / SAMPLES, engine, run.train.log_samples)
+    data = data_hash(loader.manifest)
+    samples = SampleLog(folder, engine, data, run.train.log_samples)
     progress, shown = restore(
         run, engine, loader, average, checkpoints, metrics, samples, recovery, anticipation
     )

@@ -20,7 +20,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed.checkpoint as dcp
-from omegaconf import OmegaConf
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -37,9 +36,9 @@ from quant.probe import QuantProbe
 from train import checkpoint_reader
 from train.checkpoint import Checkpoints
 from train.checkpoint_files import MANIFEST, sha256_of
-from train.config import IndexerPhase, RunConfig, load
+from train.config import IndexerPhase, RunConfig
 from train.errors import UserError, one_line
-from train.run_folder import CHECKPOINTS, CONFIG
+from train.run_folder import CHECKPOINTS, CONFIG, read_run
 from train.stages import resolve
 from train.transformers_config import from_transformers_config, is_transformers_config
 
@@ -220,10 +219,7 @@ class RunSource:
                     f"checkpoint {self.path}: neither {CONFIG} nor {CONFIG_JSON} in {self._root}"
                 )
             return _read_config_json(self._root / CONFIG_JSON)
-        content = OmegaConf.load(self._root / CONFIG)
-        if not OmegaConf.is_dict(content):
-            raise UserError(f"{self._root / CONFIG} is no config")
-        self._run = run = load(content)  # type: ignore[arg-type]  # narrowed above
+        self._run = run = read_run(self._root)
         # The stage of the last step, which began before the position that was reached.
         stage = resolve(run).stage(max(state["progress"]["tokens"] - 1, 0))
         config = run.model

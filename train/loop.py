@@ -154,6 +154,7 @@ class Trainer:
             result = train_step(self.engine, watched, step, observer, self.recovery)
         seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
         self.profiler.after(step.number)
+        self.samples.write(step.number)
         verdict = self.recovery.after(step, result)
         if verdict.remedy is Remedy.rollback:
             self._roll_back(step, verdict)
@@ -173,7 +174,6 @@ class Trainer:
         if _due(step.number, self._eval_every, self.plan.steps):
             record |= self.evaluator.evaluate(step)
         self._val_loss = record.get("val_loss")
-        self.samples.write(step.number)
         if self.engine.rank == 0:
             self.metrics.write(record)
         for tracker in self.trackers:
@@ -242,7 +242,7 @@ class Trainer:
         self._abandoned_steps = step.number - self.progress.step
         if self.engine.rank == 0:
             self.metrics.cut(self.progress.step)
-            self.samples.cut(self.progress.step)
+            self.samples.roll_back(self.progress.step, self.recovery.state.rollbacks)
         for tracker in self.trackers:
             tracker.rewind(self.progress.step)
         log.warning("back to %s, on with the data behind step %d", target, step.number)
@@ -267,7 +267,7 @@ class Trainer:
         began = time.perf_counter()
         tensors, step = checkpoint_tensors(self.engine, self.average), self.progress.step
         tensors |= self.anticipation.state()
-        files = [self.metrics.path] + [self.samples.path] * self.samples.enabled
+        files = [self.metrics.path] + [self.samples.lines.path] * self.samples.enabled
         self.checkpoints.start(step, tensors, self._state(), durable_first=files)
         self._save_seconds = time.perf_counter() - began
 
@@ -381,12 +381,15 @@ def restore(
         if source:
             _start_from(source, engine, average)
     if engine.rank == 0:
-        for file, wanted in ((metrics, True), (samples, samples.enabled)):
-            found = file.cut(progress.step)
-            if wanted and found != progress.step:
+        ends = {metrics.path: metrics.cut(progress.step)}
+        last = samples.resume(progress.step, recovery.state.rollbacks)
+        if samples.enabled:
+            ends[samples.lines.path] = last
+        for path, found in ends.items():
+            if found != progress.step:
                 log.warning(
                     "%s ends with step %d, the checkpoint is of step %d: the lines between are"
-                    " lost", file.path, found, progress.step,
+                    " lost", path, found, progress.step,
                 )  # fmt: skip
     return progress, shown
 

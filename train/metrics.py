@@ -198,15 +198,23 @@ class StepLines:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def cut(self, step: int) -> int:
-        """Remove what lies behind ``step``, half lines included; 0 empties the file.
+    def read(self) -> list[Record]:
+        """All complete lines, in order; none where there is no file."""
+        return [line for _, line in _complete_lines(self.path)] if self.path.exists() else []
+
+    def cut(self, last: int, key: str = "step") -> int:
+        """Remove the lines behind step ``last``, half ones included; 0 empties the file.
+
+        Args:
+            last: that stays.
+            key: what counts the lines.
 
         Returns:
             The step with which it ends now; 0: it holds none.
         """
         if not self.path.exists():
             return 0
-        kept = [(line, r["step"]) for line, r in _complete_lines(self.path) if r["step"] <= step]
+        kept = [(line, r[key]) for line, r in _complete_lines(self.path) if r[key] <= last]
         aside = self.path.with_suffix(".cut")
         aside.write_text("".join(line for line, _ in kept), encoding="utf-8")
         os.replace(aside, self.path)
@@ -229,7 +237,7 @@ class MetricsFile(StepLines):
 
 def read_metrics(path: Path) -> list[Record]:
     """All complete lines of a metrics file, in order."""
-    return [record for _, record in _complete_lines(path)] if path.exists() else []
+    return StepLines(path).read()
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[str, Record]]:

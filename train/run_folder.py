@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from train.config import RunConfig, dump
+from train.config import RunConfig, dump, load
 from train.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
-SAMPLES = "samples.jsonl"
+SAMPLES, ABANDONED = "samples.jsonl", "samples_abandoned.jsonl"
 # What may change between the parts of a run: the machine, the layout, how often one looks, how far
 # it goes.
 _FREE = (
@@ -62,6 +62,22 @@ def check_run_folder(run: RunConfig) -> None:
             )
         if key == "train.steps":
             log.info("train.steps was %s and is %s: schedules now end there", before[key], now[key])
+
+
+def read_run(folder: Path) -> RunConfig:
+    """The config of a run.
+
+    Raises:
+        UserError: the folder holds none, or one that this code does not take.
+    """
+    path = folder / CONFIG
+    try:
+        content = OmegaConf.load(path)
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path} is no config: it holds a {type(content).__name__}")
+    return load(content)
 
 
 def _has_run(folder: Path) -> bool:

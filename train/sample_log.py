@@ -2,25 +2,38 @@
 
 One line a step, cut back on a resume or a rollback as ``metrics.jsonl`` is::
 
-    {"step": 7, "rows": [[["embedded", 81, 0, 0, 512]], [["embedded", 3, 0, 512, 700], ...], ...]}
+    {"step": 7, "data": "5f0c...", "rows": [[["embedded", 81, 0, 0, 512]], ...]}
 
-A row lists its pieces in order: source, document, pass through the source, first token, end. The
-lines are made of what the ranks read, not of what was planned: a row that nobody read, or two
-shares of the batch, is an error. Within a pass every token of a document stands in one row.
+A row lists its pieces in order: source, document, pass through the source, first token, end; "data"
+is the hash of what the numbers are of. The lines are made of what the ranks read, not of what was
+planned: a row that nobody read, or two shares of the batch, is an error. Within a pass every token
+of a document stands in one row.
+
+Steps that a rollback took away move to ``samples_abandoned.jsonl``, with the number of the
+rollback: what a spike was made of. ``scripts/samples.py`` shows the texts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data.batch import Batch, BatchCounts
 from data.global_batch import GlobalBatch as PackedBatch
 from data.global_batch import Sample
 from parallel.engine import Engine
 from train.metrics import StepLines
+from train.run_folder import ABANDONED, SAMPLES
 from train.step import GlobalBatch
+
+
+def data_hash(manifest: Mapping[str, Any]) -> str:
+    """Stands for a loader's manifest."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class SampleLogError(RuntimeError):
@@ -54,21 +67,16 @@ class SampleLog:
     """The file, and what this rank read for its next line.
 
     Args:
-        path: the file; made when the first line is written.
+        folder: of the run; the file is made when the first line is written.
         engine: knows which share of a batch each rank computes.
-        enabled: ``train.log_samples``; without it only :meth:`cut` acts.
+        data: hash of the loader's manifest.
+        enabled: ``train.log_samples``; without it nothing is written, only cut.
     """
 
-    def __init__(self, path: Path, engine: Engine, enabled: bool) -> None:
-        self.enabled = enabled
-        self._engine = engine
-        self._lines = StepLines(path)
-        self._read: dict[int, list[Sample]] = {}
-
-    @property
-    def path(self) -> Path:
-        """The file."""
-        return self._lines.path
+    def __init__(self, folder: Path, engine: Engine, data: str, enabled: bool) -> None:
+        self.lines, self.enabled = StepLines(folder / SAMPLES), enabled
+        self._abandoned = StepLines(folder / ABANDONED)
+        self._engine, self._data = engine, data
 
     def watch(self, planned: PackedBatch, rows: GlobalBatch) -> GlobalBatch:
         """``rows`` that note what is read of them."""
@@ -78,7 +86,7 @@ class SampleLog:
         return self._watched
 
     def write(self, step: int) -> None:
-        """The line of a step that was done. Collective.
+        """The line of a step that was computed. Collective.
 
         Raises:
             SampleLogError: a row was read by no share of the batch or by several; on all ranks.
@@ -89,11 +97,19 @@ class SampleLog:
         mine = (self._engine.data_rank, read, [self._planned.samples(row) for row in read])
         samples = _merged(step, len(self._planned.rows), self._engine.gather(mine))
         if self._engine.rank == 0:
-            self._lines.append({"step": step, "rows": samples})
+            self.lines.append({"step": step, "data": self._data, "rows": samples})
 
-    def cut(self, step: int) -> int:
-        """Remove what lies behind ``step``; the step with which the file ends, 0 for none."""
-        return self._lines.cut(step)
+    def resume(self, step: int, rollbacks: int) -> int:
+        """Remove what lies behind the checkpoint; the step with which the file ends, 0 for none."""
+        self._abandoned.cut(rollbacks, key="rollback")
+        return self.lines.cut(step)
+
+    def roll_back(self, step: int, rollbacks: int) -> None:
+        """Put aside what lies behind ``step``: the steps that the n-th rollback took away."""
+        for line in self.lines.read():
+            if line["step"] > step:
+                self._abandoned.append({"rollback": rollbacks, **line})
+        self.lines.cut(step)
 
 
 def _merged(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data.config import SourceConfig
+from data.global_batch import Sample
 from data.loader import build_loader
 from data.mixture import quotas
 from data.prepare import build_tokenizer
@@ -99,3 +100,28 @@ def test_weighted_token_counts_follow_the_weights(two_sources):
     mixed = 0.9 * only[0] + 0.1 * only[1]
     assert np.abs(skewed - mixed).max() <= 2
     assert np.abs(even - 0.5 * only[0] - 0.5 * only[1]).max() <= 2
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_samples_name_what_stands_in_a_row(two_sources, weighted):
+    """By name alone the same tokens are found again, fill-in-the-middle and later passes too."""
+    two_sources.fim.rate = 0.5
+    if not weighted:
+        for source in two_sources.sources.values():
+            source.weight = None
+    loader = build_loader(two_sources, build_tokenizer(two_sources), 0, 1)
+    epochs = set()
+    for _ in range(40):
+        planned = loader.plan(8, 2048)
+        batch = planned.batch(0, 8)
+        for row in range(8):
+            samples = planned.samples(row)
+            epochs |= {sample.epoch for sample in samples}
+            found = np.concatenate([loader.sample_tokens(sample) for sample in samples])
+            assert batch.input_ids_BT[row, : len(found)].tolist() == found.tolist()
+            assert (batch.document_ids_BT[row] >= 0).sum() == len(found)
+    assert epochs >= {0, 1}
+    with pytest.raises(ValueError, match=r"data\.sources\.b has \d+ training documents, no number"):
+        loader.sample_tokens(Sample("b", 10_000, 0, 0, 1))
+    with pytest.raises(ValueError, match=r"data\.sources has no c"):
+        loader.sample_tokens(Sample("c", 0, 0, 0, 1))

@@ -103,6 +103,17 @@ def test_a_streamed_epoch_holds_every_document_once_in_order(files, data_cache):
     assert documents_of(loader.mixture.pool(1, 0)) == read[0]
 
 
+def test_a_streamed_document_is_found_again_by_its_place(files, data_cache):
+    cfg = config_of(data_cache, s=source_of(files, "jsonl", streaming=True))
+    loader = build_loader(cfg, build_tokenizer(cfg), 0, 1)
+    planned = [sample for row in range(4) for sample in loader.plan(4, 64).samples(row)]
+    for sample in planned:
+        found = bytes(t for t in loader.sample_tokens(sample).tolist() if t != 256)
+        assert found == TEXTS[sample.document].encode()[sample.start : sample.stop]
+    with pytest.raises(ValueError, match=r"data\.sources\.s trains on no document 500"):
+        loader.sample_tokens(planned[0]._replace(document=500))
+
+
 def documents_of(pool) -> list[str]:
     if pool is None:
         return []

@@ -1,0 +1,137 @@
+"""Show which texts a step was trained on, or when a document was (runs with train.log_samples).
+
+  python scripts/samples.py runs/nano --step 812
+  python scripts/samples.py runs/nano --step 812 --row 3 --text
+  python scripts/samples.py runs/nano --step 812 --abandoned
+  python scripts/samples.py runs/nano --document embedded:81
+
+A line for each piece of a row: step, row, source:document, its pass through the source, tokens, and
+how the text begins. --abandoned looks at the steps that rollbacks took away: what a loss spike was
+made of. Data that has changed since is refused. Exit codes: 0 found, 1 not found, 2 the input
+cannot be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.global_batch import Sample
+from data.loader import Loader, build_loader
+from data.prepare import build_tokenizer
+from train.errors import ExitCode, UserError, is_user_error, one_line
+from train.metrics import Record, StepLines
+from train.run_folder import ABANDONED, CONFIG, SAMPLES, read_run
+from train.sample_log import data_hash
+
+_BEGINNING = 60  # characters of a text in a line
+
+
+def main(words: Sequence[str]) -> int:
+    """Show; the exit code."""
+    options = parse(words)
+    try:
+        found = list(lines_of(options))
+        loader = open_loader(options.folder, {line["data"] for line in found}) if found else None
+        for line in found:
+            assert loader is not None
+            show(line, loader, options)
+    except ValueError as error:
+        if not is_user_error(error):
+            raise
+        sys.stderr.write(f"error: {one_line(error)}\n")
+        return ExitCode.user_error
+    if not found:
+        sys.stderr.write(f"nothing found in {log_of(options)}\n")
+    return ExitCode.finished if found else ExitCode.failure
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="run folder")
+    wanted = parser.add_mutually_exclusive_group(required=True)
+    wanted.add_argument("--step", type=int, help="all rows of this step")
+    wanted.add_argument("--document", metavar="SOURCE:NUMBER", help="all pieces of this document")
+    parser.add_argument("--row", type=int, help="only this row")
+    parser.add_argument("--text", action="store_true", help="whole texts")
+    parser.add_argument("--abandoned", action="store_true", help="of steps that were rolled back")
+    return parser.parse_args(words)
+
+
+def lines_of(options: argparse.Namespace) -> Iterator[Record]:
+    """The lines with what was asked for, and in them only that.
+
+    Raises:
+        UserError: no run, one that kept no such log, or the document's name is none.
+    """
+    path, document = log_of(options), None
+    if not (options.folder / CONFIG).is_file():
+        raise UserError(f"{options.folder} is no run folder: it holds no {CONFIG}")
+    if not path.is_file():
+        why = "nothing was rolled back" if options.abandoned else "train.log_samples was off"
+        raise UserError(f"{path} does not exist: {why}")
+    if options.document is not None:
+        source, _, number = options.document.rpartition(":")
+        if not source or not number.isdigit():
+            raise UserError(f"--document {options.document}: not SOURCE:NUMBER")
+        document = (source, int(number))
+    for line in StepLines(path).read():
+        if options.step not in (None, line["step"]):
+            continue
+        rows = {
+            row: kept
+            for row, pieces in enumerate(line["rows"])
+            if options.row in (None, row)
+            and (kept := [Sample(*p) for p in pieces if document in (None, tuple(p[:2]))])
+        }
+        if rows:
+            yield {**line, "rows": rows}
+
+
+def show(line: Record, loader: Loader, options: argparse.Namespace) -> None:
+    """One line a piece."""
+    for row, samples in line["rows"].items():
+        for s in samples:
+            text = loader.tokenizer.decode(loader.sample_tokens(s).tolist())
+            begins = repr(text[:_BEGINNING]) if not options.text else f"\n{text}"
+            where = f"step {line['step']} row {row}"
+            if "rollback" in line:
+                where = f"rollback {line['rollback']} {where}"
+            print(
+                f"{where}  {s.source}:{s.document} pass {s.epoch} tokens {s.start}-{s.stop}"
+                f"  {begins}"
+            )
+
+
+def open_loader(folder: Path, hashes: set[str]) -> Loader:
+    """The run's data.
+
+    Raises:
+        UserError: it is not what it was.
+    """
+    run = read_run(folder)
+    tokenizer = build_tokenizer(run.data)
+    depths = 1 + run.model.num_nextn_predict_layers
+    loader = build_loader(run.data, tokenizer, run.seed, depths)
+    now = data_hash(loader.manifest)
+    for before in hashes - {now}:
+        raise UserError(
+            f"{folder} was trained on other data: its hash was {before}, now it is {now}"
+        )
+    return loader
+
+
+def log_of(options: argparse.Namespace) -> Path:
+    """The file to read."""
+    return options.folder / (ABANDONED if options.abandoned else SAMPLES)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
