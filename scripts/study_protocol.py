@@ -285,7 +285,8 @@ class Protocol:
         own += [f"train.steps={cell.steps}", f"train.eval_every={self._eval_every(cell)}"]
         own += [f"optim.lr={cell.lr!r}", f"seed={cell.seed}"]
         own += [f"init_seed_offset={AGAIN_OFFSET}"] if again else []
-        own += ["train.eval_only=true"] if arm.evaluates else []
+        # on the rows of the others' last evaluation
+        own += ["train.eval_only=true", "train.final_eval_tokens=null"] if arm.evaluates else []
         own += [f"init_from='{cell.source}'"] if cell.source else []
         return own
 

@@ -22,6 +22,7 @@ from scripts.study_statistics import (
     steps_to_reach,
 )
 from scripts.study_store import FinishedRun
+from train.errors import UserError
 
 ACTS = {
     "indexer_leaves_out": "queries whose top-k leaves entries out",
@@ -172,12 +173,17 @@ class StudyResults:
 
 
 def gather(name: str, protocol: Protocol) -> StudyResults:
-    """Read everything that is finished."""
+    """Read everything that is finished.
+
+    Raises:
+        UserError: two runs were evaluated on different text.
+    """
     study = protocol.study
     names = [study.baseline, *(arm for arm in study.arms if arm != study.baseline)]
     arms = {arm: _arm(protocol, arm) for arm in names}
     again = _arm(protocol, AGAIN) if study.again else None
     results = StudyResults(name, study, arms, again, search_steps=protocol.search_steps)
+    _check_same_text(results.runs)
     base = results.baseline
     if again is not None:
         results.again_test = paired(again.losses, base.losses, study.level)
@@ -186,6 +192,18 @@ def gather(name: str, protocol: Protocol) -> StudyResults:
         results.catch_up = _catch_up(protocol, arms)
     results.missing = sum(wanted - done for _, _, wanted, done in protocol.plan())
     return results
+
+
+def _check_same_text(runs: list[FinishedRun]) -> None:
+    """Losses of other rows are no comparison, however alike they look."""
+    known = [(run, rows) for run in runs if (rows := run.rows_evaluated) is not None]
+    for run, rows in known[1:]:
+        first, wanted = known[0]
+        if not math.isclose(rows, wanted, rel_tol=1e-4):
+            raise UserError(
+                f"{run.folder} was evaluated on other text than {first.folder}: {rows:.4f} and"
+                f" {wanted:.4f} tokens per byte"
+            )
 
 
 def _arm(protocol: Protocol, name: str) -> ArmResult:

@@ -22,6 +22,7 @@ from scripts.study_statistics import Verdict, judge, paired
 from scripts.study_store import Store, read_run
 from tests.helpers import ROOT
 from tests.studies.folders import CODE, leave_run
+from train.errors import UserError
 
 WORDS = ["steps=100", "seeds=[1,2,3]", "catch_up.fractions=[0.25,0.5]"]
 
@@ -50,10 +51,10 @@ def fill(tmp_path, effect, sigma=0.01, skip=(), *words):
     return protocol(tmp_path, *words)
 
 
-def leave(tmp_path, plan, cell, loss):
+def leave(tmp_path, plan, cell, loss, **more):
     folder = tmp_path / "runs" / f"{cell.arm}_{cell.steps}_{cell.lr}_{cell.seed}"
     curve = {max(1, cell.steps // 4): loss + 0.5, cell.steps: loss}
-    leave_run(folder, plan.config(cell), curve)
+    leave_run(folder, plan.config(cell), curve, **more)
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,14 @@ def test_half_a_study_has_no_verdict_however_large_the_effect(tmp_path):
 def test_verdict_waits_for_the_noise_floor(tmp_path):
     plan = fill(tmp_path, 0.5, 0.01, [(AGAIN, 2)])
     assert "the A/A pair is not there yet" in study_document(gather("x", plan)).lead
+
+
+def test_losses_of_other_text_are_not_compared(tmp_path):
+    """As an arm that was evaluated on another number of rows: its loss alone looks like a loss."""
+    plan = fill(tmp_path, 0.5, 0.01, [("adamw", 2)])
+    leave(tmp_path, plan, Cell("adamw", 100, 4e-3, 2), 3.0, bits_per_nat=0.65)
+    with pytest.raises(UserError, match=r"adamw_.*_2 was evaluated on other text than .* 0\.4505 "):
+        gather("muon_vs_adamw", protocol(tmp_path))
 
 
 def test_rate_at_the_edge_of_the_grid_is_no_answer(tmp_path):

@@ -17,6 +17,7 @@ import pytest
 
 from scripts import study
 from scripts.study_report import MEASURED
+from scripts.study_store import read_run
 from tests.helpers import ROOT
 from tests.integration.small_run import write_corpus
 
@@ -31,6 +32,7 @@ def words(tmp_path, corpus, *more):
         "data.tokenizer=byte", "data.validation.bytes=4000", "data.validation.max_overlap=1",
         "train.seq_len=64", "train.global_batch_tokens=256", "train.micro_batch_size=4",
         "train.device=cpu", "train.eval_tokens=2048", "train.checkpoint_every=10",
+        "train.final_eval_tokens=64",
         "optim.schedule.warmup_steps=2", "sample.tokens=0",
     ]  # fmt: skip
     return [
@@ -78,6 +80,10 @@ def test_weights_are_rounded_after_training_without_training_again(corpus, tmp_p
     assert study.main(["study=fp4_qat", "steps=4", *words(tmp_path, corpus), "again=false"]) == 0
     evaluations = sorted((tmp_path / "docs").rglob("evaluation.json"))
     assert len(evaluations) == 4
+    found = [
+        read_run(path.parent).rows_evaluated for path in (tmp_path / "docs").rglob("config.yaml")
+    ]
+    assert found == pytest.approx([found[0]] * len(found), rel=1e-6), "all on the same text"
     assert "post_training" in reported(tmp_path, "fp4_qat")
 
 
