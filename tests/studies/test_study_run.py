@@ -1,6 +1,7 @@
 """The command itself, with real runs: killed half-way it gives the report of one that was not.
 
-Everything is compared but the section of measured seconds. The planted effect is an arm that trains
+Everything is compared but the section of measured seconds; both lie in the same folder in their
+time, since a run's hash holds its folder. The planted effect is an arm that trains
 on a tenth of the tokens; FP4 rounded afterwards must find the weights that it evaluates.
 """
 
@@ -54,10 +55,11 @@ def reported(tmp_path, name):
 
 @pytest.mark.timeout(3000)
 def test_killed_study_gives_the_same_report_and_finds_a_tenth_of_the_tokens(corpus, tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed = tmp_path / "whole", tmp_path / "here"
     tenth = "+arms={tenth:{fraction:0.1}}"
     args = ["study=aa", "steps=60", tenth]
-    assert study.main([*args, *words(whole, corpus)]) == 0
+    assert study.main([*args, *words(killed, corpus)]) == 0
+    killed.rename(whole)
     command = [sys.executable, str(ROOT / "scripts" / "study.py"), *args, *words(killed, corpus)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
@@ -91,8 +93,9 @@ def test_weights_are_rounded_after_training_without_training_again(corpus, tmp_p
 @pytest.mark.skipif(find_spec("joblib") is None, reason="needs pip install -e .[sweep]")
 def test_runs_side_by_side_give_the_report_of_runs_in_turn(corpus, tmp_path):
     args = ["study=aa", "steps=4", "+arms={tenth:{fraction:0.5}}"]
-    in_turn, at_once = tmp_path / "in_turn", tmp_path / "at_once"
-    assert study.main([*args, *words(in_turn, corpus)]) == 0
+    in_turn, at_once = tmp_path / "in_turn", tmp_path / "here"
+    assert study.main([*args, *words(at_once, corpus)]) == 0
+    at_once.rename(in_turn)
     assert study.main([*args, *words(at_once, corpus), "--launcher", "joblib"]) == 0
     assert reported(at_once, "aa") == reported(in_turn, "aa")
 
