@@ -40,6 +40,7 @@ from train.errors import (
 from train.overrides import CONF, normalise, swept
 from train.run_folder import check_run_folder
 from train.stages import check_rows, check_schedule, refuse_unbuilt, resolve
+from train.stop import stop_with_launcher
 
 log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds that a rank with a user error waits for rank 0 to have told it
@@ -206,4 +207,5 @@ if __name__ == "__main__":
     logging.basicConfig(
         level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s"
     )
+    stop_with_launcher()
     sys.exit(cli(sys.argv[1:]))

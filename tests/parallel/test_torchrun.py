@@ -6,12 +6,24 @@ next step's loss is within 1e-5 of it: sums have another order. Later steps ampl
 
 import json
 import re
+import subprocess
 
+import psutil
 import pytest
 
 from tests.integration.small_run import differing, final_tensors, write_corpus
-from tests.parallel.torchrun import kill_rank, launch, steps_of, words
+from tests.parallel.torchrun import (
+    ONE_THREAD,
+    command,
+    end,
+    kill_rank,
+    launch,
+    steps_of,
+    wait_for_line,
+    words,
+)
 from tests.train.samples import every_token_once, read_samples
+from train.checkpoint import Checkpoints
 from train.config import RunConfig
 
 STEPS = 6
@@ -60,6 +72,32 @@ def test_killed_rank_is_restarted_and_the_job_ends_bitwise(corpus, undisturbed, 
     assert "resuming after step" in printed
     assert steps_of(folder) == steps_of(undisturbed)
     assert differing(tensors_of(folder), tensors_of(undisturbed)) == []
+
+
+@pytest.mark.slow
+def test_ranks_of_a_killed_launcher_save_and_leave(corpus, tmp_path):
+    folder = tmp_path / "run"
+    args = [*words(corpus, 500), "train.checkpoint_every=0", f"run_dir={folder}"]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        launcher = subprocess.Popen(command(2, args), stdout=file, stderr=file, env=ONE_THREAD)
+    ranks = []
+    try:
+        wait_for_line(folder / "metrics.jsonl", 2, [launcher], log)
+        ranks = psutil.Process(launcher.pid).children()
+        assert len(ranks) == 2
+        launcher.kill()
+        launcher.wait()
+        _, left = psutil.wait_procs(ranks, timeout=30)
+        assert left == []
+    finally:
+        end(launcher)
+        for rank in ranks:
+            if rank.is_running():
+                rank.kill()
+    last = steps_of(folder)[-1]["step"]
+    assert 2 <= last < 500
+    assert Checkpoints(folder / "checkpoints").newest_good().name == f"step_{last:08d}"
 
 
 @pytest.mark.slow
