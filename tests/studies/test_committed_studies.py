@@ -1,0 +1,36 @@
+"""The reports under ``docs/studies`` say what the runs archived beside them say, to the letter."""
+
+from pathlib import Path
+
+import pytest
+
+from scripts.study_config import load_study
+from scripts.study_protocol import Protocol
+from scripts.study_report import study_document
+from scripts.study_results import gather
+from scripts.study_store import Store
+from tests.helpers import ROOT
+
+DOCS = ROOT / "docs" / "studies"
+COMMITTED = sorted(path.parent.name for path in DOCS.glob("*/report.md"))
+
+
+@pytest.fixture(scope="module")
+def store():
+    return Store([DOCS / "runs"], None)
+
+
+def test_there_are_reports():
+    assert len(COMMITTED) >= 4
+
+
+def test_runs_are_of_one_code_version_and_none_is_left_over(store):
+    assert len({run.code for run in store.runs.values()}) == 1
+    assert len(store.runs) == len(list((DOCS / "runs").iterdir()))
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_report_is_what_its_runs_say(store, name):
+    results = gather(name, Protocol(load_study(name, []), store, Path("runs/studies")))
+    assert results.missing == 0
+    assert study_document(results).markdown() == (DOCS / name / "report.md").read_text()
