@@ -36,6 +36,7 @@ COMMANDS = {
     "python scripts/import_hf.py --help": ([], 0, "usage"),
     "python scripts/score.py --help": ([], 0, "usage"),
     "python scripts/checkpoints.py --help": ([], 0, "usage"),
+    "python scripts/samples.py --help": ([], 0, "usage"),
     "python scripts/bench_checkpoint.py --help": ([], 0, "usage"),
     "python scripts/generate.py --help": ([], 0, "usage"),
     "python scripts/study.py --help": ([], 0, "muon_vs_adamw"),
