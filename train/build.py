@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -36,7 +37,7 @@ from train.errors import UserError
 from train.evaluate import Evaluator
 from train.loop import Trainer, restore
 from train.metrics import MetricsFile, read_metrics
-from train.mfu import measured_matmul_rate
+from train.mfu import measured_matmul_rate, times_slower_than_fp32
 from train.params_table import split_counts, table_rows, write_params_table
 from train.phase import PhaseSwitch
 from train.profiling import ProfilerWindow
@@ -51,7 +52,9 @@ from train.trackers import Console, TensorBoardTracker, Tracker
 from train.wandb_tracker import WandbTracker
 
 PARAMS = "params.csv"
+log = logging.getLogger(__name__)
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
+_SLOW = 1.5  # times longer than fp32: worth saying
 
 
 def build(run: RunConfig) -> Trainer:
@@ -89,6 +92,7 @@ def build(run: RunConfig) -> Trainer:
     )
     open_folder(folder, config_yaml, run, plan, engine, phase, evaluator)
     matmul_rate = measured_matmul_rate(engine.device, _DTYPES[run.train.precision])
+    warn_of_emulation(run.train.precision, engine)
     return Trainer(
         run=run,
         plan=plan,
@@ -111,6 +115,18 @@ def build(run: RunConfig) -> Trainer:
         matmul_rate=sum(engine.gather(matmul_rate)),
         progress=progress,
     )
+
+
+def warn_of_emulation(precision: Precision, engine: Engine) -> None:
+    """Say so where the asked precision is emulated: a run of minutes becomes one of hours."""
+    if engine.device.type != "cpu" or precision is Precision.fp32:
+        return
+    slower = times_slower_than_fp32(engine.device, _DTYPES[precision])
+    if slower > _SLOW and engine.rank == 0:
+        log.warning(
+            "train.precision=%s: this CPU multiplies such matrices %.0f times slower than fp32"
+            " ones; train.precision=fp32 is faster here", precision.value, slower,
+        )  # fmt: skip
 
 
 def build_layout(run: RunConfig) -> Mesh | None:

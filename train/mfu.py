@@ -35,6 +35,11 @@ def measured_matmul_rate(
     return 2 * size**3 / min(times)
 
 
+def times_slower_than_fp32(device: torch.device, dtype: torch.dtype) -> float:
+    """How much longer a product takes in ``dtype`` here; a CPU without bf16 units emulates them."""
+    return measured_matmul_rate(device, torch.float32) / measured_matmul_rate(device, dtype)
+
+
 def _timed(x: torch.Tensor) -> float:
     _synchronize(x.device)
     begin = time.perf_counter()

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from data.tokenizer import ByteTokenizer
+from parallel.engine import TorchEngine
 from tests.helpers import small_model
+from train import build
+from train.config import Precision
 from train.mfu import measured_matmul_rate
 from train.sample import continue_text
 from train.stop import StopRequest
@@ -73,3 +76,15 @@ def test_sample_is_the_models_and_repeatable(temperature):
 
 def test_matmul_rate_is_positive():
     assert measured_matmul_rate(torch.device("cpu"), torch.float32, size=64, seconds=0.0) > 1e6
+
+
+@pytest.mark.parametrize(("slower", "said"), [(187.0, True), (0.6, False)])
+def test_emulated_precision_is_said(monkeypatch, caplog, slower, said):
+    """The measured ratio is planted: machines differ in it."""
+    monkeypatch.setattr(build, "times_slower_than_fp32", lambda *_: slower)
+    engine = TorchEngine(torch.nn.Linear(1, 1), None, torch.device("cpu"), 0.0)
+    build.warn_of_emulation(Precision.bf16, engine)
+    assert ("bf16: this CPU multiplies such matrices 187 times slower" in caplog.text) is said
+    caplog.clear()
+    build.warn_of_emulation(Precision.fp32, engine)
+    assert caplog.text == ""
