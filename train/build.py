@@ -125,7 +125,8 @@ def warn_of_emulation(precision: Precision, engine: Engine) -> None:
     if slower > _SLOW and engine.rank == 0:
         log.warning(
             "train.precision=%s: this CPU multiplies such matrices %.0f times slower than fp32"
-            " ones; train.precision=fp32 is faster here", precision.value, slower,
+            " ones; train.precision=fp32 train.head_precision=fp32 is faster here",
+            precision.value, slower,
         )  # fmt: skip
 
 
