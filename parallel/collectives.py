@@ -49,10 +49,8 @@ def add_up(values: Mapping[str, Tensor], group: dist.ProcessGroup) -> dict[str, 
 
 def add_up_loose(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Sum scalars over all ranks, of which each may know other names. Collective and slow."""
-    everyone: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, {name: float(value) for name, value in values.items()})
     total: dict[str, float] = {}
-    for theirs in everyone:
+    for theirs in gathered({name: float(value) for name, value in values.items()}):
         for name, value in theirs.items():
             total[name] = total.get(name, 0.0) + value
     return {name: torch.tensor(total[name]) for name in sorted(total)}

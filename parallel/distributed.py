@@ -21,7 +21,7 @@ from data.batch import Batch
 from model.loss import Objective
 from optim.build import Optimizer
 from optim.clip import scale_grads_, sharded_grad_norm
-from parallel.collectives import add_up, add_up_loose
+from parallel.collectives import add_up, add_up_loose, gathered
 from parallel.engine import Shares, TorchEngine, Update
 from parallel.fsdp import follow_requires_grad, fsdp_modules
 from parallel.mesh import Mesh
@@ -133,9 +133,7 @@ class DistributedEngine(TorchEngine):
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, by rank. Collective and slow."""
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return values
+        return gathered(value)
 
     def _sum(self, value: Tensor) -> Tensor:
         dist.all_reduce(value, group=self._group)

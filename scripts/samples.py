@@ -36,10 +36,10 @@ def main(words: Sequence[str]) -> int:
     options = parse(words)
     try:
         found = list(lines_of(options))
-        loader = open_loader(options.folder, {line["data"] for line in found}) if found else None
-        for line in found:
-            assert loader is not None
-            show(line, loader, options)
+        if found:
+            loader = open_loader(options.folder, {line["data"] for line in found})
+            for line in found:
+                show(line, loader, options)
     except ValueError as error:
         if not is_user_error(error):
             raise

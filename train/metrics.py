@@ -210,7 +210,7 @@ class StepLines:
             key: what counts the lines.
 
         Returns:
-            The step with which it ends now; 0: it holds none.
+            The ``key`` of the line with which it ends now; 0: it holds none.
         """
         if not self.path.exists():
             return 0
