@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -51,7 +53,7 @@ def locked(target: Path, key: str) -> Iterator[None]:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock_path(target).open("a")
     except OSError as error:
-        raise ValueError(f"{key}: cannot write to {target.parent}: {error.strerror}") from error
+        raise ConfigError(f"{key}: cannot write to {target.parent}: {error.strerror}") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

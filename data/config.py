@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from data.errors import ConfigError
+
 
 class SourceKind(StrEnum):
     """Where documents come from."""
@@ -141,7 +143,7 @@ class DataConfig:
             ValueError: names the key and the values that cannot be.
         """
         if not self.tokenizer.strip():
-            raise ValueError("data.tokenizer='' must be bpe, byte, a file, a folder or a name")
+            raise ConfigError("data.tokenizer='' must be bpe, byte, a file, a folder or a name")
         _at_least("data.vocab_size", self.vocab_size, 512)
         _at_least("data.workers", self.workers, 1)
         _at_least("data.packing.pool_documents", self.packing.pool_documents, 1)
@@ -151,7 +153,7 @@ class DataConfig:
         _fraction("data.validation.max_fraction", self.validation.max_fraction)
         _fraction("data.validation.max_overlap", self.validation.max_overlap)
         if not self.cache_dir.strip():
-            raise ValueError("data.cache_dir='' must name a folder")
+            raise ConfigError("data.cache_dir='' must name a folder")
         for name, source in self.named_sources().items():
             _check_source(name, source)
         _check_weights(self.named_sources())
@@ -159,30 +161,30 @@ class DataConfig:
 
 def _at_least(key: str, value: int, least: int) -> None:
     if value < least:
-        raise ValueError(f"{key}={value} must be at least {least}")
+        raise ConfigError(f"{key}={value} must be at least {least}")
 
 
 def _fraction(key: str, value: float) -> None:
     if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{key}={value} must lie between 0 and 1")
+        raise ConfigError(f"{key}={value} must lie between 0 and 1")
 
 
 def _check_source(name: str, source: SourceConfig) -> None:
     key = f"data.sources.{name}"
     kind = source.kind.value
     if not name or "/" in name or name.startswith("."):
-        raise ValueError(f"{key}: {name!r} cannot name a source")
+        raise ConfigError(f"{key}: {name!r} cannot name a source")
     if source.kind is SourceKind.embedded:
         if source.path:
-            raise ValueError(f"{key}.path={source.path} is not used by {key}.kind={kind}")
+            raise ConfigError(f"{key}.path={source.path} is not used by {key}.kind={kind}")
         if not source.packages:
-            raise ValueError(f"{key}.packages=[] must name a package for {key}.kind={kind}")
+            raise ConfigError(f"{key}.packages=[] must name a package for {key}.kind={kind}")
     elif not source.path.strip():
-        raise ValueError(f"{key}.path='' must be given for {key}.kind={kind}")
+        raise ConfigError(f"{key}.path='' must be given for {key}.kind={kind}")
     if source.streaming and source.kind in (SourceKind.embedded, SourceKind.store):
-        raise ValueError(f"{key}.streaming=true cannot be with {key}.kind={kind}")
+        raise ConfigError(f"{key}.streaming=true cannot be with {key}.kind={kind}")
     if not source.text_key:
-        raise ValueError(f"{key}.text_key='' must name a column for {key}.kind={kind}")
+        raise ConfigError(f"{key}.text_key='' must name a column for {key}.kind={kind}")
 
 
 def _check_weights(sources: dict[str, SourceConfig]) -> None:
@@ -190,18 +192,20 @@ def _check_weights(sources: dict[str, SourceConfig]) -> None:
     given = {key: w for key, w in weights.items() if w is not None}
     for key, weight in given.items():
         if not (math.isfinite(weight) and weight > 0):
-            raise ValueError(f"{key}={weight} must be above 0")
+            raise ConfigError(f"{key}={weight} must be above 0")
     if given and len(given) < len(weights):
         missing = next(key for key in weights if key not in given)
         set_key = next(iter(given))
-        raise ValueError(f"{missing}=null but {set_key}={given[set_key]}: give all weights or none")
+        raise ConfigError(
+            f"{missing}=null but {set_key}={given[set_key]}: give all weights or none"
+        )
     if given and abs(sum(given.values()) - 1.0) > 1e-6:
         told = ", ".join(f"{key}={w}" for key, w in given.items())
-        raise ValueError(f"{told}: weights sum to {sum(given.values()):.6g}, they must sum to 1")
+        raise ConfigError(f"{told}: weights sum to {sum(given.values()):.6g}, they must sum to 1")
     if not given and len(sources) > 1:
         for name, source in sources.items():
             if source.streaming:
-                raise ValueError(
+                raise ConfigError(
                     f"data.sources.{name}.streaming=true needs data.sources.{name}.weight, which is"
                     f" null: a stream of unknown size beside {len(sources) - 1} other source(s)"
                 )

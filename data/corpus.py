@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from data.cache import build_once, digest
+from data.errors import ConfigError
 
 _VERSION = 1  # of the extraction rules: part of the cache key
 _MIN_CHARS = 120
@@ -111,7 +112,7 @@ def _extract(packages: Sequence[str]) -> tuple[list[str], list[str]]:
                 names.append(name)
                 texts.append(text)
         if len(texts) == before:
-            raise ValueError(
+            raise ConfigError(
                 f"data.sources: package {package} has no docstrings in {_root(package)}"
             )
     return names, texts
@@ -132,7 +133,7 @@ def _root(package: str) -> Path:
         return Path(sysconfig.get_paths()["stdlib"])
     spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or spec.origin is None:
-        raise ValueError(f"data.sources: package {package} is not installed here")
+        raise ConfigError(f"data.sources: package {package} is not installed here")
     origin = Path(spec.origin)
     return origin.parent if origin.name == "__init__.py" else origin
 

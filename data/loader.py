@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig, SourceKind
+from data.errors import ConfigError
 from data.global_batch import DocumentName, GlobalBatch, PackedRow, Sample, count
 from data.mixture import Mixture, Pool, Source, StoreSource
 from data.packing import Row
@@ -151,7 +152,7 @@ class Loader:
         difference = _difference(state["manifest"], self.manifest, "")
         if difference is not None:
             key, before, now = difference
-            raise ValueError(
+            raise ConfigError(
                 f"the checkpoint was trained on other data: {key} was {before}, now it is {now}"
             )
         earlier = tuple((int(length), int(rows)) for length, rows in state["earlier"])
@@ -205,7 +206,7 @@ class Loader:
         """
         own = len(self.token_counts_V)
         if vocab_size < own:
-            raise ValueError(
+            raise ConfigError(
                 f"model.vocab_size={vocab_size} is smaller than the {own} ids of data.tokenizer"
             )
         return torch.nn.functional.pad(self.token_counts_V, (0, vocab_size - own))
@@ -238,7 +239,7 @@ def build_loader(
         ValueError: a source, store or tokenizer that cannot be used; names the key.
     """
     if cfg.fim.rate > 0 and tokenizer.fim_ids is None:
-        raise ValueError(
+        raise ConfigError(
             f"data.fim.rate={cfg.fim.rate} needs fill-in-the-middle tokens, which"
             f" data.tokenizer={cfg.tokenizer} does not have"
         )
@@ -276,13 +277,13 @@ def _open_stores(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, TokenStore]
             continue
         store = stores[name] = open_store(name, source)
         if store.manifest["tokenizer_hash"] != tokenizer.hash:
-            raise ValueError(
+            raise ConfigError(
                 f"data.sources.{name}.path={source.path} was made with tokenizer"
                 f" {store.manifest['tokenizer_hash'][:12]}, data.tokenizer={cfg.tokenizer} is"
                 f" {tokenizer.hash[:12]}"
             )
         if len(store.train) == 0:
-            raise ValueError(f"data.sources.{name}.path={source.path} has no training documents")
+            raise ConfigError(f"data.sources.{name}.path={source.path} has no training documents")
     return stores
 
 

@@ -21,6 +21,7 @@ from typing import Protocol
 
 import numpy as np
 
+from data.errors import ConfigError
 from data.fim import EXTRA_TOKENS, FimCut, fim_cut, fim_tokens
 from data.global_batch import DocumentName
 from data.keyed import mix, permute
@@ -115,7 +116,7 @@ class StoreSource:
         """
         part = self.names.index(name.source)
         if not 0 <= name.document < len(self._parts[part]):
-            raise ValueError(
+            raise ConfigError(
                 f"data.sources.{name.source} has {len(self._parts[part])} training documents, no"
                 f" number {name.document}"
             )
@@ -240,7 +241,7 @@ class Mixture:
         for source in self._sources:
             if name.source in source.names:
                 return Pool([source.find(name)], *self._fim, key=0)
-        raise ValueError(f"data.sources has no {name.source}")
+        raise ConfigError(f"data.sources has no {name.source}")
 
 
 def quotas(
@@ -259,7 +260,7 @@ def quotas(
         ValueError: more sources than documents in a pool.
     """
     if len(weights) > pool_documents:
-        raise ValueError(
+        raise ConfigError(
             f"data.packing.pool_documents={pool_documents} must be at least the number of weighted"
             f" sources, {len(weights)}"
         )

@@ -19,6 +19,7 @@ import numpy as np
 
 from data.cache import build_once, cache_root, digest
 from data.config import DataConfig, SourceConfig, SourceKind
+from data.errors import ConfigError
 from data.keyed import mix, permute
 from data.near_duplicates import OverlapCounter
 from data.progress import progress_map
@@ -99,7 +100,7 @@ def build_tokenizer(cfg: DataConfig) -> Tokenizer:
     tokenizer = deserialise(path.read_text(), str(path))
     expected = path.with_name("hash").read_text()
     if tokenizer.hash != expected:
-        raise ValueError(
+        raise ConfigError(
             f"data.tokenizer=bpe: {path} is corrupt, hash {tokenizer.hash[:12]}, {expected[:12]}"
             " expected: remove it"
         )

@@ -19,6 +19,7 @@ import numpy as np
 from data.cache import cache_root
 from data.config import SourceConfig, SourceKind
 from data.corpus import embedded_documents, package_key
+from data.errors import ConfigError
 
 _BUILDERS = {SourceKind.text: "text", SourceKind.jsonl: "json", SourceKind.parquet: "parquet"}
 _SUFFIXES = {
@@ -45,7 +46,7 @@ class EmbeddedDocuments:
         self._bytes = np.memmap(folder / "text.bin", dtype=np.uint8, mode="r")
         self._ends = np.load(folder / "ends.npy")
         if len(self._bytes) != self._ends[-1]:
-            raise ValueError(
+            raise ConfigError(
                 f"data.cache_dir: {folder}/text.bin has {len(self._bytes)} bytes, {self._ends[-1]}"
                 " expected: remove the folder to make it anew"
             )
@@ -123,13 +124,13 @@ class DocumentStream:
             except Exception as error:  # the library raises many kinds
                 reason = " ".join(str(error.__cause__ or error).split())[:300]
                 at = f"{self._what}: document {self._position}"
-                raise ValueError(f"{at}: {reason}") from error
+                raise ConfigError(f"{at}: {reason}") from error
             if self._position >= start:
                 _check_columns(list(row), self._column, self._key)
                 out.append(_as_text(row[self._column], self._key, self._column))
             self._position += 1
         if self.length == 0:
-            raise ValueError(f"{self._key} has no documents")
+            raise ConfigError(f"{self._key} has no documents")
         return out
 
     def state(self) -> tuple[int, Any]:
@@ -162,7 +163,7 @@ def open_documents(name: str, source: SourceConfig, cache_dir: str) -> Documents
     key = f"data.sources.{name}"
     table = _load(name, source, cache_dir, streaming=False)
     if len(table) == 0:
-        raise ValueError(f"{key}.path={source.path} has no documents")
+        raise ConfigError(f"{key}.path={source.path} has no documents")
     return TableDocuments(table, source.text_key, key)
 
 
@@ -204,18 +205,18 @@ def find_files(name: str, source: SourceConfig) -> list[str]:
         suffixes = _SUFFIXES[source.kind]
         found = [str(p) for p in Path(path).rglob("*") if p.name.lower().endswith(suffixes)]
         if not found:
-            raise ValueError(f"{key}: the folder has no {' '.join(suffixes)} file")
+            raise ConfigError(f"{key}: the folder has no {' '.join(suffixes)} file")
     elif glob.has_magic(path):
         found = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
         if not found:
-            raise ValueError(f"{key}: no file matches")
+            raise ConfigError(f"{key}: no file matches")
     elif os.path.isfile(path):
         found = [path]
     else:
-        raise ValueError(f"{key}: no such file or folder")
+        raise ConfigError(f"{key}: no such file or folder")
     unreadable = next((p for p in found if not os.access(p, os.R_OK)), None)
     if unreadable is not None:
-        raise ValueError(f"{key}: no permission to read {unreadable}")
+        raise ConfigError(f"{key}: no permission to read {unreadable}")
     return sorted(found)
 
 
@@ -245,20 +246,20 @@ def _load(name: str, source: SourceConfig, cache_dir: str, streaming: bool) -> A
     except Exception as error:  # the library raises many kinds, some bare
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise ValueError(f"{key} cannot be read as {source.kind.value}: {reason}") from error
+        raise ConfigError(f"{key} cannot be read as {source.kind.value}: {reason}") from error
 
 
 def _checked_files(name: str, source: SourceConfig) -> list[str]:
     files = find_files(name, source)
     filled = [file for file in files if os.path.getsize(file)]
     if not filled:
-        raise ValueError(f"data.sources.{name}.path={source.path}: every file is empty")
+        raise ConfigError(f"data.sources.{name}.path={source.path}: every file is empty")
     return filled
 
 
 def _check_columns(columns: list[str], column: str, key: str) -> None:
     if column not in columns:
-        raise ValueError(f"{key}.text_key={column} is not among the columns {', '.join(columns)}")
+        raise ConfigError(f"{key}.text_key={column} is not among the columns {', '.join(columns)}")
 
 
 def _as_text(value: Any, key: str, column: str) -> str:
@@ -266,5 +267,5 @@ def _as_text(value: Any, key: str, column: str) -> str:
         return ""
     if not isinstance(value, str):
         kind = type(value).__name__
-        raise ValueError(f"{key}.text_key={column} must hold text, a document holds {kind}")
+        raise ConfigError(f"{key}.text_key={column} must hold text, a document holds {kind}")
     return value

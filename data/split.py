@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.config import ValidationConfig
+from data.errors import ConfigError
 from data.keyed import mix, permute
 from data.near_duplicates import OverlapCounter
 from data.sources import Documents
@@ -75,7 +76,7 @@ def split_documents(
     """
     for name, sizes in bytes_of.items():
         if not sizes.any():
-            raise ValueError(f"data.sources.{name}: none of {len(sizes)} documents has any text")
+            raise ConfigError(f"data.sources.{name}: none of {len(sizes)} documents has any text")
     targets = {n: min(cfg.bytes, cfg.max_fraction * int(bytes_of[n].sum())) for n in sets}
     wanted = {name: target * _SPARE for name, target in targets.items()}
     while True:
@@ -145,12 +146,12 @@ def _without_duplicates(
 def _check(name: str, split: Split, target: float, cfg: ValidationConfig) -> None:
     total = len(split.bytes_N)
     if len(split.train) == 0:
-        raise ValueError(
+        raise ConfigError(
             f"data.sources.{name}: no documents to train on: of {total} document(s) all are held"
             f" out (data.validation.max_fraction={cfg.max_fraction})"
         )
     if cfg.bytes and len(split.validation) == 0:
-        raise ValueError(
+        raise ConfigError(
             f"data.sources.{name}: no validation documents: data.validation.bytes={cfg.bytes} but"
             f" of {total} document(s) none can be held out ({len(split.near_duplicates)} repeat"
             " training text); data.validation.bytes=0 trains without validation, a text file can be"

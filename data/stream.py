@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from data.config import ValidationConfig
+from data.errors import ConfigError
 from data.global_batch import DocumentName
 from data.keyed import mix
 from data.mixture import Drawn
@@ -73,7 +74,7 @@ class StreamSource:
         self._resume = stream.state()
         self._sample = self._encode(stream.read(self._first, _SAMPLE))[1]
         if not self._sample:
-            raise ValueError(
+            raise ConfigError(
                 f"data.sources.{name}: no documents to train on after the first {self._first},"
                 f" which data.validation.bytes={validation.bytes} holds out"
             )
@@ -118,7 +119,7 @@ class StreamSource:
         """
         if drawn := self.draw_epoch(name.epoch, name.document - self._first, 1):
             return drawn[0]
-        raise ValueError(
+        raise ConfigError(
             f"data.sources.{self.name} trains on no document {name.document}: it ends before, has"
             " no text there or repeats validation text"
         )

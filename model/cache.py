@@ -29,6 +29,7 @@ from model.attention.csa import CompressedSparseAttention
 from model.attention.hca import HeavilyCompressedAttention
 from model.config import LayerKind, ModelConfig
 from model.context import ForwardContext, RopeTable
+from model.errors import ConfigError
 from model.kernels.attention import EntrySet
 from model.rope import rope_frequencies, rope_tables
 from model.sequence_plan import SequencePlan
@@ -398,7 +399,7 @@ class KVCache:
         """
         for length, count in zip(self.lengths, counts, strict=True):
             if length + count > self.max_tokens:
-                raise ValueError(
+                raise ConfigError(
                     f"a text of {length} + {count} tokens does not fit a cache of"
                     f" max_tokens={self.max_tokens}"
                 )

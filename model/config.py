@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
+from model.errors import ConfigError
+
 
 class LayerKind(StrEnum):
     """What a main layer attends to besides the sliding window."""
@@ -201,7 +203,7 @@ class ModelConfig:
         values = {k: v for k, v in config_json.items() if k in known and v is not None}
         for key in ("hidden_size", "num_hidden_layers", "compress_ratios", "vocab_size"):
             if key not in values:
-                raise ValueError(f"config.json: key {key} is missing (needed to build the model)")
+                raise ConfigError(f"config.json: key {key} is missing (needed to build the model)")
         values["compress_ratios"] = list(values["compress_ratios"])
         scaling = dict(config_json.get("rope_scaling") or {"factor": 1.0})
         values["rope_scaling"] = RopeScaling(
@@ -227,7 +229,7 @@ class ModelConfig:
             ValueError: names the two keys in conflict and both values.
         """
         for message in self._problems(prefix):
-            raise ValueError(message)
+            raise ConfigError(message)
 
     def _problems(self, p: str) -> list[str]:
         out: list[str] = []

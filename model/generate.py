@@ -20,6 +20,7 @@ from torch import Tensor
 from model.attention.core import WindowAttention
 from model.block import Block
 from model.cache import CacheFormats, KVCache, PlainRows
+from model.errors import ConfigError
 from model.init import stream_seed
 from model.mtp import MTPBlock
 from model.transformer import DeepSeekV4
@@ -56,12 +57,12 @@ class Sampling:
             ValueError: names the value.
         """
         if self.max_new_tokens < 1 or self.chunk_tokens < 1:
-            raise ValueError(
+            raise ConfigError(
                 f"max_new_tokens={self.max_new_tokens} and chunk_tokens={self.chunk_tokens} must"
                 " be above 0"
             )
         if not 0 <= self.temperature < math.inf or not 0 < self.top_p <= 1:
-            raise ValueError(
+            raise ConfigError(
                 f"temperature={self.temperature} must be 0 or more and top_p={self.top_p} in (0, 1]"
             )
 
@@ -93,7 +94,7 @@ class Decoder:
         drafts: bool = False,
     ) -> None:
         if drafts and not model.mtp:
-            raise ValueError(
+            raise ConfigError(
                 "speculative decoding drafts with the MTP block, but"
                 f" num_nextn_predict_layers={len(model.mtp)}"
             )
@@ -208,13 +209,17 @@ def generate(
 
 def _check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
     if not prompts:
-        raise ValueError("no prompt is given")
+        raise ConfigError("no prompt is given")
     for number, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {number} has no tokens; begin it with the end-of-document id")
+            raise ConfigError(
+                f"prompt {number} has no tokens; begin it with the end-of-document id"
+            )
         wrong = [i for i in prompt if not 0 <= i < vocab_size]
         if wrong:
-            raise ValueError(f"prompt {number}: id {wrong[0]} is not below vocab_size={vocab_size}")
+            raise ConfigError(
+                f"prompt {number}: id {wrong[0]} is not below vocab_size={vocab_size}"
+            )
 
 
 class _Generation:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from model.errors import ConfigError
+
 PRECISIONS = ("fp32", "bf16")  # values of train.precision
 
 
@@ -64,7 +66,7 @@ def precision_of(fqn: str, precision: str, head: str = "fp32") -> Precision:
         ValueError: unknown precision; or a name that matches no line of the table, or several.
     """
     if precision not in PRECISIONS:
-        raise ValueError(f"train.precision={precision} is none of {', '.join(PRECISIONS)}")
+        raise ConfigError(f"train.precision={precision} is none of {', '.join(PRECISIONS)}")
     found = [dtypes for pattern, dtypes in TABLE if re.fullmatch(pattern, fqn)]
     if len(found) != 1:
         raise ValueError(

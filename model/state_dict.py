@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
+from model.errors import ConfigError
 
 _EXPERT = re.compile(r"(.*\.ffn\.experts)\.(\d+)\.(w[123])\.weight")
 _STACK = re.compile(r"(.*\.ffn\.experts)\.(w[123])\.weight")
@@ -67,13 +68,13 @@ def load_official(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     wanted = {name: value.shape for name, value in official_items(state)}
     missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
     if missing or extra:
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint does not fit the model: {len(missing)} tensors missing"
             f" (first {missing[:3]}), {len(extra)} not known (first {extra[:3]})"
         )
     for name, shape in wanted.items():
         if tensors[name].shape != shape:
-            raise ValueError(
+            raise ConfigError(
                 f"tensor {name} has shape {tuple(tensors[name].shape)},"
                 f" the model wants {tuple(shape)}"
             )
@@ -150,7 +151,7 @@ def transformers_name(official: str) -> str:
             for tail, tail_replacement in _COMPRESSOR_TAIL:
                 renamed = re.sub(tail, tail_replacement, renamed)
             return renamed
-    raise ValueError(f"tensor {official} has no name in transformers")
+    raise ConfigError(f"tensor {official} has no name in transformers")
 
 
 def to_transformers(model: nn.Module) -> dict[str, Tensor]:
@@ -197,7 +198,7 @@ def load_transformers(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         elif name in names:
             official[names[name]] = value
         else:
-            raise ValueError(f"tensor {name} is not known to the model")
+            raise ConfigError(f"tensor {name} is not known to the model")
     official |= {n: v for n, v in official_items(model.state_dict()) if n.startswith("mtp.")}
     load_official(model, official)
 

@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from optim.adamw import AdamW, AdamWEntry
 from optim.config import OptimConfig, StateDtype
+from optim.errors import ConfigError
 from optim.groups import Owner, ParamRecord, build_table
 from optim.muon import Muon, MuonEntry
 from optim.muon_distributed import ShardedMuon
@@ -112,7 +113,7 @@ class Optimizer:
             for key, tensor in tensors.items():
                 saved = tuple(state[name][key].shape)
                 if saved != tuple(tensor.shape):
-                    raise ValueError(
+                    raise ConfigError(
                         f"optimizer state: {name}.{key} was saved with shape {saved}, now it is"
                         f" {tuple(tensor.shape)}"
                     )
@@ -124,7 +125,7 @@ class Optimizer:
 def _need_equal(what: str, saved: Iterable[str], own: Iterable[str]) -> None:
     saved, own = set(saved), set(own)
     if saved != own:
-        raise ValueError(
+        raise ConfigError(
             f"optimizer state: {what} differ: only saved {sorted(saved - own)},"
             f" only here {sorted(own - saved)}"
         )

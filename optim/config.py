@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from optim.errors import ConfigError
+
 
 class OptimizerName(StrEnum):
     """Who moves the matrices; everything else is AdamW's either way."""
@@ -118,7 +120,7 @@ class OptimConfig:
             *_adamw_checks(self.adamw, f"{prefix}.adamw"),
         ):
             if not ok:
-                raise ValueError(message)
+                raise ConfigError(message)
 
 
 Checks = Iterator[tuple[bool, str]]

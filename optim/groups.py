@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from optim.config import OptimConfig, OptimizerName
+from optim.errors import ConfigError
 
 
 class Owner(StrEnum):
@@ -128,12 +129,12 @@ def build_table(
         if rule.owner is Owner.muon:
             hits = [pattern for regex, pattern in overrides.items() if regex.fullmatch(name)]
             if len(hits) > 1:
-                raise ValueError(f"optim.muon.splits: {name} matches {len(hits)} patterns: {hits}")
+                raise ConfigError(f"optim.muon.splits: {name} matches {len(hits)} patterns: {hits}")
             used.update(hits)
             split = config.muon.splits[hits[0]] if hits else split
         records.append(_record(name, tuple(shape), rule, split, config, split_counts or {}))
     if unused := sorted(set(config.muon.splits) - used):
-        raise ValueError(f"optim.muon.splits: {unused} match no parameter that Muon owns")
+        raise ConfigError(f"optim.muon.splits: {unused} match no parameter that Muon owns")
     return records
 
 
@@ -184,7 +185,7 @@ def _num_matrices(
 ) -> int:
     needed_dims = 3 if split == EXPERTS else 2
     if len(shape) != needed_dims:
-        raise ValueError(
+        raise ConfigError(
             f"optim: {name} has shape {shape}, but its split {split!r} takes {needed_dims} dims"
         )
     if split == WHOLE:
@@ -193,8 +194,8 @@ def _num_matrices(
         return shape[0]
     if split not in split_counts:
         known = [WHOLE, EXPERTS, *split_counts]
-        raise ValueError(f"optim.muon.splits: {name} has split {split!r}, known are {known}")
+        raise ConfigError(f"optim.muon.splits: {name} has split {split!r}, known are {known}")
     count = split_counts[split]
     if count < 1 or shape[0] % count:
-        raise ValueError(f"optim: {name} has {shape[0]} rows, not a multiple of {split}={count}")
+        raise ConfigError(f"optim: {name} has {shape[0]} rows, not a multiple of {split}={count}")
     return count

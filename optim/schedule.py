@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 
 from optim.config import OptimConfig, ScheduleConfig, ScheduleKind
+from optim.errors import ConfigError
 
 
 def learning_rate(config: OptimConfig, *, step: int, tokens: int, total_tokens: int) -> float:
@@ -62,7 +63,7 @@ def check_run_length(schedule: ScheduleConfig, total_tokens: int, prefix: str = 
     """
     start = schedule.decay_start_tokens
     if start >= total_tokens and ScheduleKind(schedule.kind) is not ScheduleKind.constant:
-        raise ValueError(
+        raise ConfigError(
             f"{prefix}.schedule.decay_start_tokens={start} must be below the run's {total_tokens}"
             " tokens"
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from parallel.errors import ConfigError
+
 # As in torch.distributed.pipelining, lower case. Not an enum: "1f1b" cannot be a member's name.
 SCHEDULES = (
     "gpipe",
@@ -53,29 +55,31 @@ class ParallelConfig:
         for key in _DEGREES:
             value = getattr(self, key)
             if value < 1 and value != -1:
-                raise ValueError(
+                raise ConfigError(
                     f"{prefix}.{key}={value} must be 1 or more, or -1 for the rest of the world"
                 )
         if self.timeout_seconds <= 0:
-            raise ValueError(f"{prefix}.timeout_seconds={self.timeout_seconds} must be above 0")
+            raise ConfigError(f"{prefix}.timeout_seconds={self.timeout_seconds} must be above 0")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"{prefix}.schedule={self.schedule} is none of {', '.join(SCHEDULES)}")
+            raise ConfigError(
+                f"{prefix}.schedule={self.schedule} is none of {', '.join(SCHEDULES)}"
+            )
         rest = [key for key in _AXES if getattr(self, key) == -1]
         if len(rest) > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"{prefix}.{rest[0]}=-1 and {prefix}.{rest[1]}=-1: only one of them can be the rest"
             )
         if self.ep == -1:
-            raise ValueError(
+            raise ConfigError(
                 f"{prefix}.ep=-1: give a number, since ep is part of the data axes"
                 f" ({prefix}.dp_shard={self.dp_shard})"
             )
         if self.pp == 1 and self.schedule != "1f1b":
-            raise ValueError(
+            raise ConfigError(
                 f"{prefix}.schedule={self.schedule} needs {prefix}.pp above 1 (now {self.pp})"
             )
         if self.cp > 1:
-            raise ValueError(
+            raise ConfigError(
                 f"{prefix}.cp={self.cp}: context parallelism is not built yet, only"
                 f" {prefix}.cp=1 runs"
             )
@@ -98,7 +102,7 @@ class ParallelConfig:
         for key in _AXES:
             if getattr(self, key) == -1:
                 if world_size % known:
-                    raise ValueError(
+                    raise ConfigError(
                         f"{prefix}.{key}=-1 cannot be the rest: the other degrees multiply to"
                         f" {known}, which does not divide the world size {world_size}"
                     )
@@ -106,11 +110,11 @@ class ParallelConfig:
                 known = world_size
         if known != world_size:
             shown = " * ".join(f"{key}={getattr(self, key)}" for key in _AXES)
-            raise ValueError(
+            raise ConfigError(
                 f"{prefix}: {shown} = {known} ranks, but the world size is {world_size}"
             )
         if out.data_degree % out.ep:
-            raise ValueError(
+            raise ConfigError(
                 f"{prefix}.ep={out.ep} must divide the {out.data_degree} data ranks"
                 f" (dp_replicate * dp_shard * cp)"
             )

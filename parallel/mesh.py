@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
+from parallel.errors import ConfigError
 from parallel.pipeline_split import check_pipeline
 from parallel.rendezvous import fresh_store
 
@@ -93,11 +94,11 @@ def check_layout(layout: ParallelConfig, model: ModelConfig, prefix: str = "para
     """
     check_pipeline(layout, model, prefix)
     if model.n_routed_experts % layout.ep:
-        raise ValueError(
+        raise ConfigError(
             f"{prefix}.ep={layout.ep} must divide model.n_routed_experts={model.n_routed_experts}"
         )
     if layout.dp_shard % layout.ep and layout.ep % layout.dp_shard:
-        raise ValueError(
+        raise ConfigError(
             f"{prefix}.ep={layout.ep} must divide {prefix}.dp_shard={layout.dp_shard}, or be a"
             " multiple of it"
         )
@@ -105,7 +106,7 @@ def check_layout(layout: ParallelConfig, model: ModelConfig, prefix: str = "para
     E, D, I = model.n_routed_experts, model.hidden_size, model.moe_intermediate_size  # noqa: E741
     if layout.ep > 1 and not all(expert_shard_dim(s, layout.ep, shards) >= 0
                                  for s in ((E, I, D), (E, D, I))):  # fmt: skip
-        raise ValueError(
+        raise ConfigError(
             f"{prefix}.ep={layout.ep} leaves {E // layout.ep} experts to {shards} ranks of"
             f" {prefix}.dp_shard={layout.dp_shard}, which divide neither them nor"
             f" model.moe_intermediate_size={I} nor model.hidden_size={D}"

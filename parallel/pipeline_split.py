@@ -15,6 +15,7 @@ from itertools import pairwise
 from model.config import ModelConfig
 from model.flops import training_flops_by_block
 from parallel.config import ParallelConfig
+from parallel.errors import ConfigError
 
 _V_SCHEDULES = ("zbvzerobubble", "dualpipev")
 _TWO_STAGES = ("interleaved1f1b", "interleavedzerobubble", *_V_SCHEDULES)
@@ -96,7 +97,7 @@ def check_pipeline(layout: ParallelConfig, model: ModelConfig, prefix: str = "pa
     """
     stages = layout.pp * stages_per_rank(layout.schedule)
     if stages - 1 > model.num_hidden_layers:  # the last may be head and MTP alone
-        raise ValueError(
+        raise ConfigError(
             f"{prefix}.pp={layout.pp} with {prefix}.schedule={layout.schedule} makes {stages}"
             f" stages, too many for model.num_hidden_layers={model.num_hidden_layers}"
         )
@@ -128,7 +129,7 @@ def check_microbatches(
         if count % rounds:
             problem = f"a multiple of its {rounds} rounds of {prefix}.pp={pp}"
     if problem:
-        raise ValueError(
+        raise ConfigError(
             f"{prefix}.schedule={schedule} needs a number of microbatches that is {problem}, but"
             f" {batch} makes {count}"
         )

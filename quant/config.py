@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
+from quant.errors import ConfigError
+
 
 class Recipe(StrEnum):
     """A name for a whole set of parts."""
@@ -121,18 +123,18 @@ class QuantConfig:
         linears = linears or parts.experts is not ExpertFormat.none
         for key in ("activations", "gradients"):
             if getattr(parts, key) and not linears:
-                raise ValueError(
+                raise ConfigError(
                     f"{prefix}.{key}=true acts on linears with quantised weights, but"
                     f" {prefix}.experts={parts.experts.value}, shared_experts=false,"
                     " attention=false and mtp=false"
                 )
         if parts.gradients and not parts.activations:
-            raise ValueError(
+            raise ConfigError(
                 f"{prefix}.gradients=true needs {prefix}.activations=true (now false): the"
                 " weight gradient reads the FP8 activations"
             )
         if self.engine == QuantEngine.transformer_engine and not parts.gradients:
-            raise ValueError(
+            raise ConfigError(
                 f"{prefix}.engine={QuantEngine.transformer_engine.value} runs forward and backward"
                 f" in FP8, but {prefix}.gradients=false"
             )

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quant.errors import ConfigError
 from quant.formats import FP8_WEIGHT, MXFP4, quantise
 
 INDEX = "model.safetensors.index.json"
@@ -97,7 +98,7 @@ def quantise_official(
         if stored in (Stored.fp4, Stored.fp8):
             q = quantise(value, MXFP4 if stored is Stored.fp4 else FP8_WEIGHT)
             if bool((q.scale.view(torch.uint8) == 255).any()):
-                raise ValueError(f"tensor {name} holds NaN or Inf: nothing to quantise")
+                raise ConfigError(f"tensor {name} holds NaN or Inf: nothing to quantise")
             yield name, q.codes
             yield scale_name(name), q.scale
         else:

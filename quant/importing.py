@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from quant.errors import ConfigError
+
 # What a nibble or a byte stands for, by the order of the codes.
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _GROUP = 32  # columns that share a scale in FP4
@@ -54,7 +56,7 @@ def dequantise_official(
             yield f"{stem}.weight", value.to(dtype)
     for stem in [*weights, *scales]:
         missing = "scale" if stem in weights else "weight"
-        raise ValueError(f"checkpoint: {stem}.{missing} is missing (its partner is there)")
+        raise ConfigError(f"checkpoint: {stem}.{missing} is missing (its partner is there)")
 
 
 def _decode(stem: str, codes: Tensor, scale: Tensor) -> Tensor:
@@ -65,7 +67,7 @@ def _decode(stem: str, codes: Tensor, scale: Tensor) -> Tensor:
     R, C = elements.shape
     expected = (-(-R // rows), -(-C // cols))
     if tuple(scale.shape) != expected:
-        raise ValueError(
+        raise ConfigError(
             f"checkpoint: {stem}.scale has shape {tuple(scale.shape)}, but {stem}.weight of"
             f" {R} x {C} values needs {expected}"
         )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from quant.errors import ConfigError
 from quant.formats import (
     FP8_WEIGHT,
     MXFP4,
@@ -43,7 +44,7 @@ def fp4_to_fp8(q: Quantised) -> Quantised:
     empty = _group_is_empty(codes)
     spread = scale_spread(group_bytes, empty)
     if (worst := int(spread.max())) > LOSSLESS_LOG2:
-        raise ValueError(
+        raise ConfigError(
             f"FP4 -> FP8 is not exact: group scales of a 128x128 block differ by 2**{worst}, the"
             f" bound is 2**{LOSSLESS_LOG2}"
             f" ({int((spread > LOSSLESS_LOG2).sum())} of {spread.numel()} blocks are beyond)"

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from quant.errors import ConfigError
 from quant.experts import padded_positions
 from quant.fake_quant import straight_through
 from quant.formats import MXFP4
@@ -41,17 +42,17 @@ def load() -> tuple[Any, Any]:
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < (9, 0):
         found = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
-        raise ValueError(f"{_INSTALL} (found {found})")
+        raise ConfigError(f"{_INSTALL} (found {found})")
     try:  # the import runs CUDA libraries: it may raise anything
         te = importlib.import_module("transformer_engine.pytorch")
         recipe = importlib.import_module("transformer_engine.common.recipe").Float8BlockScaling()
     except Exception as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{_INSTALL} (import failed: {reason})") from error
+        raise ConfigError(f"{_INSTALL} (import failed: {reason})") from error
     if hasattr(te, "is_fp8_block_scaling_available"):  # 2.8 and later; else its first matmul raises
         available, reason = te.is_fp8_block_scaling_available(return_reason=True)
         if not available:
-            raise ValueError(f"{_INSTALL} (it says: {reason})")
+            raise ConfigError(f"{_INSTALL} (it says: {reason})")
     return te, recipe
 
 

@@ -22,6 +22,7 @@ from model.init import init_weights
 from model.loss import Objective
 from model.transformer import DeepSeekV4
 from parallel.activation_checkpoint import checkpoint_blocks
+from train.errors import UserError
 
 # The benchmark model of the project: 14 M parameters, every layer kind, no MTP.
 BENCHMARK = ModelConfig(
@@ -175,7 +176,7 @@ def build_dense(config: ModelConfig, ids_BT: Tensor, dtype: torch.dtype) -> Cont
     rest = parameter_counts(config).active - 2 * vocab * width - layers * 4 * width**2
     inner = round(rest / (3 * width * layers) / 16) * 16
     if inner <= 0 or width % head_dim:
-        raise ValueError(f"no dense twin of {config.name}: SwiGLU width {inner}, hidden {width}")
+        raise UserError(f"no dense twin of {config.name}: SwiGLU width {inner}, hidden {width}")
     torch.manual_seed(0)
     model = DenseTransformer(vocab, width, layers, head_dim, inner)
     model.to(ids_BT.device, dtype)

@@ -36,6 +36,7 @@ from optim.groups import Owner, ParamRecord
 from optim.muon import expand
 from optim.newton_schulz import matmul_flops
 from scripts.model_yaml import load_model_config
+from train.errors import USER_ERRORS
 
 LR = 1e-3
 SIZE = 1024  # rows and columns of the matmul whose rate bounds the step
@@ -70,7 +71,7 @@ def main() -> None:
     device = torch.device(args.device)
     try:
         model = load_model_config(args.model)
-    except ValueError as error:
+    except USER_ERRORS as error:
         raise SystemExit(f"bench_optim.py: {error}") from error
     config = OptimConfig()
     config.muon.dtype = MatmulDtype.bf16

@@ -35,6 +35,7 @@ from model.flops import (
     v32_kv_cache_bytes,
 )
 from scripts.model_yaml import load_model_config
+from train.errors import USER_ERRORS
 
 CONTEXTS = (4096, 16384, 65536, 131072, 262144, 524288, 1000000)
 Report = dict[str, Any]
@@ -171,7 +172,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         models = {n: model_report(load_model_config(n), args.contexts) for n in args.models}
-    except ValueError as error:
+    except USER_ERRORS as error:
         parser.error(str(error))
     v32 = reference_report(args.contexts)
     print_report(models, v32)

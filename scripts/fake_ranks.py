@@ -46,6 +46,7 @@ from parallel.pipeline_stage import ModelPart
 from parallel.plan import build_sharded_model
 from quant.apply import reads_master
 from train.config import RunConfig
+from train.errors import USER_ERRORS, UserError
 from train.fit import Memory, Needs
 from train.overrides import compose_run
 from train.params_table import split_counts
@@ -196,10 +197,10 @@ def main(argv: list[str] | None = None) -> int:
         degrees = run.parallel
         ranks = degrees.pp * degrees.dp_replicate * degrees.dp_shard * degrees.cp
         if ranks < 1:
-            raise ValueError(f"parallel.dp_shard={degrees.dp_shard}: give a number of ranks")
+            raise UserError(f"parallel.dp_shard={degrees.dp_shard}: give a number of ranks")
         layout = degrees.resolve(ranks)
         check_layout(layout, run.model)
-    except ValueError as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     stage_ranks = [stage * layout.data_degree for stage in range(layout.pp)]

@@ -56,7 +56,7 @@ from parallel.mesh import check_layout, leave_process_group
 from scripts.layout_trials import Reference, last_loss, reference, trials
 from train.build import build_layout
 from train.config import RunConfig
-from train.errors import UserError
+from train.errors import USER_ERRORS, UserError
 from train.overrides import compose_run
 from train.receipt import source_hash
 from train.stages import check_rows, check_schedule, resolve
@@ -116,7 +116,7 @@ def parse(text: str) -> Layout:
         elif key == "micro" and value.isdigit() and int(value):
             micro = int(value)
         else:
-            raise ValueError(
+            raise UserError(
                 f"layout {text!r}: {word!r} is none of {'=N, '.join((*_DEGREES, 'micro'))}=N,"
                 f" schedule={'|'.join(SCHEDULES)}"
             )
@@ -331,18 +331,18 @@ def main(argv: list[str] | None = None) -> int:
             runs = [compose(layout, args, corpus) for layout in layouts]
             for layout in layouts:
                 if launched > 1 and layout.ranks != launched:
-                    raise ValueError(
+                    raise UserError(
                         f"layout {layout.text!r} has {layout.ranks} ranks, but torchrun started"
                         f" {launched}"
                     )
-        except ValueError as error:
+        except USER_ERRORS as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         if launched > 1:
             build_layout(runs[0])  # joins the others
         try:
             return compare(layouts, args, corpus, launched)
-        except UserError as error:
+        except USER_ERRORS as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         finally:

@@ -13,7 +13,7 @@ import torch
 from data.tokenizer import Tokenizer
 from model.transformer import DeepSeekV4
 from quant.config import Recipe
-from train.errors import ExitCode, UserError, is_user_error, one_line
+from train.errors import USER_ERRORS, ExitCode, UserError, one_line
 from train.exchange import load_model
 
 
@@ -60,9 +60,7 @@ def run_main(work: Callable[[], None]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         work()
-    except ValueError as error:
-        if not is_user_error(error):
-            raise
+    except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return ExitCode.user_error
     return ExitCode.finished

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from model.config import ModelConfig
+from train.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "conf" / "model"
 
@@ -28,7 +29,7 @@ def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
         path = Path(name)
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
-        raise ValueError(f"model={name} is neither a file nor one of {known}")
+        raise UserError(f"model={name} is neither a file nor one of {known}")
     try:
         merged = OmegaConf.merge(
             OmegaConf.structured(ModelConfig),
@@ -36,7 +37,7 @@ def load_model_config(name: str, overrides: Sequence[str] = ()) -> ModelConfig:
             OmegaConf.from_dotlist(list(overrides)),
         )
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
     config = OmegaConf.to_object(merged)
     assert isinstance(config, ModelConfig)
     config.validate()

@@ -20,6 +20,7 @@ from data.config import DataConfig, SourceConfig, SourceKind, TextUnit, Validati
 from data.prepare import build_tokenizer, corpus_key, corpus_split
 from data.token_store import TokenStore
 from data.tokenise import SHARD_BYTES, StoreJob, write_store
+from train.errors import USER_ERRORS, UserError
 
 EPILOG = """examples:
   scripts/prepare_data.py --out stores/books --kind text --path books/ --vocab-size 16384
@@ -42,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
             store.verify()
         else:
             store = prepare(options)
-    except ValueError as error:
+    except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     report(store)
@@ -91,7 +92,7 @@ def prepare(options: argparse.Namespace) -> TokenStore:
     out: Path = options.out
     shard_bytes: int = options.shard_bytes
     if shard_bytes < 1:
-        raise ValueError(f"--shard-bytes {shard_bytes} must be at least 1")
+        raise UserError(f"--shard-bytes {shard_bytes} must be at least 1")
     name = out.name or "store"
     source = SourceConfig(
         kind=SourceKind(options.kind),
@@ -117,7 +118,7 @@ def prepare(options: argparse.Namespace) -> TokenStore:
     )
     cfg.validate()
     if out.exists() and not (out / "manifest.json").is_file():
-        raise ValueError(f"--out {out} exists and is not a token store: name another folder")
+        raise UserError(f"--out {out} exists and is not a token store: name another folder")
     tokenizer = build_tokenizer(cfg)
     plan = corpus_key(cfg)
 
@@ -129,7 +130,7 @@ def prepare(options: argparse.Namespace) -> TokenStore:
     build_once(out, build, resume=True, key=f"--out {out}")
     store = TokenStore(out, f"--out {out}")
     if finished and (store.plan["corpus"], store.plan["tokenizer"]) != (plan, tokenizer.hash):
-        raise ValueError(f"--out {out} holds a store of another source or tokenizer")
+        raise UserError(f"--out {out} holds a store of another source or tokenizer")
     return store
 
 

@@ -25,7 +25,7 @@ from scripts.study_plots import draw_runs
 from scripts.study_protocol import Protocol, from_root
 from scripts.study_report import write_study_report
 from scripts.study_store import FinishedRun, Store, read_run
-from train.errors import ExitCode, UserError, is_user_error, one_line
+from train.errors import USER_ERRORS, ExitCode, UserError, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,9 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(argv)
     try:
         path = _study(args) if args.what[0].startswith("study=") else _runs(args)
-    except ValueError as error:
-        if not is_user_error(error):
-            raise
+    except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return ExitCode.user_error
     print(path.read_text(encoding="utf-8").split("\n## ")[0])

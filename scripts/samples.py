@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.global_batch import Sample
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
-from train.errors import ExitCode, UserError, is_user_error, one_line
+from train.errors import USER_ERRORS, ExitCode, UserError, one_line
 from train.metrics import Record, StepLines
 from train.run_folder import ABANDONED, CONFIG, SAMPLES, read_run
 from train.sample_log import data_hash
@@ -40,9 +40,7 @@ def main(words: Sequence[str]) -> int:
             loader = open_loader(options.folder, {line["data"] for line in found})
             for line in found:
                 show(line, loader, options)
-    except ValueError as error:
-        if not is_user_error(error):
-            raise
+    except USER_ERRORS as error:
         sys.stderr.write(f"error: {one_line(error)}\n")
         return ExitCode.user_error
     if not found:

@@ -36,7 +36,7 @@ from scripts.study_estimate import Estimate
 from scripts.study_protocol import Batch, Protocol, from_root
 from scripts.study_report import write_study_report
 from scripts.study_store import Store, archive
-from train.errors import ExitCode, UserError, is_user_error, one_line
+from train.errors import USER_ERRORS, ExitCode, UserError, one_line
 from train.receipt import source_hash
 
 OUT, ARCHIVE, RUNS = "runs/studies", "docs/studies", "runs"
@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         name, study = _study(args.words)
         return _run(name, study, args)
-    except ValueError as error:
-        if not is_user_error(error):
-            raise
+    except USER_ERRORS as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return ExitCode.user_error
 

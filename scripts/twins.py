@@ -24,6 +24,7 @@ if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
 from model.config import Attention, ModelConfig, Residual, Router
 from model.flops import parameter_counts, training_flops
 from scripts.model_yaml import load_model_config
+from train.errors import USER_ERRORS
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         config = load_model_config(args.model, args.overrides)
-    except ValueError as error:
+    except USER_ERRORS as error:
         parser.error(str(error))
     twins = compare(config, args.seq_len, args.phase)
     print_table(f"{config.name}, rows of {args.seq_len} tokens, indexer phase {args.phase}", twins)

@@ -1,8 +1,9 @@
 """Exit codes, and what counts as the user's error (DESIGN section 1, point 5).
 
-Our code raises ``ValueError`` for input that cannot be and ``assert`` for its own invariants. A
-``ValueError`` that some library raised from within is a fault of ours, so it keeps its traceback:
-:func:`is_user_error` tells them apart by the file that raised.
+Input that cannot be is told in one line with exit code 2. Each package raises its own
+``ConfigError`` for it and ``train/`` its :class:`UserError`; :data:`USER_ERRORS` are exactly these.
+Any other exception, a plain ``ValueError`` included, is a fault of ours and keeps its traceback.
+What libraries and the operating system raise is translated where it enters.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 from enum import IntEnum
 from pathlib import Path
 
+import data.errors
+import model.errors
+import optim.errors
+import parallel.errors
+import quant.errors
+
 ROOT = Path(__file__).resolve().parents[1]
-_OURS = tuple(
-    str(ROOT / package) + "/"
-    for package in ("train", "model", "optim", "parallel", "quant", "data")
-)
 
 
 class ExitCode(IntEnum):
@@ -28,6 +31,12 @@ class ExitCode(IntEnum):
 
 class UserError(ValueError):
     """Input that cannot be, whoever noticed first; its text is the one line that the user reads."""
+
+
+USER_ERRORS: tuple[type[ValueError], ...] = (
+    UserError, data.errors.ConfigError, model.errors.ConfigError, optim.errors.ConfigError,
+    parallel.errors.ConfigError, quant.errors.ConfigError,
+)  # fmt: skip
 
 
 class DoesNotFitError(UserError):
@@ -44,18 +53,6 @@ class DoesNotFitError(UserError):
 
 class TrainingFailedError(RuntimeError):
     """The run cannot go on and need not be debugged: steps failed, and it was to stop then."""
-
-
-def is_user_error(error: BaseException) -> bool:
-    """Whether the text of ``error`` is meant for the user: a ``ValueError`` that we raised."""
-    if isinstance(error, UserError):
-        return True
-    if not isinstance(error, ValueError) or error.__traceback__ is None:
-        return False
-    frame = error.__traceback__
-    while frame.tb_next is not None:
-        frame = frame.tb_next
-    return frame.tb_frame.f_code.co_filename.startswith(_OURS)
 
 
 def one_line(error: BaseException) -> str:

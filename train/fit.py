@@ -38,7 +38,7 @@ from parallel.pipeline_split import (
     stages_per_rank,
 )
 from train.config import ActivationCheckpoint, Device, Precision, RunConfig
-from train.errors import DoesNotFitError, UserError
+from train.errors import USER_ERRORS, DoesNotFitError, UserError
 from train.stages import Plan, Stage, check_schedule
 
 GB = 1e9
@@ -127,7 +127,7 @@ def check(run: RunConfig, plan: Plan, world: World) -> None:
     mismatch = None
     try:
         layout = run.parallel.resolve(world.ranks)
-    except ValueError as error:  # a large preset on a small machine: the table says more
+    except USER_ERRORS as error:  # a large preset on a small machine: the table says more
         mismatch, layout = error, ParallelConfig(dp_shard=world.ranks)
     need = Needs(run, plan).peak(layout, world.device).total
     if need <= world.bytes_per_rank:
@@ -435,7 +435,7 @@ def _admits(layout: ParallelConfig, model: ModelConfig, plan: Plan) -> bool:
     try:
         check_pipeline(layout, model)
         check_schedule(plan, layout)
-    except ValueError:
+    except USER_ERRORS:
         return False
     return True
 

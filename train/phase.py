@@ -10,6 +10,7 @@ from parallel.engine import Engine
 from quant.apply import QuantRecord, absent_parts, apply_quant, remove_quant
 from quant.config import QuantConfig
 from quant.probe import QuantProbe
+from train.errors import UserError
 from train.stages import trains
 from train.step import StepPlan
 
@@ -61,7 +62,7 @@ class PhaseSwitch:
             missing = self._engine.gather(absent_parts(self._quant, self.records))
             absent = [part for part in missing[0] if all(part in some for some in missing)]
             if absent:  # on every rank: a pipeline stage may well have none
-                raise ValueError(
+                raise UserError(
                     f"quant.{absent[0]} is asked for (recipe {self._quant.recipe.value}) but"
                     f" model.name={self._model.config.name} has nothing that it acts on"
                 )

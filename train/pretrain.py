@@ -30,11 +30,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from train.config import load
 from train.errors import (
+    USER_ERRORS,
     DoesNotFitError,
     ExitCode,
     TrainingFailedError,
     UserError,
-    is_user_error,
     one_line,
 )
 from train.overrides import CONF, normalise, swept
@@ -142,9 +142,7 @@ def _guarded(body: Callable[[], int], untold: list[str]) -> int:
         line, before, code = one_line(error), "", ExitCode.failure
     except (HydraException, OmegaConfBaseException) as error:
         line, before = _composition_error(error), ""
-    except ValueError as error:
-        if not is_user_error(error):
-            raise
+    except USER_ERRORS as error:
         line, before = one_line(error), ""
     except SystemExit as left:  # Hydra's help and its parser of flags
         return int(left.code or 0)

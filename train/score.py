@@ -12,6 +12,7 @@ from torch import Tensor
 
 from model.generate import Decoder
 from model.transformer import DeepSeekV4
+from train.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def token_nll(
     vocab_size = model.config.vocab_size
     wrong = ids_N[(ids_N < 0) | (ids_N >= vocab_size)]
     if wrong.numel():
-        raise ValueError(f"token id {int(wrong[0])} is not below vocab_size={vocab_size}")
+        raise UserError(f"token id {int(wrong[0])} is not below vocab_size={vocab_size}")
     nll_N = torch.full(ids_N.shape, math.nan)
     decoder = Decoder(model, 1, max(len(ids_N), 1))
     ids_N = ids_N.to(decoder.device)

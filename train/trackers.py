@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from train.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -102,7 +104,7 @@ class TensorBoardTracker:
         try:
             from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415  optional package
         except ImportError as error:
-            raise ValueError(
+            raise UserError(
                 "tensorboard=true needs the package tensorboard, which is not installed:"
                 " pip install tensorboard"
             ) from error

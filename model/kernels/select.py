@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from model.config import Kernels
+from model.errors import ConfigError
 from model.kernels import (
     attention,
     attention_cpu,
@@ -73,6 +74,6 @@ def select(op_name: str, kernels: Kernels) -> Op:
     if op_name not in _OPS:
         raise ValueError(f"unknown op {op_name!r}: known ops are {op_names()}")
     if kernels not in list(Kernels):
-        raise ValueError(f"model.kernels={kernels!r} is none of {[k.value for k in Kernels]}")
+        raise ConfigError(f"model.kernels={kernels!r} is none of {[k.value for k in Kernels]}")
     reference, fast = _OPS[op_name]
     return reference if Kernels(kernels) is Kernels.reference else fast

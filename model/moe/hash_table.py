@@ -16,6 +16,8 @@ import heapq
 import torch
 from torch import Tensor
 
+from model.errors import ConfigError
+
 _TIE_BITS = 32  # random bits that decide between equally loaded experts
 
 
@@ -44,7 +46,7 @@ def build_table(
         ValueError: more experts a token than experts, or counts of the wrong shape or sign.
     """
     if num_experts_per_tok > num_experts:
-        raise ValueError(
+        raise ConfigError(
             f"model.num_experts_per_tok={num_experts_per_tok} must not exceed"
             f" model.n_routed_experts={num_experts}"
         )
@@ -86,14 +88,14 @@ def _counts(vocab_size: int, token_counts_V: Tensor | None, unseen: int = 1) -> 
     if token_counts_V is None:
         return torch.ones(vocab_size, dtype=torch.int64)
     if token_counts_V.shape != (vocab_size,):
-        raise ValueError(
+        raise ConfigError(
             f"token counts have shape {list(token_counts_V.shape)}"
             f" but model.vocab_size={vocab_size}"
         )
     counts_V = token_counts_V.detach().to("cpu", torch.int64)
     if vocab_size and int(counts_V.min()) < 0:
         worst = int(counts_V.argmin())
-        raise ValueError(
+        raise ConfigError(
             f"token counts must not be negative: id {worst} has {int(counts_V[worst])}"
         )
     return counts_V.clamp(min=unseen)

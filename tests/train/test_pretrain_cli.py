@@ -10,7 +10,7 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import train.build
-from train.errors import ROOT, ExitCode, is_user_error
+from train.errors import ROOT, USER_ERRORS, ExitCode
 from train.pretrain import cli
 
 ENTRY = ROOT / "train" / "pretrain.py"
@@ -111,7 +111,7 @@ def test_exit_code_of_the_trainer_is_that_of_the_process(code, tmp_path, monkeyp
 
 
 def test_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
-    """Only a ValueError that our packages raised is the user's: this one comes from a test."""
+    """Only a ConfigError or UserError is the user's."""
     monkeypatch.setattr(train.build, "build", lambda run: Stub(ValueError("shape mismatch")))
     with pytest.raises(ValueError, match="shape mismatch"):
         cli(["model=v4_tiny", f"run_dir={tmp_path}"])
@@ -130,4 +130,4 @@ def test_interrupt_before_the_first_step_is_resumable(tmp_path, monkeypatch, cap
 def test_error_raised_inside_a_library_is_not_the_users():
     with pytest.raises(ValueError, match="invalid literal") as caught:
         int("x")
-    assert not is_user_error(caught.value)
+    assert not isinstance(caught.value, USER_ERRORS)
