@@ -1,4 +1,4 @@
-"""Whose fault an exception is, is said by its class: a plain ``ValueError`` is ours, not the user's.
+"""An exception's class says whose fault it is: a plain ``ValueError`` is ours, not the user's.
 
 The list names every place that may raise one: a call that our own code gets wrong.
 """
