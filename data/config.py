@@ -6,11 +6,11 @@ Plain dataclasses that OmegaConf accepts. Nothing here reads a file; what only t
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from data.errors import ConfigError
+from schema.ranges import number, out_of_range
 
 
 class SourceKind(StrEnum):
@@ -61,7 +61,7 @@ class SourceConfig:
     revision: str = ""
     streaming: bool = False
     packages: list[str] = field(default_factory=lambda: ["stdlib", "torch", "numpy"])
-    weight: float | None = None
+    weight: float | None = number(None, above=0, most=1)
 
 
 @dataclass
@@ -72,7 +72,7 @@ class FimConfig:
         rate: fraction of documents that are rearranged; 0 = off, the paper's value is 0.1.
     """
 
-    rate: float = 0.0
+    rate: float = number(0.0, least=0, most=1)
 
 
 @dataclass
@@ -83,7 +83,7 @@ class PackingConfig:
         pool_documents: documents of a pool, inside which rows are filled by best fit and shuffled.
     """
 
-    pool_documents: int = 256
+    pool_documents: int = number(256, least=1)
 
 
 @dataclass
@@ -99,11 +99,14 @@ class ValidationConfig:
             in the training text too. 1 = keep all.
     """
 
-    bytes: int = 1_250_000
-    max_fraction: float = 0.2
-    seed: int = 0
-    ngram: int = 13
-    max_overlap: float = 0.2
+    bytes: int = number(1_250_000, least=0)
+    max_fraction: float = number(0.2, least=0, most=1)
+    seed: int = number(0, least=0)
+    ngram: int = number(13, least=1)
+    max_overlap: float = number(0.2, least=0, most=1)
+
+
+_LEAST_BPE = 512
 
 
 @dataclass
@@ -124,10 +127,10 @@ class DataConfig:
     """
 
     tokenizer: str = "bpe"
-    vocab_size: int = 4096
+    vocab_size: int = number(4096, least=1)
     cache_dir: str = ".cache/data"
     sources: dict[str, SourceConfig] = field(default_factory=dict)
-    workers: int = 1
+    workers: int = number(1, least=1)
     fim: FimConfig = field(default_factory=FimConfig)
     packing: PackingConfig = field(default_factory=PackingConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -142,31 +145,21 @@ class DataConfig:
         Raises:
             ValueError: names the key and the values that cannot be.
         """
+        problem = out_of_range(self, "data")
+        if problem is not None:
+            raise ConfigError(problem)
+        if self.tokenizer == "bpe" and self.vocab_size < _LEAST_BPE:
+            raise ConfigError(
+                f"data.vocab_size={self.vocab_size} must be {_LEAST_BPE} or more for"
+                " data.tokenizer=bpe: the bytes, the special tokens and some pairs"
+            )
         if not self.tokenizer.strip():
             raise ConfigError("data.tokenizer='' must be bpe, byte, a file, a folder or a name")
-        _at_least("data.vocab_size", self.vocab_size, 512)
-        _at_least("data.workers", self.workers, 1)
-        _at_least("data.packing.pool_documents", self.packing.pool_documents, 1)
-        _fraction("data.fim.rate", self.fim.rate)
-        _at_least("data.validation.bytes", self.validation.bytes, 0)
-        _at_least("data.validation.ngram", self.validation.ngram, 1)
-        _fraction("data.validation.max_fraction", self.validation.max_fraction)
-        _fraction("data.validation.max_overlap", self.validation.max_overlap)
         if not self.cache_dir.strip():
             raise ConfigError("data.cache_dir='' must name a folder")
         for name, source in self.named_sources().items():
             _check_source(name, source)
         _check_weights(self.named_sources())
-
-
-def _at_least(key: str, value: int, least: int) -> None:
-    if value < least:
-        raise ConfigError(f"{key}={value} must be at least {least}")
-
-
-def _fraction(key: str, value: float) -> None:
-    if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"{key}={value} must lie between 0 and 1")
 
 
 def _check_source(name: str, source: SourceConfig) -> None:
@@ -190,9 +183,6 @@ def _check_source(name: str, source: SourceConfig) -> None:
 def _check_weights(sources: dict[str, SourceConfig]) -> None:
     weights = {f"data.sources.{name}.weight": s.weight for name, s in sources.items()}
     given = {key: w for key, w in weights.items() if w is not None}
-    for key, weight in given.items():
-        if not (math.isfinite(weight) and weight > 0):
-            raise ConfigError(f"{key}={weight} must be above 0")
     if given and len(given) < len(weights):
         missing = next(key for key in weights if key not in given)
         set_key = next(iter(given))

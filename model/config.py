@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from model.errors import ConfigError
+from schema.ranges import number, out_of_range
 
 
 class LayerKind(StrEnum):
@@ -58,10 +59,10 @@ class Kernels(StrEnum):
 class RopeScaling:
     """YaRN of the compressed layers (V4_SPEC B.4); factor 1 switches it off."""
 
-    factor: float = 16.0
-    original_max_position_embeddings: int = 65536
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: float = number(16.0, least=1)
+    original_max_position_embeddings: int = number(65536, least=1)
+    beta_fast: float = number(32.0, above=0)
+    beta_slow: float = number(1.0, above=0)
 
 
 @dataclass
@@ -69,61 +70,58 @@ class ModelConfig:
     """What fixes the shapes and the maths of a model; sizes in elements unless said otherwise."""
 
     name: str = "v4_nano"
-    vocab_size: int = 4096
-    hidden_size: int = 256
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 8
-    num_key_value_heads: int = 1
-    head_dim: int = 64
-    qk_rope_head_dim: int = 16
-    q_lora_rank: int = 128
-    o_groups: int = 2
-    o_lora_rank: int = 128
+    vocab_size: int = number(4096, least=1)
+    hidden_size: int = number(256, least=1)
+    num_hidden_layers: int = number(6, least=1)
+    num_attention_heads: int = number(8, least=1)
+    num_key_value_heads: int = number(1, least=1)
+    head_dim: int = number(64, least=1)
+    qk_rope_head_dim: int = number(16, least=2)
+    q_lora_rank: int = number(128, least=1)
+    o_groups: int = number(2, least=1)
+    o_lora_rank: int = number(128, least=1)
     # One ratio a main layer, then one a MTP block (0, as released).
-    compress_ratios: list[int] = field(default_factory=lambda: [0, 0, 4, 128, 4, 128, 0])
+    compress_ratios: list[int] = number([0, 0, 4, 128, 4, 128, 0], least=0)
     # One kind a main layer; empty: ratio 0 is swa, 4 is csa, 128 is hca.
     layer_kinds: list[LayerKind] = field(default_factory=list)
-    sliding_window: int = 64
-    index_n_heads: int = 16
-    index_head_dim: int = 32
-    index_topk: int = 32
-    n_routed_experts: int = 16
-    n_shared_experts: int = 1
-    num_experts_per_tok: int = 2
-    moe_intermediate_size: int = 128
+    sliding_window: int = number(64, least=1)
+    index_n_heads: int = number(16, least=1)
+    index_head_dim: int = number(32, least=1)
+    index_topk: int = number(32, least=1)
+    n_routed_experts: int = number(16, least=1)
+    n_shared_experts: int = number(1, least=0)
+    num_experts_per_tok: int = number(2, least=1)
+    moe_intermediate_size: int = number(128, least=1)
     scoring_func: str = "sqrtsoftplus"
     topk_method: str = "noaux_tc"
     norm_topk_prob: bool = True
-    routed_scaling_factor: float = 1.5
-    num_hash_layers: int = 1
+    routed_scaling_factor: float = number(1.5, above=0)
+    num_hash_layers: int = number(1, least=0)
     # One router a main layer; empty: the first num_hash_layers are hash, the rest learned.
     routers: list[Router] = field(default_factory=list)
-    swiglu_limit: float = 10.0
-    hc_mult: int = 4
-    hc_sinkhorn_iters: int = 20
-    hc_eps: float = 1e-6
-    hc_gamma: bool = (
-        False  # learned RMSNorm weight of the mHC projection, folded on export (V4_SPEC B.2)
-    )
-    hc_identity_base: float = (
-        0.0  # diagonal added to the comb base at initialisation; 0 = uniform start
-    )
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    compress_rope_theta: float = 160000.0
+    swiglu_limit: float = number(10.0, above=0)
+    hc_mult: int = number(4, least=1)
+    hc_sinkhorn_iters: int = number(20, least=1)
+    hc_eps: float = number(1e-6, above=0)
+    # Learned RMSNorm weight of the mHC projection, folded on export (V4_SPEC B.2).
+    hc_gamma: bool = False
+    # Diagonal added to the comb base at initialisation; 0 = uniform start.
+    hc_identity_base: float = number(0.0)
+    rms_norm_eps: float = number(1e-6, above=0)
+    rope_theta: float = number(10000.0, above=1)
+    compress_rope_theta: float = number(160000.0, above=1)
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
-    yarn_from_seq_len: int = (
-        0  # YaRN acts from this training sequence length on, tokens; 0 = always
-    )
-    max_position_embeddings: int = 1048576
+    # YaRN acts from this training sequence length on, tokens; 0 = always.
+    yarn_from_seq_len: int = number(0, least=0)
+    max_position_embeddings: int = number(1048576, least=1)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    num_nextn_predict_layers: int = 1
-    initializer_range: float = 0.02
+    num_nextn_predict_layers: int = number(1, least=0)
+    initializer_range: float = number(0.02, above=0)
     attention: Attention = Attention.hybrid
     residual: Residual = Residual.mhc
     kernels: Kernels = Kernels.fast
-    loss_chunk_tokens: int = 2048  # tokens of logits alive at once in the loss
+    loss_chunk_tokens: int = number(2048, least=1)  # tokens of logits alive at once in the loss
 
     # ---- derived ---------------------------------------------------------------------------------
     def kind(self, layer: int) -> LayerKind:
@@ -228,7 +226,8 @@ class ModelConfig:
         Raises:
             ValueError: names the two keys in conflict and both values.
         """
-        for message in self._problems(prefix):
+        message = out_of_range(self, prefix) or next(iter(self._problems(prefix)), None)
+        if message is not None:
             raise ConfigError(message)
 
     def _problems(self, p: str) -> list[str]:
@@ -238,12 +237,6 @@ class ModelConfig:
             if not ok:
                 out.append(message)
 
-        for key in _POSITIVE:
-            need(getattr(self, key) > 0, f"{p}.{key}={getattr(self, key)} must be above 0")
-        for key in ("num_nextn_predict_layers", "n_shared_experts", "num_hash_layers"):
-            need(getattr(self, key) >= 0, f"{p}.{key}={getattr(self, key)} must be 0 or more")
-        if out:
-            return out
         layers = self.num_hidden_layers
         need(
             len(self.compress_ratios) in (layers, layers + self.num_nextn_predict_layers),
@@ -331,28 +324,6 @@ _SCALING: dict[str, type] = {
     "beta_fast": float,
     "beta_slow": float,
 }
-_POSITIVE = (
-    "vocab_size",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "head_dim",
-    "qk_rope_head_dim",
-    "q_lora_rank",
-    "o_groups",
-    "o_lora_rank",
-    "sliding_window",
-    "index_n_heads",
-    "index_head_dim",
-    "index_topk",
-    "n_routed_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "hc_mult",
-    "hc_sinkhorn_iters",
-    "swiglu_limit",
-    "loss_chunk_tokens",
-)
 _ONLY = {
     "num_key_value_heads": 1,
     "scoring_func": "sqrtsoftplus",

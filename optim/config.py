@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from optim.errors import ConfigError
+from schema.ranges import number, out_of_range
 
 
 class OptimizerName(StrEnum):
@@ -49,10 +50,10 @@ class StateDtype(StrEnum):
 class NewtonSchulzStage:
     """``steps`` iterations ``X <- a X + b (X X^T) X + c (X X^T)^2 X``."""
 
-    steps: int = 1
-    a: float = 2.0
-    b: float = -1.5
-    c: float = 0.5
+    steps: int = number(1, least=1)
+    a: float = number(2.0, above=0)
+    b: float = number(-1.5)
+    c: float = number(0.5)
 
 
 def _hybrid() -> list[NewtonSchulzStage]:
@@ -64,21 +65,24 @@ class ScheduleConfig:
     """Learning rate over the run (``optim/schedule.py`` holds the formulas)."""
 
     kind: ScheduleKind = ScheduleKind.cosine_tail
-    warmup_steps: int = 2000  # linear, reaching optim.lr at this step; 0 = none
-    end_lr_ratio: float = 0.1  # last learning rate as a fraction of optim.lr
-    decay_start: float = 0.9  # where the tail begins, fraction of the run's tokens
-    decay_start_tokens: int = 0  # the same in tokens; above 0 it replaces decay_start
+    warmup_steps: int = number(2000, least=0)  # linear, reaching optim.lr at this step; 0 = none
+    # Last learning rate as a fraction of optim.lr.
+    end_lr_ratio: float = number(0.1, least=0, most=1)
+    # Where the tail begins, fraction of the run's tokens.
+    decay_start: float = number(0.9, least=0, most=1)
+    # The same in tokens; above 0 it replaces decay_start.
+    decay_start_tokens: int = number(0, least=0)
 
 
 @dataclass
 class MuonConfig:
     """Muon (DeepSeek-V4 section 2.4, algorithm 1)."""
 
-    momentum: float = 0.95
+    momentum: float = number(0.95, least=0, below=1)
     nesterov: bool = True
     newton_schulz: list[NewtonSchulzStage] = field(default_factory=_hybrid)
-    rms: float = 0.18  # root mean square of the update before the learning rate
-    weight_decay: float = 0.1
+    rms: float = number(0.18, above=0)  # root mean square of the update before the learning rate
+    weight_decay: float = number(0.1, least=0)
     dtype: MatmulDtype = MatmulDtype.auto
     # Parameter pattern -> split, over optim/groups.py: "whole", "experts", or the name of a count
     # (o_groups, num_attention_heads, index_n_heads) by which the rows are cut into matrices of
@@ -90,9 +94,9 @@ class MuonConfig:
 class AdamWConfig:
     """AdamW with decoupled decay, for all that Muon does not own."""
 
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    eps: float = 1e-20
-    weight_decay: float = 0.1
+    betas: list[float] = number([0.9, 0.95], least=0, below=1)
+    eps: float = number(1e-20, above=0)
+    weight_decay: float = number(0.1, least=0)
 
 
 @dataclass
@@ -100,12 +104,12 @@ class OptimConfig:
     """Everything under ``optim``."""
 
     name: OptimizerName = OptimizerName.muon
-    lr: float = 2.7e-4  # peak
+    lr: float = number(2.7e-4, above=0)  # peak
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
     state_dtype: StateDtype = StateDtype.fp32
-    grad_clip: float = 1.0  # bound of the global gradient norm; 0 = no clipping
+    grad_clip: float = number(1.0, least=0)  # bound of the global gradient norm; 0 = no clipping
 
     def validate(self, prefix: str = "optim") -> None:
         """Refuse values that cannot be.
@@ -113,6 +117,9 @@ class OptimConfig:
         Raises:
             ValueError: names the keys and their values.
         """
+        problem = out_of_range(self, prefix)
+        if problem is not None:
+            raise ConfigError(problem)
         for ok, message in (
             *_base_checks(self, prefix),
             *_schedule_checks(self.schedule, f"{prefix}.schedule"),
@@ -128,8 +135,6 @@ Checks = Iterator[tuple[bool, str]]
 
 def _base_checks(c: OptimConfig, p: str) -> Checks:
     yield c.name in set(OptimizerName), f"{p}.name={c.name} must be one of {[*OptimizerName]}"
-    yield c.lr > 0, f"{p}.lr={c.lr} must be above 0"
-    yield c.grad_clip >= 0, f"{p}.grad_clip={c.grad_clip} must be 0 (off) or above"
     states = [*StateDtype]
     yield c.state_dtype in states, f"{p}.state_dtype={c.state_dtype} must be one of {states}"
 
@@ -137,36 +142,14 @@ def _base_checks(c: OptimConfig, p: str) -> Checks:
 def _schedule_checks(c: ScheduleConfig, p: str) -> Checks:
     kinds = [*ScheduleKind]
     yield c.kind in kinds, f"{p}.kind={c.kind} must be one of {kinds}"
-    yield c.warmup_steps >= 0, f"{p}.warmup_steps={c.warmup_steps} must be 0 or more"
-    yield 0 <= c.end_lr_ratio <= 1, f"{p}.end_lr_ratio={c.end_lr_ratio} must lie in [0, 1]"
-    yield (
-        0 <= c.decay_start <= 1,
-        f"{p}.decay_start={c.decay_start} is a fraction: it must lie in [0, 1]",
-    )
-    yield (
-        c.decay_start_tokens >= 0,
-        f"{p}.decay_start_tokens={c.decay_start_tokens} must be 0 or more",
-    )
 
 
 def _muon_checks(c: MuonConfig, p: str) -> Checks:
-    yield 0 <= c.momentum < 1, f"{p}.momentum={c.momentum} must lie in [0, 1)"
-    yield c.rms > 0, f"{p}.rms={c.rms} must be above 0"
-    yield c.weight_decay >= 0, f"{p}.weight_decay={c.weight_decay} must be 0 or more"
     dtypes = [*MatmulDtype]
     yield c.dtype in dtypes, f"{p}.dtype={c.dtype} must be one of {dtypes}"
     yield len(c.newton_schulz) > 0, f"{p}.newton_schulz={c.newton_schulz} needs at least one stage"
-    for i, stage in enumerate(c.newton_schulz):
-        yield stage.steps > 0, f"{p}.newton_schulz[{i}].steps={stage.steps} must be above 0"
-        yield (
-            stage.a > 0,
-            f"{p}.newton_schulz[{i}].a={stage.a} must be above 0 (b={stage.b}, c={stage.c})",
-        )
 
 
 def _adamw_checks(c: AdamWConfig, p: str) -> Checks:
     betas = list(c.betas)
     yield len(betas) == 2, f"{p}.betas={betas} must hold 2 values, has {len(betas)}"
-    yield all(0 <= b < 1 for b in betas), f"{p}.betas={betas} must lie in [0, 1)"
-    yield c.eps > 0, f"{p}.eps={c.eps} must be above 0"
-    yield c.weight_decay >= 0, f"{p}.weight_decay={c.weight_decay} must be 0 or more"

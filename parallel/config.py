@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from parallel.errors import ConfigError
+from schema.ranges import number, out_of_range
 
 # As in torch.distributed.pipelining, lower case. Not an enum: "1f1b" cannot be a member's name.
 SCHEDULES = (
@@ -38,13 +39,13 @@ class ParallelConfig:
             longer than any save, evaluation or compilation may hold one rank up.
     """
 
-    dp_replicate: int = 1
-    dp_shard: int = -1
-    ep: int = 1
-    pp: int = 1
-    cp: int = 1
+    dp_replicate: int = number(1, least=-1)
+    dp_shard: int = number(-1, least=-1)
+    ep: int = number(1, least=-1)
+    pp: int = number(1, least=-1)
+    cp: int = number(1, least=-1)
     schedule: str = "1f1b"
-    timeout_seconds: float = 600.0
+    timeout_seconds: float = number(600.0, above=0, most=1e9)
 
     def validate(self, prefix: str = "parallel") -> None:
         """Refuse degrees that no world could have.
@@ -52,14 +53,15 @@ class ParallelConfig:
         Raises:
             ValueError: names the keys and their values.
         """
+        problem = out_of_range(self, prefix)
+        if problem is not None:
+            raise ConfigError(problem)
         for key in _DEGREES:
             value = getattr(self, key)
-            if value < 1 and value != -1:
+            if value == 0:
                 raise ConfigError(
                     f"{prefix}.{key}={value} must be 1 or more, or -1 for the rest of the world"
                 )
-        if self.timeout_seconds <= 0:
-            raise ConfigError(f"{prefix}.timeout_seconds={self.timeout_seconds} must be above 0")
         if self.schedule not in SCHEDULES:
             raise ConfigError(
                 f"{prefix}.schedule={self.schedule} is none of {', '.join(SCHEDULES)}"

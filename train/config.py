@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from optim.config import OptimConfig
 from parallel.config import ParallelConfig
 from quant.config import QuantConfig
+from schema.ranges import number, out_of_range
 from train.errors import UserError, one_line
 from train.recovery_config import RecoveryConfig
 
@@ -96,17 +97,17 @@ class StageConfig:
     """
 
     name: str = ""
-    until_tokens: int = 0
-    seq_len: int | None = None
-    global_batch_tokens: int | None = None
-    ramp_from_tokens: int = 0
-    ramp_tokens: int = 0
-    micro_batch_size: int | None = None
-    cp: int = 1
+    until_tokens: int = number(0, least=0)
+    seq_len: int | None = number(None, least=1)
+    global_batch_tokens: int | None = number(None, least=1)
+    ramp_from_tokens: int = number(0, least=0)
+    ramp_tokens: int = number(0, least=0)
+    micro_batch_size: int | None = number(None, least=1)
+    cp: int = number(1, least=1)
     indexer_phase: IndexerPhase | None = None
-    lr: float | None = None
-    mtp_loss_weight: float | None = None
-    bias_update_speed: float | None = None
+    lr: float | None = number(None, least=0)
+    mtp_loss_weight: float | None = number(None, least=0)
+    bias_update_speed: float | None = number(None, least=0)
     quantised: bool = True
 
 
@@ -154,38 +155,38 @@ class TrainConfig:
         recovery: what is done about steps that fail.
     """
 
-    steps: int = 1000
-    seq_len: int = 512
-    global_batch_tokens: int = 8192
-    micro_batch_size: int = 8
+    steps: int = number(1000, least=0)
+    seq_len: int = number(512, least=1)
+    global_batch_tokens: int = number(8192, least=1)
+    micro_batch_size: int = number(8, least=1)
     precision: Precision = Precision.bf16
     head_precision: Precision = Precision.fp32
     device: Device = Device.auto
     stages: list[StageConfig] = field(default_factory=list)
     indexer_phase: IndexerPhase = IndexerPhase.sparse
-    mtp_loss_weight: float = 0.3
-    mtp_loss_weight_decay: float = 0.1
-    indexer_loss_weight: float = 1e-2
-    balance_loss_weight: float = 1e-4
-    bias_update_speed: float = 1e-3
+    mtp_loss_weight: float = number(0.3, least=0)
+    mtp_loss_weight_decay: float = number(0.1, least=0)
+    indexer_loss_weight: float = number(1e-2, least=0)
+    balance_loss_weight: float = number(1e-4, least=0)
+    bias_update_speed: float = number(1e-3, least=0)
     bias_stops_at_decay: bool = False
-    eval_every: int = 0
+    eval_every: int = number(0, least=0)
     eval_only: bool = False
-    eval_tokens: int = 65536
-    final_eval_tokens: int | None = None
-    checkpoint_every: int = 0
+    eval_tokens: int = number(65536, least=0)
+    final_eval_tokens: int | None = number(None, least=0)
+    checkpoint_every: int = number(0, least=0)
     async_checkpoint: bool = True
-    keep_checkpoints: int = 2
-    keep_checkpoints_every: int = 0
-    keep_best_checkpoints: int = 0
-    time_limit_seconds: float = 0.0
-    log_every: int = 10
+    keep_checkpoints: int = number(2, least=0)
+    keep_checkpoints_every: int = number(0, least=0)
+    keep_best_checkpoints: int = number(0, least=0)
+    time_limit_seconds: float = number(0.0, least=0)
+    log_every: int = number(10, least=1)
     log_samples: bool = False
-    monitor_every: int = 50
+    monitor_every: int = number(50, least=0)
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint.none
-    ema_decay: float = 0.0
-    profile_start: int = 10
-    profile_steps: int = 0
+    ema_decay: float = number(0.0, least=0, below=1)
+    profile_start: int = number(10, least=1)
+    profile_steps: int = number(0, least=0)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
 
     def validate(self, prefix: str = "train") -> None:
@@ -194,18 +195,6 @@ class TrainConfig:
         Raises:
             ValueError: names the keys and their values.
         """
-        for key in ("seq_len", "global_batch_tokens", "micro_batch_size", "log_every"):
-            _need(getattr(self, key) > 0, f"{prefix}.{key}={getattr(self, key)} must be above 0")
-        for key in _NOT_NEGATIVE:
-            _need(getattr(self, key) >= 0, f"{prefix}.{key}={getattr(self, key)} must be 0 or more")
-        _need(
-            self.ema_decay < 1,
-            f"{prefix}.ema_decay={self.ema_decay} must be below 1 (fraction kept a step; 0 = off)",
-        )
-        _need(
-            self.final_eval_tokens is None or self.final_eval_tokens >= 0,
-            f"{prefix}.final_eval_tokens={self.final_eval_tokens} must be 0 or more, or null",
-        )
         _need(
             self.head_precision == Precision.fp32 or self.precision == Precision.bf16,
             f"{prefix}.head_precision={self.head_precision.value} needs {prefix}.precision=bf16,"
@@ -235,8 +224,8 @@ class SampleConfig:
     """
 
     prompt: str = "The function returns"
-    tokens: int = 120
-    temperature: float = 0.7
+    tokens: int = number(120, least=0)
+    temperature: float = number(0.7, least=0)
 
 
 @dataclass
@@ -270,8 +259,8 @@ class RunConfig:
     """
 
     run_dir: str = "runs/default"
-    seed: int = 0
-    init_seed_offset: int = 0
+    seed: int = number(0, least=0)
+    init_seed_offset: int = number(0, least=0)
     engine: Engine = Engine.torch
     init_from: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -283,14 +272,6 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
-
-
-_NOT_NEGATIVE = (
-    "steps", "mtp_loss_weight", "mtp_loss_weight_decay", "indexer_loss_weight",
-    "balance_loss_weight", "bias_update_speed", "eval_every", "eval_tokens", "checkpoint_every",
-    "keep_checkpoints", "keep_checkpoints_every", "keep_best_checkpoints", "time_limit_seconds",
-    "monitor_every", "ema_decay", "profile_start", "profile_steps",
-)  # fmt: skip
 
 
 ConfigStore.instance().store("run_schema", RunConfig)
@@ -335,6 +316,8 @@ def validate(run: RunConfig) -> None:
     Raises:
         ValueError: names the keys and both values.
     """
+    problem = out_of_range(run, "")
+    _need(problem is None, problem or "")
     run.model.validate()
     run.data.validate()
     run.optim.validate()
@@ -348,11 +331,6 @@ def validate(run: RunConfig) -> None:
         f" stages (parallel.pp={run.parallel.pp}): say never",
     )
     _need(bool(run.run_dir.strip()), f"run_dir={run.run_dir!r} must name a folder")
-    _need(run.sample.tokens >= 0, f"sample.tokens={run.sample.tokens} must be 0 or more")
-    _need(
-        run.sample.temperature >= 0,
-        f"sample.temperature={run.sample.temperature} must be 0 or more",
-    )
     _need(
         run.engine == Engine.torch,
         f"engine={run.engine.value} is not built yet: only engine={Engine.torch.value} runs",

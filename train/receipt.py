@@ -18,7 +18,7 @@ import torch
 
 from train.errors import ROOT
 
-_PACKAGES = ("train", "model", "optim", "parallel", "quant", "data")
+_PACKAGES = ("train", "model", "optim", "parallel", "quant", "data", "schema")
 _SOURCES = {".py", ".cpp", ".h"}
 _LIBRARIES = ("torch", "numpy", "hydra-core", "datasets", "tokenizers", "triton", "deepspeed")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from schema.ranges import number
 from train.errors import UserError
 
 
@@ -50,15 +51,15 @@ class RecoveryConfig:
 
     on_nonfinite: Remedy = Remedy.skip
     on_spike: Remedy = Remedy.none
-    window: int = 64
-    threshold: float = 8.0
-    patience: int = 3
-    max_skips: int = 100
-    max_rollbacks: int = 10
-    skip_steps: int = 0
+    window: int = number(64, least=4)
+    threshold: float = number(8.0, above=0)
+    patience: int = number(3, least=1)
+    max_skips: int = number(100, least=0)
+    max_rollbacks: int = number(10, least=1)
+    skip_steps: int = number(0, least=0)
     anticipatory: Anticipatory = Anticipatory.after_rollback
-    anticipatory_lag: int = 1
-    anticipatory_steps: int = 100
+    anticipatory_lag: int = number(1, least=1)
+    anticipatory_steps: int = number(100, least=1)
 
     @property
     def rolls_back(self) -> bool:
@@ -82,12 +83,6 @@ class RecoveryConfig:
             UserError: names the keys and their values.
         """
         prefix = "train.recovery"
-        for key, least in _LEAST.items():
-            value = getattr(self, key)
-            if value < least:
-                raise UserError(f"{prefix}.{key}={value} must be {least} or more")
-        if self.threshold <= 0:
-            raise UserError(f"{prefix}.threshold={self.threshold} must be above 0")
         if self.on_nonfinite is Remedy.none:
             raise UserError(
                 f"{prefix}.on_nonfinite=none: an update that is not finite is never applied; say"
@@ -106,14 +101,3 @@ class RecoveryConfig:
                 f"{prefix}.{key}=rollback needs train.keep_checkpoints of 2 or more, or 0 (all):"
                 f" with {keep_checkpoints}, one saved within a spike leaves none from before it"
             )
-
-
-_LEAST = {
-    "window": 4,
-    "patience": 1,
-    "max_skips": 0,
-    "max_rollbacks": 1,
-    "skip_steps": 0,
-    "anticipatory_lag": 1,
-    "anticipatory_steps": 1,
-}

@@ -46,10 +46,10 @@ def text(**fields) -> SourceConfig:
 
 BAD = [
     ({"tokenizer": " "}, r"data\.tokenizer=''"),
-    ({"vocab_size": 100}, r"data\.vocab_size=100 must be at least 512"),
-    ({"workers": 0}, r"data\.workers=0 must be at least 1"),
+    ({"vocab_size": 100}, r"data\.vocab_size=100 must be 512 or more"),
+    ({"workers": 0}, r"data\.workers=0 must be 1 or more"),
     ({"cache_dir": ""}, r"data\.cache_dir=''"),
-    ({"fim": FimConfig(rate=1.5)}, r"data\.fim\.rate=1\.5 must lie between 0 and 1"),
+    ({"fim": FimConfig(rate=1.5)}, r"data\.fim\.rate=1\.5 must lie in \[0, 1\]"),
     ({"packing": PackingConfig(0)}, r"data\.packing\.pool_documents=0"),
     ({"validation": ValidationConfig(bytes=-1)}, r"data\.validation\.bytes=-1"),
     ({"validation": ValidationConfig(max_overlap=2)}, r"data\.validation\.max_overlap=2"),
@@ -61,7 +61,10 @@ BAD = [
     ({"sources": {"a": SourceConfig(streaming=True)}}, r"a\.streaming=true .*kind=embedded"),
     ({"sources": {"a": text(text_key="")}}, r"a\.text_key=''"),
     ({"sources": {"a": text(weight=0.5), "b": text(weight=0.6)}}, r"weights sum to 1\.1"),
-    ({"sources": {"a": text(weight=-1.0), "b": text(weight=2.0)}}, r"a\.weight=-1\.0 must be"),
+    (
+        {"sources": {"a": text(weight=-1.0), "b": text(weight=2.0)}},
+        r"a\.weight=-1\.0 must lie in \(0, 1\]",
+    ),
     ({"sources": {"a": text(weight=float("nan"))}}, r"a\.weight=nan must be"),
     ({"sources": {"a": text(weight=1.0), "b": text()}}, r"b\.weight=null but .*a\.weight=1\.0"),
     ({"sources": {"a": text(streaming=True), "b": text()}}, r"a\.streaming=true needs .*a\.weight"),

@@ -77,7 +77,7 @@ def test_defaults_are_the_papers():
             r"optim\.muon\.newton_schulz\[0\]\.steps=0",
         ),
         ({"adamw__betas": [0.9]}, r"optim\.adamw\.betas=\[0\.9\]"),
-        ({"adamw__betas": [0.9, 1.0]}, r"optim\.adamw\.betas=\[0\.9, 1\.0\]"),
+        ({"adamw__betas": [0.9, 1.0]}, r"optim\.adamw\.betas\[1\]=1\.0"),
         ({"adamw__eps": 0.0}, r"optim\.adamw\.eps=0\.0"),
         ({"adamw__weight_decay": -1.0}, r"optim\.adamw\.weight_decay=-1\.0"),
     ],

@@ -1,0 +1,1 @@
+"""What a config's fields say of themselves; below every other package."""
