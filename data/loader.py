@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from data.config import DataConfig, SourceKind
+from data.content import sources_content, tokenizer_content
 from data.errors import ConfigError
 from data.global_batch import DocumentName, GlobalBatch, PackedRow, Sample, count
 from data.mixture import Mixture, Pool, Source, StoreSource
 from data.packing import Row
 from data.position import Position, rows_of
 from data.prepare import cached_stores, open_store
-from data.sources import DocumentStream, fingerprint
+from data.sources import DocumentStream
 from data.stream import StreamSource
 from data.token_store import TokenStore
 from data.tokenise import encode_validation
@@ -334,25 +335,12 @@ def _validation_set(
 def _manifest(
     cfg: DataConfig, stores: dict[str, TokenStore], tokenizer: Tokenizer, seed: int
 ) -> dict[str, Any]:
-    """What the sample order depends on; goes into checkpoints and receipts."""
-    sources: dict[str, Any] = {}
-    for name, source in cfg.named_sources().items():
-        if name in stores:
-            train, held = stores[name].train, stores[name].validation
-            about: dict[str, Any] = {
-                "store": stores[name].hash,
-                "documents": len(train),
-                "tokens": train.num_tokens,
-                "validation_documents": len(held),
-                "validation_tokens": held.num_tokens,
-            }
-        else:
-            about = {"stream": fingerprint(name, source), "validation_bytes": cfg.validation.bytes}
-        sources[name] = about | {"kind": source.kind.value, "weight": source.weight}
+    """What the sample order depends on; JSON values."""
     return {
         "seed": seed,
-        "tokenizer": {"hash": tokenizer.hash, "vocab_size": tokenizer.vocab_size},
-        "sources": sources,
+        "tokenizer": tokenizer_content(tokenizer),
+        "sources": sources_content(cfg, stores),
+        "weights": {name: source.weight for name, source in cfg.named_sources().items()},
         "fim_rate": cfg.fim.rate,
         "pool_documents": cfg.packing.pool_documents,
     }

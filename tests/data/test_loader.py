@@ -167,8 +167,8 @@ def test_another_manifest_is_refused_by_name(make_loader):
     with pytest.raises(ValueError, match=r"other data: seed was 0, now it is 1"):
         make_loader(seed=1).load_state_dict(state)
     state = copy.deepcopy(state)
-    state["manifest"]["sources"]["docs"]["store"] = "abc"
-    with pytest.raises(ValueError, match=r"sources\.docs\.store was abc"):
+    state["manifest"]["sources"]["docs"]["train"] = "abc"
+    with pytest.raises(ValueError, match=r"sources\.docs\.train was abc"):
         make_loader(seed=0).load_state_dict(state)
 
 
