@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,12 +25,21 @@ from torch.distributed.tensor import DTensor
 from data.batch import IGNORE, Batch
 from model.flops import parameter_shapes
 from model.loss import Objective
+from model.moe.router import Gate
 from model.transformer import DeepSeekV4
 from optim.groups import build_table
-from parallel.collectives import local, whole
+from parallel.collectives import local
 from parallel.engine import Engine, Shares, Update
+from parallel.pieces import fingerprint, norms_of
 from parallel.pipeline_engine import PipelineEngine
-from train.audit_checks import AFTER_UPDATE, BEFORE_UPDATE, Check, Evidence, lr_to_judge
+from train.audit_checks import (
+    AFTER_UPDATE,
+    BEFORE_UPDATE,
+    JUDGED_BYTES,
+    Check,
+    Evidence,
+    lr_to_judge,
+)
 from train.config import RunConfig
 from train.config_reads import ConfigReads
 from train.inactive_keys import needed
@@ -74,6 +84,7 @@ class Audit:
         self._gradients: dict[str, Tensor] = {}
         self._loads: dict[str, Tensor] = {}
         self._longest = 0
+        self._judged: set[str] = set()
         self._unjudged: set[str] = set()
         self._some_unjudged, self._judging_lr = True, 0.0  # of any rank
         self._checked = False
@@ -100,6 +111,7 @@ class Audit:
             _refuse(self._engine, [*faults, *isolation(self._engine)])
             self._checked = True
         observer = _Observer(self._evidence(step, rows), self._engine)
+        observer.before_step()
         with watch_seams(self._model) as observer.evidence.seams:
             yield observer
         self._judge(observer.evidence)
@@ -107,7 +119,12 @@ class Audit:
     def _enter_stage(self, step: StepPlan) -> None:
         self._stage, self._steps = step.stage, 0
         self._gradients, self._loads, self._longest = {}, {}, 0
-        self._unjudged = self._trained(step)
+        trained, weights = self._trained(step), dict(self._model.named_parameters())
+        copied = self._engine.largest(sum(local(weights[name]).nbytes for name in trained))
+        self._judged = trained
+        if copied > JUDGED_BYTES:
+            self._judged = one_of_each_kind(trained, step.number)
+        self._unjudged = set(self._judged)
 
     def _is_due(self, step: StepPlan) -> bool:
         """The first steps, and the first whose learning rate shows what the first ones hid."""
@@ -120,18 +137,17 @@ class Audit:
 
     def _evidence(self, step: StepPlan, rows: GlobalBatch) -> Evidence:
         trained = self._trained(step)
-        state = self._engine.optimizer.state_dict()
+        kept = self._judged | {f"{name}.bias" for name in _gates(self._model)}
         return Evidence(
             run=self._run,
             step=step,
             model=self._model,
             trained=trained,
             records=self._records,
-            before={name: t.detach().clone() for name, t in self._model.state_dict().items()},
-            optimizer_before={
-                name: {key: t.clone() for key, t in tensors.items()}
-                for name, tensors in state.items()
-                if name not in trained
+            before={
+                name: tensor.detach().clone()
+                for name, tensor in self._model.state_dict().items()
+                if name in kept
             },
             num_microbatches=-(
                 -step.num_rows // self._engine.data_degree // step.stage.micro_batch_size
@@ -265,18 +281,30 @@ class _Observer:
 
     def __init__(self, evidence: Evidence, engine: Engine) -> None:
         self.evidence, self._engine = evidence, engine
+        self._weights: dict[str, tuple[int, int]] = {}
+        self._states: dict[str, tuple[int, int]] = {}
+
+    def before_step(self) -> None:
+        """Note the bits of what may move and of what must not."""
+        self._weights, self._states = self._bits()
 
     def after_backward(self, shares: Shares) -> None:
-        """Note gradients and losses, and judge them before anything moves."""
+        """Note gradients and losses, and judge them before anything moves.
+
+        Losses that are not finite are not judged: ``train.recovery`` says what becomes of such a
+        step, in an audited step as in any other.
+        """
         e = self.evidence
         e.shares = shares
         for name, parameter in e.model.named_parameters():
             if parameter.requires_grad:
                 e.requires_grad.add(name)
             if parameter.grad is not None:
-                e.grad_norms[name] = _norms(name, whole(parameter.grad))
+                e.grad_norms[name] = norms_of(parameter.grad, ".ffn.experts." in name)
         e.seams.settle()
-        _refuse(self._engine, _faults(BEFORE_UPDATE, e))
+        assert shares.total is not None
+        if math.isfinite(float(shares.total)):
+            _refuse(self._engine, _faults(BEFORE_UPDATE, e))
 
     def after_update(self, update: Update) -> None:
         """Note what moved; frozen parameters keep their state objects, so both are compared."""
@@ -284,13 +312,42 @@ class _Observer:
         e.update = update
         e.optimizer_after = self._engine.optimizer.state_dict()
         e.moved = dict(self._engine.optimizer.moved)
+        weights, states = self._bits()
+        e.changed = self._changed(self._weights, weights)
+        e.changed_states = self._changed(self._states, states)
+
+    def _bits(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
+        weights = {name: fingerprint(p) for name, p in self.evidence.model.named_parameters()}
+        states = {
+            f"{name}.{key}": fingerprint(tensor)
+            for name, tensors in self._engine.optimizer.state_dict().items()
+            if name not in self.evidence.trained
+            for key, tensor in tensors.items()
+        }
+        return weights, states
+
+    def _changed(
+        self, before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]
+    ) -> set[str]:
+        """Names that changed on any rank."""
+        mine = [name for name, bits in before.items() if after[name] != bits]
+        return {name for names in self._engine.gather(mine) for name in names}
 
 
-def _norms(name: str, grad: Tensor) -> Tensor:
-    """Norm of a gradient, one an expert for stacked ones."""
-    if ".ffn.experts." in name:
-        return grad.detach().flatten(1).norm(dim=1).float()
-    return grad.detach().norm().float()[None]
+def one_of_each_kind(names: Set[str], seed: int) -> set[str]:
+    """One layer's parameter of each kind, chosen by ``seed``: other starts look at other layers.
+
+    Of a large model the form of these updates alone is judged, since it takes a copy of the weights
+    from before the step. That parameters move, and by whom, is seen of all.
+    """
+    of_kind: dict[str, list[str]] = {}
+    for name in sorted(names):
+        of_kind.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return {alike[seed % len(alike)] for alike in of_kind.values()}
+
+
+def _gates(model: DeepSeekV4) -> Iterator[str]:
+    return (name for name, module in model.named_modules() if isinstance(module, Gate))
 
 
 def _faults(checks: dict[str, Check], e: Evidence) -> list[str]:
@@ -351,6 +408,8 @@ def isolation(engine: Engine) -> list[str]:
     grad_BTD = engine.embedding_gradient(Batch(ids_BT, documents_BT, labels_BTK), objective)
     if grad_BTD is None:
         return []  # another pipeline stage holds the embedding, and judges
+    if not bool(grad_BTD.isfinite().all()):
+        return []  # says nothing of isolation; train.recovery judges steps that are not finite
     leak, own = float(grad_BTD[:, :length].abs().max()), float(grad_BTD[:, length:].abs().max())
     if leak > 0:
         return [f"isolation: a document's loss reaches the one before it (gradient {leak:.2g})"]

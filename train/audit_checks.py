@@ -19,8 +19,9 @@ from model.moe.router import Gate
 from model.precision import precision_of
 from model.transformer import DeepSeekV4
 from optim.groups import Owner, ParamRecord
-from parallel.collectives import whole
+from parallel.collectives import local
 from parallel.engine import Shares, Update
+from parallel.pieces import largest_of, rows_of, total_of
 from parallel.pipeline import Pipeline
 from parallel.pipeline_split import splits_backward
 from quant.config import ExpertFormat
@@ -28,9 +29,13 @@ from train.config import ActivationCheckpoint, IndexerPhase, RunConfig
 from train.seam_watch import SeamReading
 from train.step import StepPlan
 
-_FLAT = (0.5, 1.5)  # singular values of an orthogonalised matrix (5 steps: 0.7 .. 1.2)
+# Share that U - U U^T U has of the energy of U: (1 - s^2)^2 for a singular value s. Five steps of
+# Newton-Schulz leave s in 0.7 .. 1.2, which gives 0.26 at most; 0.5 and 1.5 give 0.56 and 1.6.
+_FLAT = 0.5
+JUDGED_BYTES = 1 << 29  # of weights on a rank, up to which the form of every update is judged
 _LOST_DIGITS = 0.02  # rounding of W beside its update, above which an update cannot be judged
 _EPS = torch.finfo(torch.float32).eps
+_CHUNK = 1 << 22  # elements compared at once, in float64
 
 
 @dataclass
@@ -43,9 +48,11 @@ class Evidence:
         model: after the step.
         trained: parameters that the phase trains, by the config.
         records: owner, split and decay of every parameter, by the config.
-        before: parameters and saved buffers before the step, by name.
-        optimizer_before: optimizer state of the frozen parameters before the step.
-        optimizer_after: optimizer state of all parameters after it.
+        before: of the step: the parameters whose update is judged by its form (all of a small
+            model's), and the expert biases.
+        changed: parameters of which any bit changed, on any rank.
+        changed_states: the same of optimizer state, as ``name.key``; frozen parameters only.
+        optimizer_after: optimizer state of all parameters after the step.
         requires_grad: names of the parameters that autograd tracked.
         moved: parameter -> algorithm that the optimizer says it ran.
         grad_norms: parameter -> norm of its gradient, per expert for stacked ones; none: absent.
@@ -63,7 +70,8 @@ class Evidence:
     trained: set[str]
     records: dict[str, ParamRecord]
     before: dict[str, Tensor]
-    optimizer_before: dict[str, dict[str, Tensor]]
+    changed: set[str] = field(default_factory=set)
+    changed_states: set[str] = field(default_factory=set)
     optimizer_after: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     requires_grad: set[str] = field(default_factory=set)
     moved: dict[str, str] = field(default_factory=dict)
@@ -128,23 +136,20 @@ def tracked(e: Evidence) -> Iterator[str]:
 
 def frozen(e: Evidence) -> Iterator[str]:
     """Frozen parameters keep every bit, optimizer state included."""
-    for name, weight in e.model.named_parameters():
-        if name in e.trained:
-            continue
-        if not torch.equal(whole(weight), whole(e.before[name])):
+    for name, _ in e.model.named_parameters():
+        if name not in e.trained and name in e.changed:
             yield f"{name} is frozen in this phase but moved"
-        for key, tensor in e.optimizer_before.get(name, {}).items():
-            if not torch.equal(whole(tensor), whole(e.optimizer_after[name][key])):
-                yield f"{name} is frozen in this phase but its optimizer state {key} moved"
+    for state in sorted(e.changed_states):
+        name, _, key = state.rpartition(".")
+        yield f"{name} is frozen in this phase but its optimizer state {key} moved"
 
 
 def owner(e: Evidence) -> Iterator[str]:
     """Every trained parameter was moved, by the algorithm that was asked for."""
     if not e.applied:
         return
-    weights = dict(e.model.named_parameters())
     for name in sorted(e.trained):
-        if e.has_gradient(name) and torch.equal(whole(weights[name]), whole(e.before[name])):
+        if e.has_gradient(name) and name not in e.changed:
             yield f"{name} received a gradient but did not move: no optimizer owns it"
             continue
         asked = e.records[name].owner.value
@@ -158,49 +163,65 @@ def algorithm(e: Evidence) -> Iterator[str]:
     if not e.applied:
         return
     weights = dict(e.model.named_parameters())
-    for name in sorted(e.trained):
+    for name in sorted(e.trained & e.before.keys()):
         if e.has_gradient(name) and e.step.lr >= lr_to_judge(e, name):
             form = _muon_form if e.records[name].owner is Owner.muon else _adamw_form
-            yield from form(e, name, whole(weights[name]))
+            yield from form(e, name, weights[name])
 
 
 def lr_to_judge(e: Evidence, name: str) -> float:
     """Learning rate from which an update stands out of the rounding of the weight itself."""
     muon = e.records[name].owner is Owner.muon
     scale = e.run.optim.muon.rms if muon else 1.0
-    return _EPS * float(whole(e.before[name]).abs().max()) / (_LOST_DIGITS * scale)
+    return _EPS * largest_of(e.before[name]) / (_LOST_DIGITS * scale)
 
 
 def _muon_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
-    record, lr = e.records[name], e.step.lr
-    shape = (record.num_matrices, -1, after.shape[-1])
-    norms = e.grad_norms[name]
+    record, lr, norms = e.records[name], e.step.lr, e.grad_norms[name]
     which = int(norms.argmax()) if len(norms) == record.num_matrices else 0
-    old, new = (w.view(shape)[which].double() for w in (whole(e.before[name]), after))
+    rows = after.shape[0] // record.num_matrices
+    old, new = (
+        rows_of(w, which * rows, (which + 1) * rows).flatten(0, -2).double()
+        for w in (e.before[name], after)
+    )
     update = (old * (1 - lr * record.weight_decay) - new) / (lr * e.run.optim.muon.rms)
-    singular = torch.linalg.svdvals(update / max(update.shape) ** 0.5)
-    flat = singular[(singular > _FLAT[0]) & (singular < _FLAT[1])]
-    share = float(flat.square().sum() / singular.square().sum().clamp(min=1e-30))
-    if float(singular[0]) > _FLAT[1] or share < 0.5:
+    energy, off = distance_from_orthogonal(update.float() / max(update.shape) ** 0.5)
+    if not (energy > 0 and off <= _FLAT):
         yield (
-            f"{name}: muon was asked for, but the update has singular values up to"
-            f" {float(singular[0]):.2g} (orthogonal: 1) and {share:.0%} of its energy near 1"
+            f"{name}: muon was asked for, but {off:.2g} of the update's energy is off an orthogonal"
+            f" matrix (at most {_FLAT})"
         )
 
 
+def distance_from_orthogonal(update_RC: Tensor) -> tuple[float, float]:
+    """Energy of U, and the share that U - U U^T U has of it: 0 where singular values are 0 or 1."""
+    tall = update_RC if update_RC.shape[0] >= update_RC.shape[1] else update_RC.T
+    off = tall - tall @ (tall.T @ tall)
+    energy = float(tall.double().square().sum())
+    return energy, float(off.double().square().sum()) / max(energy, 1e-30)
+
+
 def _adamw_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
+    """Every rank compares the part that it holds."""
     config = e.run.optim.adamw
-    state = {key: whole(tensor) for key, tensor in e.optimizer_after[name].items()}
+    state = {key: local(tensor) for key, tensor in e.optimizer_after[name].items()}
     if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
         yield f"{name}: adamw was asked for, but its state holds {sorted(state)}"
         return
     lr, decay, steps = e.step.lr, e.records[name].weight_decay, float(state["step"])
-    first = state["exp_avg"].double() / (1 - config.betas[0] ** steps)
-    second = state["exp_avg_sq"].double() / (1 - config.betas[1] ** steps)
-    expected = first / (second.sqrt() + config.eps)
-    got = (whole(e.before[name]).double() * (1 - lr * decay) - after.double()) / lr
-    error = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
-    if error > 0.1:  # bf16 state: 1e-2; rounding of W: up to _LOST_DIGITS an element
+    tensors = (local(e.before[name]), local(after), state["exp_avg"], state["exp_avg_sq"])
+    squares = torch.zeros(2, dtype=torch.float64, device=after.device)
+    for old, new, exp_avg, exp_avg_sq in zip(
+        *(tensor.detach().reshape(-1).split(_CHUNK) for tensor in tensors), strict=True
+    ):
+        first = exp_avg.double() / (1 - config.betas[0] ** steps)
+        second = exp_avg_sq.double() / (1 - config.betas[1] ** steps)
+        expected = first / (second.sqrt() + config.eps)
+        got = (old.double() * (1 - lr * decay) - new.double()) / lr
+        squares += torch.stack([(got - expected).square().sum(), expected.square().sum()])
+    off, size = total_of(after, squares).sqrt().tolist()
+    error = off / max(size, 1e-30)
+    if not error <= 0.1:  # bf16 state: 1e-2; rounding of W: up to _LOST_DIGITS an element
         yield f"{name}: adamw was asked for, but the update is {error:.2g} off its formula"
 
 
@@ -258,7 +279,9 @@ def bias(e: Evidence) -> Iterator[str]:
         if load_E is None:
             yield f"{name} reported no expert load"
             continue
-        expected = e.before[f"{name}.bias"] + speed * torch.sign(load_E.mean() - load_E)
+        expected = e.before[f"{name}.bias"]
+        if speed:
+            expected = expected + speed * torch.sign(load_E.mean() - load_E)
         if not torch.allclose(gate.bias, expected, rtol=0, atol=1e-3 * speed):
             moved = float((gate.bias - e.before[f"{name}.bias"]).abs().max())
             yield f"{name}.bias moved by {moved:g}, train.bias_update_speed asks for {speed:g}"

@@ -37,6 +37,7 @@ from parallel.pipeline_split import (
     split_stages,
     stages_per_rank,
 )
+from train.audit_checks import JUDGED_BYTES
 from train.config import ActivationCheckpoint, Device, Precision, RunConfig
 from train.errors import USER_ERRORS, DoesNotFitError, UserError
 from train.stages import Plan, Stage, check_schedule
@@ -77,7 +78,7 @@ class Memory:
         activations: kept from the forward for the backward pass.
         temporary: the largest that is alive beside the rest: logits of a chunk, whole gradients of
             a layer, or the workspace of Newton-Schulz where it exceeds activations.
-        audit: the weights as they were before each of the first steps.
+        audit: of the weights as they were before each of the first steps, those that are judged.
         runtime: interpreter, libraries, CUDA context.
     """
 
@@ -298,7 +299,7 @@ class Needs:
             gathered=round(self._gathered(layout, [*here, *copies])),
             activations=round(activations),
             temporary=round(temporary),
-            audit=round(weights),
+            audit=round(self._audit(weights, layout, here)),
             runtime=round(_RUNTIME[device]),
         )
 
@@ -375,6 +376,22 @@ class Needs:
         if layout.pp > 1:
             return 4 * sum(sizes)
         return 4 * max(sizes) if layout.dp_shard * layout.cp > 1 else 0.0
+
+    def _audit(self, weights: float, layout: ParallelConfig, here: list[int]) -> float:
+        """What the audit copies: all weights of a small model, one layer of each kind of a large.
+
+        Kinds of layers share most names, so two layers are a bound.
+        """
+        if weights <= JUDGED_BYTES:
+            return weights
+        shards = layout.dp_shard * layout.cp
+        split = (shards, max(layout.ep, shards))
+        sizes = {
+            i: 4 * sum(n / parts for n, parts in zip(self.blocks[i].elements, split, strict=True))
+            for i in here
+        }
+        blocks = [size for i, size in sizes.items() if 0 <= i < _num_blocks(self.run.model)]
+        return min(weights, sum(sizes.values()) - sum(blocks) + 2 * max(blocks, default=0.0))
 
     def _logits(self, stage: Stage) -> float:
         """Logits of a chunk, their softmax and its gradient, fp32."""

@@ -4,6 +4,8 @@ Each fault is planted in a run that was really built; nothing of the audit itsel
 run has one step, so that the audit's window ends with it.
 """
 
+import math
+import re
 from contextlib import ExitStack
 from dataclasses import replace
 from unittest.mock import patch
@@ -17,7 +19,7 @@ from optim.build import build_optimizer
 from optim.config import OptimConfig, OptimizerName
 from quant.config import ExpertFormat, QuantConfig, Recipe
 from tests.helpers import small_config
-from tests.integration.small_run import small_run, write_corpus
+from tests.integration.small_run import final_tensors, small_run, write_corpus
 from train import audit
 from train.audit import AuditError, longest_document
 from train.build import build
@@ -207,7 +209,11 @@ FAULTS = {
     no_table_line: ("owner", "stands in the optimizer's table 0 times", {}),
     parameter_in_no_group: ("owner", "wq_a.weight received a gradient but did not move", {}),
     adamw_where_muon_was_asked: ("owner", "belongs to adamw, muon was asked", {}),
-    sign_descent_called_muon: ("algorithm", "muon was asked for, but the update has", {}),
+    sign_descent_called_muon: (
+        "algorithm",
+        "of the update's energy is off an",
+        {},
+    ),
     weights_decay_twice: ("algorithm", "norm.weight: adamw was asked for", {}),
     quantisation_not_applied: ("quant", "quant.experts: layers.0.ffn.experts", {"quant": QAT}),
     fp8_where_fp4_was_asked: ("quant", "quant.experts: layers.0.ffn.experts", {"quant": QAT}),
@@ -241,6 +247,73 @@ def test_planted_fault_stops_the_run_by_name(tmp_path, corpus, plant):
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
     assert any(line.startswith(f"{name}:") and words in line for line in lines), lines
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# ---- steps that are not finite belong to train.recovery --------------------------------------
+def poison(trainer, number):
+    """Step ``number`` has losses and gradients that are not finite, as after an overflow."""
+    forward_backward = trainer.engine.forward_backward
+
+    def poisoned(batches, objective):
+        shares = forward_backward(batches, objective)
+        if trainer.progress.step + 1 != number:
+            return shares
+        for parameter in trainer.engine.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+        losses = {name: value * math.nan for name, value in shares.losses.items()}
+        return replace(shares, total=shares.total * math.nan, losses=losses)
+
+    trainer.engine.forward_backward = poisoned
+    return trainer
+
+
+def test_step_that_is_not_finite_is_skipped_alike_in_and_outside_the_audits_window(
+    tmp_path, corpus
+):
+    """The fifth step is far from the undisturbed run's start, and the first of the resumed one."""
+    runs = [small_run(tmp_path / n, corpus, steps=8, checkpoint_every=4) for n in ("whole", "two")]
+    assert poison(build(runs[0]), 5).fit() == 0
+    stopped = build(runs[1])
+    forward_backward = stopped.engine.forward_backward
+
+    def then_stop(batches, objective):
+        if stopped.progress.step + 1 == 4:
+            stopped.stop.ask("the test")
+        return forward_backward(batches, objective)
+
+    stopped.engine.forward_backward = then_stop
+    assert stopped.fit() == 75
+    resumed = poison(build(runs[1]), 5)
+    assert resumed.fit() == 0
+    assert resumed.audit.result()["steps"] == [6, 7, 8]
+    assert resumed.progress.skipped_steps == 1
+    a, b = (final_tensors(run) for run in runs)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_first_step_that_is_not_finite_does_not_end_the_run(tmp_path, corpus):
+    trainer = poison(build(small_run(tmp_path / "run", corpus, steps=5, eval_every=0)), 1)
+    assert trainer.fit() == 0
+    assert trainer.audit.result()["steps"] == [2, 3, 4]
+
+
+# ---- large models: one layer of each kind --------------------------------------------------
+def test_large_model_has_one_layer_of_each_kind_judged_and_all_seen_to_move(tmp_path, corpus):
+    with patch.object(audit, "JUDGED_BYTES", 0):
+        trainer = build(one_step(tmp_path / "run", corpus))
+        trained = {name for name, _ in trainer.engine.model.named_parameters()}
+        step(trainer)
+        assert audit.one_of_each_kind(trained, 1) == trainer.audit._judged
+        kinds = [re.sub(r"\d+", "*", name) for name in trainer.audit._judged]
+        assert sorted(kinds) == sorted({re.sub(r"\d+", "*", name) for name in trained})
+        assert trainer.audit.result()["steps"] == [1]
+        trainer = build(one_step(tmp_path / "other", corpus))
+        with ExitStack() as stack:
+            parameter_in_no_group(trainer, stack)
+            with pytest.raises(AuditError, match=r"wq_a\.weight received a gradient but did"):
+                step(trainer)
 
 
 # ---- what must pass -----------------------------------------------------------------------------
