@@ -160,6 +160,59 @@ class DataConfig:
         for name, source in self.named_sources().items():
             _check_source(name, source)
         _check_weights(self.named_sources())
+        for key, reason in self.unused().items():
+            _refuse_given(self, key, reason)
+
+    def unused(self) -> dict[str, str]:
+        """Keys of this section that act on nothing with these sources, and why.
+
+        Given a value of its own, such a key is refused; left alone, nothing need read it.
+        """
+        sources = self.named_sources()
+        kinds = {source.kind for source in sources.values()}
+        out: dict[str, str] = {}
+        if self.tokenizer != "bpe":
+            out["vocab_size"] = f"data.tokenizer={self.tokenizer} is not trained here"
+        elif SourceKind.store in kinds:
+            out["vocab_size"] = "the tokenizer of the token store is taken"
+        if kinds == {SourceKind.store}:
+            for key in ("cache_dir", "workers"):
+                out[key] = "token stores were prepared before"
+            for key in ("max_fraction", "ngram", "max_overlap"):
+                out[f"validation.{key}"] = "token stores were split when they were prepared"
+        elif all(s.streaming or s.kind is SourceKind.store for s in sources.values()):
+            out["workers"] = "nothing is tokenised before the run"
+            out["validation.max_fraction"] = "a stream holds out its first documents"
+        for name, source in self.sources.items():
+            for key, used_by in _SOURCE_KEYS.items():
+                if source.kind not in used_by:
+                    out[f"sources.{name}.{key}"] = f"data.sources.{name}.kind={source.kind.value}"
+        return out
+
+
+# Keys of a source that only some kinds have a use for.
+_SOURCE_KEYS: dict[str, set[SourceKind]] = {
+    "path": set(SourceKind) - {SourceKind.embedded},
+    "text_key": {SourceKind.jsonl, SourceKind.parquet, SourceKind.hub},
+    "unit": {SourceKind.text},
+    "subset": {SourceKind.hub},
+    "split": {SourceKind.hub},
+    "revision": {SourceKind.hub},
+    "packages": {SourceKind.embedded},
+}
+# These follow other keys or only say where and how fast work is done: no harm where there is none.
+_NO_WISH = {"vocab_size", "cache_dir", "workers"}
+
+
+def _refuse_given(cfg: DataConfig, key: str, reason: str) -> None:
+    """Refuse a key without effect that holds another value than its default."""
+    if key in _NO_WISH:
+        return
+    path, _, leaf = key.rpartition(".")
+    section = cfg.sources.get(path.removeprefix("sources.")) or cfg.validation
+    value = getattr(section, leaf)
+    if value != getattr(type(section)(), leaf):
+        raise ConfigError(f"data.{key}={value} has no effect: {reason}")
 
 
 def _check_source(name: str, source: SourceConfig) -> None:
@@ -168,8 +221,6 @@ def _check_source(name: str, source: SourceConfig) -> None:
     if not name or "/" in name or name.startswith("."):
         raise ConfigError(f"{key}: {name!r} cannot name a source")
     if source.kind is SourceKind.embedded:
-        if source.path:
-            raise ConfigError(f"{key}.path={source.path} is not used by {key}.kind={kind}")
         if not source.packages:
             raise ConfigError(f"{key}.packages=[] must name a package for {key}.kind={kind}")
     elif not source.path.strip():

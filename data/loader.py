@@ -321,12 +321,14 @@ def _validation_set(
             held = streams[name].validation_texts
             some_ids, some_ends = encode_validation(held, tokenizer)
             texts += [text.encode() for text in held]
-        else:
+        elif cfg.validation.bytes:
             documents = stores[name].validation
             length_N = documents.lengths(np.arange(len(documents))).tolist()
             some_ids = [documents.tokens(i, 0, n) for i, n in enumerate(length_N)]
             some_ends = stores[name].validation_byte_ends
             texts += stores[name].validation_text
+        else:  # a store's held-out documents are not asked for
+            continue
         ids += some_ids
         byte_ends += some_ends
     return ValidationSet(ids, byte_ends, texts, cfg.validation.seed)

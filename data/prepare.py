@@ -86,7 +86,8 @@ def build_tokenizer(cfg: DataConfig) -> Tokenizer:
         if source.kind is SourceKind.store:
             return open_store(name, source).tokenizer
     streams = {n: fingerprint(n, s) for n, s in cfg.named_sources().items() if s.streaming}
-    key = digest({"corpus": corpus_key(cfg), "streams": streams, "vocab_size": cfg.vocab_size})
+    corpus = corpus_key(cfg) if text_sources(cfg) else cfg.validation.bytes
+    key = digest({"corpus": corpus, "streams": streams, "vocab_size": cfg.vocab_size})
     target = cache_root(cfg.cache_dir) / "tokenizers" / f"bpe-{cfg.vocab_size}-{key[:24]}"
 
     def build(folder: Path) -> None:

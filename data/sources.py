@@ -97,7 +97,7 @@ class DocumentStream:
     def __init__(self, name: str, source: SourceConfig, cache_dir: str) -> None:
         self._key = f"data.sources.{name}"
         self._what = f"{self._key}.path={source.path} cannot be read as {source.kind.value}"
-        self._column = source.text_key
+        self._column = _column(source)
         self._table = _load(name, source, cache_dir, streaming=True)
         self._position = 0
         self._rows = self._iterate()
@@ -164,14 +164,21 @@ def open_documents(name: str, source: SourceConfig, cache_dir: str) -> Documents
     table = _load(name, source, cache_dir, streaming=False)
     if len(table) == 0:
         raise ConfigError(f"{key}.path={source.path} has no documents")
-    return TableDocuments(table, source.text_key, key)
+    return TableDocuments(table, _column(source), key)
 
 
 def fingerprint(name: str, source: SourceConfig) -> dict[str, Any]:
     """What the documents of a source depend on, without reading them: the key of their cache."""
     if source.kind is SourceKind.embedded:
         return {"kind": source.kind.value, "packages": package_key(source.packages)}
-    fields: dict[str, Any] = {"kind": source.kind.value, "text_key": source.text_key}
+    fields: dict[str, Any] = {"kind": source.kind.value}
+    if source.kind is not SourceKind.text:
+        fields["text_key"] = source.text_key
+    if source.kind is SourceKind.hub and source.revision and Path(source.path).exists():
+        raise ConfigError(
+            f"data.sources.{name}.revision={source.revision} has no effect:"
+            f" data.sources.{name}.path={source.path} is a folder here"
+        )
     if source.kind is SourceKind.hub and not Path(source.path).exists():
         return fields | {
             "path": source.path,
@@ -255,6 +262,10 @@ def _checked_files(name: str, source: SourceConfig) -> list[str]:
     if not filled:
         raise ConfigError(f"data.sources.{name}.path={source.path}: every file is empty")
     return filled
+
+
+def _column(source: SourceConfig) -> str:
+    return "text" if source.kind is SourceKind.text else source.text_key
 
 
 def _check_columns(columns: list[str], column: str, key: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 _NOT_A_USE = {
-    "validate", "_problems", "asdict", "_asdict_inner", "replace", "__repr__", "__eq__",
+    "validate", "unused", "_problems", "asdict", "_asdict_inner", "replace", "__repr__", "__eq__",
     "deepcopy", "dump", "plain", "structured",
 }  # fmt: skip
 _DEPTH = 12  # callers looked at; a validation may sit several helpers above the read

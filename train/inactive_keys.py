@@ -45,13 +45,7 @@ def _never_quantised(run: RunConfig) -> bool:
 
 # Pattern of full keys, why they may stay unread, in which runs.
 INACTIVE: tuple[tuple[str, str, When], ...] = (
-    ("data.vocab_size", "of a trained bpe only", lambda r: r.data.tokenizer != "bpe"),
     ("data.workers", "the corpus was prepared by an earlier run", _always),
-    (
-        "data.validation.max_fraction",
-        "a stream gives its first documents, however long it is",
-        lambda r: all(s.streaming for s in r.data.named_sources().values()),
-    ),
     ("engine", "only torch is built; validation refuses the rest", _always),
     ("model.num_key_value_heads", "1 is the only value that validation lets through", _always),
     ("model.scoring_func", "the only value that validation lets through", _always),
@@ -105,22 +99,8 @@ INACTIVE: tuple[tuple[str, str, When], ...] = (
 )
 
 
-# Keys of a source that only some kinds have a use for.
-_SOURCE_KEYS = {
-    "path": {"text", "jsonl", "parquet", "hub", "store"},
-    "text_key": {"jsonl", "parquet", "hub"},
-    "unit": {"text"},
-    "subset": {"hub"},
-    "split": {"hub"},
-    "revision": {"hub"},
-    "packages": {"embedded"},
-}
-
-
 def needed(run: RunConfig, key: str) -> bool:
     """Whether something has to read ``key`` in this run."""
-    if key.startswith("data.sources."):
-        name, _, leaf = key.removeprefix("data.sources.").rpartition(".")
-        kinds = _SOURCE_KEYS.get(leaf)
-        return kinds is None or run.data.sources[name].kind.value in kinds
+    if key.startswith("data.") and key.removeprefix("data.") in run.data.unused():
+        return False
     return not any(fnmatchcase(key, pattern) and when(run) for pattern, _, when in INACTIVE)

@@ -54,7 +54,7 @@ BAD = [
     ({"validation": ValidationConfig(bytes=-1)}, r"data\.validation\.bytes=-1"),
     ({"validation": ValidationConfig(max_overlap=2)}, r"data\.validation\.max_overlap=2"),
     ({"validation": ValidationConfig(ngram=0)}, r"data\.validation\.ngram=0"),
-    ({"sources": {"a": SourceConfig(path="x")}}, r"a\.path=x is not used by .*a\.kind=embedded"),
+    ({"sources": {"a": SourceConfig(path="x")}}, r"a\.path=x has no effect: .*a\.kind=embedded"),
     ({"sources": {"a": SourceConfig(packages=[])}}, r"a\.packages=\[\]"),
     ({"sources": {"a": SourceConfig(SourceKind.text)}}, r"a\.path='' .*a\.kind=text"),
     ({"sources": {"../a": text()}}, r"cannot name a source"),
