@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.attention import AttentionResult, EntrySet
-from model.kernels.indexer import IndexerInputs
+from model.kernels.indexer import IndexerInputs, ranked
 
 # Elements of one chunk's score tensor: 2^18 fp32 = 1 MiB, about a core's L2 cache. Measured: 2^16
 # pays more for calls, 2^20 for memory traffic (docs/LOG.md).
@@ -144,6 +144,7 @@ class _ChunkedAttention(torch.autograd.Function):
             top = sink
             for s in scores:
                 top = torch.maximum(top, s.amax(dim=-1))
+            top = torch.where(top.isinf(), 0.0, top)  # as logsumexp: inf - inf would be NaN
             weights = [s.sub_(top[..., None]).exp_() for s in scores]
             total = (sink - top).exp_()
             for p in weights:
@@ -179,7 +180,8 @@ class _ChunkedAttention(torch.autograd.Function):
             for k, keys, is_entry in groups:
                 p = _score(q, keys, k.mask_BCG).sub_(lse[..., None]).exp_()
                 grad_s = _dot(grad_o, keys).float().sub_(delta[..., None]).mul_(p).mul_(scale)
-                grad_s = grad_s.to(q.dtype)
+                # a NaN of the query (in delta) must not reach keys it does not see
+                grad_s = grad_s.masked_fill_(~k.mask_BCG[:, :, None], 0.0).to(q.dtype)
                 grad_q_chunk += _mix(grad_s, keys)
                 target = grad_entries if is_entry else grad_kv
                 assert target is not None
@@ -270,8 +272,7 @@ def index_topk_chunked(
             index_BTN[:, chunk, :width] = torch.where(keys.mask_BCG, row_G, -1)
             continue
         scores = _weighted_relu(_dot(q_BTJL[:, chunk], _take(k_BEL, keys)), w_BTJ[:, chunk])
-        scores.masked_fill_(~keys.mask_BCG, float("-inf"))
-        values, best = scores.topk(count, dim=-1, sorted=False)
+        values, best = ranked(scores, keys.mask_BCG).topk(count, dim=-1, sorted=False)
         index_BTN[:, chunk] = torch.where(values == float("-inf"), -1, best + keys.low)
     return index_BTN
 
@@ -312,13 +313,15 @@ class _ChunkedIndexerLoss(torch.autograd.Function):
             active = _dot(q, k).float().relu_()
             scores = torch.einsum("bcjg,bcj->bcg", active, w.float())
             scores = scores.masked_fill_(~keys.mask_BCG, float("-inf"))
-            log_p = scores - scores.logsumexp(dim=-1, keepdim=True)
+            log_p = scores.log_softmax(dim=-1)
             sees = keys.mask_BCG.any(dim=-1, keepdim=True)
             log_p = torch.where(sees & keys.mask_BCG, log_p, 0.0)
             total += (torch.xlogy(teacher, teacher) - teacher * log_p).sum()
-            grad_s = torch.where(keys.mask_BCG, log_p.exp() - teacher, 0.0)
+            taught = teacher.sum(dim=-1, keepdim=True)  # 1, or 0 where the mass underflows
+            grad_s = torch.where(keys.mask_BCG, log_p.exp() * taught - teacher, 0.0)
             grad_w[:, chunk] = torch.einsum("bcg,bcjg->bcj", grad_s, active)
-            grad_dot = ((active > 0) * w.float()[..., None] * grad_s[:, :, None]).to(q.dtype)
+            grad_dot = (w.float()[..., None] * grad_s[:, :, None]).masked_fill_(active <= 0, 0.0)
+            grad_dot = grad_dot.to(q.dtype)
             grad_q[:, chunk] = _mix(grad_dot, k)
             _accumulate(grad_k, keys, grad_dot, q)
         ctx.save_for_backward(grad_q, grad_k.to(k_BEL.dtype), grad_w)
@@ -333,7 +336,7 @@ class _ChunkedIndexerLoss(torch.autograd.Function):
 def _teacher(q_BCHK: Tensor, lse_BCH: Tensor, keys: Tensor, mask_BCG: Tensor) -> Tensor:
     """Attention mass over heads, full denominator, normalised over the keys of each query."""
     p = _score(q_BCHK, keys, mask_BCG).sub_(lse_BCH[..., None]).exp_()
-    mass = p.sum(dim=2)
+    mass = p.sum(dim=2).masked_fill_(~mask_BCG, 0.0)  # not 0 by itself if the denominator is NaN
     return mass / mass.sum(dim=-1, keepdim=True).clamp(min=1e-30)
 
 

@@ -28,6 +28,16 @@ def index_scores(q_BTJL: Tensor, k_BEL: Tensor, w_BTJ: Tensor) -> Tensor:
     return torch.einsum("btje,btj->bte", dots_BTJE.relu(), w_BTJ.float())
 
 
+def ranked(scores: Tensor, visible: Tensor) -> Tensor:
+    """The scores as the choice sees them: -inf for what is not visible, and for nothing else.
+
+    A visible -inf counts as the lowest finite score and NaN stays, which ``topk`` takes for the
+    highest: what is not finite is chosen and reaches the loss, it does not vanish from both.
+    """
+    lowest = torch.finfo(scores.dtype).min
+    return scores.clamp(min=lowest).masked_fill(~visible, float("-inf"))
+
+
 @torch.no_grad()
 def index_topk_reference(
     indexer: IndexerInputs, first_BT: Tensor, stop_BT: Tensor, topk: int
@@ -47,9 +57,7 @@ def index_topk_reference(
     E = scores_BTE.shape[-1]
     row_E = torch.arange(E, device=scores_BTE.device)
     visible_BTE = (row_E >= first_BT[..., None]) & (row_E < stop_BT[..., None])
-    values, index_BTN = scores_BTE.masked_fill(~visible_BTE, float("-inf")).topk(
-        min(topk, E), dim=-1
-    )
+    values, index_BTN = ranked(scores_BTE, visible_BTE).topk(min(topk, E), dim=-1)
     return torch.where(values == float("-inf"), -1, index_BTN)
 
 

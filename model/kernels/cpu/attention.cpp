@@ -3,15 +3,14 @@
 // Chosen entries are copied into tiles of the thread's own; window and ranges are read in place, their
 // edges masked.
 //
-// Threads take chunks of queries in turn (static, cyclic). Key gradients are summed per thread, then
-// in thread order: results are the same for the same number of threads, and a query's output does not
-// depend on other queries.
+// Chunks of queries are dealt to the threads in turn. Key gradients are summed over each part's chunks,
+// then over the parts: results are the same for the same number of threads, and a query's output does
+// not depend on other queries.
 #include "keys.h"
 
 namespace {
 
-constexpr long CHUNK = 32;  // queries a thread takes at a time
-constexpr float NONE = -1e30f;
+const float NONE = -__builtin_inff();  // score of a masked key
 
 struct Shape {
   long B, T, H, K, E, N, window;  // N: chosen entries per query, 0: all in [first, stop)
@@ -109,25 +108,20 @@ struct Work {
   long keys() const { return count ? segments[count - 1].offset + segments[count - 1].tiles * LANES : 0; }
 };
 
-// e^(score - lse), exactly 0 where masked
-INLINE vf weight(vf score, float lse) {
-  vf p = exp(score - lse);
-  return score > splat(0.5f * NONE) ? p : vf{};
-}
-
 // Turn the scores of one head into probabilities; returns the log of the denominator.
 float softmax(float* row, long keys, float sink) {
   vf top = splat(sink);
   for (long j = 0; j < keys; j += LANES) top = max(top, load(row + j));
   float lanes[LANES], highest = sink;
   store(lanes, top);
-  for (float a : lanes) highest = a > highest ? a : highest;
+  for (float a : lanes) highest = max(a, highest);
   vf total = {};
   for (long j = 0; j < keys; j += LANES) {
-    vf p = weight(load(row + j), highest);
+    vf p = exp(load(row + j) - highest);
     total += p;
     store(row + j, p);
   }
+  if (__builtin_isinf(highest)) return highest;  // as logsumexp: NaN for infinite scores, else 0
   float sum_all = sum(total) + __builtin_expf(sink - highest);
   vf inverse = splat(1.0f / sum_all);
   for (long j = 0; j < keys; j += LANES) store(row + j, load(row + j) * inverse);
@@ -158,8 +152,8 @@ void forward(const Shape& s, const T* q, const T* kv, const float* sink, const T
       if (entries) fill_table(compressed, entries + b * s.E * s.K);
       Work w(s);
 #pragma omp for schedule(static, 1)
-      for (long c = 0; c < (s.T + CHUNK - 1) / CHUNK; ++c)
-        for (long t = c * CHUNK; t < s.T && t < (c + 1) * CHUNK; ++t) {
+      for (int part = 0; part < threads; ++part)
+        for_queries(s.T, part, threads, [&](long t) {
           long i = b * s.T + t;
           load_row(w.q.p, q + i * s.H * s.K, s.H * s.K, s.H * s.K);
           w.look(window, nullptr, entries ? &compressed : nullptr, nullptr, t, start[i], entries ? first[i] : 0,
@@ -171,7 +165,7 @@ void forward(const Shape& s, const T* q, const T* kv, const float* sink, const T
           for (int n = 0; n < w.count; ++n) mix(w.out.p, w.p.p, w.stride, w.segments[n], s.H, s.K);
           store_row(o + i * s.H * s.K, w.out.p, s.H * s.K);
           if (mass) write_mass(w, mass + i * s.N);
-        }
+        });
     }
   }
 }
@@ -182,23 +176,20 @@ void backward(const Shape& s, const T* q, const T* kv, const float* sink, const 
               const int64_t* first, const int64_t* stop, const int64_t* index, const T* o, const float* lse,
               const T* grad_o, T* grad_q, float* grad_kv, float* grad_entries, float* grad_sink, int threads) {
   const long tokens = round_up(s.T, LANES) * s.K, entry_rows = entries ? round_up(s.E, LANES) * s.K : 0;
-  Buffer private_kv(threads * tokens), private_entries(threads * entry_rows + LANES), private_sink(threads * s.H);
-  memset(private_sink.p, 0, threads * s.H * sizeof(float));
+  Parts private_kv(threads, tokens), private_entries(threads, entry_rows), private_sink(threads, s.H);
+  for (int part = 0; part < threads; ++part) private_sink.zeroed(part);
   for (long b = 0; b < s.B; ++b) {
     Table window(s.T, s.K), compressed(entries ? s.E : 1, s.K);
 #pragma omp parallel num_threads(threads)
     {
-      const int me = omp_get_thread_num();
-      float *to_kv = private_kv.p + me * tokens, *to_entries = private_entries.p + me * entry_rows;
-      float* to_sink = private_sink.p + me * s.H;
-      memset(to_kv, 0, tokens * sizeof(float));
-      if (entry_rows) memset(to_entries, 0, entry_rows * sizeof(float));
       fill_table(window, kv + b * s.T * s.K);
       if (entries) fill_table(compressed, entries + b * s.E * s.K);
       Work w(s);
 #pragma omp for schedule(static, 1)
-      for (long c = 0; c < (s.T + CHUNK - 1) / CHUNK; ++c)
-        for (long t = c * CHUNK; t < s.T && t < (c + 1) * CHUNK; ++t) {
+      for (int part = 0; part < threads; ++part) {
+        float *to_kv = private_kv.zeroed(part), *to_entries = private_entries.zeroed(part);
+        float* to_sink = private_sink[part];
+        for_queries(s.T, part, threads, [&](long t) {
           const long i = b * s.T + t, width = s.H * s.K;
           load_row(w.q.p, q + i * width, width, width);
           load_row(w.grad_o.p, grad_o + i * width, width, width);
@@ -216,7 +207,7 @@ void backward(const Shape& s, const T* q, const T* kv, const float* sink, const 
             to_sink[h] -= __builtin_expf(sink[h] - log_total) * delta;
             float *p = w.p.p + h * w.stride, *ds = w.dp.p + h * w.stride;
             for (long j = 0; j < w.keys(); j += LANES) {
-              vf probability = weight(load(p + j), log_total);
+              vf probability = exp(load(p + j) - log_total);
               store(p + j, probability);
               store(ds + j, probability * (load(ds + j) - delta) * s.scale);
             }
@@ -232,14 +223,15 @@ void backward(const Shape& s, const T* q, const T* kv, const float* sink, const 
             for (long k = 0; k < s.K; k += LANES) store(to + k, load(to + k) + load(w.grad_rows.p + n * s.K + k));
           }
           store_row(grad_q + i * width, w.out.p, width);
-        }
-      add_up(grad_kv + b * s.T * s.K, private_kv.p, s.T * s.K, tokens, threads);
-      if (entries) add_up(grad_entries + b * s.E * s.K, private_entries.p, s.E * s.K, entry_rows, threads);
+        });
+      }
+      add_up(grad_kv + b * s.T * s.K, private_kv, s.T * s.K, threads);
+      if (entries) add_up(grad_entries + b * s.E * s.K, private_entries, s.E * s.K, threads);
     }
   }
   for (long h = 0; h < s.H; ++h) {
     grad_sink[h] = 0;
-    for (int n = 0; n < threads; ++n) grad_sink[h] += private_sink.p[n * s.H + h];
+    for (int part = 0; part < threads; ++part) grad_sink[h] += private_sink[part][h];
   }
 }
 

@@ -1,6 +1,6 @@
 // RMSNorm, clamped SwiGLU and interleaved RoPE on CPU (V4_SPEC B.1, B.9, B.4): one pass over the data
 // per call, fp32 inside. Rows are independent; sums over rows (the gradient of a norm's weight) are
-// taken per thread over a contiguous share and then in thread order.
+// taken over one contiguous part a thread, then over the parts.
 #include "vector.h"
 
 namespace {
@@ -30,17 +30,11 @@ void rms_norm(const T* x, const float* weight, float eps, long rows, long n, T* 
 template <typename T>
 void rms_norm_backward(const T* x, const float* weight, const T* dy, float eps, long rows, long n,
                        T* dx, float* dweight, int threads) {
-  long width = round_up(n, 16);
-  Buffer partial(weight ? threads * width : 0);
-  int team = 1;
-#pragma omp parallel num_threads(threads)
-  {
-    long me = omp_get_thread_num(), all = omp_get_num_threads();
-#pragma omp single
-    team = all;
-    float* mine = partial.p + me * width;
-    if (weight) memset(mine, 0, width * sizeof(float));
-    for (long i = rows * me / all; i < rows * (me + 1) / all; ++i) {
+  Parts partial(threads, weight ? round_up(n, 16) : 0);
+#pragma omp parallel for schedule(static, 1) num_threads(threads)
+  for (int part = 0; part < threads; ++part) {
+    float* mine = partial.zeroed(part);
+    for (long i = rows * part / threads; i < rows * (part + 1) / threads; ++i) {
       const T *from = x + i * n, *grad = dy + i * n;
       vf square = {}, dot = {};
       for_chunks(n, [&](long k, auto chunk) {
@@ -61,8 +55,8 @@ void rms_norm_backward(const T* x, const float* weight, const T* dy, float eps, 
     }
   }
   for (long k = 0; weight && k < n; ++k) {
-    dweight[k] = partial.p[k];
-    for (int other = 1; other < team; ++other) dweight[k] += partial.p[other * width + k];
+    dweight[k] = partial[0][k];
+    for (int other = 1; other < threads; ++other) dweight[k] += partial[other][k];
   }
 }
 

@@ -2,28 +2,30 @@
 //   I[t, i] = sum_j w[t, j] * relu(q[t, j] . k[i])
 // top-k over the visible entries, and the KL loss over the chosen ones with all its gradients at once.
 //
-// Threads take chunks of queries in turn (static, cyclic); key gradients and losses are summed per
-// thread, then in thread order.
+// Chunks of queries are dealt to the threads in turn; key gradients and losses are summed over each
+// part's chunks, then over the parts. A NaN score ranks highest, as in torch.topk: it is chosen and so
+// reaches the loss.
 #include <algorithm>
 
 #include "keys.h"
 
 namespace {
 
-constexpr long CHUNK = 32;  // queries a thread takes at a time
-
 struct Shape {
   long B, T, J, L, E, N;  // J heads of L channels, N entries to choose
 };
 
 // The N best (score, entry) seen so far. Entries arrive in ascending order; on equal scores the earlier
-// one stays. A score not above the floor cannot get in, so most vectors cost one comparison.
+// one stays. A score not above the floor cannot get in, so most vectors cost one comparison. NaN is
+// above all, and -inf counts as the lowest finite score, so that it is above the first floor.
 struct Best {
   struct Item {
     float score;
     int32_t entry;
-    bool operator<(const Item& other) const {
-      return score > other.score || (score == other.score && entry < other.entry);
+    bool operator<(const Item& other) const {  // is better
+      if (score > other.score || score < other.score) return score > other.score;
+      const bool nan = score != score, other_nan = other.score != other.score;
+      return nan != other_nan ? nan : entry < other.entry;
     }
   };
   long wanted, count = 0;
@@ -36,7 +38,8 @@ struct Best {
 
   void clear() { count = 0, floor = -__builtin_inff(); }
   void add(vf scores, long first, long low, long high) {
-    vi above = scores > splat(floor);
+    scores = scores < splat(-__FLT_MAX__) ? splat(-__FLT_MAX__) : scores;
+    vi above = ~(scores <= splat(floor));
     int32_t any = 0, lanes[LANES];
     memcpy(lanes, &above, sizeof(lanes));
     for (int32_t lane : lanes) any |= lane;
@@ -52,6 +55,7 @@ struct Best {
     std::nth_element(items, items + wanted - 1, items + count);
     count = wanted;
     floor = items[wanted - 1].score;
+    if (floor != floor) floor = __builtin_inff();  // then only a NaN gets in
   }
 };
 
@@ -73,7 +77,7 @@ INLINE void scores_of(vf* out, const float* q, const float* w, const float* pack
     }
     repeat<H>([&](auto h) {
       vf weight = splat(w[j + h]);
-      repeat<NT>([&](auto n) { out[n] += weight * max(acc[h][n], vf{}); });
+      repeat<NT>([&](auto n) { out[n] += weight * relu(acc[h][n]); });
     });
   };
   long j = 0;
@@ -92,8 +96,8 @@ void topk(const Shape& s, const T* q, const T* k, const float* w, const int64_t*
       Buffer query(s.J * s.L);
       Best best(s.N);
 #pragma omp for schedule(static, 1)
-      for (long c = 0; c < (s.T + CHUNK - 1) / CHUNK; ++c)
-        for (long t = c * CHUNK; t < s.T && t < (c + 1) * CHUNK; ++t) {
+      for (int part = 0; part < threads; ++part)
+        for_queries(s.T, part, threads, [&](long t) {
           const long i = b * s.T + t, low = first[i], high = stop[i];
           int64_t* to = index + i * s.N;
           long found = 0;
@@ -117,7 +121,7 @@ void topk(const Shape& s, const T* q, const T* k, const float* w, const int64_t*
             std::sort(to, to + found);
           }
           for (; found < s.N; ++found) to[found] = -1;
-        }
+        });
     }
   }
 }
@@ -127,22 +131,20 @@ template <typename T>
 void loss(const Shape& s, const T* q, const T* k, const float* w, const int64_t* index, const float* mass,
           double* total, T* grad_q, float* grad_k, float* grad_w, int threads) {
   const long entry_rows = round_up(s.E, LANES) * s.L, width = s.J * s.L, wide = round_up(s.N, LANES);
-  Buffer private_k(threads * entry_rows);
+  Parts private_k(threads, entry_rows);
   double* private_total = new double[threads]();
   for (long b = 0; b < s.B; ++b) {
     Table keys(s.E, s.L);
 #pragma omp parallel num_threads(threads)
     {
-      const int me = omp_get_thread_num();
-      float* to_k = private_k.p + me * entry_rows;
-      memset(to_k, 0, entry_rows * sizeof(float));
       fill_table(keys, k + b * s.E * s.L);
       Buffer query(width), grad_query(width), rows(wide * s.L), packed(wide * s.L), grad_rows(wide * s.L);
       Buffer dots(s.J * wide), student(wide), teacher(wide);
       long* entry = new long[s.N + 1];
 #pragma omp for schedule(static, 1)
-      for (long c = 0; c < (s.T + CHUNK - 1) / CHUNK; ++c)
-        for (long t = c * CHUNK; t < s.T && t < (c + 1) * CHUNK; ++t) {
+      for (int part = 0; part < threads; ++part) {
+        float* to_k = private_k.zeroed(part);
+        for_queries(s.T, part, threads, [&](long t) {
           const long i = b * s.T + t;
           memset(grad_query.p, 0, width * sizeof(float));
           memset(grad_w + i * s.J, 0, s.J * sizeof(float));
@@ -166,31 +168,34 @@ void loss(const Shape& s, const T* q, const T* k, const float* w, const int64_t*
             for (long m = 0; m < chosen.tiles; ++m) pack_tile(packed.p + m * LANES * s.L, rows.p + m * LANES * s.L, s.L);
             score(dots.p, wide, query.p, chosen, s.J, s.L);
             const long padded = chosen.tiles * LANES;
+            for (long h = 0; h < s.J; ++h)  // infinite queries make NaN of the padding
+              for (long j = n; j < padded; ++j) dots.p[h * wide + j] = 0;
             memset(student.p, 0, padded * sizeof(float));
             for (long h = 0; h < s.J; ++h)
               for (long j = 0; j < padded; j += LANES)
-                store(student.p + j, load(student.p + j) + w[i * s.J + h] * max(load(dots.p + h * wide + j), vf{}));
+                store(student.p + j, load(student.p + j) + w[i * s.J + h] * relu(load(dots.p + h * wide + j)));
             // log softmax over the n chosen
             float highest = student.p[0], sum_all = 0;
-            for (long j = 1; j < n; ++j) highest = student.p[j] > highest ? student.p[j] : highest;
+            for (long j = 1; j < n; ++j) highest = max(student.p[j], highest);
             for (long j = 0; j < n; ++j) sum_all += __builtin_expf(student.p[j] - highest);
             const float lse = highest + __builtin_logf(sum_all);
-            const float inverse = 1.0f / (mass_sum > 1e-30f ? mass_sum : 1e-30f);
+            const float inverse = 1.0f / max(mass_sum, 1e-30f);
+            const float taught = mass_sum < 1e-30f ? mass_sum * inverse : 1.0f;  // sum of the teacher
             double kl = 0;
             for (long j = 0; j < n; ++j) {
               const float p = teacher.p[j] * inverse, log_q = student.p[j] - lse;
-              if (p > 0) kl += p * (__builtin_logf(p) - log_q);
-              student.p[j] = __builtin_expf(log_q) - p;  // gradient of the score
+              kl += (p == 0 ? 0 : p * __builtin_logf(p)) - p * log_q;
+              student.p[j] = __builtin_expf(log_q) * taught - p;  // gradient of the score
             }
             for (long j = n; j < padded; ++j) student.p[j] = 0;
-            private_total[me] += kl;
+            private_total[part] += kl;
             for (long h = 0; h < s.J; ++h) {
               vf grad = {};
               for (long j = 0; j < padded; j += LANES) {
                 float* at = dots.p + h * wide + j;
-                vf dot = load(at), active = max(dot, vf{}), ds = load(student.p + j);
-                grad += ds * active;
-                store(at, dot > vf{} ? ds * w[i * s.J + h] : vf{});
+                vf dot = load(at), ds = load(student.p + j);
+                grad += ds * relu(dot);
+                store(at, dot <= vf{} ? vf{} : ds * w[i * s.J + h]);
               }
               grad_w[i * s.J + h] = sum(grad);
             }
@@ -203,13 +208,14 @@ void loss(const Shape& s, const T* q, const T* k, const float* w, const int64_t*
             }
           }
           store_row(grad_q + i * width, grad_query.p, width);
-        }
-      add_up(grad_k + b * s.E * s.L, private_k.p, s.E * s.L, entry_rows, threads);
+        });
+      }
+      add_up(grad_k + b * s.E * s.L, private_k, s.E * s.L, threads);
       delete[] entry;
     }
   }
   *total = 0;
-  for (int n = 0; n < threads; ++n) *total += private_total[n];
+  for (int part = 0; part < threads; ++part) *total += private_total[part];
   delete[] private_total;
 }
 

@@ -167,12 +167,21 @@ void spread(const Segment& s, const float* a, const float* b, long stride, const
     spread_keys<TWO, 1>(s.grad + k, a + s.offset, b + s.offset, stride, x + k, y + k, s.low, s.high, H, K);
 }
 
-// to = sum over threads, in thread order
-void add_up(float* to, const float* parts, long n, long stride, int threads) {
+constexpr long CHUNK = 32;  // queries a part takes at a time
+
+// f(t) for the queries of one part: the chunks are dealt to the parts in turn.
+template <typename F>
+INLINE void for_queries(long T, int part, int parts, F&& f) {
+  for (long c = part; c * CHUNK < T; c += parts)
+    for (long t = c * CHUNK; t < T && t < (c + 1) * CHUNK; ++t) f(t);
+}
+
+// to = sum over parts, in their order
+void add_up(float* to, const Parts& parts, long n, int count) {
 #pragma omp for schedule(static)
   for (long i = 0; i < n; ++i) {
-    float total = parts[i];
-    for (int m = 1; m < threads; ++m) total += parts[m * stride + i];
+    float total = parts[0][i];
+    for (int m = 1; m < count; ++m) total += parts[m][i];
     to[i] = total;
   }
 }

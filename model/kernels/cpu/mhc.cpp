@@ -1,6 +1,6 @@
 // mHC (V4_SPEC B.2) on CPU: one pass over the streams per call. Built once per number of streams
-// (-DSTREAMS=4). A thread takes a contiguous share of tiles of TILE tokens; a token's result does not
-// depend on the others, sums over tokens are taken per thread and then in thread order.
+// (-DSTREAMS=4). Work is split into contiguous parts of tiles of TILE tokens; a token's result does not
+// depend on the others, sums over tokens are taken over each part and then over the parts.
 //
 // In a tile the streams lie as fp32 rows [token][stream][hidden, padded with zeros]; the mix
 // channels lie [channel][token], so that sigmoid and Sinkhorn work on LANES tokens at once.
@@ -232,8 +232,8 @@ void pre(const T* x, const float* fn, Gates gates, Shape s, T* u, float* post, f
     pack_rows(packed.p, fn, s, M);
     Buffer streams(TILE * s.stride);
     Channels mix, w;
-    long me = omp_get_thread_num(), all = omp_get_num_threads();
-    for (long i = s.tiles() * me / all; i < s.tiles() * (me + 1) / all; ++i) {
+#pragma omp for schedule(static)
+    for (long i = 0; i < s.tiles(); ++i) {
       Tile tile(s, i);
       float rms[TILE];
       load_tokens(streams.p, s.stride, x, s, tile, S);
@@ -366,24 +366,15 @@ void pre_backward(const T* x, const float* fn, Gates gates, Shape s, const float
                   const float* dcomb, T* dx, float* dfn, float* dbase, float* dscale, int threads) {
   constexpr int M = HEAD ? S : MIX;
   constexpr int SCALES = HEAD ? 1 : 3;
-  Buffer packed(M * s.stride), partial_fn(threads * M * s.stride);
-  Buffer partial(threads * (M + SCALES) * LANES);
-  int team = 1;
+  Buffer packed(M * s.stride);
+  Parts partial_fn(threads, M * s.stride), partial(threads, (M + SCALES) * LANES);
 #pragma omp parallel num_threads(threads)
   {
     pack_rows(packed.p, fn, s, M);
-    long me = omp_get_thread_num(), all = omp_get_num_threads();
-#pragma omp single
-    team = all;
-    float* my_fn = partial_fn.p + me * M * s.stride;
-    float* my_sums = partial.p + me * (M + SCALES) * LANES;
-    memset(my_fn, 0, M * s.stride * sizeof(float));
-    memset(my_sums, 0, (M + SCALES) * LANES * sizeof(float));
     Buffer streams(TILE * s.stride), gradients(HEAD ? 0 : TILE * s.stride);
     Buffer inputs(TILE * (s.padded + SKEW)), tape(Sinkhorn::tape_size(gates.iters) * LANES);
     Channels mix, w, dw;
-    for (long i = s.tiles() * me / all; i < s.tiles() * (me + 1) / all; ++i) {
-      Tile tile(s, i);
+    auto add_tile = [&](Tile tile, float* my_fn, float* my_sums) {
       load_tokens(streams.p, s.stride, x, s, tile, S);
       load_tokens(inputs.p, s.padded + SKEW, du, s, tile, 1);
       if (!HEAD) load_tokens(gradients.p, s.stride, dnew, s, tile, S);
@@ -393,6 +384,8 @@ void pre_backward(const T* x, const float* fn, Gates gates, Shape s, const float
       if (!HEAD) add_channels(dw, dpost, S, S, tile);
       if (dcomb) add_channels(dw, dcomb, 2 * S, S * S, tile);
       logit_gradients<HEAD>(dw, w, mix, gates, (vf*)tape.p);
+      for (long t = tile.count; t < TILE; ++t)  // an infinite base or scale makes NaN of the padding
+        for (int m = 0; m < M; ++m) dw[m][t] = 0;
       float rms[TILE] = {}, shrink[TILE] = {};
       memcpy(rms, rms_in + tile.first, tile.count * sizeof(float));
       for (int m = 0; m < M; ++m) {
@@ -414,21 +407,25 @@ void pre_backward(const T* x, const float* fn, Gates gates, Shape s, const float
         for (int j = 0; j < S; ++j)
           store_row(dx + ((tile.first + t) * S + j) * s.hidden,
                     streams.p + t * s.stride + j * s.padded, s.hidden);
+    };
+#pragma omp for schedule(static, 1)
+    for (int part = 0; part < threads; ++part) {
+      float *my_fn = partial_fn.zeroed(part), *my_sums = partial.zeroed(part);
+      for (long i = s.tiles() * part / threads; i < s.tiles() * (part + 1) / threads; ++i)
+        add_tile(Tile(s, i), my_fn, my_sums);
     }
-#pragma omp barrier
 #pragma omp for schedule(static)
     for (int m = 0; m < M; ++m) {
-      float* first = partial_fn.p + m * s.stride;
-      for (long other = 1; other < all; ++other)
-        for (long k = 0; k < s.width(); ++k) first[k] += first[other * M * s.stride + k];
+      float* first = partial_fn[0] + m * s.stride;
+      for (int other = 1; other < threads; ++other)
+        for (long k = 0; k < s.width(); ++k) first[k] += partial_fn[other][m * s.stride + k];
       for (int j = 0; j < S; ++j)
         memcpy(dfn + (m * S + j) * s.hidden, first + j * s.padded, s.hidden * sizeof(float));
     }
   }
   for (int m = 0; m < M + SCALES; ++m) {
     float total = 0;
-    for (int other = 0; other < team; ++other)
-      total += sum(load(partial.p + (other * (M + SCALES) + m) * LANES));
+    for (int part = 0; part < threads; ++part) total += sum(load(partial[part] + m * LANES));
     (m < M ? dbase[m] : dscale[m - M]) = total;
   }
 }

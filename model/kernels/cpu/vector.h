@@ -1,13 +1,15 @@
 // Vectors of LANES floats, bf16 rows, exp and sums: what the CPU kernels share. GCC vector extensions,
 // which the compiler maps to whatever -march=native offers; intrinsics only to widen and narrow
 // 16-bit lanes, where it needs five instructions for one.
-// Every reduction has one fixed order, so results do not depend on the run.
+// Every reduction has one fixed order, so results do not depend on the run, nor on how many threads
+// OpenMP really grants (Parts).
+//
+// A NaN goes through every function here, and so do infinities: `a > b ? a : b` would drop a NaN.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-#include <omp.h>
 #include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -130,12 +132,14 @@ INLINE float sum(vf a) {
   return add_halves(a, LANES / 2, std::make_integer_sequence<int, LANES>{})[0];
 }
 
-INLINE vf max(vf a, vf b) { return a > b ? a : b; }
+// The larger one, NaN where either is; relu.
+INLINE vf max(vf a, vf b) { return a > b ? a : a == a ? b : a; }
+INLINE float max(float a, float b) { return a > b || a != a ? a : b; }
+INLINE vf relu(vf a) { return a < vf{} ? vf{} : a; }
 
-// e^a to about 1 ulp; below -87 it stops at 1.6e-38, above 88 at 1.7e38; a NaN stays one.
+// e^a to about 1 ulp; 0 where it would be subnormal, inf above the largest float; a NaN stays one,
+// whatever its bits. Lanes out of range hold garbage until the selections at the end.
 INLINE vf exp(vf a) {
-  a = a < splat(-87.0f) ? splat(-87.0f) : a;
-  a = a > splat(88.0f) ? splat(88.0f) : a;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   vf shifted = a * 1.44269504f + magic;
   vf n = shifted - magic;
@@ -148,8 +152,11 @@ INLINE vf exp(vf a) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  vi exponent = ((vi)shifted - (vi)magic) << 23;
-  return (vf)((vi)p + exponent);
+  vu exponent = ((vu)shifted - (vu)magic) << 23;
+  vf y = (vf)((vu)p + exponent);
+  y = a < splat(-87.3365f) ? vf{} : y;
+  y = a > splat(88.7228f) ? splat(__builtin_inff()) : y;
+  return a == a ? y : a;
 }
 
 INLINE vf sigmoid(vf a) { return 1.0f / (1.0f + exp(-a)); }
@@ -160,6 +167,21 @@ struct Buffer {
   explicit Buffer(long n) : p((float*)aligned_alloc(64, round_up(n * 4 + 64, 64))) {}
   ~Buffer() { free(p); }
   Buffer(const Buffer&) = delete;
+};
+
+// Room for sums over tokens: `size` floats a part. A kernel always splits its work into as many parts
+// as threads were asked for and adds them up in their order. OpenMP may give fewer threads
+// (OMP_THREAD_LIMIT, OMP_DYNAMIC, a call inside another team): then a thread runs several parts, and
+// nothing else changes, not even a bit. So no kernel may ask who or how many the threads are.
+struct Parts {
+  const long size;
+  Buffer all;
+  Parts(int count, long size) : size(size), all(count * size) {}
+  float* operator[](int part) const { return all.p + part * size; }
+  float* zeroed(int part) const {
+    memset((*this)[part], 0, size * sizeof(float));
+    return (*this)[part];
+  }
 };
 
 }  // namespace
