@@ -16,7 +16,7 @@ from typing import Any
 
 from data.cache import digest
 from data.config import DataConfig, SourceConfig, SourceKind, ValidationConfig
-from data.sources import find_files
+from data.files import find_files
 from data.token_store import TokenStore
 from data.tokenizer import Tokenizer
 
@@ -81,7 +81,7 @@ def stream_content(name: str, source: SourceConfig, validation: ValidationConfig
     else:
         fields["text_key"] = source.text_key
     if source.kind is not SourceKind.hub:
-        return fields | {"files": [file_content(file) for file in find_files(name, source)]}
+        return fields | {"files": [file_content(file) for file in find_files(name, source).files]}
     fields |= {"subset": source.subset, "split": source.split}
     if Path(source.path).exists():
         files = sorted(p for p in Path(source.path).rglob("*") if p.is_file())

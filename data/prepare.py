@@ -198,7 +198,7 @@ def _tokenizer_texts(cfg: DataConfig) -> Iterator[str]:
         yield from read_chunks(open_documents(name, source, cfg.cache_dir), order[:upto])
     for name, source in cfg.named_sources().items():
         if source.streaming:
-            stream = DocumentStream(name, source, cfg.cache_dir)
+            stream = DocumentStream(name, source)
             held = reserved_documents(stream, cfg.validation.bytes)
             taken = 0
             for text in stream.read(len(held), _STREAM_DOCUMENTS):

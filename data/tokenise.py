@@ -88,15 +88,16 @@ def write_store(
         f"tokenise {job.name}",
     )
     np.save(folder / COUNTS, _count_tokens(folder, records, tokenizer.vocab_size))
-    texts = open_documents(job.name, job.source, job.cache_dir).texts(split.validation)
+    documents = open_documents(job.name, job.source, job.cache_dir)
     manifest = {
         "format": FORMAT,
         "plan": plan,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_hash": tokenizer.hash,
         "train": records,
-        "validation": write_validation(folder, texts, tokenizer),
+        "validation": write_validation(folder, documents.texts(split.validation), tokenizer),
         "near_duplicates_removed": len(split.near_duplicates),
+        "bad_lines_left_out": documents.bad_lines,
         "tokenizer": file_record(folder / TOKENIZER),
         "token_counts": file_record(folder / COUNTS),
     }

@@ -16,7 +16,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from data.cache import build_once
-from data.config import DataConfig, SourceConfig, SourceKind, TextUnit, ValidationConfig
+from data.config import DataConfig, OnBadLine, SourceConfig, SourceKind, TextUnit, ValidationConfig
 from data.prepare import build_tokenizer, corpus_key, corpus_split
 from data.token_store import TokenStore
 from data.tokenise import SHARD_BYTES, StoreJob, write_store
@@ -65,6 +65,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text-key", default="text", help="column with the text")
     parser.add_argument("--unit", choices=[u.value for u in TextUnit], default="document",
                         help="what one document is in a text file")  # fmt: skip
+    parser.add_argument("--on-bad-line", choices=[o.value for o in OnBadLine], default="error",
+                        help="what becomes of lines that cannot be read")  # fmt: skip
     parser.add_argument("--subset", default="", help="configuration of a hub dataset")
     parser.add_argument("--split", default="train", help="split of a hub dataset")
     parser.add_argument("--revision", default="", help="revision of a hub dataset")
@@ -99,6 +101,7 @@ def prepare(options: argparse.Namespace) -> TokenStore:
         path=options.path,
         text_key=options.text_key,
         unit=TextUnit(options.unit),
+        on_bad_line=OnBadLine(options.on_bad_line),
         subset=options.subset,
         split=options.split,
         revision=options.revision,
