@@ -33,7 +33,7 @@ from data.prepare import build_tokenizer
 from model.transformer import DeepSeekV4
 from parallel.collectives import whole
 from parallel.engine import Engine, Shares, Update
-from parallel.mesh import launched_world_size
+from parallel.launch import launched_world_size
 from train.build import build_engine, build_layout, build_model
 from train.config import RunConfig
 from train.phase import PhaseSwitch

@@ -21,8 +21,9 @@ from optim.build import build_optimizer
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
+from parallel.launch import launched_world_size
 from parallel.lost_rank import all_ready
-from parallel.mesh import Mesh, build_mesh, init_process_group, launched_world_size
+from parallel.mesh import Mesh, build_mesh, init_process_group
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_stage import ModelPart
 from parallel.plan import build_sharded_model
