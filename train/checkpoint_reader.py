@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from parallel.collectives import gathered
 from train.checkpoint_files import (
@@ -84,19 +82,59 @@ def read(folder: Path, tensors: Mapping[str, Tensor], partial: bool = False) -> 
         UserError: names or shapes differ from those of ``tensors``: another model's checkpoint.
     """
     state = verify_together(folder)
-    _check_same_tensors(folder, saved_tensors(folder), tensors, partial)
-    _load(folder, tensors)
+    saved = SavedTensors(folder)
+    _check_same_tensors(folder, saved.shapes, tensors, partial)
+    saved.load(tensors)
     return state
+
+
+class SavedTensors:
+    """The tensors of one verified checkpoint, by name; its index, a pickle, is read once.
+
+    Args:
+        folder: of the checkpoint.
+
+    Attributes:
+        shapes: of every tensor.
+        dtypes: of every tensor.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._reader = _OneIndex(folder)
+        entries = self._reader.read_metadata().state_dict_metadata.items()
+        found = {name: e for name, e in entries if isinstance(e, TensorStorageMetadata)}
+        self.shapes = {name: entry.size for name, entry in found.items()}
+        self.dtypes = {name: entry.properties.dtype for name, entry in found.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors of the saved shapes. Collective, where there are ranks."""
+        if dist.is_initialized():
+            dcp.load(dict(tensors), storage_reader=self._reader)
+            return
+        # As dcp.load does, but for its round trips between ranks, which cost more than the read.
+        planner, index = dcp.DefaultLoadPlanner(), self._reader.read_metadata()
+        planner.set_up_planner(dict(tensors), index, is_coordinator=True)
+        self._reader.set_up_storage_reader(index, is_coordinator=True)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
+
+
+class _OneIndex(dcp.FileSystemReader):
+    """Reads the index once and not at every load."""
+
+    _index: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._index is None:
+            self._index = super().read_metadata(*args, **kwargs)
+        return self._index
 
 
 def load_each(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of a verified ``folder``, whole, one in memory at a time."""
-    index = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = SavedTensors(folder)
     for name in names:
-        entry = index[name]
-        assert isinstance(entry, TensorStorageMetadata)
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        _load(folder, {name: tensor})
+        tensor = torch.empty(saved.shapes[name], dtype=saved.dtypes[name])
+        saved.load({name: tensor})
         yield name, tensor
 
 
@@ -110,16 +148,9 @@ def read_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
-def _load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    reader = dcp.FileSystemReader(folder)
-    with _quiet_dcp():
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
-
-
 def saved_tensors(folder: Path) -> dict[str, torch.Size]:
-    """Name -> shape of the tensors in a verified ``folder`` (its index is a pickle)."""
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {name: e.size for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+    """Name -> shape of the tensors in a verified ``folder``."""
+    return SavedTensors(folder).shapes
 
 
 def _check_same_tensors(
@@ -144,11 +175,3 @@ def _check_same_tensors(
 def _wanted_anywhere(wanted: Mapping[str, Tensor]) -> set[str]:
     """Names that any rank wants: a pipeline stage holds some of them."""
     return {name for some in gathered(sorted(wanted)) for name in some}
-
-
-@contextlib.contextmanager
-def _quiet_dcp() -> Iterator[None]:
-    """Distributed Checkpoint warns without a process group, even when told so by ``no_dist``."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
-        yield

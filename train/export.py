@@ -26,18 +26,13 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from data.tokenizer import EOS, FIM_TOKENS, ByteTokenizer, Tokenizer
-from model.state_dict import official_config, transformers_name
+from model.config_json import official_config
+from model.state_dict import transformers_name
 from quant.export import Stored, quantise_official, stored_as, write_index
 from train.checkpoint import Checkpoints
 from train.errors import UserError, one_line
-from train.exchange import (
-    CONFIG_JSON,
-    QUANT_KEY,
-    Source,
-    fill_parameter,
-    meta_state,
-    quant_values,
-)
+from train.exchange import fill_parameter
+from train.model_source import CONFIG_JSON, QUANT_KEY, Source, meta_state, quant_values
 from train.run_folder import CHECKPOINTS
 from train.transformers_config import transformers_config
 
