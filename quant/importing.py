@@ -57,8 +57,8 @@ def dequantise_official(
             value = decode(stem, weights.pop(stem), scales.pop(stem))
             yield f"{stem}.weight", value.to(dtype)
     for stem in [*weights, *scales]:
-        missing = "scale" if stem in weights else "quantised weight"
-        raise ConfigError(f"checkpoint: {stem} has no {missing} (its partner is there)")
+        missing = "scale is missing" if stem in weights else "weight is missing or not quantised"
+        raise ConfigError(f"checkpoint: {stem}.{missing} (its partner is there)")
 
 
 def decode(stem: str, codes: Tensor, scale: Tensor) -> Tensor:
