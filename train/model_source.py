@@ -120,7 +120,7 @@ def folder_tokenizer(folder: Path) -> Tokenizer | None:
 
 
 def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
+    raise UserError(f"{text} is no JSON number")
 
 
 def _quant(values: Any) -> QuantConfig | None:
