@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.cache import digest
 from data.config import DataConfig, SourceConfig, SourceKind, ValidationConfig
 from data.files import find_files
 from data.token_store import TokenStore
@@ -53,12 +52,8 @@ def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def store_content(store: TokenStore) -> dict[str, Any]:
     """What is trained on and what is held out, by hashes, with documents and tokens of both."""
-    held = store.manifest["validation"]
-    train_files = [file for shard in store.manifest["train"] for file in shard["files"]]
-    held_files = [*held["files"], *held["extra"].values()]
     return {
-        "train": digest([file["sha256"] for file in train_files]),
-        "validation": digest([file["sha256"] for file in held_files]),
+        **store.content,
         "documents": len(store.train),
         "tokens": store.train.num_tokens,
         "validation_documents": len(store.validation),

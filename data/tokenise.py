@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import digest
+from data.cache import digest, save_array
 from data.config import SourceConfig
 from data.errors import ConfigError
 from data.progress import progress_map
@@ -26,6 +26,7 @@ from data.token_store import (
     FORMAT,
     MANIFEST,
     TOKENIZER,
+    content_digest,
     file_record,
     token_dtype,
     write_documents,
@@ -87,15 +88,18 @@ def write_store(
         workers,
         f"tokenise {job.name}",
     )
-    np.save(folder / COUNTS, _count_tokens(folder, records, tokenizer.vocab_size))
+    save_array(folder / COUNTS, _count_tokens(folder, records, tokenizer.vocab_size))
     documents = open_documents(job.name, job.source, job.cache_dir)
+    validation = write_validation(folder, documents.texts(split.validation), tokenizer)
+    held_text = [content_digest(folder, [validation]), validation["extra"]["text"]["sha256"]]
     manifest = {
         "format": FORMAT,
         "plan": plan,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_hash": tokenizer.hash,
+        "content": {"train": content_digest(folder, records), "validation": digest(held_text)},
         "train": records,
-        "validation": write_validation(folder, documents.texts(split.validation), tokenizer),
+        "validation": validation,
         "near_duplicates_removed": len(split.near_duplicates),
         "bad_lines_left_out": documents.bad_lines,
         "tokenizer": file_record(folder / TOKENIZER),
@@ -111,8 +115,10 @@ def write_validation(folder: Path, texts: list[str], tokenizer: Tokenizer) -> di
     blobs = [text.encode() for text in texts]
     record = write_documents(folder, "validation", ids, token_dtype(tokenizer.vocab_size))
     flat_ends = np.concatenate([np.empty(0, np.int64), *byte_ends])
-    np.save(folder / "validation.byte_ends.npy", flat_ends)
-    np.save(folder / "validation.text_ends.npy", np.cumsum([len(b) for b in blobs], dtype=np.int64))
+    save_array(folder / "validation.byte_ends.npy", flat_ends)
+    save_array(
+        folder / "validation.text_ends.npy", np.cumsum([len(b) for b in blobs], dtype=np.int64)
+    )
     (folder / "validation.text.bin").write_bytes(b"".join(blobs))
     record["extra"] = {
         "byte_ends": file_record(folder / "validation.byte_ends.npy"),

@@ -20,7 +20,7 @@ from data.config import DataConfig, OnBadLine, SourceConfig, SourceKind, TextUni
 from data.prepare import build_tokenizer, corpus_key, corpus_split
 from data.token_store import TokenStore
 from data.tokenise import SHARD_BYTES, StoreJob, write_store
-from train.errors import USER_ERRORS, UserError
+from train.errors import FAILURES, USER_ERRORS, ExitCode, UserError, one_line
 
 EPILOG = """examples:
   scripts/prepare_data.py --out stores/books --kind text --path books/ --vocab-size 16384
@@ -34,7 +34,11 @@ then train on it:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make or verify a store; returns the exit code (2: the user's input cannot be)."""
+    """Make or verify a store.
+
+    Returns:
+        The exit code; 2: the user's input cannot be, 1: a disk is full.
+    """
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
@@ -44,8 +48,11 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             store = prepare(options)
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return ExitCode.user_error
+    except FAILURES as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return ExitCode.failure
     report(store)
     return 0
 

@@ -33,10 +33,10 @@ from omegaconf.errors import OmegaConfBaseException
 from parallel.launch import check_launch, launched_rank
 from train.config import RunConfig, load
 from train.errors import (
+    FAILURES,
     USER_ERRORS,
     DoesNotFitError,
     ExitCode,
-    TrainingFailedError,
     UserError,
     one_line,
 )
@@ -153,7 +153,7 @@ def _hydra_reads(argv: list[str]) -> Iterator[None]:
 def _guarded(body: Callable[[], int], untold: list[str]) -> int:
     """Run ``body``; turn the user's errors into one line and exit code 2.
 
-    A run that was to stop at a failure gets its one line too, and exit code 1.
+    A run that was to stop at a failure, or met a full disk, gets one line too, and exit code 1.
 
     Rank 0 prints the line; another rank adds it to ``untold``.
     """
@@ -162,7 +162,7 @@ def _guarded(body: Callable[[], int], untold: list[str]) -> int:
         return int(body())
     except DoesNotFitError as error:
         line, before = one_line(error), error.table
-    except TrainingFailedError as error:
+    except FAILURES as error:
         line, before, code = one_line(error), "", ExitCode.failure
     except (HydraException, OmegaConfBaseException) as error:
         line, before = _composition_error(error), ""
