@@ -46,13 +46,13 @@ def progress_map(
         else:
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(
-                min(workers, len(items)), mp_context=context, initializer=_end_with_parent
+                min(workers, len(items)), mp_context=context, initializer=end_with_parent
             ) as pool:
                 collect(pool.map(job, items))
     return out
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Leave as soon as the parent has ended, however it did: a pipe between the two then closes.
 
     A worker would wait for work for ever otherwise.
