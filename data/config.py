@@ -159,7 +159,7 @@ class DataConfig:
         problem = out_of_range(self, "data")
         if problem is not None:
             raise ConfigError(problem)
-        if self.tokenizer == "bpe" and self.vocab_size < _LEAST_BPE:
+        if self.vocab_size < _LEAST_BPE and "vocab_size" not in self.unused():
             raise ConfigError(
                 f"data.vocab_size={self.vocab_size} must be {_LEAST_BPE} or more for"
                 " data.tokenizer=bpe: the bytes, the special tokens and some pairs"
