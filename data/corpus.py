@@ -59,7 +59,7 @@ def embedded_documents(packages: Sequence[str], cache: Path) -> Path:
         blobs = [text.encode() for text in texts]
         (folder / "text.bin").write_bytes(b"".join(blobs))
         save_array(folder / "ends.npy", np.cumsum([len(blob) for blob in blobs], dtype=np.int64))
-        (folder / "names.json").write_text(json.dumps(names))
+        (folder / "names.json").write_text(json.dumps(names, allow_nan=False))
 
     return build_once(target, build)
 

@@ -296,7 +296,7 @@ def _copy(folder: Path, name: str, source: SourceConfig) -> None:
             len(empty),
             shown(empty[0]),
         )
-    (folder / "about.json").write_text(json.dumps({"bad_lines": reader.bad_lines}))
+    (folder / "about.json").write_text(json.dumps({"bad_lines": reader.bad_lines}, allow_nan=False))
 
 
 def _tell_left_out(key: str, found: FoundFiles) -> None:

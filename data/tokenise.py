@@ -105,7 +105,7 @@ def write_store(
         "tokenizer": file_record(folder / TOKENIZER),
         "token_counts": file_record(folder / COUNTS),
     }
-    text = json.dumps(manifest | {"checksum": digest(manifest)}, indent=1)
+    text = json.dumps(manifest | {"checksum": digest(manifest)}, indent=1, allow_nan=False)
     _publish(folder / MANIFEST, text)
 
 
@@ -150,7 +150,7 @@ def _check_plan(folder: Path, plan: dict[str, str]) -> None:
                     f"{folder} holds the beginnings of another store ({key}"
                     f" {str(found.get(key))[:12]}, not {value[:12]}): remove it or name another"
                 )
-    _publish(path, json.dumps(plan))
+    _publish(path, json.dumps(plan, allow_nan=False))
 
 
 def _publish(path: Path, text: str) -> None:
@@ -180,7 +180,7 @@ def _write_shard(job: StoreJob, item: tuple[int, np.ndarray]) -> dict[str, Any]:
         texts = documents.texts(index_N[first : first + CHUNK])
         ids += [np.append(x, tokenizer.eos_id) for x in tokenizer.encode_batch(texts)]
     record = write_documents(job.folder, stem, ids, token_dtype(tokenizer.vocab_size))
-    _publish(done, json.dumps(record))
+    _publish(done, json.dumps(record, allow_nan=False))
     return record
 
 

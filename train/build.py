@@ -30,7 +30,8 @@ from parallel.plan import build_sharded_model
 from quant.apply import reads_master
 from train.anticipation import Anticipation
 from train.audit import Audit
-from train.checkpoint import Checkpoints, Retention
+from train.checkpoint import Checkpoints
+from train.checkpoint_retention import Retention
 from train.config import Device, Precision, RunConfig, WandbMode, dump
 from train.config_reads import ConfigReads
 from train.ema import WeightAverage
@@ -273,7 +274,7 @@ def open_folder(
         )
     phase.quantise(any(stage.quantised for stage in plan.reached()))
     rows = engine.gather(table_rows(engine.optimizer.table, train, phase.records))
-    if engine.rank:
+    if engine.rank or (train.eval_only and (folder / CONFIG).exists()):  # that of a run, left alone
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")

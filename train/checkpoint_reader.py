@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from parallel.collectives import gathered
 from train.checkpoint_files import (
+    INDEX,
     STATE,
     DamagedCheckpointError,
     check_file,
     open_manifest,
     step_of,
+    unreadable,
 )
-from train.errors import UserError
+from train.errors import UserError, one_line
+
+T = TypeVar("T")
 
 
 def verify(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
@@ -52,18 +57,25 @@ def verify_together(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: the same on every rank.
     """
-    if not dist.is_initialized():
-        return verify(folder)
-    state, problem = None, None
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return together(lambda: verify(folder, rank, ranks))
+
+
+def together(look: Callable[[], T]) -> T:
+    """What each rank sees, if none sees damage. Collective.
+
+    Raises:
+        DamagedCheckpointError: of the first rank that does, on every rank.
+    """
+    found, problem = None, None
     try:
-        state = verify(folder, dist.get_rank(), dist.get_world_size())
+        found = look()
     except DamagedCheckpointError as error:
         problem = str(error)
     problems = [text for text in gathered(problem) if text is not None]
     if problems:
         raise DamagedCheckpointError(problems[0])
-    assert state is not None
-    return state
+    return cast(T, found)
 
 
 def read(folder: Path, tensors: Mapping[str, Tensor], partial: bool = False) -> dict[str, Any]:
@@ -82,7 +94,7 @@ def read(folder: Path, tensors: Mapping[str, Tensor], partial: bool = False) -> 
         UserError: names or shapes differ from those of ``tensors``: another model's checkpoint.
     """
     state = verify_together(folder)
-    saved = SavedTensors(folder)
+    saved = together(lambda: SavedTensors(folder))
     _check_same_tensors(folder, saved.shapes, tensors, partial)
     saved.load(tensors)
     return state
@@ -97,17 +109,42 @@ class SavedTensors:
     Attributes:
         shapes: of every tensor.
         dtypes: of every tensor.
+
+    Raises:
+        DamagedCheckpointError: the index cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._reader = _OneIndex(folder)
-        entries = self._reader.read_metadata().state_dict_metadata.items()
+        self._folder, self._reader = folder, _OneIndex(folder)
+        try:
+            entries = self._reader.read_metadata().state_dict_metadata.items()
+        except Exception as error:  # whatever unpickling raises
+            raise unreadable(folder, INDEX, error) from error
         found = {name: e for name, e in entries if isinstance(e, TensorStorageMetadata)}
         self.shapes = {name: entry.size for name, entry in found.items()}
         self.dtypes = {name: entry.properties.dtype for name, entry in found.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Fill tensors of the saved shapes. Collective, where there are ranks."""
+        """Fill tensors of the saved shapes. Collective, where there are ranks.
+
+        Raises:
+            DamagedCheckpointError: files have vanished, or cannot be read; on all ranks.
+        """
+        try:
+            self._load(tensors)
+        except OSError as error:
+            raise DamagedCheckpointError(
+                f"checkpoint {self._folder} cannot be read: {one_line(error)}"
+            ) from error
+        except CheckpointException as error:  # of any rank, raised on all
+            rank, (cause, _) = next(iter(error.failures.items()))
+            if not isinstance(cause, OSError):
+                raise
+            raise DamagedCheckpointError(
+                f"checkpoint {self._folder} cannot be read by rank {rank}: {one_line(cause)}"
+            ) from error
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
         if dist.is_initialized():
             dcp.load(dict(tensors), storage_reader=self._reader)
             return
@@ -145,7 +182,32 @@ def read_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         DamagedCheckpointError: it is not.
     """
     check_file(folder, STATE, manifest["files"][STATE])
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(folder, STATE, error) from error
+    wrong = _wrong_type(state, manifest["step"])
+    if wrong:
+        raise DamagedCheckpointError(f"checkpoint {folder}: file {STATE}: {wrong}")
+    return state
+
+
+_TYPES = {"progress": dict, "loader": dict, "recovery": dict, "trackers": dict}
+
+
+def _wrong_type(state: Any, step: int) -> str:
+    """What is not as this code writes it; empty: nothing."""
+    if not isinstance(state, dict):
+        return f"it holds a {type(state).__name__}"
+    if state.get("step") != step:
+        return f"it is of step {state.get('step')}"
+    for key, kind in _TYPES.items():
+        if not isinstance(state.get(key, kind()), kind):
+            return f"{key} is a {type(state[key]).__name__}"
+    for key, value in state.get("progress", {}).items():
+        if type(value) is not int:
+            return f"progress.{key} is a {type(value).__name__}"
+    return ""
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Size]:

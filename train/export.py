@@ -271,7 +271,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer | None, config: dict[str
         config["eos_token_id"] = None
         return
     inner = tokenizer_json(tokenizer)
-    eos = HFTokenizer.from_str(json.dumps(inner)).id_to_token(tokenizer.eos_id)
+    eos = HFTokenizer.from_str(json.dumps(inner, allow_nan=False)).id_to_token(tokenizer.eos_id)
     _write_json(folder / "tokenizer.json", inner)
     _write_json(
         folder / "tokenizer_config.json",
@@ -307,7 +307,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", "utf-8")
     partial.replace(path)
 
 

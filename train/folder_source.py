@@ -108,7 +108,9 @@ class FolderSource:
         digest = hashlib.sha256((self.folder / CONFIG_JSON).read_bytes())
         for shard in sorted({tensor.shard for tensor in self._stored.values()}):
             stat = shard.stat()
-            digest.update(json.dumps([shard.name, stat.st_size, stat.st_mtime_ns]).encode())
+            digest.update(
+                json.dumps([shard.name, stat.st_size, stat.st_mtime_ns], allow_nan=False).encode()
+            )
         return digest.hexdigest()
 
     # ---- checks ----------------------------------------------------------------------------------

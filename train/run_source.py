@@ -22,6 +22,7 @@ from quant.config import QuantConfig
 from train import checkpoint_reader
 from train.checkpoint import Checkpoints
 from train.checkpoint_files import MANIFEST, open_manifest, sha256_of
+from train.checkpoint_hold import Hold
 from train.config import IndexerPhase, RunConfig
 from train.errors import UserError
 from train.model_source import (
@@ -48,7 +49,8 @@ class RunSource:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, state = _verified(path)
+        self._hold, state = _held(path)  # for as long as this is there
+        self.path = self._hold.folder
         self._root = self.path.absolute().parents[1]
         self._run: RunConfig | None = None
         self.origin = f"sha256 {sha256_of(self.path / MANIFEST)}"
@@ -123,11 +125,11 @@ class RunSource:
         return config, run.quant if stage.quantised and run.quant.active else None
 
 
-def _verified(path: Path) -> tuple[Path, dict[str, Any]]:
+def _held(path: Path) -> tuple[Hold, dict[str, Any]]:
     """The checkpoint that a path means, and its state; every byte of it is compared once."""
     if (path / MANIFEST).is_file():
-        return path, checkpoint_reader.verify(path)
-    good = Checkpoints(path / CHECKPOINTS).newest_good()
+        return Hold(path), checkpoint_reader.verify(path)
+    good = Checkpoints(path / CHECKPOINTS).hold_newest()
     if good is None:
         raise UserError(f"{path} holds no complete checkpoint in {CHECKPOINTS}/")
-    return good, checkpoint_reader.read_state(good, open_manifest(good))
+    return good, checkpoint_reader.read_state(good.folder, open_manifest(good.folder))
