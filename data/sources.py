@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import build_once, cache_root, digest
+from data.cache import build_once, cache_root, digest, save_array
 from data.config import OnBadLine, SourceConfig, SourceKind
 from data.corpus import embedded_documents, package_key
 from data.errors import ConfigError
@@ -187,18 +187,20 @@ class DocumentStream:
         Raises:
             ConfigError: the stream has no document, not the column, or holds something else.
         """
+        return list(self.each(start, count))
+
+    def each(self, start: int, count: int) -> Iterator[str]:
+        """The same, one document in memory."""
         if start < self._position:
             self.seek(0, None)
-        out: list[str] = []
         while self._position < start + count:
             text = next(self._rows, None)
             if text is None:
                 self._end()
-                break
-            if self._position >= start:
-                out.append(text)
+                return
             self._position += 1
-        return out
+            if self._position > start:
+                yield text
 
     def state(self) -> tuple[int, Any]:
         """Position and where it is in the files, for :meth:`seek`."""
@@ -286,7 +288,7 @@ def _copy(folder: Path, name: str, source: SourceConfig) -> None:
             end += file.write(text.encode())
             bar.update(end - bar.n)
             ends.append(end)
-    np.save(folder / "ends.npy", np.array(ends, dtype=np.int64))
+    save_array(folder / "ends.npy", np.array(ends, dtype=np.int64))
     if reader.bad_lines:
         logger.warning("data: source %s: %d bad lines left out", name, reader.bad_lines)
     if empty := reader.without_documents:

@@ -69,10 +69,10 @@ def write_documents(folder: Path, stem: str, documents: list[np.ndarray], dtype:
     Returns:
         Its manifest record.
     """
-    tokens = np.concatenate([np.empty(0, np.int64), *documents])
+    tokens = np.concatenate([np.empty(0, dtype), *documents])
     ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
     paths = [folder / f"{stem}.tokens.npy", folder / f"{stem}.ends.npy"]
-    save_array(paths[0], tokens.astype(dtype))
+    save_array(paths[0], tokens.astype(dtype, copy=False))
     save_array(paths[1], ends)
     return {
         "stem": stem,

@@ -18,9 +18,10 @@ import numpy as np
 from data.cache import digest, save_array
 from data.config import SourceConfig
 from data.errors import ConfigError
+from data.pieces import PieceEncoder
 from data.progress import progress_map
 from data.sources import open_documents
-from data.split import CHUNK, Split
+from data.split import Split, read_chunks
 from data.token_store import (
     COUNTS,
     FORMAT,
@@ -34,6 +35,7 @@ from data.token_store import (
 from data.tokenizer import Tokenizer, deserialise
 
 SHARD_BYTES = 16 << 20  # text of a shard
+_COUNTED = 1 << 22  # tokens that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,10 @@ def encode_validation(
     texts: list[str], tokenizer: Tokenizer
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Ids of each document with EOS, and where each token ends in the document's UTF-8 bytes."""
+    encoder = PieceEncoder(tokenizer)
     ids, byte_ends = [], []
     for text in texts:
-        id_T, end_T = tokenizer.encode_with_byte_ends(text)
+        id_T, end_T = encoder.with_byte_ends(text)
         ids.append(np.append(id_T, tokenizer.eos_id))
         byte_ends.append(np.append(end_T, len(text.encode())))
     return ids, byte_ends
@@ -175,10 +178,7 @@ def _write_shard(job: StoreJob, item: tuple[int, np.ndarray]) -> dict[str, Any]:
     path = job.folder / TOKENIZER
     tokenizer = deserialise(path.read_text(), str(path))
     documents = open_documents(job.name, job.source, job.cache_dir)
-    ids: list[np.ndarray] = []
-    for first in range(0, len(index_N), CHUNK):
-        texts = documents.texts(index_N[first : first + CHUNK])
-        ids += [np.append(x, tokenizer.eos_id) for x in tokenizer.encode_batch(texts)]
+    ids = list(PieceEncoder(tokenizer).documents(read_chunks(documents, index_N)))
     record = write_documents(job.folder, stem, ids, token_dtype(tokenizer.vocab_size))
     _publish(done, json.dumps(record, allow_nan=False))
     return record
@@ -188,5 +188,6 @@ def _count_tokens(folder: Path, records: list[dict[str, Any]], vocab_size: int) 
     counts = np.zeros(vocab_size, dtype=np.int64)
     for record in records:
         tokens = np.load(folder / record["files"][0]["file"], mmap_mode="r")
-        counts += np.bincount(tokens, minlength=vocab_size)
+        for start in range(0, len(tokens), _COUNTED):
+            counts += np.bincount(tokens[start : start + _COUNTED], minlength=vocab_size)
     return counts
