@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data.cache import digest
 from data.config import DataConfig, SourceConfig, SourceKind, ValidationConfig
-from data.files import find_files
+from data.sources import find_files
 from data.token_store import TokenStore
 from data.tokenizer import Tokenizer
 
@@ -52,8 +53,12 @@ def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def store_content(store: TokenStore) -> dict[str, Any]:
     """What is trained on and what is held out, by hashes, with documents and tokens of both."""
+    held = store.manifest["validation"]
+    train_files = [file for shard in store.manifest["train"] for file in shard["files"]]
+    held_files = [*held["files"], *held["extra"].values()]
     return {
-        **store.content,
+        "train": digest([file["sha256"] for file in train_files]),
+        "validation": digest([file["sha256"] for file in held_files]),
         "documents": len(store.train),
         "tokens": store.train.num_tokens,
         "validation_documents": len(store.validation),
@@ -76,7 +81,7 @@ def stream_content(name: str, source: SourceConfig, validation: ValidationConfig
     else:
         fields["text_key"] = source.text_key
     if source.kind is not SourceKind.hub:
-        return fields | {"files": [file_content(file) for file in find_files(name, source).files]}
+        return fields | {"files": [file_content(file) for file in find_files(name, source)]}
     fields |= {"subset": source.subset, "split": source.split}
     if Path(source.path).exists():
         files = sorted(p for p in Path(source.path).rglob("*") if p.is_file())

@@ -147,7 +147,6 @@ class JsonTokenizer:
                 "tokenizer": json.loads(inner.to_str()),
             },
             ensure_ascii=True,
-            allow_nan=False,
         )
         self._hash = hashlib.sha256(self._json.encode()).hexdigest()
         self._vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
@@ -216,7 +215,7 @@ def deserialise(text: str, name: str) -> Tokenizer:
         fields = json.loads(text)
         if fields["type"] == "byte":
             return ByteTokenizer()
-        inner = HFTokenizer.from_str(json.dumps(fields["tokenizer"], allow_nan=False))
+        inner = HFTokenizer.from_str(json.dumps(fields["tokenizer"]))
         return JsonTokenizer(inner, name, inner.id_to_token(fields["eos_id"]))
     except Exception as error:  # the library raises bare Exception
         raise ConfigError(f"{name} is not a tokenizer that was written here: {error}") from error

@@ -7,7 +7,7 @@ maps them onto kinds. CSA overlaps two windows and HCA does not, whatever the ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any
 
@@ -99,15 +99,15 @@ class ModelConfig:
     num_hash_layers: int = number(1, least=0)
     # One router a main layer; empty: the first num_hash_layers are hash, the rest learned.
     routers: list[Router] = field(default_factory=list)
-    swiglu_limit: float = number(10.0, above=0)
+    swiglu_limit: float = number(10.0, least=0.1)
     hc_mult: int = number(4, least=1)
-    hc_sinkhorn_iters: int = number(20, least=1)
+    hc_sinkhorn_iters: int = number(20, least=1, most=1000)
     hc_eps: float = number(1e-6, above=0)
     # Learned RMSNorm weight of the mHC projection, folded on export (V4_SPEC B.2).
     hc_gamma: bool = False
     # Diagonal added to the comb base at initialisation; 0 = uniform start.
     hc_identity_base: float = number(0.0)
-    rms_norm_eps: float = number(1e-6, above=0)
+    rms_norm_eps: float = number(1e-6, above=0, most=0.1)
     rope_theta: float = number(10000.0, above=1)
     compress_rope_theta: float = number(160000.0, above=1)
     rope_scaling: RopeScaling = field(default_factory=RopeScaling)
@@ -116,8 +116,8 @@ class ModelConfig:
     max_position_embeddings: int = number(1048576, least=1)
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    num_nextn_predict_layers: int = number(1, least=0)
-    initializer_range: float = number(0.02, above=0)
+    num_nextn_predict_layers: int = number(1, least=0, most=64)
+    initializer_range: float = number(0.02, least=1e-4, most=1)
     attention: Attention = Attention.hybrid
     residual: Residual = Residual.mhc
     kernels: Kernels = Kernels.fast
@@ -197,9 +197,27 @@ class ModelConfig:
             ValueError: a key that must be there is missing, or the values cannot be (see
                 :meth:`validate`).
         """
-        from model.config_json import from_official  # noqa: PLC0415  it builds this class
-
-        return from_official(config_json)
+        known = {f.name for f in fields(cls)}
+        values = {k: v for k, v in config_json.items() if k in known and v is not None}
+        for key in ("hidden_size", "num_hidden_layers", "compress_ratios", "vocab_size"):
+            if key not in values:
+                raise ConfigError(f"config.json: key {key} is missing (needed to build the model)")
+        values["compress_ratios"] = list(values["compress_ratios"])
+        scaling = dict(config_json.get("rope_scaling") or {"factor": 1.0})
+        values["rope_scaling"] = RopeScaling(
+            **{name: cast(scaling[name]) for name, cast in _SCALING.items() if name in scaling}
+        )
+        values.setdefault("num_nextn_predict_layers", 0)
+        values.setdefault("num_hash_layers", 0)
+        values["name"] = str(config_json.get("name", config_json.get("model_type", "official")))
+        config = cls(**values)
+        missing = (
+            config.num_hidden_layers + config.num_nextn_predict_layers - len(config.compress_ratios)
+        )
+        if 0 < missing <= config.num_nextn_predict_layers:
+            config.compress_ratios = config.compress_ratios + [0] * missing
+        config.validate()
+        return config
 
     # ---- validation ------------------------------------------------------------------------------
     def validate(self, prefix: str = "model") -> None:
@@ -291,7 +309,7 @@ class ModelConfig:
         )
 
     def _released_only(self, p: str, need: Any) -> None:
-        for key, only in ONE_VALUE.items():
+        for key, only in _ONLY.items():
             value = getattr(self, key)
             need(
                 value == only,
@@ -300,7 +318,13 @@ class ModelConfig:
 
 
 _KIND_OF_RATIO = {0: LayerKind.swa, 4: LayerKind.csa, 128: LayerKind.hca}
-ONE_VALUE = {
+_SCALING: dict[str, type] = {
+    "factor": float,
+    "original_max_position_embeddings": int,
+    "beta_fast": float,
+    "beta_slow": float,
+}
+_ONLY = {
     "num_key_value_heads": 1,
     "scoring_func": "sqrtsoftplus",
     "topk_method": "noaux_tc",

@@ -7,6 +7,7 @@ compose them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -50,7 +51,7 @@ class StateDtype(StrEnum):
 class NewtonSchulzStage:
     """``steps`` iterations ``X <- a X + b (X X^T) X + c (X X^T)^2 X``."""
 
-    steps: int = number(1, least=1)
+    steps: int = number(1, least=1, most=100)
     a: float = number(2.0, above=0)
     b: float = number(-1.5)
     c: float = number(0.5)
@@ -81,7 +82,9 @@ class MuonConfig:
     momentum: float = number(0.95, least=0, below=1)
     nesterov: bool = True
     newton_schulz: list[NewtonSchulzStage] = field(default_factory=_hybrid)
-    rms: float = number(0.18, above=0)  # root mean square of the update before the learning rate
+    rms: float = number(
+        0.18, least=1e-4, most=10
+    )  # root mean square of the update before the learning rate
     weight_decay: float = number(0.1, least=0)
     dtype: MatmulDtype = MatmulDtype.auto
     # Parameter pattern -> split, over optim/groups.py: "whole", "experts", or the name of a count
@@ -95,7 +98,7 @@ class AdamWConfig:
     """AdamW with decoupled decay, for all that Muon does not own."""
 
     betas: list[float] = number([0.9, 0.95], least=0, below=1)
-    eps: float = number(1e-20, above=0)
+    eps: float = number(1e-20, above=0, most=1e-4)
     weight_decay: float = number(0.1, least=0)
 
 
@@ -104,7 +107,7 @@ class OptimConfig:
     """Everything under ``optim``."""
 
     name: OptimizerName = OptimizerName.muon
-    lr: float = number(2.7e-4, above=0)  # peak
+    lr: float = number(2.7e-4, least=1e-9, most=100)  # peak
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     muon: MuonConfig = field(default_factory=MuonConfig)
     adamw: AdamWConfig = field(default_factory=AdamWConfig)
@@ -133,8 +136,22 @@ class OptimConfig:
 Checks = Iterator[tuple[bool, str]]
 
 
+_LEAST_CLIP = 1e-6  # of the gradient's norm; smaller gradients drown in the optimizers' epsilon
+
+
 def _base_checks(c: OptimConfig, p: str) -> Checks:
     yield c.name in set(OptimizerName), f"{p}.name={c.name} must be one of {[*OptimizerName]}"
+    yield (
+        c.grad_clip == 0 or c.grad_clip >= _LEAST_CLIP,
+        f"{p}.grad_clip={c.grad_clip} must be 0 (off), or {_LEAST_CLIP:g} or more",
+    )
+    for key, section in (("muon", c.muon), ("adamw", c.adamw)):
+        decay = section.weight_decay
+        yield (
+            c.lr * decay < 1,
+            f"{p}.{key}.weight_decay={decay} times {p}.lr={c.lr} must be below 1: a step would take"
+            " more than the whole weight",
+        )
     states = [*StateDtype]
     yield c.state_dtype in states, f"{p}.state_dtype={c.state_dtype} must be one of {states}"
 
@@ -148,6 +165,29 @@ def _muon_checks(c: MuonConfig, p: str) -> Checks:
     dtypes = [*MatmulDtype]
     yield c.dtype in dtypes, f"{p}.dtype={c.dtype} must be one of {dtypes}"
     yield len(c.newton_schulz) > 0, f"{p}.newton_schulz={c.newton_schulz} needs at least one stage"
+    for singular in _SINGULAR_VALUES:
+        after = _iterated(c.newton_schulz, singular)
+        yield (
+            0.5 < after < 1.5,
+            f"{p}.newton_schulz does not orthogonalise: it makes {after:.3g} of a singular value of"
+            f" {singular}, which must end in (0.5, 1.5)",
+        )
+
+
+# Of a gradient divided by its Frobenius norm; those of a random matrix of width N lie below
+# 2 / sqrt(N).
+_SINGULAR_VALUES = (0.02, 0.1, 0.3, 1.0)
+
+
+def _iterated(stages: list[NewtonSchulzStage], singular: float) -> float:
+    """What the iterations make of a singular value; inf where they run away."""
+    s = singular
+    for stage in stages:
+        for _ in range(stage.steps):
+            s = stage.a * s + stage.b * s**3 + stage.c * s**5
+            if not abs(s) < 1e6:
+                return math.inf
+    return s
 
 
 def _adamw_checks(c: AdamWConfig, p: str) -> Checks:

@@ -26,10 +26,9 @@ import torch
 from torch import Tensor
 
 from train import checkpoint, checkpoint_reader
+from train.checkpoint import Checkpoints, Retention
 from train.checkpoint_files import MANIFEST, DamagedCheckpointError, open_manifest, step_of
-from train.checkpoint_hold import Hold
-from train.checkpoint_retention import Retention, published, remove
-from train.errors import ExitCode, UserError, one_line
+from train.errors import ExitCode, UserError
 from train.run_folder import CHECKPOINTS
 
 
@@ -98,8 +97,7 @@ def verify(args: argparse.Namespace) -> int:
     damaged = 0
     for path in paths:
         try:
-            with Hold(path):
-                checkpoint_reader.verify(path)
+            checkpoint_reader.verify(path)
             print(f"whole    {path}")
         except DamagedCheckpointError as error:
             damaged += 1
@@ -109,38 +107,27 @@ def verify(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """State, then one line a tensor."""
-    with hold(args.folder) as held:
-        show_one(held.folder, args.only)
-    return ExitCode.finished
-
-
-def show_one(path: Path, only: str) -> None:
-    """Print state and tensors of a checkpoint that is held."""
+    path = locate(args.folder)
     state = checkpoint_reader.verify(path)
     print(f"{path}\n")
     for key, value in flat(state).items():
         print(f"{key} = {value}")
     print()
-    chosen = named(path, only)
+    chosen = named(path, args.only)
     for name, value in checkpoint_reader.load_each(path, chosen):
         norm = float(value.double().norm())
         print(f"{name:60} {dtype_of(value):9} {list(value.shape)!s:20} norm {norm:.6g}")
     print(f"{len(chosen)} tensors")
+    return ExitCode.finished
 
 
 def compare(args: argparse.Namespace) -> int:
     """One line a difference."""
-    with hold(args.first) as first, hold(args.second) as second:
-        differences = compare_two(first.folder, second.folder, args.only)
-    return ExitCode.failure if differences else ExitCode.finished
-
-
-def compare_two(first: Path, second: Path, only: str) -> int:
-    """Print what differs between two checkpoints that are held; how much it is."""
+    first, second = locate(args.first), locate(args.second)
     states = [flat(checkpoint_reader.verify(path)) for path in (first, second)]
-    names = [named(path, only) for path in (first, second)]
+    names = [named(path, args.only) for path in (first, second)]
     print(f"a = {first}\nb = {second}\n")
-    differences = 0 if only else compare_states(*states)
+    differences = 0 if args.only else compare_states(*states)
     for side, own, other in (("a", *names), ("b", *names[::-1])):
         for name in sorted(set(own) - set(other)):
             differences += 1
@@ -157,7 +144,7 @@ def compare_two(first: Path, second: Path, only: str) -> int:
             print(f"{name}: {line}")
     found = f"{differences} differences" if differences else "every bit is the same"
     print(f"{len(shared)} tensors in both: {found}")
-    return differences
+    return ExitCode.failure if differences else ExitCode.finished
 
 
 def prune(args: argparse.Namespace) -> int:
@@ -175,30 +162,16 @@ def prune(args: argparse.Namespace) -> int:
         except DamagedCheckpointError as error:
             print(f"left alone: {error}")
     retention = Retention(args.last, args.every, args.best)
-    losses = {step: read_info(path).val_loss for step, path in whole.items()}
-    kept = retention.kept(losses, lambda step: True)
-    for step in sorted(set(whole) - kept):
-        if not args.yes:
-            print(f"would remove {whole[step]}")
-        elif remove_one(whole[step]):
-            print(f"removed {whole[step]}")
-        else:
-            kept.add(step)
-            print(f"being read, stays: {whole[step]}")
-    print(f"{len(kept)} whole checkpoints stay" + ("" if args.yes else " (--yes does it)"))
+    gone = retention.removed({step: read_info(path).val_loss for step, path in whole.items()})
+    for step in gone:
+        print(f"{'removing' if args.yes else 'would remove'} {whole[step]}")
+        if args.yes:
+            checkpoint.remove(whole[step])
+    print(
+        f"{len(whole) - len(gone)} whole checkpoints stay"
+        + ("" if args.yes else " (--yes does it)")
+    )
     return ExitCode.finished
-
-
-def remove_one(path: Path) -> bool:
-    """Remove a checkpoint unless somebody holds it; whether it is gone.
-
-    Raises:
-        UserError: it cannot be removed.
-    """
-    try:
-        return remove(path)
-    except OSError as error:
-        raise UserError(f"{path} cannot be removed: {one_line(error)}") from error
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -234,16 +207,16 @@ def checkpoints_of(folder: Path) -> list[Path]:
     if (folder / MANIFEST).exists() or step_of(folder) is not None:
         return [folder]
     for place in (folder / CHECKPOINTS, folder):
-        if found := published(place):
+        if found := Checkpoints(place).published():
             return found
     raise UserError(f"{folder} is no checkpoint and holds none (step_* in {folder / CHECKPOINTS})")
 
 
-def hold(folder: Path) -> Hold:
-    """Hold the checkpoint that ``folder`` is, or its newest whole one."""
+def locate(folder: Path) -> Path:
+    """The checkpoint that ``folder`` is, or its newest whole one."""
     if step_of(folder) is not None and folder.is_dir():
-        return Hold(folder)
-    return checkpoint.hold(str(folder), "the folder")
+        return folder
+    return checkpoint.locate(str(folder), "the folder")
 
 
 def named(path: Path, prefix: str) -> list[str]:

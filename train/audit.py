@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.batch import IGNORE, Batch
+from model.config import LayerKind
 from model.flops import parameter_shapes
 from model.loss import Objective
 from model.moe.router import Gate
@@ -84,6 +85,7 @@ class Audit:
         self._gradients: dict[str, Tensor] = {}
         self._loads: dict[str, Tensor] = {}
         self._longest = 0
+        self._targets_K: list[float] = []
         self._judged: set[str] = set()
         self._unjudged: set[str] = set()
         self._some_unjudged, self._judging_lr = True, 0.0  # of any rank
@@ -119,6 +121,7 @@ class Audit:
     def _enter_stage(self, step: StepPlan) -> None:
         self._stage, self._steps = step.stage, 0
         self._gradients, self._loads, self._longest = {}, {}, 0
+        self._targets_K = [0.0] * (1 + self._run.model.num_nextn_predict_layers)
         trained, weights = self._trained(step), dict(self._model.named_parameters())
         copied = self._engine.largest(sum(local(weights[name]).nbytes for name in trained))
         self._judged = trained
@@ -153,6 +156,7 @@ class Audit:
                 -step.num_rows // self._engine.data_degree // step.stage.micro_batch_size
             ),
             longest_document=longest_document(rows.batch(0, step.num_rows).document_ids_BT),
+            targets_K=tuple(rows.counts.targets_K),
             pipeline=self._engine.pipeline if isinstance(self._engine, PipelineEngine) else None,
         )
 
@@ -168,6 +172,7 @@ class Audit:
         for name, load_E in e.shares.expert_load.items():
             self._loads[name] = self._loads.get(name, torch.zeros_like(load_E)) + load_E
         self._longest = max(self._longest, e.longest_document)
+        self._targets_K = [a + b for a, b in zip(self._targets_K, e.targets_K, strict=True)]
         hidden = {name: lr_to_judge(e, name) for name in sorted(self._unjudged)}
         self._unjudged = {name for name, lr in hidden.items() if lr > e.step.lr}
         self._some_unjudged = self._engine.agree(bool(self._unjudged))  # stages hold other names
@@ -204,19 +209,40 @@ class Audit:
         norms = self._gradients.get(name)
         if ".ffn.experts." in name:
             load_E = self._loads[f"{name.partition('.experts.')[0]}.gate"]
+            labelled_E = load_E - self._unlabelled(name, load_E)
             silent = torch.ones_like(load_E) if norms is None else (norms == 0)
             for expert in silent.nonzero().flatten().tolist():
-                if load_E[expert] >= _FEW_TOKENS:
+                if labelled_E[expert] >= _FEW_TOKENS:
                     return f"had no gradient for expert {expert}, which got tokens", ""
             count = int(silent.sum())
-            few = f"{count} experts got fewer than {_FEW_TOKENS} tokens"
+            few = f"{count} experts got, for sure, fewer than {_FEW_TOKENS} tokens with a label"
             return ("had no gradient", few) if count else ("", "")
         if norms is not None and bool((norms > 0).any()):
             return "", ""
         least = self._least_document(name)
         if self._longest < least:
             return "had no gradient", f"no document of {least} tokens (longest {self._longest})"
+        if self._weighs_one_entry(name):
+            return "had no gradient", "windows of one token: there is nothing to weigh"
         return "received no gradient", ""
+
+    def _unlabelled(self, name: str, load_E: Tensor) -> float:
+        """Tokens among those of a gate that no loss is taken of: the ends of documents.
+
+        In the trunk a token without a next one, in the MTP block of depth k one without a token
+        2 + k places ahead. Nothing reads such a token, since attention is causal.
+        """
+        depth = 1 + int(name.split(".")[1]) if name.startswith("mtp.") else 0
+        tokens = float(load_E.sum()) / self._run.model.num_experts_per_tok
+        return tokens - self._targets_K[depth]
+
+    def _weighs_one_entry(self, name: str) -> bool:
+        """Whether a parameter weighs the tokens of a compressed entry that has but one."""
+        if not name.startswith("layers.") or ".attn.compressor." not in name:
+            return False
+        layer, model = int(name.split(".")[1]), self._run.model
+        alone = model.kind(layer) is LayerKind.hca and model.ratio(layer) == 1
+        return alone and name.endswith((".ape", ".wgate.weight"))
 
     def _least_document(self, name: str) -> int:
         """Tokens that a document needs before a parameter can matter to a loss."""
@@ -379,11 +405,14 @@ def hash_tables(model: DeepSeekV4) -> list[str]:
     for name, table_VK in model.named_buffers():
         if not name.endswith(".tid2eid"):
             continue
+        config = model.config
+        if config.n_routed_experts == config.num_experts_per_tok:
+            continue  # there is nothing to choose
         if bool((table_VK == table_VK[0]).all()):
             faults.append(f"hash_table: {name} is constant: every token goes to the same experts")
         elif table_VK.shape[1] > 1 and bool((table_VK.sort(dim=1).values.diff(dim=1) == 0).any()):
             faults.append(f"hash_table: {name} names an expert twice for one token")
-        elif len(table_VK.unique()) < model.config.n_routed_experts:
+        elif len(table_VK.unique()) < min(config.n_routed_experts, table_VK.numel()):
             faults.append(f"hash_table: {name} leaves experts out")
     return faults
 

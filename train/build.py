@@ -21,17 +21,15 @@ from optim.build import build_optimizer
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
-from parallel.launch import launched_world_size
 from parallel.lost_rank import all_ready
-from parallel.mesh import Mesh, build_mesh, init_process_group
+from parallel.mesh import Mesh, build_mesh, init_process_group, launched_world_size
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_stage import ModelPart
 from parallel.plan import build_sharded_model
 from quant.apply import reads_master
 from train.anticipation import Anticipation
 from train.audit import Audit
-from train.checkpoint import Checkpoints
-from train.checkpoint_retention import Retention
+from train.checkpoint import Checkpoints, Retention
 from train.config import Device, Precision, RunConfig, WandbMode, dump
 from train.config_reads import ConfigReads
 from train.ema import WeightAverage
@@ -274,7 +272,7 @@ def open_folder(
         )
     phase.quantise(any(stage.quantised for stage in plan.reached()))
     rows = engine.gather(table_rows(engine.optimizer.table, train, phase.records))
-    if engine.rank or (train.eval_only and (folder / CONFIG).exists()):  # that of a run, left alone
+    if engine.rank:
         return
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG).write_text(config_yaml, encoding="utf-8")

@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DataConfig
-from model.config import ModelConfig
+from model.config import Kernels, ModelConfig
 from optim.config import OptimConfig
 from parallel.config import ParallelConfig
-from quant.config import QuantConfig
+from quant.config import ExpertFormat, QuantConfig
 from schema.ranges import number, out_of_range
 from train.errors import UserError, one_line
 from train.recovery_config import RecoveryConfig
@@ -98,16 +98,16 @@ class StageConfig:
 
     name: str = ""
     until_tokens: int = number(0, least=0)
-    seq_len: int | None = number(None, least=1)
+    seq_len: int | None = number(None, least=2)
     global_batch_tokens: int | None = number(None, least=1)
     ramp_from_tokens: int = number(0, least=0)
     ramp_tokens: int = number(0, least=0)
     micro_batch_size: int | None = number(None, least=1)
     cp: int = number(1, least=1)
     indexer_phase: IndexerPhase | None = None
-    lr: float | None = number(None, least=0)
-    mtp_loss_weight: float | None = number(None, least=0)
-    bias_update_speed: float | None = number(None, least=0)
+    lr: float | None = number(None, least=0, most=100)
+    mtp_loss_weight: float | None = number(None, least=0, most=100)
+    bias_update_speed: float | None = number(None, least=0, most=1)
     quantised: bool = True
 
 
@@ -156,7 +156,7 @@ class TrainConfig:
     """
 
     steps: int = number(1000, least=0)
-    seq_len: int = number(512, least=1)
+    seq_len: int = number(512, least=2)
     global_batch_tokens: int = number(8192, least=1)
     micro_batch_size: int = number(8, least=1)
     precision: Precision = Precision.bf16
@@ -164,11 +164,11 @@ class TrainConfig:
     device: Device = Device.auto
     stages: list[StageConfig] = field(default_factory=list)
     indexer_phase: IndexerPhase = IndexerPhase.sparse
-    mtp_loss_weight: float = number(0.3, least=0)
-    mtp_loss_weight_decay: float = number(0.1, least=0)
-    indexer_loss_weight: float = number(1e-2, least=0)
-    balance_loss_weight: float = number(1e-4, least=0)
-    bias_update_speed: float = number(1e-3, least=0)
+    mtp_loss_weight: float = number(0.3, least=0, most=100)
+    mtp_loss_weight_decay: float = number(0.1, least=0, most=100)
+    indexer_loss_weight: float = number(1e-2, least=0, most=100)
+    balance_loss_weight: float = number(1e-4, least=0, most=100)
+    bias_update_speed: float = number(1e-3, least=0, most=1)
     bias_stops_at_decay: bool = False
     eval_every: int = number(0, least=0)
     eval_only: bool = False
@@ -224,7 +224,7 @@ class SampleConfig:
     """
 
     prompt: str = "The function returns"
-    tokens: int = number(120, least=0)
+    tokens: int = number(120, least=0, most=1_000_000)
     temperature: float = number(0.7, least=0)
 
 
@@ -330,11 +330,28 @@ def validate(run: RunConfig) -> None:
         f"train.recovery.anticipatory={recovery.anticipatory.value} is not built for pipeline"
         f" stages (parallel.pp={run.parallel.pp}): say never",
     )
+    _check_widths(run)
     _need(bool(run.run_dir.strip()), f"run_dir={run.run_dir!r} must name a folder")
     _need(
         run.engine == Engine.torch,
         f"engine={run.engine.value} is not built yet: only engine={Engine.torch.value} runs",
     )
+
+
+def _check_widths(run: RunConfig) -> None:
+    """The grouped matmul of the experts takes rows of whole 16 bytes."""
+    model, quantised = run.model, run.quant.parts().experts is not ExpertFormat.none
+    if model.kernels is Kernels.reference and not quantised:
+        return
+    unit = 4 if run.train.precision is Precision.fp32 else 8
+    by = "quant.experts" if quantised else "model.kernels=fast (reference takes any)"
+    for key in ("hidden_size", "moe_intermediate_size"):
+        width = getattr(model, key)
+        _need(
+            width % unit == 0,
+            f"model.{key}={width} must be a multiple of {unit} for {by} in"
+            f" train.precision={run.train.precision.value}",
+        )
 
 
 def describe(error: OmegaConfBaseException) -> str:

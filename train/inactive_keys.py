@@ -43,6 +43,10 @@ def _never_quantised(run: RunConfig) -> bool:
     return not any(stage.quantised for stage in resolve(run).reached())
 
 
+def _never_yarn(run: RunConfig) -> bool:
+    return resolve(run).longest_row < run.model.yarn_from_seq_len
+
+
 # Pattern of full keys, why they may stay unread, in which runs.
 INACTIVE: tuple[tuple[str, str, When], ...] = (
     ("data.workers", "the corpus was prepared by an earlier run", _always),
@@ -68,6 +72,7 @@ INACTIVE: tuple[tuple[str, str, When], ...] = (
     ),
     ("model.compress_ratios", "no layer has entries", _no_layer(LayerKind.csa, LayerKind.hca)),
     ("model.rope_scaling.*", "no layer has entries", _no_layer(LayerKind.csa, LayerKind.hca)),
+    ("model.rope_scaling.*", "every row is shorter than model.yarn_from_seq_len", _never_yarn),
     ("model.rope_scaling.*", "YaRN is off", lambda r: r.model.rope_scaling.factor == 1.0),
     ("optim.muon.*", "no Muon in this run", lambda r: r.optim.name is OptimizerName.adamw),
     (

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,18 +20,16 @@ from data.global_batch import GlobalBatch as PackedBatch
 from data.loader import Loader
 from model.config import LayerKind, ModelConfig
 from model.flops import training_flops
+from parallel.collectives import local
 from parallel.engine import Engine
 from train import checkpoint_reader
 from train.anticipation import Anticipation, RoutedRows
 from train.audit import Audit
-from train.checkpoint import Checkpoints, hold, read_held
-from train.checkpoint_files import STATE, DamagedCheckpointError, step_of
-from train.checkpoint_hold import Hold
+from train.checkpoint import Checkpoints, locate
 from train.config import RunConfig
 from train.ema import WeightAverage
-from train.errors import USER_ERRORS, ExitCode, TrainingFailedError, UserError, one_line
+from train.errors import ExitCode, TrainingFailedError, UserError
 from train.evaluate import Evaluator
-from train.finite import first_not_finite
 from train.metrics import (
     MetricsFile,
     Record,
@@ -184,7 +181,7 @@ class Trainer:
         if verdict.remedy is Remedy.stop:
             self._fail(verdict.reason)
         if _due(step.number, self._checkpoint_every) and not self.recovery.suspects:
-            self._save()
+            self._save_if_finite()
 
     def _record(
         self, step: StepPlan, rows: GlobalBatch, result: StepResult, seconds: float
@@ -232,10 +229,9 @@ class Trainer:
                 f"{verdict.reason}, and {where} holds no whole checkpoint from before step"
                 f" {verdict.first_failed} to roll back to"
             )
-        with target:
-            state = checkpoint_reader.read(
-                target.folder, checkpoint_tensors(self.engine, self.average), partial=True
-            )
+        state = checkpoint_reader.read(
+            target, checkpoint_tensors(self.engine, self.average), partial=True
+        )
         self.progress = Progress(**state["progress"])
         self.recovery.roll_back(self.progress.step, state.get("recovery", {}))
         self.anticipation.forget()
@@ -249,16 +245,16 @@ class Trainer:
             self.samples.roll_back(self.progress.step, self.recovery.state.rollbacks)
         for tracker in self.trackers:
             tracker.rewind(self.progress.step)
-        log.warning("back to %s, on with the data behind step %d", target.folder, step.number)
+        log.warning("back to %s, on with the data behind step %d", target, step.number)
 
-    def _checkpoint_before(self, step: int) -> Hold | None:
+    def _checkpoint_before(self, step: int) -> Path | None:
         """The newest good one of an earlier step, first among those that every start would have.
 
         One saved because the run was stopped in between would make it another run than the one
         that was never stopped.
         """
-        regular = self.checkpoints.hold_newest(step - 1, self._checkpoint_every)
-        return regular or self.checkpoints.hold_newest(step - 1)
+        regular = self.checkpoints.newest_good(step - 1, self._checkpoint_every)
+        return regular or self.checkpoints.newest_good(step - 1)
 
     def _fail(self, reason: str) -> NoReturn:
         """Leave for good, without a checkpoint of what failed."""
@@ -266,31 +262,28 @@ class Trainer:
         raise TrainingFailedError(reason)
 
     # ---- saving and leaving ------------------------------------------------------------------
-    def _save(self) -> str:
-        """Begin the checkpoint of this step. A full disk costs this checkpoint, not the run.
-
-        Returns:
-            The tensor that is not finite, for which nothing is saved: it is nothing to go back to.
-        """
+    def _save(self) -> None:
+        """Begin the checkpoint of this step. A full disk costs this checkpoint, not the run."""
         began = time.perf_counter()
         tensors, step = checkpoint_tensors(self.engine, self.average), self.progress.step
-        if spoilt := first_not_finite(tensors):
-            log.error("no checkpoint of step %d: %s is not finite", step, spoilt)
-            return spoilt
-        tensors |= self.anticipation.state(step)
+        tensors |= self.anticipation.state()
         files = [self.metrics.path] + [self.samples.lines.path] * self.samples.enabled
         self.checkpoints.start(step, tensors, self._state(), durable_first=files)
         self._save_seconds = time.perf_counter() - began
-        return ""
+
+    def _save_if_finite(self) -> None:
+        """Spoilt weights are nothing to go back to."""
+        mine = all(bool(local(p).isfinite().all()) for p in self.engine.model.parameters())
+        if self.engine.agree(not mine):
+            log.error("no checkpoint of step %d: its weights are not finite", self.progress.step)
+            return
+        self._save()
 
     def _save_last(self) -> None:
         """The run ends here, so the checkpoint of this step must be on disk."""
         self.checkpoints.wait()
-        if self.checkpoints.saved_step != self.progress.step and (spoilt := self._save()):
-            self._fail(
-                f"after step {self.progress.step} {spoilt} is not finite: it was not saved, and the"
-                f" newest checkpoint is that of step {self.checkpoints.saved_step}"
-            )
+        if self.checkpoints.saved_step != self.progress.step:
+            self._save()
         self.checkpoints.require(self.progress.step)
 
     def _state(self) -> dict[str, Any]:
@@ -331,10 +324,6 @@ class Trainer:
         self.report.write(asdict(self.progress), self.audit.result(), validation)
         for tracker in self.trackers:
             tracker.close()
-        if validation is not None and not validation.is_finite:
-            raise TrainingFailedError(
-                f"the evaluation after the last step is not finite: {_told(validation.values)}"
-            )
 
     def _final_evaluation(self) -> FinalEvaluation:
         step = self._last_step()
@@ -347,8 +336,6 @@ class Trainer:
         done, step = self.progress, self._last_step()
         self.phase.enter(step)
         values = {"step": done.step, "tokens": done.tokens, **self.final_evaluator.evaluate(step)}
-        if not FinalEvaluation(values, b"").is_finite:
-            raise TrainingFailedError(f"the evaluation is not finite: {_told(values)}")
         if self.engine.rank == 0:
             self.report.write_evaluation(values)
         return ExitCode.finished
@@ -374,78 +361,47 @@ def restore(
         UserError: every checkpoint is damaged, or it is another model's.
     """
     source = run.init_from  # of a new run: one that resumes has weights of its own
-    only_reads = run.train.eval_only  # maybe the folder of a run that is training
-
-    def load(folder: Path) -> tuple[Progress, dict[str, Any]]:
-        saved = checkpoint_reader.together(lambda: checkpoint_reader.saved_tensors(folder))
-        ahead = anticipation.allocate(saved, step_of(folder) or 0)
-        tensors = checkpoint_tensors(engine, average)
-        state = checkpoint_reader.read(folder, tensors | ahead)
-        _refuse_not_finite(folder, tensors)
-        try:
-            recovery.load_state_dict(state.get("recovery", {}))
-            loader.load_state_dict(state["loader"])
-            return Progress(**state["progress"]), state.get("trackers", {})
-        except USER_ERRORS:
-            raise
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedCheckpointError(
-                f"checkpoint {folder}: file {STATE} is not as this code writes it:"
-                f" {type(error).__name__}: {one_line(error)}"
-            ) from error
-
-    if not only_reads:
-        checkpoints.clean()
-    newest = read_held(checkpoints.hold_newest, load)
+    checkpoints.clean()
+    newest, shown = checkpoints.newest_good(), {}
     if newest is not None:
-        progress, shown = newest
-        log.info("resuming after step %d", progress.step)
+        ahead = anticipation.allocate(checkpoint_reader.saved_tensors(newest))
+        state = checkpoint_reader.read(newest, checkpoint_tensors(engine, average) | ahead)
+        progress = Progress(**state["progress"])
+        recovery.load_state_dict(state.get("recovery", {}))
+        loader.load_state_dict(state["loader"])
+        shown = state.get("trackers", {})
+        log.info("resuming after step %d from %s", progress.step, newest)
     else:
-        if found := checkpoints.published():
+        if checkpoints.published():
             raise UserError(
-                f"run_dir={run.run_dir}: none of its {len(found)} checkpoints is whole (see the"
-                " log); move them away to start again"
+                f"run_dir={run.run_dir}: none of its {len(checkpoints.published())} checkpoints is"
+                " whole (see the log); move them away to start again"
             )
-        progress, shown = Progress(), {}
+        progress = Progress()
         if source:
             _start_from(source, engine, average)
-    if engine.rank == 0 and not only_reads:
-        _cut_lines(progress.step, metrics, samples, recovery.state.rollbacks)
+    if engine.rank == 0:
+        ends = {metrics.path: metrics.cut(progress.step)}
+        last = samples.resume(progress.step, recovery.state.rollbacks)
+        if samples.enabled:
+            ends[samples.lines.path] = last
+        for path, found in ends.items():
+            if found != progress.step:
+                log.warning(
+                    "%s ends with step %d, the checkpoint is of step %d: the lines between are"
+                    " lost", path, found, progress.step,
+                )  # fmt: skip
     return progress, shown
-
-
-def _cut_lines(step: int, metrics: MetricsFile, samples: SampleLog, rollbacks: int) -> None:
-    """Let the run's files end with the step of its checkpoint."""
-    ends = {metrics.path: metrics.cut(step)}
-    last = samples.resume(step, rollbacks)
-    if samples.enabled:
-        ends[samples.lines.path] = last
-    for path, found in ends.items():
-        if found != step:
-            log.warning(
-                "%s ends with step %d, the checkpoint is of step %d: the lines between are lost",
-                path, found, step,
-            )  # fmt: skip
 
 
 def _start_from(source: str, engine: Engine, average: WeightAverage | None) -> None:
     """Take weights, expert biases and hash tables from elsewhere; the optimizer starts fresh."""
+    path = locate(source)
     model = {name: t for name, t in engine.state().items() if name.startswith("model.")}
-
-    def load(folder: Path) -> None:
-        checkpoint_reader.read(folder, model, partial=True)
-        _refuse_not_finite(folder, model)
-        log.info("starting from the weights of %s", folder)
-
-    read_held(lambda: hold(source), load)
+    checkpoint_reader.read(path, model, partial=True)
     if average is not None:
         average.restart()
-
-
-def _refuse_not_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
-    """Nothing can be trained on from it. Collective."""
-    if spoilt := first_not_finite(tensors):
-        raise UserError(f"checkpoint {folder}: its {spoilt} is not finite")
+    log.info("starting from the weights of %s", path)
 
 
 def checkpoint_tensors(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
@@ -473,10 +429,6 @@ def reach(rows: PackedBatch, config: ModelConfig) -> Record:
     if blocks:
         found["past_hca_block"] = rows.share_past(max(blocks))
     return found
-
-
-def _told(values: Mapping[str, Any]) -> str:
-    return " ".join(f"{name}={value:.5g}" for name, value in values.items())
 
 
 def _due(step: int, every: int, last: int | None = None) -> bool:

@@ -9,7 +9,6 @@ and everything else is left to Hydra's own composition.
 from __future__ import annotations
 
 import difflib
-import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
@@ -19,7 +18,6 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from train.config import RunConfig, load, unknown_key
@@ -68,21 +66,20 @@ def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
     own_conf = not any(flag.split("=")[0] in _FOREIGN for flag in flags)
     for arg in overrides:
         _check_override(arg, known, conf if own_conf else None)
-    return [*flags, *_gather_items(overrides, sweeps(flags))]
+    return [*flags, *_gather_items(overrides)]
 
 
-def sweeps(args: Sequence[str]) -> bool:
-    """Whether the command line asks for several jobs."""
-    return "-m" in args or "--multirun" in args
-
-
-def parse(overrides: Sequence[str]) -> list[Override]:
-    """Overrides as Hydra reads them.
+def swept(task: Sequence[str], args: Sequence[str]) -> list[str]:
+    """Overrides of a multirun's job that differ between its jobs.
 
     Args:
-        overrides: as :func:`normalise` returned them; flags are passed over.
+        task: the job's overrides.
+        args: the command line as :func:`normalise` returned it.
     """
-    return OverridesParser.create().parse_overrides(_split(overrides)[1])
+    parser = OverridesParser.create()
+    parsed = parser.parse_overrides(_split(args)[1])
+    fixed = {o.key_or_group for o in parsed if not o.is_sweep_override()}
+    return [o for o in task if parser.parse_override(o).key_or_group not in fixed]
 
 
 def compose_run(args: Sequence[str] = (), conf: Path = CONF) -> RunConfig:
@@ -119,14 +116,14 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def _gather_items(overrides: Sequence[str], sweep: bool) -> list[str]:
+def _gather_items(overrides: Sequence[str]) -> list[str]:
     """Join keys of named items (``data.sources.NAME.KEY=...``) into one override of their dict.
 
     Hydra cannot add an item by one of its keys. As a whole (``++data.sources={NAME:{KEY:...}}``)
-    items are added, or merged into those that are there. Where keys are swept the dict is.
+    items are added, or merged into those that are there.
     """
     out: list[str] = []
-    items: dict[str, dict[str, list[list[str]]]] = {}
+    items: dict[str, dict[str, list[str]]] = {}
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         parts = key.split(".")
@@ -136,29 +133,13 @@ def _gather_items(overrides: Sequence[str], sweep: bool) -> list[str]:
             continue
         keys = items.setdefault(".".join(parts[: depth - 1]), {}).setdefault(parts[depth - 1], [])
         if len(parts) > depth:
-            keys.append([f"{parts[-1]}:{choice}" for choice in _choices(override, value, sweep)])
+            keys.append(f"{parts[-1]}:{value}")
         else:
-            keys.append([value.strip().removeprefix("{").removesuffix("}")])
+            keys.append(value.strip().removeprefix("{").removesuffix("}"))
     for path, named in items.items():
-        dicts = []
-        for chosen in itertools.product(*(itertools.product(*keys) for keys in named.values())):
-            inner = (f"{name}:{{{','.join(k)}}}" for name, k in zip(named, chosen, strict=True))
-            dicts.append(f"{{{','.join(inner)}}}")
-        out.append(f"++{path}={','.join(dicts)}")  # the dict is closed to plain overrides
+        inner = ",".join(f"{name}:{{{','.join(keys)}}}" for name, keys in named.items())
+        out.append(f"++{path}={{{inner}}}")  # the dict is closed to plain overrides
     return out
-
-
-def _choices(override: str, value: str, sweep: bool) -> list[str]:
-    """Values of an item's key, each as Hydra's grammar writes it; several under ``-m`` alone."""
-    parsed = OverridesParser.create().parse_override(override)
-    if not parsed.is_sweep_override():
-        return [value]
-    if not sweep:
-        raise UserError(
-            f"{override}: several values need -m; one value with a comma is quoted,"
-            f" {override.partition('=')[0]}='\"{value}\"'"
-        )
-    return list(parsed.sweep_string_iterator())
 
 
 def _item_depth(parts: Sequence[str]) -> int | None:

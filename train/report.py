@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import lzma
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,11 +34,6 @@ class FinalEvaluation:
 
     values: Mapping[str, Any]
     text: bytes
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether every number is."""
-        return all(math.isfinite(value) for value in self.values.values())
 
 
 class RunReport:
@@ -95,7 +89,7 @@ class RunReport:
         draw_losses(records, self._folder / CURVE, self._title)
         receipt = {
             **self._facts,
-            "finished": validation is not None and validation.is_finite,
+            "finished": validation is not None,
             "progress": dict(progress),
             "audit": dict(audit),
             "final_metrics": records[-1] if records else {},

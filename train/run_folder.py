@@ -6,11 +6,9 @@ buildable.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from train.config import RunConfig, dump, load
-from train.errors import USER_ERRORS, UserError, one_line
+from train.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -90,26 +88,11 @@ def _has_run(folder: Path) -> bool:
     return checkpoints.is_dir() and any(checkpoints.iterdir())
 
 
-@contextmanager
-def untouched_if_refused(run_dir: str) -> Iterator[None]:
-    """Folders made for a run that was then refused go again, as far as they are empty."""
-    folder, new = Path(run_dir).absolute(), list[Path]()
-    with contextlib.suppress(OSError):
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except USER_ERRORS:
-        with contextlib.suppress(OSError):
-            for path in new:
-                path.rmdir()
-        raise
-
-
 def _check_writable(folder: Path) -> None:
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"run_dir={folder} cannot be: {existing} is a file, not a folder")
     try:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir():
-            raise UserError(f"run_dir={folder} cannot be: {existing} is a file, not a folder")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

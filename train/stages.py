@@ -302,6 +302,13 @@ def _check_stage(stage: Stage, label: str, run: RunConfig) -> None:
     for key in ("lr", "mtp_loss_weight", "bias_update_speed"):
         value = getattr(stage, key)
         need(value is None or value >= 0, f"{key}={value} must be 0 or more")
+    if stage.indexer_phase == IndexerPhase.sparse and _has_indexer(run.model):
+        weight, topk = run.train.indexer_loss_weight, run.model.index_topk
+        need(
+            topk > 1 or weight == 0,
+            f"indexer_phase=sparse teaches the indexer the order of the entries that it chose, but"
+            f" model.index_topk={topk} is one: train.indexer_loss_weight={weight} must be 0",
+        )
     if stage.indexer_phase == IndexerPhase.warmup:
         weight = run.train.indexer_loss_weight
         need(

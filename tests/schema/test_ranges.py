@@ -96,7 +96,7 @@ def test_every_number_refuses_what_no_run_can_have(value):
     run = compose_run()
     run.train.stages = [StageConfig(until_tokens=10**9)]
     run.data.sources = {"a": SourceConfig(kind=SourceKind.text, path="x", weight=1.0)}
-    run.optim.muon.newton_schulz = [NewtonSchulzStage()]
+    run.optim.muon.newton_schulz = [NewtonSchulzStage(steps=10)]
     for key, _ in numbers_of(RunConfig):
         section, leaf = run, key.rpartition(".")[2]
         for name in key.split(".")[:-1]:
