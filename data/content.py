@@ -16,10 +16,12 @@ from typing import Any
 
 from data.cache import digest
 from data.config import DataConfig, SourceConfig, SourceKind, ValidationConfig
+from data.corpus import package_versions
 from data.sources import find_files
 from data.token_store import TokenStore
 from data.tokenizer import Tokenizer
 
+_LIBRARIES = ("numpy", "datasets", "tokenizers")
 _BLOCK, _BLOCKS = 1 << 18, 16  # bytes of a sample; samples of a file, evenly spread
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _PATIENCE = 10.0  # seconds that the hub may take to tell a revision
@@ -51,12 +53,24 @@ def tokenizer_content(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
+def library_versions(cfg: DataConfig) -> dict[str, str]:
+    """Versions of what reads and tokenises text, and of the packages that are the text."""
+    packages = [
+        package
+        for source in cfg.named_sources().values()
+        if source.kind is SourceKind.embedded
+        for package in source.packages
+    ]
+    return package_versions(["stdlib", *_LIBRARIES, *packages])
+
+
 def store_content(store: TokenStore) -> dict[str, Any]:
     """What is trained on and what is held out, by hashes, with documents and tokens of both."""
     held = store.manifest["validation"]
     train_files = [file for shard in store.manifest["train"] for file in shard["files"]]
     held_files = [*held["files"], *held["extra"].values()]
     return {
+        "streamed": False,
         "train": digest([file["sha256"] for file in train_files]),
         "validation": digest([file["sha256"] for file in held_files]),
         "documents": len(store.train),
@@ -74,7 +88,10 @@ def stream_content(name: str, source: SourceConfig, validation: ValidationConfig
         ValueError: there are no such files; names the key.
     """
     fields: dict[str, Any] = {
-        "held_out": [validation.bytes, validation.ngram, validation.max_overlap]
+        "streamed": True,
+        "held_out": [validation.bytes, validation.ngram, validation.max_overlap],
+        "repository": "",
+        "revision": "",
     }
     if source.kind is SourceKind.text:
         fields["unit"] = source.unit.value
@@ -86,7 +103,7 @@ def stream_content(name: str, source: SourceConfig, validation: ValidationConfig
     if Path(source.path).exists():
         files = sorted(p for p in Path(source.path).rglob("*") if p.is_file())
         return fields | {"files": [file_content(file) for file in files]}
-    return fields | {"repository": source.path, "revision": _revision(source)}
+    return fields | {"repository": source.path, "revision": _revision(source), "files": []}
 
 
 def file_content(path: str | Path) -> list[Any]:

@@ -35,7 +35,12 @@ _LINE_START = re.compile(r"[ \t]*[rRuU]?")
 
 def package_key(packages: Sequence[str]) -> str:
     """Hash of what the corpus is made from: rules, packages and their versions."""
-    return digest({"rules": _VERSION, "packages": {name: _version(name) for name in packages}})
+    return digest({"rules": _VERSION, "packages": package_versions(packages)})
+
+
+def package_versions(packages: Sequence[str]) -> dict[str, str]:
+    """Versions by import name; Python's for ``stdlib``."""
+    return {name: _version(name) for name in packages}
 
 
 def embedded_documents(packages: Sequence[str], cache: Path) -> Path:

@@ -43,7 +43,7 @@ class Loader:
         mixture: gives the pools.
         validation_set: held-out documents.
         tokenizer: of all ids.
-        manifest: what the sample order depends on; a checkpoint of another manifest is refused.
+        manifest: what the sample order depends on.
         num_predict_depths: K, 1 + MTP depths.
         token_counts_V: int64 [V], occurrences of each id in the training text.
         streams: the streamed sources.
@@ -129,7 +129,7 @@ class Loader:
         return GlobalBatch(count(taken, self._depths), taken, seq_len)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position and what it is a position in; JSON values only."""
+        """The position; JSON values only."""
         return self._taken if self._ahead else self._state()
 
     def _state(self) -> dict[str, Any]:
@@ -140,22 +140,11 @@ class Loader:
             "row": p.row,
             "seq_len": p.seq_len,
             "earlier": [list(pair) for pair in p.earlier],
-            "manifest": self.manifest,
             "streams": {source.name: source.state() for source in self._streams},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where a checkpoint stood.
-
-        Raises:
-            ValueError: it was made with other data; names what differs and both values.
-        """
-        difference = _difference(state["manifest"], self.manifest, "")
-        if difference is not None:
-            key, before, now = difference
-            raise ConfigError(
-                f"the checkpoint was trained on other data: {key} was {before}, now it is {now}"
-            )
+        """Continue where a checkpoint of the same data stood (train/identity.py compares it)."""
         earlier = tuple((int(length), int(rows)) for length, rows in state["earlier"])
         place = {name: int(state[name]) for name in ("epoch", "pool", "row", "seq_len")}
         self.position = Position(**place, earlier=earlier)
@@ -362,14 +351,3 @@ def _token_counts(
         return counts_SV.sum(axis=0)
     share_S = np.array(weights) / counts_SV.sum(axis=1) * counts_SV.sum()
     return np.rint(share_S @ counts_SV).astype(np.int64)
-
-
-def _difference(before: Any, now: Any, key: str) -> tuple[str, Any, Any] | None:
-    """The first key at which two nested dicts differ, and both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in sorted({*before, *now}):
-            found = _difference(before.get(name), now.get(name), f"{key}.{name}".lstrip("."))
-            if found is not None:
-                return found
-        return None
-    return None if before == now else (key, before, now)

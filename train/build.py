@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from data.content import library_versions
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
 from model.flops import parameter_shapes
@@ -19,6 +20,7 @@ from model.init import init_weights
 from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
 from parallel.activation_checkpoint import checkpoint_blocks
+from parallel.collectives import gathered
 from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
 from parallel.lost_rank import all_ready
@@ -35,16 +37,18 @@ from train.config_reads import ConfigReads
 from train.ema import WeightAverage
 from train.errors import UserError
 from train.evaluate import Evaluator
+from train.flat_config import flat_config
+from train.identity import RunIdentity, check_ranks
 from train.loop import Trainer, restore
 from train.metrics import MetricsFile, read_metrics
 from train.mfu import measured_matmul_rate, times_slower_than_fp32
 from train.params_table import split_counts, table_rows, write_params_table
 from train.phase import PhaseSwitch
 from train.profiling import ProfilerWindow
-from train.receipt import plain
+from train.receipt import code_version, plain
 from train.recovery import Recovery
 from train.report import RunReport
-from train.run_folder import CHECKPOINTS, CONFIG, METRICS
+from train.run_folder import CHECKPOINTS, METRICS, holds_run, write_identity
 from train.sample_log import SampleLog, data_hash
 from train.stages import Plan, resolve
 from train.stop import StopRequest
@@ -63,7 +67,7 @@ def build(run: RunConfig) -> Trainer:
     Raises:
         ValueError: the input cannot be; names the key, the file and the values.
     """
-    config_yaml = dump(run)
+    config_yaml, config = dump(run), flat_config(run)
     reads = ConfigReads(run)
     plan = resolve(run)
     folder = Path(run.run_dir)
@@ -72,6 +76,8 @@ def build(run: RunConfig) -> Trainer:
     tokenizer = build_tokenizer(run.data)
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
     all_ready(run.parallel.timeout_seconds)
+    identity = identify(run, config, loader)
+    check_ranks(gathered(identity))
     model = build_model(run, loader, mesh)
     engine = build_engine(run, model, mesh)
     phase = PhaseSwitch(engine, run.quant)
@@ -87,15 +93,18 @@ def build(run: RunConfig) -> Trainer:
     anticipation = Anticipation(run, plan, engine, loader, recovery.anticipates)
     data = data_hash(loader.manifest)
     samples = SampleLog(folder, engine, data, run.train.log_samples)
-    progress, shown = restore(
-        run, engine, loader, average, checkpoints, metrics, samples, recovery, anticipation
-    )
-    open_folder(folder, config_yaml, run, plan, engine, phase, evaluator)
+    restored = restore(
+        run, plan, identity, engine, loader, average, checkpoints, metrics, samples, recovery,
+        anticipation,
+    )  # fmt: skip
+    identity, progress = restored.identity, restored.progress
+    open_folder(folder, config_yaml, identity, run, plan, engine, phase, evaluator)
     matmul_rate = measured_matmul_rate(engine.device, _DTYPES[run.train.precision])
     warn_of_emulation(run.train.precision, engine)
     return Trainer(
         run=run,
         plan=plan,
+        identity=identity,
         engine=engine,
         loader=loader,
         phase=phase,
@@ -108,12 +117,38 @@ def build(run: RunConfig) -> Trainer:
         anticipation=anticipation,
         metrics=metrics,
         samples=samples,
-        trackers=build_trackers(run, plan, engine, metrics, progress.step, shown),
+        trackers=build_trackers(run, plan, engine, metrics, progress.step, restored.trackers),
         profiler=build_profiler(run, plan, engine),
-        report=RunReport(run, engine, tokenizer, metrics, loader.manifest),
+        report=RunReport(run, engine, tokenizer, metrics, identity),
         stop=stop,
         matmul_rate=sum(engine.gather(matmul_rate)),
         progress=progress,
+    )
+
+
+def identify(run: RunConfig, config: dict[str, Any], loader: Loader) -> RunIdentity:
+    """The record of the run that is asked for, its data opened.
+
+    Args:
+        run: the config.
+        config: the same, flat.
+        loader: knows its data.
+    """
+    return RunIdentity(
+        config=config,
+        tokenizer=loader.manifest["tokenizer"],
+        sources=loader.manifest["sources"],
+        code=code_version(),
+        libraries=library_versions(run.data),
+        layout=plain(run.parallel.resolve(launched_world_size())),
+        kernels={
+            "kernels": config["model.kernels"],
+            "device": compute_device(run.train.device).type,
+        },
+        precision={
+            "compute": config["train.precision"],
+            "head": config["train.head_precision"],
+        },
     )
 
 
@@ -140,6 +175,7 @@ def build_layout(run: RunConfig) -> Mesh | None:
         return None
     device = compute_device(run.train.device)
     init_process_group(device)
+    check_ranks(gathered(RunIdentity(config=flat_config(run))))  # before any layout is made of it
     return build_mesh(layout, device.type, datetime.timedelta(seconds=run.parallel.timeout_seconds))
 
 
@@ -252,13 +288,16 @@ def build_trackers(
 def open_folder(
     folder: Path,
     config_yaml: str,
+    identity: RunIdentity,
     run: RunConfig,
     plan: Plan,
     engine: Engine,
     phase: PhaseSwitch,
     evaluator: Evaluator,
 ) -> None:
-    """Write what is known before the first step: the resolved config and the table of parameters.
+    """Write what is known before the first step: record, resolved config, table of parameters.
+
+    An evaluation leaves those of the run that it evaluates.
 
     Raises:
         UserError: evaluation is asked for and nothing is held out.
@@ -272,8 +311,7 @@ def open_folder(
         )
     phase.quantise(any(stage.quantised for stage in plan.reached()))
     rows = engine.gather(table_rows(engine.optimizer.table, train, phase.records))
-    if engine.rank:
+    if engine.rank or (train.eval_only and holds_run(folder)):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG).write_text(config_yaml, encoding="utf-8")
+    write_identity(folder, identity, config_yaml)
     write_params_table(folder / PARAMS, rows, parameter_shapes(run.model))

@@ -30,6 +30,7 @@ from train.config import RunConfig
 from train.ema import WeightAverage
 from train.errors import ExitCode, TrainingFailedError, UserError
 from train.evaluate import Evaluator
+from train.identity import RunIdentity, Use
 from train.metrics import (
     MetricsFile,
     Record,
@@ -37,6 +38,7 @@ from train.metrics import (
     monitor_values,
     peak_memory_bytes,
 )
+from train.origin import check_origin, check_steps
 from train.phase import PhaseSwitch
 from train.profiling import ProfilerWindow
 from train.recovery import Recovery, Verdict
@@ -73,6 +75,7 @@ class Trainer:
     Attributes:
         run: the config.
         plan: its stages.
+        identity: the record of what it is.
         engine: runs steps.
         loader: plans batches.
         phase: brings the model into the state that a step needs.
@@ -95,6 +98,7 @@ class Trainer:
 
     run: RunConfig
     plan: Plan
+    identity: RunIdentity
     engine: Engine
     loader: Loader
     phase: PhaseSwitch
@@ -290,6 +294,7 @@ class Trainer:
         """What a checkpoint holds beside tensors; rank 0's is written, which alone has trackers."""
         loss = self._val_loss
         return {
+            "identity": self.identity.as_json(),
             "progress": asdict(self.progress),
             "loader": self.loader.state_dict(),
             "recovery": self.recovery.state_dict(),
@@ -341,8 +346,25 @@ class Trainer:
         return ExitCode.finished
 
 
+@dataclass(frozen=True)
+class Restored:
+    """Where a run stands when it starts.
+
+    Attributes:
+        identity: its record.
+        progress: steps and tokens done.
+        trackers: what its trackers gave to the checkpoint.
+    """
+
+    identity: RunIdentity
+    progress: Progress = field(default_factory=Progress)
+    trackers: dict[str, Any] = field(default_factory=dict)
+
+
 def restore(
     run: RunConfig,
+    plan: Plan,
+    identity: RunIdentity,
     engine: Engine,
     loader: Loader,
     average: WeightAverage | None,
@@ -351,25 +373,41 @@ def restore(
     samples: SampleLog,
     recovery: Recovery,
     anticipation: Anticipation,
-) -> tuple[Progress, dict[str, Any]]:
+) -> Restored:
     """Bring everything to where the run's newest complete checkpoint left it, or to the start.
 
-    Returns:
-        Where the run stands, and what its trackers gave to the checkpoint.
+    Args:
+        run: the config.
+        plan: its stages.
+        identity: what is asked for now.
+        engine: gets weights and optimizer.
+        loader: gets its position.
+        average: gets the averaged weights.
+        checkpoints: of the folder.
+        metrics: cut back to the checkpoint.
+        samples: the same.
+        recovery: gets its state.
+        anticipation: gets its choices.
 
     Raises:
-        UserError: every checkpoint is damaged, or it is another model's.
+        UserError: every checkpoint is damaged, or it is another run's or model's.
     """
     source = run.init_from  # of a new run: one that resumes has weights of its own
-    checkpoints.clean()
-    newest, shown = checkpoints.newest_good(), {}
+    only_reads = run.train.eval_only  # maybe the folder of a run that is training
+    if not only_reads:
+        checkpoints.clean()
+    newest, restored = checkpoints.newest_good(), Restored(identity)
     if newest is not None:
+        use = Use.evaluate if only_reads else Use.resume
+        recorded = check_origin(use, newest, identity, f"run_dir={run.run_dir}")
         ahead = anticipation.allocate(checkpoint_reader.saved_tensors(newest))
         state = checkpoint_reader.read(newest, checkpoint_tensors(engine, average) | ahead)
         progress = Progress(**state["progress"])
+        if not only_reads:
+            check_steps(plan.steps, progress.step, run.run_dir)
         recovery.load_state_dict(state.get("recovery", {}))
         loader.load_state_dict(state["loader"])
-        shown = state.get("trackers", {})
+        restored = Restored(identity.continuing(recorded), progress, state.get("trackers", {}))
         log.info("resuming after step %d from %s", progress.step, newest)
     else:
         if checkpoints.published():
@@ -377,26 +415,35 @@ def restore(
                 f"run_dir={run.run_dir}: none of its {len(checkpoints.published())} checkpoints is"
                 " whole (see the log); move them away to start again"
             )
-        progress = Progress()
         if source:
-            _start_from(source, engine, average)
-    if engine.rank == 0:
-        ends = {metrics.path: metrics.cut(progress.step)}
-        last = samples.resume(progress.step, recovery.state.rollbacks)
-        if samples.enabled:
-            ends[samples.lines.path] = last
-        for path, found in ends.items():
-            if found != progress.step:
-                log.warning(
-                    "%s ends with step %d, the checkpoint is of step %d: the lines between are"
-                    " lost", path, found, progress.step,
-                )  # fmt: skip
-    return progress, shown
+            _start_from(source, identity, engine, average)
+    if engine.rank == 0 and not only_reads:
+        _cut_lines(restored.progress.step, metrics, samples, recovery.state.rollbacks)
+    return restored
 
 
-def _start_from(source: str, engine: Engine, average: WeightAverage | None) -> None:
+def _cut_lines(step: int, metrics: MetricsFile, samples: SampleLog, rollbacks: int) -> None:
+    """Let the run's files end with the step of its checkpoint."""
+    ends = {metrics.path: metrics.cut(step)}
+    last = samples.resume(step, rollbacks)
+    if samples.enabled:
+        ends[samples.lines.path] = last
+    for path, found in ends.items():
+        if found != step:
+            log.warning(
+                "%s ends with step %d, the checkpoint is of step %d: the lines between are lost",
+                path, found, step,
+            )  # fmt: skip
+
+
+def _start_from(
+    source: str, identity: RunIdentity, engine: Engine, average: WeightAverage | None
+) -> None:
     """Take weights, expert biases and hash tables from elsewhere; the optimizer starts fresh."""
     path = locate(source)
+    recorded = check_origin(Use.init_from, path, identity, f"init_from={source}")
+    if recorded.tokenizer is None:
+        log.warning("init_from=%s does not say with which tokenizer it was trained", source)
     model = {name: t for name, t in engine.state().items() if name.startswith("model.")}
     checkpoint_reader.read(path, model, partial=True)
     if average is not None:

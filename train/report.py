@@ -13,9 +13,10 @@ from data.tokenizer import Tokenizer
 from model.transformer import DeepSeekV4
 from parallel.engine import Engine
 from train.config import RunConfig
+from train.identity import RunIdentity
 from train.metrics import MetricsFile, read_metrics
 from train.plots import draw_losses
-from train.receipt import code_version, config_hash, environment, plain, write_json
+from train.receipt import config_hash, environment, write_json
 from train.sample import continue_text
 
 log = logging.getLogger(__name__)
@@ -44,7 +45,7 @@ class RunReport:
         engine: holds the model.
         tokenizer: of the run.
         metrics: of the run.
-        manifest: what the data is, by hashes.
+        identity: what the run is; the receipt quotes it.
     """
 
     def __init__(
@@ -53,16 +54,16 @@ class RunReport:
         engine: Engine,
         tokenizer: Tokenizer,
         metrics: MetricsFile,
-        manifest: Mapping[str, Any],
+        identity: RunIdentity,
     ) -> None:
         self._folder, self._seed = Path(run.run_dir), run.seed
         self._title = f"{run.model.name}, {run.optim.name.value}, {run.train.precision.value}"
         self._sample = (run.sample.prompt, run.sample.tokens, run.sample.temperature)
         self._facts = {
             "config_sha256": config_hash(run),
-            "data": dict(manifest),
-            "layout": plain(run.parallel),
-            "code": code_version(),
+            "data": {"tokenizer": identity.tokenizer, "sources": identity.sources},
+            "layout": identity.layout,
+            "code": identity.code,
             "environment": environment(engine.device),
         }
         self._engine, self._tokenizer = engine, tokenizer

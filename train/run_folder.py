@@ -1,67 +1,59 @@
 """Whether a run may use its folder: it is new, or holds an earlier part of the same run.
 
-Looks and refuses; it makes the folder, but the trainer fills it, once everything is known to be
-buildable.
+What the folder's run is stands in ``identity.json`` (train/identity.py), its config besides in
+``config.yaml``; both are replaced whole or not at all. Checking looks and refuses; it makes the
+folder, but the trainer fills it, once everything is known to be buildable.
 """
 
 from __future__ import annotations
 
-import logging
+import json
+import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
-from train.config import RunConfig, dump, load
+from train.checkpoint_files import STATE, fsync, seal, step_of, write_durably
+from train.config import RunConfig, load
 from train.errors import UserError, one_line
-
-log = logging.getLogger(__name__)
+from train.flat_config import flat_config, flatten
+from train.identity import RunIdentity, Use, check
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 SAMPLES, ABANDONED = "samples.jsonl", "samples_abandoned.jsonl"
-# What may change between the parts of a run: the machine, the layout, how often one looks, how far
-# it goes.
-_FREE = (
-    "run_dir", "engine", "parallel.", "wandb.", "sample.", "tensorboard", "model.kernels",
-    "model.loss_chunk_tokens", "train.steps", "train.micro_batch_size", "train.device",
-    "train.eval_every", "train.eval_only", "train.eval_tokens",
-    "train.final_eval_tokens", "train.checkpoint_every", "train.async_checkpoint", "train.keep_",
-    "train.time_limit_seconds", "train.log_every", "train.log_samples", "train.monitor_every",
-    "train.activation_checkpoint", "train.profile_", "train.recovery.",
-)  # fmt: skip
+IDENTITY = "identity.json"
 
 
 def check_run_folder(run: RunConfig) -> None:
     """Refuse a folder that cannot be written or belongs to another run.
 
+    Compares what is known before data is read; the rest follows when it is (train/origin.py).
+
     Raises:
         UserError: names ``run_dir`` and, where a config differs, the key and both values.
     """
     folder = Path(run.run_dir)
+    if run.train.eval_only and not run.init_from and not _checkpoints(folder):
+        raise UserError(
+            f"train.eval_only=true has nothing to evaluate: run_dir={folder} holds no checkpoint"
+            " and init_from names none"
+        )
     _check_writable(folder)
-    if not any(folder.iterdir()):
+    found = [path.name for path in folder.iterdir() if not _passing(path.name)]
+    if not found:
         return
-    if not (folder / CONFIG).is_file():
+    if CONFIG not in found:
         if _has_run(folder):
             raise UserError(f"run_dir={folder} holds a run but its {CONFIG} is missing")
-        found = sorted(path.name for path in folder.iterdir())[0]
-        raise UserError(f"run_dir={folder} is no run folder: it holds {found} but no {CONFIG}")
+        raise UserError(f"run_dir={folder} is no run folder: it holds {min(found)} but no {CONFIG}")
     if not _has_run(folder):
         return
-    before, now = _flat_file(folder / CONFIG), dict(_flatten(yaml.safe_load(dump(run))))
-    for key in sorted(before.keys() & now.keys(), key=list(now).index):
-        if before[key] == now[key]:
-            continue
-        if not key.startswith(_FREE):
-            raise UserError(
-                f"run_dir={folder} holds a run with {key}={before[key]}, but now {key}={now[key]}:"
-                " give another run_dir"
-            )
-        if key == "train.steps":
-            log.info("train.steps was %s and is %s: schedules now end there", before[key], now[key])
+    use = Use.evaluate if run.train.eval_only else Use.resume
+    now = RunIdentity(config=flat_config(run))
+    check(use, read_identity(folder), now, f"run_dir={folder}", _done_tokens(folder))
 
 
 def read_run(folder: Path) -> RunConfig:
@@ -70,14 +62,90 @@ def read_run(folder: Path) -> RunConfig:
     Raises:
         UserError: the folder holds none, or one that this code does not take.
     """
-    path = folder / CONFIG
+    return load(OmegaConf.create(_read_config(folder / CONFIG)))
+
+
+def read_identity(folder: Path) -> RunIdentity:
+    """The record of a folder's run; of one that older code began, its config.
+
+    Raises:
+        UserError: a file is damaged; names it.
+    """
+    config, path = read_flat_config(folder / CONFIG), folder / IDENTITY
+    if not path.exists():
+        return RunIdentity(config=config)
     try:
-        content = OmegaConf.load(path)
-    except (OSError, yaml.YAMLError) as error:
+        text = path.read_bytes().decode()
+        content = json.loads(text)
+        intact = isinstance(content, dict) and seal(content) == text
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-    if not isinstance(content, DictConfig):
-        raise UserError(f"{path} is no config: it holds a {type(content).__name__}")
-    return load(content)
+    if not intact:
+        raise UserError(f"{path} ({len(text)} characters) is not what was written")
+    return RunIdentity.from_json(content, str(path))
+
+
+def write_identity(folder: Path, identity: RunIdentity, config_yaml: str) -> None:
+    """Write the record and the config of a folder's run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / IDENTITY, seal(identity.as_json()))
+    _replace(folder / CONFIG, config_yaml)
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run: its files are not to be replaced by those of an evaluation."""
+    return (folder / CONFIG).is_file() and _has_run(folder)
+
+
+def read_flat_config(path: Path) -> dict[str, Any]:
+    """A config file by dotted keys.
+
+    Raises:
+        UserError: it cannot be read, or is damaged.
+    """
+    return flatten(_read_config(path))
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(content, dict) or not content:
+        what = "nothing" if not content else f"a {type(content).__name__}"
+        raise UserError(f"{path} is damaged: it holds {what}, not a config")
+    return {str(key): value for key, value in content.items()}
+
+
+def _replace(path: Path, text: str) -> None:
+    """A reader, or a start after a crash, sees the file as it was or as it is to be."""
+    aside = path.with_name(f".{path.name}.writing")
+    write_durably(aside, text)
+    os.replace(aside, path)
+    fsync(path.parent)
+
+
+def _passing(name: str) -> bool:
+    """Whether a file goes by itself: half written at a kill, or removed while NFS has it open."""
+    return name.startswith(".nfs") or (name.startswith(".") and name.endswith(".writing"))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Checkpoints by name, newest first."""
+    if not (folder / CHECKPOINTS).is_dir():
+        return []
+    found = [path for path in (folder / CHECKPOINTS).iterdir() if step_of(path) is not None]
+    return sorted(found, key=lambda path: step_of(path) or 0, reverse=True)
+
+
+def _done_tokens(folder: Path) -> int:
+    """Position of the newest checkpoint, which may turn out to be damaged; 0: there is none."""
+    for path in _checkpoints(folder):
+        try:
+            return int(json.loads((path / STATE).read_bytes())["progress"]["tokens"])
+        except (OSError, ValueError, LookupError, TypeError):
+            continue
+    return 0
 
 
 def _has_run(folder: Path) -> bool:
@@ -98,21 +166,3 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise UserError(f"run_dir={folder} cannot be written: {one_line(error)}") from error
-
-
-def _flat_file(path: Path) -> dict[str, Any]:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is no config: it holds a {type(content).__name__}")
-    return dict(_flatten({str(key): value for key, value in content.items()}))
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

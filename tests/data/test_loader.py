@@ -162,16 +162,6 @@ def test_documents_are_contiguous_and_end_in_eos(make_loader):
             assert (tokens[-1] == loader.tokenizer.eos_id) == ends
 
 
-def test_another_manifest_is_refused_by_name(make_loader):
-    state = make_loader(seed=0).state_dict()
-    with pytest.raises(ValueError, match=r"other data: seed was 0, now it is 1"):
-        make_loader(seed=1).load_state_dict(state)
-    state = copy.deepcopy(state)
-    state["manifest"]["sources"]["docs"]["train"] = "abc"
-    with pytest.raises(ValueError, match=r"sources\.docs\.train was abc"):
-        make_loader(seed=0).load_state_dict(state)
-
-
 def test_token_counts_are_those_of_the_training_documents(make_loader):
     loader = make_loader()
     counts = np.bincount(np.concatenate(stored(loader)), minlength=260)

@@ -36,6 +36,7 @@ from train.checkpoint import CheckpointFailedError
 from train.config import SampleConfig, StageConfig, WandbConfig, WandbMode
 from train.errors import ExitCode, UserError
 from train.metrics import read_metrics
+from train.run_folder import read_identity
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_folder_holds_what_was_promised(done):
     folder = Path(run.run_dir)
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml", "params.csv", "metrics.jsonl", "checkpoints", "receipt.json", "loss.png",
-        "sample.txt",
+        "sample.txt", "identity.json",
     }  # fmt: skip
     assert [p.name for p in trainer.checkpoints.published()] == ["step_00000002", "step_00000003"]
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
@@ -79,7 +80,10 @@ def test_receipt_says_what_ran(done):
     assert receipt["progress"] == {"step": 3, "tokens": 3 * ROWS * SEQ_LEN, "skipped_steps": 0}
     assert receipt["audit"]["steps"] == [1, 2, 3]
     assert {"quant", "gradient", "config"} <= set(receipt["audit"]["checks"])
-    assert receipt["data"] == trainer.loader.manifest
+    record = read_identity(Path(run.run_dir))
+    assert receipt["data"] == {"tokenizer": record.tokenizer, "sources": record.sources}
+    assert (receipt["code"], receipt["layout"]) == (record.code, record.layout)
+    assert record.sources == trainer.loader.manifest["sources"]
     assert receipt["final_metrics"] == read_metrics(trainer.metrics.path)[-1]
     assert len(receipt["code"]["source_sha256"]) == len(receipt["config_sha256"]) == 64
     assert receipt["environment"]["libraries"]["torch"] == torch.__version__
