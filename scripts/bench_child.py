@@ -89,7 +89,12 @@ def memory_bytes(device: torch.device, field: str) -> int:
     """Memory of this process: resident now (``VmRSS``) or at its peak (``VmHWM``), or of the GPU.
 
     The kernel's own high-water mark starts afresh with the program; ``ru_maxrss`` would not.
+
+    Raises:
+        RuntimeError: this is not Linux, which alone tells the mark.
     """
+    if device.type != "cuda" and sys.platform != "linux":
+        raise RuntimeError(f"memory of the CPU is measured on Linux only, not on {sys.platform}")
     if device.type == "cuda":
         peak = field == "VmHWM"
         return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()

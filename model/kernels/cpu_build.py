@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -102,7 +103,13 @@ def _built(source: str, defines: tuple[str, ...]) -> Path:
 
 @functools.cache
 def compiler() -> str | None:
-    """Path of the C++ compiler; None (and one warning) where there is none."""
+    """Path of the C++ compiler; None (and one warning) where there is none, or no Linux.
+
+    What is compiled depends on the CPU and on torch's OpenMP runtime, which ``/proc`` tells.
+    """
+    if sys.platform != "linux":
+        logger.warning("CPU kernels need Linux, not %s: plain torch runs, slower", sys.platform)
+        return None
     path = shutil.which(_COMPILER)
     if path is None:
         logger.warning("%s not found: CPU kernels run in plain torch, which is slower", _COMPILER)

@@ -2,6 +2,7 @@
 
 import ctypes
 import logging
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -100,6 +101,19 @@ def test_without_a_compiler_one_warning_and_torch(sandbox, monkeypatch, caplog):
             assert set(active_kernels(Kernels.fast, torch.device("cpu")).values()) == {"torch"}
         assert len(caplog.records) == 1
         assert "g++ not found" in caplog.text
+    finally:
+        cpu_build.compiler.cache_clear()
+
+
+def test_a_system_without_proc_runs_plain_torch(sandbox, monkeypatch, caplog):
+    """As macOS does, where g++ may well be there."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(cpu_build, "_fingerprint", None)
+    cpu_build.compiler.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING):
+            assert kernel_library("scale.cpp", {"scale": "plpi"}) is None
+        assert "CPU kernels need Linux, not darwin" in caplog.text
     finally:
         cpu_build.compiler.cache_clear()
 
