@@ -274,6 +274,7 @@ def _open_stores(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, TokenStore]
             )
         if len(store.train) == 0:
             raise ConfigError(f"data.sources.{name}.path={source.path} has no training documents")
+        store.check_control(tokenizer)
     return stores
 
 

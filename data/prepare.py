@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 TRAIN_BYTES = 16 << 20  # text that a BPE is trained on, at most, over all sources
 _STREAM_DOCUMENTS = 4096  # of a stream that a BPE is trained on, at most
 _PART = 16 * CHUNK  # documents that one process reads at a time
-_RULES = 1  # of splitting and tokenising: part of every cache key
+_RULES = 2  # of splitting and tokenising: part of every cache key
 _SPLIT_FIELDS = ("train", "validation", "near_duplicates", "bytes_N")
 
 

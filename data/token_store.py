@@ -204,6 +204,21 @@ class TokenStore:
         """Occurrences of each token id in the training documents; int64 [V]."""
         return np.asarray(self.load(self.manifest["token_counts"]))
 
+    def check_control(self, tokenizer: Tokenizer) -> None:
+        """The only control token in the training documents is the one that ends each.
+
+        Raises:
+            ConfigError: text was read as control, as before version 2 of the rules it could be.
+        """
+        found = {i: int(self.token_counts[i]) for i in sorted(tokenizer.control_ids)}
+        found[tokenizer.eos_id] -= len(self.train)
+        wrong = next((i for i, times in found.items() if times), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"{self._key}: control token {wrong} stands {found[wrong]} times in its texts,"
+                " which an older version took from them: prepare it again"
+            )
+
     def load(self, record: dict[str, Any]) -> np.ndarray:
         """Memory-map one file of the manifest, verified."""
         self._verify_file(record)

@@ -1,8 +1,8 @@
 """Tokenizers: byte-level BPE trained here, plain bytes, or any Hugging Face ``tokenizer.json``.
 
 All take text to ids and back without losing a byte of valid UTF-8 (a Hugging Face tokenizer as far
-as its normaliser allows) and never read a special token out of a document's text. No beginning of
-document token is added (V4_SPEC E.3).
+as its normaliser allows; one that drops characters is refused) and never read a control token out
+of a text (data/plain_text.py). No beginning of document token is added (V4_SPEC E.3).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.errors import ConfigError
+from data.plain_text import PROBES, lost_characters, text_encoder, unknown_id
+
+logger = logging.getLogger(__name__)
 
 EOS = "<|endoftext|>"
 FIM_TOKENS = ("<|fim_begin|>", "<|fim_hole|>", "<|fim_end|>")
@@ -57,6 +61,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that no text gives: end of document, fill-in-the-middle and all added tokens."""
+        ...
+
+    @property
     def hash(self) -> str:
         """Hex sha256 of the serialised tokenizer."""
         ...
@@ -78,7 +87,7 @@ class Tokenizer(Protocol):
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids; special tokens are left out, invalid UTF-8 becomes U+FFFD."""
+        """Text of ids; control tokens are left out, invalid UTF-8 becomes U+FFFD."""
         ...
 
     def serialise(self) -> str:
@@ -92,6 +101,7 @@ class ByteTokenizer:
     vocab_size = 260
     eos_id = 256
     fim_ids = (257, 258, 259)
+    control_ids = frozenset((256, 257, 258, 259))
     hash = hashlib.sha256(_BYTE.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -130,26 +140,36 @@ class JsonTokenizer:
         name: where it came from, for messages.
         eos_token: end of document; None: the first known spelling that the vocabulary has.
 
+    Attributes:
+        unknown: characters of the probe that become the unknown token.
+
     Raises:
-        ValueError: no end-of-document token is found.
+        ConfigError: no end-of-document token is found, or characters are dropped.
     """
 
     def __init__(self, inner: HFTokenizer, name: str, eos_token: str | None = None) -> None:
-        inner.encode_special_tokens = True  # "<|endoftext|>" in a document is text
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
         self._specials = _find_specials(inner, name, eos_token)
-        self._json = json.dumps(
-            {
-                "type": "json",
-                "eos_id": self._specials.eos_id,
-                "tokenizer": json.loads(inner.to_str()),
-            },
-            ensure_ascii=True,
-        )
+        content = json.loads(inner.to_str())
+        fields = {"type": "json", "eos_id": self._specials.eos_id, "tokenizer": content}
+        self._json = json.dumps(fields, ensure_ascii=True)
         self._hash = hashlib.sha256(self._json.encode()).hexdigest()
         self._vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
+        written = {self._specials.eos_id, *(self._specials.fim_ids or ())}
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        unknown = unknown_id(content)
+        self._control_ids = frozenset(written | (set(added.values()) - {unknown}))
+        self._text = text_encoder(content, self._control_ids)
+        lost, self.unknown = lost_characters(
+            self._text, inner, None if unknown in written else unknown, added
+        )
+        if lost:
+            raise ConfigError(
+                f"{name}: it drops {lost[0]!a} from a text ({len(lost)} of the characters tried),"
+                " and has no unknown token for what it lacks"
+            )
 
     @property
     def vocab_size(self) -> int:
@@ -167,22 +187,27 @@ class JsonTokenizer:
         return self._specials.fim_ids
 
     @property
+    def control_ids(self) -> frozenset[int]:
+        """All that the framework alone may write; the unknown token is none of them."""
+        return self._control_ids
+
+    @property
     def hash(self) -> str:
         """Hex sha256 of the serialised tokenizer."""
         return self._hash
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text."""
-        return self._inner.encode(text, add_special_tokens=False).ids
+        return self._text.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Ids of several texts, in parallel threads."""
-        encodings = self._inner.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._text.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.int64) for encoding in encodings]
 
     def encode_with_byte_ends(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids and where each ends in the text's bytes, from the library's character offsets."""
-        encoding = self._inner.encode(text, add_special_tokens=False)
+        encoding = self._text.encode(text, add_special_tokens=False)
         ids = np.array(encoding.ids, dtype=np.int64)
         char_ends = np.array([stop for _, stop in encoding.offsets], dtype=np.int64)
         char_ends = np.maximum.accumulate(char_ends)
@@ -194,7 +219,8 @@ class JsonTokenizer:
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids."""
-        return self._inner.decode(ids, skip_special_tokens=True)
+        text = [i for i in ids if i not in self._control_ids]
+        return self._inner.decode(text, skip_special_tokens=True)
 
     def serialise(self) -> str:
         """The library's JSON and the id that ends documents."""
@@ -261,7 +287,13 @@ def load_tokenizer(name: str) -> Tokenizer:
         inner = HFTokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ConfigError(f"data.tokenizer={name}: cannot read {path}: {error}") from error
-    return JsonTokenizer(inner, f"data.tokenizer={name}", _configured_eos(path))
+    tokenizer = JsonTokenizer(inner, f"data.tokenizer={name}", _configured_eos(path))
+    if tokenizer.unknown:
+        logger.warning(
+            "data.tokenizer=%s: %d of %d characters tried become its unknown token, %a among them",
+            name, len(tokenizer.unknown), len(PROBES), tokenizer.unknown[0],
+        )  # fmt: skip
+    return tokenizer
 
 
 def _is_ours(path: Path) -> bool:

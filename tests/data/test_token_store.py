@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 import data.token_store
-from data.cache import digest
+from data.cache import digest, save_array
 from data.config import DataConfig, PackingConfig, SourceConfig, SourceKind
 from data.loader import build_loader
 from data.prepare import build_tokenizer, cached_stores, corpus_split
 from data.sources import open_documents
-from data.token_store import TokenStore, token_dtype
-from data.tokenise import StoreJob, write_store
+from data.token_store import TokenStore, file_record, token_dtype, write_documents
+from data.tokenise import StoreJob, write_store, write_validation
 from data.tokenizer import ByteTokenizer
 
 pytestmark = pytest.mark.core
@@ -160,3 +160,30 @@ def test_a_store_of_another_tokenizer_is_refused(store, small_config):
 def test_ids_get_the_smallest_type_that_holds_them():
     assert token_dtype(1 << 16) == np.uint16
     assert token_dtype((1 << 16) + 1) == np.uint32
+
+
+def test_a_store_that_took_control_tokens_from_text_is_refused(tmp_path):
+    """As an older version could make it, from a tokenizer whose sentinels are not special."""
+    ids = [np.array([65, 257, 66, 256]), np.array([65, 256])]
+    folder = tmp_path / "old"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(ByteTokenizer().serialise())
+    manifest = {
+        "format": 1,
+        "plan": {},
+        "vocab_size": 260,
+        "tokenizer_hash": ByteTokenizer.hash,
+        "train": [write_documents(folder, "train-00000", ids, np.dtype(np.uint16))],
+        "validation": write_validation(folder, ["a"], ByteTokenizer()),
+        "tokenizer": file_record(folder / "tokenizer.json"),
+    }
+    save_array(folder / "token_counts.npy", np.bincount(np.concatenate(ids), minlength=260))
+    manifest["token_counts"] = file_record(folder / "token_counts.npy")
+    text = json.dumps(manifest | {"checksum": digest(manifest)})
+    (folder / "manifest.json").write_text(text)
+    source = SourceConfig(kind=SourceKind.store, path=str(folder))
+    cfg = DataConfig(tokenizer="byte", sources={"old": source})
+    with pytest.raises(
+        ValueError, match=r"data\.sources\.old\.path=.* control token 257 stands 1 t"
+    ):
+        build_loader(cfg, build_tokenizer(cfg), 0, 1)
