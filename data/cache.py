@@ -7,6 +7,7 @@ leaves its partial folder, which the next one continues or starts over.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,7 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.errors import ConfigError
+import numpy as np
+
+from data.errors import ConfigError, DiskError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,7 +31,9 @@ def cache_root(cache_dir: str) -> Path:
 
 def digest(value: Any) -> str:
     """Hex hash of a JSON value, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    )
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -36,6 +41,17 @@ def file_digest(path: Path) -> str:
     """Hex sha256 of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write a ``.npy`` file as ``numpy.save`` does; a full disk is an ``OSError`` with its number.
+
+    numpy writes past Python, and tells of a full disk by two counts.
+    """
+    header = np.lib.format.header_data_from_array_1_0(array)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.write(np.ascontiguousarray(array).data.cast("B") if array.size else b"")
 
 
 def _lock_path(target: Path) -> Path:
@@ -47,12 +63,14 @@ def locked(target: Path, key: str) -> Iterator[None]:
     """Hold the lock that belongs to a path.
 
     Raises:
-        ValueError: the folder cannot be written; names ``key``.
+        ConfigError: the folder cannot be written; names ``key``.
+        DiskError: its disk is full.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock_path(target).open("a")
     except OSError as error:
+        _raise_if_full(error, target.parent, key)
         raise ConfigError(f"{key}: cannot write to {target.parent}: {error.strerror}") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -74,7 +92,8 @@ def build_once(
         key: config key that chose the place, for messages.
 
     Raises:
-        ValueError: the place cannot be written.
+        ConfigError: the place cannot be written.
+        DiskError: its disk is full.
     """
     if target.is_dir():
         return target
@@ -84,9 +103,21 @@ def build_once(
         partial = target.with_name(target.name + ".partial")
         if partial.exists() and not resume:
             shutil.rmtree(partial)
-        partial.mkdir(exist_ok=True)
-        build(partial)
+        try:
+            partial.mkdir(exist_ok=True)
+            build(partial)
+        except OSError as error:
+            _raise_if_full(error, partial, key)
+            raise
         partial.rename(target)
         # Whoever still waits for the lock, or makes a new one, finds the folder: none builds again.
         _lock_path(target).unlink(missing_ok=True)
     return target
+
+
+def _raise_if_full(error: OSError, folder: Path, key: str) -> None:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise DiskError(
+            f"{key}: {error.strerror}: the disk of {error.filename or folder} is full; the same"
+            " command goes on when there is room"
+        ) from error

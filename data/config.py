@@ -32,6 +32,13 @@ class TextUnit(StrEnum):
     line = "line"
 
 
+class OnBadLine(StrEnum):
+    """What becomes of a line, row or document that cannot be read."""
+
+    error = "error"
+    skip = "skip"  # left out, counted and told
+
+
 @dataclass
 class SourceConfig:
     """One source of documents.
@@ -41,10 +48,13 @@ class SourceConfig:
         path: a file, folder or glob pattern, relative to where the command runs; the name of a hub
             dataset; a store's folder. Unused by ``embedded``.
         text_key: column that holds the text (jsonl, parquet, hub).
-        unit: what one document is in a text file.
-        subset: configuration of a hub dataset.
-        split: split of a hub dataset.
-        revision: revision of a hub dataset.
+        unit: what one document is in a text file (text).
+        on_bad_line: what becomes of a line, row or document that is not UTF-8, not JSON or has no
+            text under ``text_key`` (text, jsonl, parquet). A file that is damaged as a whole is an
+            error always.
+        subset: configuration of a hub dataset (hub).
+        split: split of a hub dataset (hub).
+        revision: revision of a hub dataset (hub).
         streaming: read in order while training instead of tokenising all of it first (text, jsonl,
             parquet, hub); for what does not fit the disk.
         packages: of ``embedded``: ``stdlib`` or the names of installed packages.
@@ -56,6 +66,7 @@ class SourceConfig:
     path: str = ""
     text_key: str = "text"
     unit: TextUnit = TextUnit.document
+    on_bad_line: OnBadLine = OnBadLine.error
     subset: str = ""
     split: str = "train"
     revision: str = ""
@@ -148,7 +159,7 @@ class DataConfig:
         problem = out_of_range(self, "data")
         if problem is not None:
             raise ConfigError(problem)
-        if self.tokenizer == "bpe" and self.vocab_size < _LEAST_BPE:
+        if self.vocab_size < _LEAST_BPE and "vocab_size" not in self.unused():
             raise ConfigError(
                 f"data.vocab_size={self.vocab_size} must be {_LEAST_BPE} or more for"
                 " data.tokenizer=bpe: the bytes, the special tokens and some pairs"
@@ -183,6 +194,8 @@ class DataConfig:
         elif all(s.streaming or s.kind is SourceKind.store for s in sources.values()):
             out["workers"] = "nothing is tokenised before the run"
             out["validation.max_fraction"] = "a stream holds out its first documents"
+            if "vocab_size" in out:
+                out["cache_dir"] = "neither texts nor a tokenizer are prepared"
         for name, source in self.sources.items():
             for key, used_by in _SOURCE_KEYS.items():
                 if source.kind not in used_by:
@@ -195,6 +208,7 @@ _SOURCE_KEYS: dict[str, set[SourceKind]] = {
     "path": set(SourceKind) - {SourceKind.embedded},
     "text_key": {SourceKind.jsonl, SourceKind.parquet, SourceKind.hub},
     "unit": {SourceKind.text},
+    "on_bad_line": {SourceKind.text, SourceKind.jsonl, SourceKind.parquet},
     "subset": {SourceKind.hub},
     "split": {SourceKind.hub},
     "revision": {SourceKind.hub},

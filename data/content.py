@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.cache import digest
 from data.config import DataConfig, SourceConfig, SourceKind, ValidationConfig
 from data.corpus import package_versions
-from data.sources import find_files
+from data.files import find_files
 from data.token_store import TokenStore
 from data.tokenizer import Tokenizer
 
@@ -66,13 +65,9 @@ def library_versions(cfg: DataConfig) -> dict[str, str]:
 
 def store_content(store: TokenStore) -> dict[str, Any]:
     """What is trained on and what is held out, by hashes, with documents and tokens of both."""
-    held = store.manifest["validation"]
-    train_files = [file for shard in store.manifest["train"] for file in shard["files"]]
-    held_files = [*held["files"], *held["extra"].values()]
     return {
         "streamed": False,
-        "train": digest([file["sha256"] for file in train_files]),
-        "validation": digest([file["sha256"] for file in held_files]),
+        **store.content,
         "documents": len(store.train),
         "tokens": store.train.num_tokens,
         "validation_documents": len(store.validation),
@@ -98,7 +93,7 @@ def stream_content(name: str, source: SourceConfig, validation: ValidationConfig
     else:
         fields["text_key"] = source.text_key
     if source.kind is not SourceKind.hub:
-        return fields | {"files": [file_content(file) for file in find_files(name, source)]}
+        return fields | {"files": [file_content(file) for file in find_files(name, source).files]}
     fields |= {"subset": source.subset, "split": source.split}
     if Path(source.path).exists():
         files = sorted(p for p in Path(source.path).rglob("*") if p.is_file())

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.cache import build_once, digest
+from data.cache import build_once, digest, save_array
 from data.errors import ConfigError
 
 _VERSION = 1  # of the extraction rules: part of the cache key
@@ -63,8 +63,8 @@ def embedded_documents(packages: Sequence[str], cache: Path) -> Path:
         names, texts = _extract(packages)
         blobs = [text.encode() for text in texts]
         (folder / "text.bin").write_bytes(b"".join(blobs))
-        np.save(folder / "ends.npy", np.cumsum([len(blob) for blob in blobs], dtype=np.int64))
-        (folder / "names.json").write_text(json.dumps(names))
+        save_array(folder / "ends.npy", np.cumsum([len(blob) for blob in blobs], dtype=np.int64))
+        (folder / "names.json").write_text(json.dumps(names, allow_nan=False))
 
     return build_once(target, build)
 

@@ -1,7 +1,14 @@
-"""The user's errors of ``data/``: told in one line, with exit code 2."""
+"""Errors of ``data/`` that are told in one line."""
 
 from __future__ import annotations
 
 
 class ConfigError(ValueError):
-    """A config key, or a file that a key names, cannot be; the text names it and the values."""
+    """A config key, or a file that a key names, cannot be; the text names it and the values.
+
+    The user's: exit code 2.
+    """
+
+
+class DiskError(RuntimeError):
+    """A disk is full: not the user's input, so one line with exit code 1; the text names it."""

@@ -235,9 +235,7 @@ def build_loader(
         )
     stores = _open_stores(cfg, tokenizer)
     streams = {
-        name: StreamSource(
-            name, DocumentStream(name, s, cfg.cache_dir), tokenizer, cfg.validation, seed
-        )
+        name: StreamSource(name, DocumentStream(name, s), tokenizer, cfg.validation, seed)
         for name, s in cfg.named_sources().items()
         if s.streaming
     }

@@ -12,12 +12,15 @@ import re
 
 import numpy as np
 
+from data.pieces import pieces
+
 _WORD = re.compile(r"\w+")
+_WORDS = 1 << 18  # that are remembered, some 30 MB
 _MULTIPLIER = 0x9E3779B97F4A7C15
 
 
 class Shingler:
-    """Hashes of the n-grams of words of a text; remembers the hash of each word."""
+    """Hashes of the n-grams of words of a text; remembers the hashes of some words."""
 
     def __init__(self, ngram: int) -> None:
         self.ngram = ngram
@@ -25,19 +28,24 @@ class Shingler:
 
     def __call__(self, text: str) -> np.ndarray:
         """uint64 hashes, in order; a text of fewer words than n is one shingle, none has none."""
-        known = self._words
-        words = _WORD.findall(text.lower())
-        for word in words:
-            if word not in known:
-                known[word] = _word_hash(word)
-        hash_N = np.fromiter((known[word] for word in words), dtype=np.uint64, count=len(words))
-        n = min(self.ngram, len(words))
+        hash_N = np.concatenate([self._hashes(piece) for piece in pieces(text)])
+        n = min(self.ngram, len(hash_N))
         if n == 0:
             return hash_N
-        shingles = np.zeros(len(words) - n + 1, dtype=np.uint64)
+        shingles = np.zeros(len(hash_N) - n + 1, dtype=np.uint64)
         for offset in range(n):
             shingles = shingles * np.uint64(_MULTIPLIER) + hash_N[offset : offset + len(shingles)]
         return shingles
+
+    def _hashes(self, piece: str) -> np.ndarray:
+        known = self._words
+        if len(known) > _WORDS:
+            known.clear()  # a stream never ends to bring new ones
+        words = _WORD.findall(piece.lower())
+        for word in words:
+            if word not in known:
+                known[word] = _word_hash(word)
+        return np.fromiter((known[word] for word in words), dtype=np.uint64, count=len(words))
 
 
 class OverlapCounter:
@@ -57,7 +65,8 @@ class OverlapCounter:
 
     def add(self, text: str) -> None:
         """Mark the candidates' shingles that a training document holds."""
-        self._hit[self._common(self._shingler(text))] = True
+        if len(self._unique):
+            self._hit[self._common(self._shingler(text))] = True
 
     def repeats(self, text: str) -> float:
         """How far a document and the candidates repeat each other, whatever was added before.
@@ -65,6 +74,8 @@ class OverlapCounter:
         The greater of the fraction of its shingles that the candidates hold, and the fraction of
         any one candidate's shingles that it holds.
         """
+        if not len(self._unique):
+            return 0.0
         shingles = self._shingler(text)
         common = self._common(shingles)
         if not len(common):
@@ -92,8 +103,6 @@ class OverlapCounter:
 
     def _common(self, shingles: np.ndarray) -> np.ndarray:
         """Places among the candidates' distinct shingles of those that are given."""
-        if not len(self._unique):
-            return np.empty(0, np.int64)
         place = np.searchsorted(self._unique, shingles)
         place[place == len(self._unique)] = 0
         return np.unique(place[self._unique[place] == shingles])

@@ -22,6 +22,7 @@ from data.config import DataConfig, SourceConfig, SourceKind
 from data.errors import ConfigError
 from data.keyed import mix, permute
 from data.near_duplicates import OverlapCounter
+from data.pieces import pieces
 from data.progress import progress_map
 from data.sources import DocumentStream, fingerprint, open_documents
 from data.split import CHUNK, Split, byte_lengths, read_chunks, split_documents
@@ -195,14 +196,15 @@ def _tokenizer_texts(cfg: DataConfig) -> Iterator[str]:
         train = splits[name].train
         order = train[permute(np.arange(len(train)), len(train), mix(1, cfg.validation.seed))]
         upto = int(np.searchsorted(np.cumsum(splits[name].bytes_N[order]), share)) + 1
-        yield from read_chunks(open_documents(name, source, cfg.cache_dir), order[:upto])
+        for text in read_chunks(open_documents(name, source, cfg.cache_dir), order[:upto]):
+            yield from pieces(text)
     for name, source in cfg.named_sources().items():
         if source.streaming:
-            stream = DocumentStream(name, source, cfg.cache_dir)
+            stream = DocumentStream(name, source)
             held = reserved_documents(stream, cfg.validation.bytes)
             taken = 0
-            for text in stream.read(len(held), _STREAM_DOCUMENTS):
-                yield text
+            for text in stream.each(len(held), _STREAM_DOCUMENTS):
+                yield from pieces(text)
                 taken += len(text.encode())
                 if taken >= share:
                     break

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import wait
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -42,6 +45,23 @@ def progress_map(
             collect(map(job, items))
         else:
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(min(workers, len(items)), mp_context=context) as pool:
+            with ProcessPoolExecutor(
+                min(workers, len(items)), mp_context=context, initializer=end_with_parent
+            ) as pool:
                 collect(pool.map(job, items))
     return out
+
+
+def end_with_parent() -> None:
+    """Leave as soon as the parent has ended, however it did: a pipe between the two then closes.
+
+    A worker would wait for work for ever otherwise.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,36 +1,47 @@
 """Documents of a source: text files, JSON lines, Parquet, hub datasets, the embedded corpus.
 
-Sources that fit the disk are random-access (:class:`Documents`); they are tokenised once into a
-token store (data/prepare.py). Sources that do not are read in order (:class:`DocumentStream`).
-Everything but the embedded corpus goes through ``datasets``.
+Sources that fit the disk are random-access (:class:`Documents`): their text is copied once into one
+cached file, and tokenised once into a token store (data/prepare.py). Sources that do not are read
+in order (:class:`DocumentStream`). data/files.py says which files a path means, data/readers.py
+reads one, data/hub.py asks the library ``datasets``.
 """
 
 from __future__ import annotations
 
-import glob
+import json
+import logging
 import os
-import sys
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from tqdm import tqdm
 
-from data.cache import cache_root
-from data.config import SourceConfig, SourceKind
+from data.cache import build_once, cache_root, digest, save_array
+from data.config import OnBadLine, SourceConfig, SourceKind
 from data.corpus import embedded_documents, package_key
 from data.errors import ConfigError
+from data.files import FoundFiles, find_files, shown
+from data.hub import HubDocuments, HubRows
+from data.readers import Place, Row, UnreadableFile, json_rows, parquet_rows, text_rows
 
-_BUILDERS = {SourceKind.text: "text", SourceKind.jsonl: "json", SourceKind.parquet: "parquet"}
-_SUFFIXES = {
-    SourceKind.text: (".txt", ".md", ".rst", ".text"),
-    SourceKind.jsonl: (".jsonl", ".json", ".jsonl.gz", ".jsonl.zst", ".json.gz"),
-    SourceKind.parquet: (".parquet",),
-}
+logger = logging.getLogger(__name__)
+
+_READING = 2  # rules by which files become documents: part of the cache key
 
 
 class Documents(Protocol):
-    """A finite, random-access list of texts; an empty text is no document."""
+    """A finite, random-access list of texts; an empty text is no document.
+
+    Attributes:
+        at_once: how many to ask for in one call, so that reading is quick and memory is bounded.
+        bad_lines: lines of the files that were left out.
+    """
+
+    at_once: int
+    bad_lines: int
 
     def __len__(self) -> int: ...
 
@@ -39,17 +50,28 @@ class Documents(Protocol):
         ...
 
 
-class EmbeddedDocuments:
-    """The embedded corpus, read from its cache (data/corpus.py)."""
+class CachedDocuments:
+    """Texts end to end in one file of the cache.
+
+    Args:
+        folder: holds ``text.bin`` (UTF-8), ``ends.npy`` (the byte after each document) and, of a
+            source of files, ``about.json``.
+    """
+
+    at_once = 1
 
     def __init__(self, folder: Path) -> None:
-        self._bytes = np.memmap(folder / "text.bin", dtype=np.uint8, mode="r")
         self._ends = np.load(folder / "ends.npy")
-        if len(self._bytes) != self._ends[-1]:
+        path = folder / "text.bin"
+        size, expected = path.stat().st_size, int(self._ends[-1]) if len(self._ends) else 0
+        if size != expected:
             raise ConfigError(
-                f"data.cache_dir: {folder}/text.bin has {len(self._bytes)} bytes, {self._ends[-1]}"
-                " expected: remove the folder to make it anew"
+                f"data.cache_dir: {path} has {size} bytes, {expected} expected: remove the folder"
+                " to make it anew"
             )
+        self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, np.uint8)
+        about = folder / "about.json"
+        self.bad_lines: int = json.loads(about.read_text())["bad_lines"] if about.is_file() else 0
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -63,26 +85,76 @@ class EmbeddedDocuments:
         return self._bytes[start : self._ends[index]].tobytes().decode()
 
 
-class TableDocuments:
-    """One column of a ``datasets`` table.
+class FileRows:
+    """The documents of a source of files, in order; bad lines are refused or counted.
+
+    Args:
+        name: of the source.
+        source: its config.
 
     Raises:
-        ValueError: the column is not there or holds no text.
+        ConfigError: there are no files; while reading: one that cannot be read, a bad line.
     """
 
-    def __init__(self, table: Any, column: str, key: str) -> None:
-        _check_columns(table.column_names, column, key)
-        self._table = table.select_columns([column])
-        self._column = column
-        self._key = key
+    def __init__(self, name: str, source: SourceConfig) -> None:
+        self._key = f"data.sources.{name}"
+        self._source = source
+        self._skips = source.on_bad_line is OnBadLine.skip
+        self.found: FoundFiles = find_files(name, source)
+        self._file, self._place = 0, Place()
+        self.bad_lines = 0
+        self.without_documents: list[str] = []
+        self._told = False
 
-    def __len__(self) -> int:
-        return len(self._table)
+    def rows(self, state: Any) -> Iterator[str]:
+        """Documents from a state on; None: from the start."""
+        self._file, self._place = (state[0], Place(*state[1:])) if state else (0, Place())
+        self.bad_lines, self.without_documents = 0, []
+        return self._iterate()
 
-    def texts(self, index_N: np.ndarray) -> list[str]:
-        """Texts of some documents."""
-        rows = self._table[index_N.tolist()][self._column]
-        return [_as_text(row, self._key, self._column) for row in rows]
+    def state(self) -> list[int]:
+        """Where the last document ended: file, byte and line (or row)."""
+        return [self._file, *self._place]
+
+    def _iterate(self) -> Iterator[str]:
+        while self._file < len(self.found.files):
+            path = self.found.files[self._file]
+            count = 0
+            for row in self._read(path):
+                self._place = row.after
+                if row.fault:
+                    self._bad(path, row)
+                    continue
+                count += 1
+                yield row.text
+            if not count and self._place.number == 1:
+                self.without_documents.append(path)
+            self._file, self._place = self._file + 1, Place()
+
+    def _read(self, path: str) -> Iterator[Row]:
+        source = self._source
+        try:
+            if source.kind is SourceKind.text:
+                yield from text_rows(path, source.unit, self._place)
+            elif source.kind is SourceKind.jsonl:
+                yield from json_rows(path, source.text_key, self._place)
+            else:
+                yield from parquet_rows(path, source.text_key, self._place)
+        except UnreadableFile as error:
+            kind = source.kind.value
+            raise ConfigError(
+                f"{self._key}: {shown(path)} cannot be read as {kind}: {error}"
+            ) from error
+
+    def _bad(self, path: str, row: Row) -> None:
+        what = "row" if self._source.kind is SourceKind.parquet else "line"
+        problem = f"{self._key}: {shown(path)} {what} {row.number}: {row.fault}"
+        if not self._skips:
+            raise ConfigError(f"{problem} ({self._key}.on_bad_line=skip leaves such a {what} out)")
+        self.bad_lines += 1
+        if not self._told:
+            self._told = True
+            logger.warning("data: left out, as all that cannot be read will be: %s", problem)
 
 
 class DocumentStream:
@@ -91,17 +163,21 @@ class DocumentStream:
     Args:
         name: of the source.
         source: its config.
-        cache_dir: ``data.cache_dir``.
+
+    Raises:
+        ConfigError: it cannot be opened.
     """
 
-    def __init__(self, name: str, source: SourceConfig, cache_dir: str) -> None:
+    def __init__(self, name: str, source: SourceConfig) -> None:
         self._key = f"data.sources.{name}"
-        self._what = f"{self._key}.path={source.path} cannot be read as {source.kind.value}"
-        self._column = _column(source)
-        self._table = _load(name, source, cache_dir, streaming=True)
-        self._position = 0
-        self._rows = self._iterate()
+        self._path = shown(source.path)
+        if source.kind is SourceKind.hub:
+            self._source: HubRows | FileRows = HubRows(name, source)
+        else:
+            self._source = FileRows(name, source)
+            _tell_left_out(self._key, self._source.found)
         self.length: int | None = None  # documents of a pass, once its end was seen
+        self.seek(0, None)
 
     def read(self, start: int, count: int) -> list[str]:
         """Documents ``start .. start + count - 1`` of a pass; fewer at its end.
@@ -109,62 +185,61 @@ class DocumentStream:
         Reading on from where the last call ended is cheap, going back starts the pass anew.
 
         Raises:
-            ValueError: the stream has no document, not the column, or holds something else.
+            ConfigError: the stream has no document, not the column, or holds something else.
         """
+        return list(self.each(start, count))
+
+    def each(self, start: int, count: int) -> Iterator[str]:
+        """The same, one document in memory."""
         if start < self._position:
             self.seek(0, None)
-        out: list[str] = []
         while self._position < start + count:
-            try:
-                row = next(self._rows)
-            except StopIteration:
-                self.length = self._position
-                self._rows = iter(())
-                break
-            except Exception as error:  # the library raises many kinds
-                reason = " ".join(str(error.__cause__ or error).split())[:300]
-                at = f"{self._what}: document {self._position}"
-                raise ConfigError(f"{at}: {reason}") from error
-            if self._position >= start:
-                _check_columns(list(row), self._column, self._key)
-                out.append(_as_text(row[self._column], self._key, self._column))
+            text = next(self._rows, None)
+            if text is None:
+                self._end()
+                return
             self._position += 1
-        if self.length == 0:
-            raise ConfigError(f"{self._key} has no documents")
-        return out
+            if self._position > start:
+                yield text
 
     def state(self) -> tuple[int, Any]:
-        """Position and the library's state, for :meth:`seek`."""
-        return self._position, self._table.state_dict()
+        """Position and where it is in the files, for :meth:`seek`."""
+        return self._position, self._source.state()
 
     def seek(self, position: int, state: Any) -> None:
         """Continue at a position with the state saved there (None: the start of a pass)."""
-        if state is None:
-            position = 0
-            state = self._initial
-        self._table.load_state_dict(state)
-        self._position = position
-        self._rows = iter(self._table)
+        if isinstance(self._source, FileRows) and not isinstance(state, list):
+            state = None  # was saved by code that read files otherwise: read() goes the way again
+        self._position = position if state is not None else 0
+        self._rows = self._source.rows(state)
 
-    def _iterate(self) -> Iterator[dict[str, Any]]:
-        self._initial = self._table.state_dict()
-        return iter(self._table)
+    def _end(self) -> None:
+        if self._position == 0:
+            raise ConfigError(f"{self._key}.path={self._path} has no documents")
+        if isinstance(self._source, FileRows) and self._source.bad_lines and self.length is None:
+            logger.warning("data: %s: %d bad lines left out", self._key, self._source.bad_lines)
+        self.length = self._position
+        self._rows = iter(())
 
 
 def open_documents(name: str, source: SourceConfig, cache_dir: str) -> Documents:
     """The documents of a source that is neither a stream nor a token store.
 
     Raises:
-        ValueError: nothing is there, or it cannot be read; names the config key.
+        ConfigError: nothing is there, or it cannot be read; names the config key.
     """
     if source.kind is SourceKind.embedded:
         folder = embedded_documents(source.packages, cache_root(cache_dir))
-        return EmbeddedDocuments(folder)
-    key = f"data.sources.{name}"
-    table = _load(name, source, cache_dir, streaming=False)
-    if len(table) == 0:
-        raise ConfigError(f"{key}.path={source.path} has no documents")
-    return TableDocuments(table, _column(source), key)
+        return CachedDocuments(folder)
+    if source.kind is SourceKind.hub:
+        documents: Documents = HubDocuments(name, source, cache_dir)
+    else:
+        key = digest(fingerprint(name, source))
+        target = cache_root(cache_dir) / "texts" / key[:32]
+        documents = CachedDocuments(build_once(target, lambda folder: _copy(folder, name, source)))
+    if len(documents) == 0:
+        raise ConfigError(f"data.sources.{name}.path={shown(source.path)} has no documents")
+    return documents
 
 
 def fingerprint(name: str, source: SourceConfig) -> dict[str, Any]:
@@ -189,94 +264,43 @@ def fingerprint(name: str, source: SourceConfig) -> dict[str, Any]:
     files = (
         sorted(str(p) for p in Path(source.path).rglob("*") if p.is_file())
         if source.kind is SourceKind.hub
-        else find_files(name, source)
+        else find_files(name, source).files
     )
     stats = [(file, os.stat(file)) for file in files]
     fields["files"] = [[os.path.abspath(file), s.st_size, s.st_mtime_ns] for file, s in stats]
+    if source.kind is SourceKind.hub:
+        return fields | {"subset": source.subset, "split": source.split}
     if source.kind is SourceKind.text:
         fields["unit"] = source.unit.value
-    if source.kind is SourceKind.hub:
-        fields |= {"subset": source.subset, "split": source.split}
-    return fields
+    return fields | {"reading": _READING, "on_bad_line": source.on_bad_line.value}
 
 
-def find_files(name: str, source: SourceConfig) -> list[str]:
-    """The files that a path means: itself, a folder's files of this kind, or a glob's matches.
-
-    Raises:
-        ValueError: there are none, or one cannot be read.
-    """
-    key = f"data.sources.{name}.path={source.path}"
-    path = os.path.expanduser(source.path)
-    if os.path.isdir(path):
-        suffixes = _SUFFIXES[source.kind]
-        found = [str(p) for p in Path(path).rglob("*") if p.name.lower().endswith(suffixes)]
-        if not found:
-            raise ConfigError(f"{key}: the folder has no {' '.join(suffixes)} file")
-    elif glob.has_magic(path):
-        found = [p for p in glob.glob(path, recursive=True) if os.path.isfile(p)]
-        if not found:
-            raise ConfigError(f"{key}: no file matches")
-    elif os.path.isfile(path):
-        found = [path]
-    else:
-        raise ConfigError(f"{key}: no such file or folder")
-    unreadable = next((p for p in found if not os.access(p, os.R_OK)), None)
-    if unreadable is not None:
-        raise ConfigError(f"{key}: no permission to read {unreadable}")
-    return sorted(found)
-
-
-def _load(name: str, source: SourceConfig, cache_dir: str, streaming: bool) -> Any:
-    """A ``datasets`` table, or an iterable of rows."""
-    import datasets  # noqa: PLC0415 - takes a second, which the default corpus need not wait for
-
-    options: dict[str, Any] = {"split": "train", "streaming": streaming}
-    if not streaming:
-        options["cache_dir"] = str(cache_root(cache_dir) / "datasets")
-    key = f"data.sources.{name}.path={source.path}"
-    if source.kind is SourceKind.hub:
-        builder = source.path
-        options["split"] = source.split
-        options["name"] = source.subset or None
-        options["revision"] = source.revision or None
-    else:
-        builder = _BUILDERS[source.kind]
-        options["data_files"] = _checked_files(name, source)
-        if source.kind is SourceKind.text:
-            options |= {"sample_by": source.unit.value, "keep_linebreaks": True}
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come in our one line
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(builder, **options)
-    except Exception as error:  # the library raises many kinds, some bare
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300] or type(cause).__name__
-        raise ConfigError(f"{key} cannot be read as {source.kind.value}: {reason}") from error
+def _copy(folder: Path, name: str, source: SourceConfig) -> None:
+    """Write the text of all files into a folder of the cache, for :class:`CachedDocuments`."""
+    reader = FileRows(name, source)
+    _tell_left_out(f"data.sources.{name}", reader.found)
+    ends, end = array("q"), 0
+    with (
+        (folder / "text.bin").open("wb") as file,
+        tqdm(desc=f"read {name}", unit="B", unit_scale=True, disable=None) as bar,
+    ):
+        for text in reader.rows(None):
+            end += file.write(text.encode())
+            bar.update(end - bar.n)
+            ends.append(end)
+    save_array(folder / "ends.npy", np.array(ends, dtype=np.int64))
+    if reader.bad_lines:
+        logger.warning("data: source %s: %d bad lines left out", name, reader.bad_lines)
+    if empty := reader.without_documents:
+        logger.info(
+            "data: source %s: %d files hold no document, first %s",
+            name,
+            len(empty),
+            shown(empty[0]),
+        )
+    (folder / "about.json").write_text(json.dumps({"bad_lines": reader.bad_lines}, allow_nan=False))
 
 
-def _checked_files(name: str, source: SourceConfig) -> list[str]:
-    files = find_files(name, source)
-    filled = [file for file in files if os.path.getsize(file)]
-    if not filled:
-        raise ConfigError(f"data.sources.{name}.path={source.path}: every file is empty")
-    return filled
-
-
-def _column(source: SourceConfig) -> str:
-    return "text" if source.kind is SourceKind.text else source.text_key
-
-
-def _check_columns(columns: list[str], column: str, key: str) -> None:
-    if column not in columns:
-        raise ConfigError(f"{key}.text_key={column} is not among the columns {', '.join(columns)}")
-
-
-def _as_text(value: Any, key: str, column: str) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise ConfigError(f"{key}.text_key={column} must hold text, a document holds {kind}")
-    return value
+def _tell_left_out(key: str, found: FoundFiles) -> None:
+    if left_out := found.left_out():
+        logger.info("data: %s: %d files; left out: %s", key, len(found.files), left_out)

@@ -21,7 +21,7 @@ from data.sources import Documents
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 256  # documents read at a time
+CHUNK = 256  # documents looked at at a time
 _SPARE = 1.25  # candidates beyond the target, for the near-duplicates among them
 
 
@@ -46,9 +46,9 @@ Mark = Callable[[OverlapCounter, str, np.ndarray], None]
 
 
 def read_chunks(documents: Documents, index_N: np.ndarray) -> Iterator[str]:
-    """Texts of some documents, one after the other, a chunk in memory."""
-    for start in range(0, len(index_N), CHUNK):
-        yield from documents.texts(index_N[start : start + CHUNK])
+    """Texts of some documents, one after the other."""
+    for start in range(0, len(index_N), documents.at_once):
+        yield from documents.texts(index_N[start : start + documents.at_once])
 
 
 def byte_lengths(documents: Documents, index_N: np.ndarray) -> np.ndarray:
@@ -154,8 +154,8 @@ def _check(name: str, split: Split, target: float, cfg: ValidationConfig) -> Non
         raise ConfigError(
             f"data.sources.{name}: no validation documents: data.validation.bytes={cfg.bytes} but"
             f" of {total} document(s) none can be held out ({len(split.near_duplicates)} repeat"
-            " training text); data.validation.bytes=0 trains without validation, a text file can be"
-            f" divided by data.sources.{name}.unit=paragraph"
+            " training text); data.validation.bytes=0 trains without validation, files of kind=text"
+            f" can be divided by data.sources.{name}.unit=paragraph"
         )
     held = int(split.bytes_N[split.validation].sum())
     logger.info(

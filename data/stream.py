@@ -6,7 +6,7 @@ for what does not fit the disk; scripts/prepare_data.py is the quick way for the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from data.global_batch import DocumentName
 from data.keyed import mix
 from data.mixture import Drawn
 from data.near_duplicates import OverlapCounter
+from data.pieces import PieceEncoder
 from data.prepare import reserved_documents
 from data.sources import DocumentStream
 from data.tokenizer import Tokenizer
@@ -38,8 +39,8 @@ class ListDocuments:
         return np.array([len(self._ids[i]) for i in index_N], dtype=np.int64)
 
     def tokens(self, index: int, start: int, stop: int) -> np.ndarray:
-        """Some tokens of a document."""
-        return self._ids[index][start:stop]
+        """Some tokens of a document; int64."""
+        return self._ids[index][start:stop].astype(np.int64)
 
 
 class StreamSource:
@@ -64,7 +65,8 @@ class StreamSource:
         self.name = name
         self.names: Sequence[str] = (name,)
         self._stream = stream
-        self._tokenizer = tokenizer
+        self._encoder = PieceEncoder(tokenizer)
+        self._read_count = 0
         self._key = mix(seed, *name.encode())
         reserved = reserved_documents(stream, validation.bytes)
         self._first = len(reserved)
@@ -72,8 +74,8 @@ class StreamSource:
         self._counter = OverlapCounter(self.validation_texts, validation.ngram)
         self._max_overlap = validation.max_overlap
         self._resume = stream.state()
-        self._sample = self._encode(stream.read(self._first, _SAMPLE))[1]
-        if not self._sample:
+        self._measure(stream, tokenizer.vocab_size)
+        if not self._sampled:
             raise ConfigError(
                 f"data.sources.{name}: no documents to train on after the first {self._first},"
                 f" which data.validation.bytes={validation.bytes} holds out"
@@ -95,11 +97,10 @@ class StreamSource:
     def draw_epoch(self, epoch: int, start: int, count: int) -> list[Drawn] | None:
         """The next documents of a pass, without those that repeat validation text."""
         self._resume = self._stream.state()
-        texts = self._stream.read(self._first + start, count)
-        self._read_count = len(texts)
-        if not texts:
+        places: list[int] = []
+        ids = list(self._encode(self._stream.each(self._first + start, count), places))
+        if not self._read_count:
             return None
-        places, ids = self._encode(texts)
         documents = ListDocuments(ids)
         return [
             Drawn(
@@ -126,12 +127,7 @@ class StreamSource:
 
     def mean_length(self) -> float:
         """Tokens of an average document among the first."""
-        return sum(len(ids) for ids in self._sample) / len(self._sample)
-
-    @property
-    def token_counts(self) -> np.ndarray:
-        """Occurrences of each token id among the first documents; int64 [V]."""
-        return np.bincount(np.concatenate(self._sample), minlength=self._tokenizer.vocab_size)
+        return int(self.token_counts.sum()) / self._sampled
 
     def state(self) -> list[Any]:
         """Where the last draw began, for :meth:`seek`."""
@@ -146,12 +142,26 @@ class StreamSource:
             return 0, start
         return divmod(start, self._stream.length - self._first)
 
-    def _encode(self, texts: list[str]) -> tuple[list[int], list[np.ndarray]]:
-        """Places and ids of the documents that have text and repeat no validation document."""
-        kept = [
-            i
-            for i, text in enumerate(texts)
-            if text.strip() and self._counter.repeats(text) <= self._max_overlap
-        ]
-        ids = self._tokenizer.encode_batch([texts[i] for i in kept])
-        return kept, [np.append(x, self._tokenizer.eos_id) for x in ids]
+    def _measure(self, stream: DocumentStream, vocab_size: int) -> None:
+        """Count the tokens of the first documents: ``token_counts``, int64 [V]."""
+        self.token_counts = np.zeros(vocab_size, dtype=np.int64)
+        self._sampled = 0
+        for id_T in self._encode(stream.each(self._first, _SAMPLE), []):
+            self.token_counts += np.bincount(id_T, minlength=vocab_size)
+            self._sampled += 1
+
+    def _encode(self, texts: Iterable[str], places: list[int]) -> Iterator[np.ndarray]:
+        """Ids of the documents that have text and repeat no validation document.
+
+        Their places among the texts go to ``places``, the count of texts to ``_read_count``.
+        """
+
+        def kept() -> Iterator[str]:
+            for place, text in enumerate(texts):
+                self._read_count = place + 1
+                if text.strip() and self._counter.repeats(text) <= self._max_overlap:
+                    places.append(place)
+                    yield text
+
+        self._read_count = 0
+        return self._encoder.documents(kept())

@@ -12,6 +12,7 @@ store up to ``VERIFY_BYTES`` too, those of larger ones shard by shard on first u
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data.cache import digest, file_digest
+from data.cache import digest, file_digest, save_array
 from data.errors import ConfigError
 from data.tokenizer import Tokenizer, deserialise
 
@@ -29,6 +30,7 @@ TOKENIZER = "tokenizer.json"
 COUNTS = "token_counts.npy"
 FORMAT = 1
 VERIFY_BYTES = 1 << 30
+_BLOCK = 1 << 24  # tokens hashed at a time
 
 
 class TokenDocuments(Protocol):
@@ -67,17 +69,28 @@ def write_documents(folder: Path, stem: str, documents: list[np.ndarray], dtype:
     Returns:
         Its manifest record.
     """
-    tokens = np.concatenate([np.empty(0, np.int64), *documents])
+    tokens = np.concatenate([np.empty(0, dtype), *documents])
     ends = np.cumsum([len(document) for document in documents], dtype=np.int64)
     paths = [folder / f"{stem}.tokens.npy", folder / f"{stem}.ends.npy"]
-    np.save(paths[0], tokens.astype(dtype))
-    np.save(paths[1], ends)
+    save_array(paths[0], tokens.astype(dtype, copy=False))
+    save_array(paths[1], ends)
     return {
         "stem": stem,
         "documents": len(documents),
         "tokens": len(tokens),
         "files": [file_record(path) for path in paths],
     }
+
+
+def content_digest(folder: Path, records: list[dict[str, Any]]) -> str:
+    """Hash of the documents of some shards: of their ids and lengths, however they are divided."""
+    ids, lengths = hashlib.sha256(), hashlib.sha256()
+    for record in records:
+        tokens, ends = (np.load(folder / file["file"], mmap_mode="r") for file in record["files"])
+        for start in range(0, len(tokens), _BLOCK):
+            ids.update(tokens[start : start + _BLOCK].astype("<u4").data)
+        lengths.update(np.diff(ends, prepend=0).astype("<i8").data)
+    return digest([ids.hexdigest(), lengths.hexdigest()])
 
 
 @dataclass(frozen=True)
@@ -164,6 +177,24 @@ class TokenStore:
     def hash(self) -> str:
         """Hash of the checksums of all files: equal for equal content, wherever it came from."""
         return digest([record["sha256"] for record in self._files()])
+
+    @property
+    def content(self) -> dict[str, str]:
+        """Hashes of what is trained on (``train``) and what is held out (``validation``).
+
+        Equal for equal documents and ids, however the shards are cut. A store from before these
+        hashes has those of its files in their place.
+        """
+        known = self.manifest.get("content")
+        if known is not None:
+            return known
+        held = self.manifest["validation"]
+        train_files = [file for shard in self.manifest["train"] for file in shard["files"]]
+        held_files = [*held["files"], *held["extra"].values()]
+        return {
+            "train": digest([file["sha256"] for file in train_files]),
+            "validation": digest([file["sha256"] for file in held_files]),
+        }
 
     @property
     def plan(self) -> dict[str, str]:

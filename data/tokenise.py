@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import digest
+from data.cache import digest, save_array
 from data.config import SourceConfig
 from data.errors import ConfigError
+from data.pieces import PieceEncoder
 from data.progress import progress_map
 from data.sources import open_documents
-from data.split import CHUNK, Split
+from data.split import Split, read_chunks
 from data.token_store import (
     COUNTS,
     FORMAT,
     MANIFEST,
     TOKENIZER,
+    content_digest,
     file_record,
     token_dtype,
     write_documents,
@@ -33,6 +35,7 @@ from data.token_store import (
 from data.tokenizer import Tokenizer, deserialise
 
 SHARD_BYTES = 16 << 20  # text of a shard
+_COUNTED = 1 << 22  # tokens that are counted at a time
 
 
 @dataclass(frozen=True)
@@ -87,20 +90,24 @@ def write_store(
         workers,
         f"tokenise {job.name}",
     )
-    np.save(folder / COUNTS, _count_tokens(folder, records, tokenizer.vocab_size))
-    texts = open_documents(job.name, job.source, job.cache_dir).texts(split.validation)
+    save_array(folder / COUNTS, _count_tokens(folder, records, tokenizer.vocab_size))
+    documents = open_documents(job.name, job.source, job.cache_dir)
+    validation = write_validation(folder, documents.texts(split.validation), tokenizer)
+    held_text = [content_digest(folder, [validation]), validation["extra"]["text"]["sha256"]]
     manifest = {
         "format": FORMAT,
         "plan": plan,
         "vocab_size": tokenizer.vocab_size,
         "tokenizer_hash": tokenizer.hash,
+        "content": {"train": content_digest(folder, records), "validation": digest(held_text)},
         "train": records,
-        "validation": write_validation(folder, texts, tokenizer),
+        "validation": validation,
         "near_duplicates_removed": len(split.near_duplicates),
+        "bad_lines_left_out": documents.bad_lines,
         "tokenizer": file_record(folder / TOKENIZER),
         "token_counts": file_record(folder / COUNTS),
     }
-    text = json.dumps(manifest | {"checksum": digest(manifest)}, indent=1)
+    text = json.dumps(manifest | {"checksum": digest(manifest)}, indent=1, allow_nan=False)
     _publish(folder / MANIFEST, text)
 
 
@@ -110,8 +117,10 @@ def write_validation(folder: Path, texts: list[str], tokenizer: Tokenizer) -> di
     blobs = [text.encode() for text in texts]
     record = write_documents(folder, "validation", ids, token_dtype(tokenizer.vocab_size))
     flat_ends = np.concatenate([np.empty(0, np.int64), *byte_ends])
-    np.save(folder / "validation.byte_ends.npy", flat_ends)
-    np.save(folder / "validation.text_ends.npy", np.cumsum([len(b) for b in blobs], dtype=np.int64))
+    save_array(folder / "validation.byte_ends.npy", flat_ends)
+    save_array(
+        folder / "validation.text_ends.npy", np.cumsum([len(b) for b in blobs], dtype=np.int64)
+    )
     (folder / "validation.text.bin").write_bytes(b"".join(blobs))
     record["extra"] = {
         "byte_ends": file_record(folder / "validation.byte_ends.npy"),
@@ -125,9 +134,10 @@ def encode_validation(
     texts: list[str], tokenizer: Tokenizer
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Ids of each document with EOS, and where each token ends in the document's UTF-8 bytes."""
+    encoder = PieceEncoder(tokenizer)
     ids, byte_ends = [], []
     for text in texts:
-        id_T, end_T = tokenizer.encode_with_byte_ends(text)
+        id_T, end_T = encoder.with_byte_ends(text)
         ids.append(np.append(id_T, tokenizer.eos_id))
         byte_ends.append(np.append(end_T, len(text.encode())))
     return ids, byte_ends
@@ -143,7 +153,7 @@ def _check_plan(folder: Path, plan: dict[str, str]) -> None:
                     f"{folder} holds the beginnings of another store ({key}"
                     f" {str(found.get(key))[:12]}, not {value[:12]}): remove it or name another"
                 )
-    _publish(path, json.dumps(plan))
+    _publish(path, json.dumps(plan, allow_nan=False))
 
 
 def _publish(path: Path, text: str) -> None:
@@ -168,12 +178,9 @@ def _write_shard(job: StoreJob, item: tuple[int, np.ndarray]) -> dict[str, Any]:
     path = job.folder / TOKENIZER
     tokenizer = deserialise(path.read_text(), str(path))
     documents = open_documents(job.name, job.source, job.cache_dir)
-    ids: list[np.ndarray] = []
-    for first in range(0, len(index_N), CHUNK):
-        texts = documents.texts(index_N[first : first + CHUNK])
-        ids += [np.append(x, tokenizer.eos_id) for x in tokenizer.encode_batch(texts)]
+    ids = list(PieceEncoder(tokenizer).documents(read_chunks(documents, index_N)))
     record = write_documents(job.folder, stem, ids, token_dtype(tokenizer.vocab_size))
-    _publish(done, json.dumps(record))
+    _publish(done, json.dumps(record, allow_nan=False))
     return record
 
 
@@ -181,5 +188,6 @@ def _count_tokens(folder: Path, records: list[dict[str, Any]], vocab_size: int) 
     counts = np.zeros(vocab_size, dtype=np.int64)
     for record in records:
         tokens = np.load(folder / record["files"][0]["file"], mmap_mode="r")
-        counts += np.bincount(tokens, minlength=vocab_size)
+        for start in range(0, len(tokens), _COUNTED):
+            counts += np.bincount(tokens[start : start + _COUNTED], minlength=vocab_size)
     return counts

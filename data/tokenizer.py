@@ -154,7 +154,7 @@ class JsonTokenizer:
         self._specials = _find_specials(inner, name, eos_token)
         content = json.loads(inner.to_str())
         fields = {"type": "json", "eos_id": self._specials.eos_id, "tokenizer": content}
-        self._json = json.dumps(fields, ensure_ascii=True)
+        self._json = json.dumps(fields, ensure_ascii=True, allow_nan=False)
         self._hash = hashlib.sha256(self._json.encode()).hexdigest()
         self._vocab_size = 1 + max(inner.get_vocab(with_added_tokens=True).values(), default=-1)
         written = {self._specials.eos_id, *(self._specials.fim_ids or ())}
@@ -241,7 +241,7 @@ def deserialise(text: str, name: str) -> Tokenizer:
         fields = json.loads(text)
         if fields["type"] == "byte":
             return ByteTokenizer()
-        inner = HFTokenizer.from_str(json.dumps(fields["tokenizer"]))
+        inner = HFTokenizer.from_str(json.dumps(fields["tokenizer"], allow_nan=False))
         return JsonTokenizer(inner, name, inner.id_to_token(fields["eos_id"]))
     except Exception as error:  # the library raises bare Exception
         raise ConfigError(f"{name} is not a tokenizer that was written here: {error}") from error

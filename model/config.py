@@ -7,7 +7,7 @@ maps them onto kinds. CSA overlaps two windows and HCA does not, whatever the ra
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -197,27 +197,9 @@ class ModelConfig:
             ValueError: a key that must be there is missing, or the values cannot be (see
                 :meth:`validate`).
         """
-        known = {f.name for f in fields(cls)}
-        values = {k: v for k, v in config_json.items() if k in known and v is not None}
-        for key in ("hidden_size", "num_hidden_layers", "compress_ratios", "vocab_size"):
-            if key not in values:
-                raise ConfigError(f"config.json: key {key} is missing (needed to build the model)")
-        values["compress_ratios"] = list(values["compress_ratios"])
-        scaling = dict(config_json.get("rope_scaling") or {"factor": 1.0})
-        values["rope_scaling"] = RopeScaling(
-            **{name: cast(scaling[name]) for name, cast in _SCALING.items() if name in scaling}
-        )
-        values.setdefault("num_nextn_predict_layers", 0)
-        values.setdefault("num_hash_layers", 0)
-        values["name"] = str(config_json.get("name", config_json.get("model_type", "official")))
-        config = cls(**values)
-        missing = (
-            config.num_hidden_layers + config.num_nextn_predict_layers - len(config.compress_ratios)
-        )
-        if 0 < missing <= config.num_nextn_predict_layers:
-            config.compress_ratios = config.compress_ratios + [0] * missing
-        config.validate()
-        return config
+        from model.config_json import from_official  # noqa: PLC0415  it builds this class
+
+        return from_official(config_json)
 
     # ---- validation ------------------------------------------------------------------------------
     def validate(self, prefix: str = "model") -> None:
@@ -309,7 +291,7 @@ class ModelConfig:
         )
 
     def _released_only(self, p: str, need: Any) -> None:
-        for key, only in _ONLY.items():
+        for key, only in ONE_VALUE.items():
             value = getattr(self, key)
             need(
                 value == only,
@@ -318,13 +300,7 @@ class ModelConfig:
 
 
 _KIND_OF_RATIO = {0: LayerKind.swa, 4: LayerKind.csa, 128: LayerKind.hca}
-_SCALING: dict[str, type] = {
-    "factor": float,
-    "original_max_position_embeddings": int,
-    "beta_fast": float,
-    "beta_slow": float,
-}
-_ONLY = {
+ONE_VALUE = {
     "num_key_value_heads": 1,
     "scoring_func": "sqrtsoftplus",
     "topk_method": "noaux_tc",

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
 from model.errors import ConfigError
 
 _EXPERT = re.compile(r"(.*\.ffn\.experts)\.(\d+)\.(w[123])\.weight")
@@ -207,27 +206,3 @@ def _main_items(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, value in official_items(model.state_dict()):
         if not name.startswith("mtp.") and not _EXPERT.fullmatch(name):
             yield name, value
-
-
-def official_config(config: ModelConfig) -> dict[str, object]:
-    """A ``config.json`` of this model in the released keys, with layer kinds beside the ratios."""
-    keys = [k for k in ModelConfig.__dataclass_fields__ if k not in _OURS]
-    values: dict[str, object] = {key: getattr(config, key) for key in keys}
-    layers = config.num_hidden_layers
-    values["compress_ratios"] = [config.ratio(i) for i in range(layers)] + [
-        0
-    ] * config.num_nextn_predict_layers
-    values["layer_kinds"] = [config.kind(i).value for i in range(layers)]
-    values["routers"] = [config.router(i).value for i in range(layers)]
-    scaling = config.rope_scaling
-    values["rope_scaling"] = {
-        "type": "yarn",
-        "factor": scaling.factor,
-        "original_max_position_embeddings": scaling.original_max_position_embeddings,
-        "beta_fast": scaling.beta_fast,
-        "beta_slow": scaling.beta_slow,
-    }
-    return {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", **values}
-
-
-_OURS = {"kernels", "loss_chunk_tokens", "attention", "hc_gamma", "hc_identity_base"}

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import datetime
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,11 +55,6 @@ class Mesh:
     def data_rank(self) -> int:
         """Number of this process among the data ranks."""
         return self.data.get_local_rank()
-
-
-def launched_world_size() -> int:
-    """Number of processes, from torchrun's variable."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def init_process_group(device: torch.device) -> None:

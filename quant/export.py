@@ -118,7 +118,7 @@ def write_index(folder: Path, shards: Iterable[Path]) -> None:
             total += end - begin
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps(index, indent=2) + "\n")
+    partial.write_text(json.dumps(index, indent=2, allow_nan=False) + "\n")
     partial.replace(folder / INDEX)
 
 

@@ -19,6 +19,7 @@ from quant.errors import ConfigError
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _GROUP = 32  # columns that share a scale in FP4
 _BLOCK = 128  # rows, and columns, that share a scale in FP8
+_CODES, _SCALES = (torch.int8, torch.float8_e4m3fn), (torch.float8_e8m0fnu,)
 
 
 def dequantise_official(
@@ -38,42 +39,61 @@ def dequantise_official(
         Official name and value.
 
     Raises:
-        ValueError: a weight without a scale, a scale without a weight, or shapes that do not fit.
+        ConfigError: a weight without a scale, a scale without a quantised weight, or dtypes or
+            shapes that do not fit.
     """
     weights: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
     for name, tensor in tensors:
         stem, _, leaf = name.rpartition(".")
-        if tensor.dtype == torch.float8_e8m0fnu and leaf == "scale":
+        if leaf == "scale":
             scales[stem] = tensor
-        elif tensor.dtype in (torch.int8, torch.float8_e4m3fn) and leaf == "weight":
+        elif tensor.dtype.itemsize == 1:
             weights[stem] = tensor
         else:
             yield name, tensor
             continue
         if stem in weights and stem in scales:
-            value = _decode(stem, weights.pop(stem), scales.pop(stem))
+            value = decode(stem, weights.pop(stem), scales.pop(stem))
             yield f"{stem}.weight", value.to(dtype)
     for stem in [*weights, *scales]:
-        missing = "scale" if stem in weights else "weight"
-        raise ConfigError(f"checkpoint: {stem}.{missing} is missing (its partner is there)")
+        missing = "scale is missing" if stem in weights else "weight is missing or not quantised"
+        raise ConfigError(f"checkpoint: {stem}.{missing} (its partner is there)")
 
 
-def _decode(stem: str, codes: Tensor, scale: Tensor) -> Tensor:
-    if codes.dtype == torch.int8:
-        elements, rows, cols = _fp4_elements(codes), 1, _GROUP
-    else:
-        elements, rows, cols = _fp8_elements(codes), _BLOCK, _BLOCK
+def decode(stem: str, codes: Tensor, scale: Tensor) -> Tensor:
+    """Values [R, C] in fp32 of a stored weight.
+
+    Args:
+        stem: name of the weight without its last part, for messages.
+        codes: int8 (two FP4 codes) [R, C / 2], or float8_e4m3fn [R, C].
+        scale: float8_e8m0fnu, see :func:`scale_shape`.
+
+    Raises:
+        ConfigError: other dtypes, or shapes that do not fit.
+    """
+    packed = codes.dtype == torch.int8
+    for leaf, tensor, known in (("weight", codes, _CODES), ("scale", scale, _SCALES)):
+        if tensor.dtype not in known:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in known)
+            raise ConfigError(f"checkpoint: {stem}.{leaf} has dtype {tensor.dtype}, not {names}")
+    elements = _fp4_elements(codes) if packed else _fp8_elements(codes)
     R, C = elements.shape
-    expected = (-(-R // rows), -(-C // cols))
+    expected = scale_shape(R, C, packed)
     if tuple(scale.shape) != expected:
         raise ConfigError(
             f"checkpoint: {stem}.scale has shape {tuple(scale.shape)}, but {stem}.weight of"
             f" {R} x {C} values needs {expected}"
         )
+    rows, cols = (1, _GROUP) if packed else (_BLOCK, _BLOCK)
     row_R = torch.arange(R, device=codes.device) // rows
     col_C = torch.arange(C, device=codes.device) // cols
     return elements * _powers(scale)[row_R][:, col_C]
+
+
+def scale_shape(rows: int, cols: int, packed: bool) -> tuple[int, int]:
+    """Shape of the scales of a weight of ``rows`` x ``cols`` values; ``packed``: in FP4."""
+    return (rows, -(-cols // _GROUP)) if packed else (-(-rows // _BLOCK), -(-cols // _BLOCK))
 
 
 def _fp4_elements(packed: Tensor) -> Tensor:

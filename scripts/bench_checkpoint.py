@@ -61,7 +61,7 @@ def main() -> None:
     print(f"share of the time in front: {share:.1%}")
     if args.out:
         record = {"model": args.model, "bytes": size, "share": share, "seconds": seconds} | lines
-        args.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        args.out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:

@@ -117,4 +117,4 @@ def profile(step: Step, device: torch.device) -> str:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.argv[1]))))
+    print(json.dumps(measure(json.loads(sys.argv[1])), allow_nan=False))

@@ -83,7 +83,7 @@ def main() -> None:
     report = summarise(model.name, ours.table, config, pairs, rate, device)
     print(render(report))
     if args.json:
-        Path(args.json).write_text(json.dumps(asdict(report), indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n")
 
 
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

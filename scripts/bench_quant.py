@@ -231,7 +231,7 @@ def main() -> None:
         "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1),
         "clock": "CPU" if args.cpu_time else "wall", "model": args.model, "rounds": args.rounds,
     }  # fmt: skip
-    print(json.dumps(conditions) + "\n")
+    print(json.dumps(conditions, allow_nan=False) + "\n")
     x = torch.randn(1024, 4096, device=args.device) * 0.02
     casts = in_turn(cast_runs(x, not args.no_compile), clock, args.rounds, calls=3)
     show_casts(casts, x.nbytes)
@@ -242,7 +242,7 @@ def main() -> None:
     if args.json:
         found = {"conditions": conditions, "cast_bytes": x.nbytes, "cast_seconds": casts,
                  "step_seconds": steps}  # fmt: skip
-        args.json.write_text(json.dumps(found, indent=2) + "\n")
+        args.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
 
 
 if __name__ == "__main__":

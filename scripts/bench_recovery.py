@@ -65,7 +65,7 @@ def main() -> None:
         }
         tokens = trainers["disabled"].run.train.global_batch_tokens
         cpu, wall = measure(trainers, args.rounds)
-    print(json.dumps(conditions))
+    print(json.dumps(conditions, allow_nan=False))
     print(f"\na step of {tokens} tokens")
     show("CPU", cpu)
     show("wall", wall)
@@ -73,7 +73,7 @@ def main() -> None:
         found = {"conditions": conditions, "tokens": tokens, "cpu_seconds": cpu,
                  "wall_seconds": wall, "cpu_ratios": ratios(cpu),
                  "wall_ratios": ratios(wall)}  # fmt: skip
-        args.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        args.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def trainer(folder: Path, model: str, rounds: int, overrides: list[str]) -> Trainer:

@@ -39,7 +39,7 @@ CONTESTANTS = ("ours", "ours_lm", "hf", "dense")
 
 def run_child(spec: Result, timeout: float) -> Result:
     """Measure in a fresh process; a failure becomes a result that says why."""
-    command = [sys.executable, str(CHILD), json.dumps(spec)]
+    command = [sys.executable, str(CHILD), json.dumps(spec, allow_nan=False)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -114,7 +114,7 @@ def run_all(args: argparse.Namespace, document: Result) -> None:
         key = key_of(spec)
         if "tokens_per_second" not in results.get(key, {}):
             results[key] = run_child(spec, args.timeout)
-            args.out.write_text(json.dumps(document, indent=1) + "\n")
+            args.out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
         result = results[key]
         text = result.get("failed") or (
             f"{result['tokens_per_second']:,.0f} tokens/s, {result['peak_bytes'] / 1e9:.2f} GB"
@@ -266,7 +266,7 @@ def main() -> None:
     run_all(args, document)
     failed = {k: r["failed"] for k, r in document["results"].items() if "failed" in r}
     document["summary"] = summary(document)
-    args.out.write_text(json.dumps(document, indent=1) + "\n")
+    args.out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
     print_summary(document["summary"])
     for key, reason in failed.items():
         print(f"failed: {key}: {reason}")

@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from train import checkpoint, checkpoint_reader
-from train.checkpoint import Checkpoints, Retention
 from train.checkpoint_files import MANIFEST, DamagedCheckpointError, open_manifest, step_of
-from train.errors import ExitCode, UserError
+from train.checkpoint_hold import Hold
+from train.checkpoint_retention import Retention, published, remove
+from train.errors import ExitCode, UserError, one_line
 from train.run_folder import CHECKPOINTS
 
 
@@ -97,7 +98,8 @@ def verify(args: argparse.Namespace) -> int:
     damaged = 0
     for path in paths:
         try:
-            checkpoint_reader.verify(path)
+            with Hold(path):
+                checkpoint_reader.verify(path)
             print(f"whole    {path}")
         except DamagedCheckpointError as error:
             damaged += 1
@@ -107,27 +109,38 @@ def verify(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     """State, then one line a tensor."""
-    path = locate(args.folder)
+    with hold(args.folder) as held:
+        show_one(held.folder, args.only)
+    return ExitCode.finished
+
+
+def show_one(path: Path, only: str) -> None:
+    """Print state and tensors of a checkpoint that is held."""
     state = checkpoint_reader.verify(path)
     print(f"{path}\n")
     for key, value in flat(state).items():
         print(f"{key} = {value}")
     print()
-    chosen = named(path, args.only)
+    chosen = named(path, only)
     for name, value in checkpoint_reader.load_each(path, chosen):
         norm = float(value.double().norm())
         print(f"{name:60} {dtype_of(value):9} {list(value.shape)!s:20} norm {norm:.6g}")
     print(f"{len(chosen)} tensors")
-    return ExitCode.finished
 
 
 def compare(args: argparse.Namespace) -> int:
     """One line a difference."""
-    first, second = locate(args.first), locate(args.second)
+    with hold(args.first) as first, hold(args.second) as second:
+        differences = compare_two(first.folder, second.folder, args.only)
+    return ExitCode.failure if differences else ExitCode.finished
+
+
+def compare_two(first: Path, second: Path, only: str) -> int:
+    """Print what differs between two checkpoints that are held; how much it is."""
     states = [flat(checkpoint_reader.verify(path)) for path in (first, second)]
-    names = [named(path, args.only) for path in (first, second)]
+    names = [named(path, only) for path in (first, second)]
     print(f"a = {first}\nb = {second}\n")
-    differences = 0 if args.only else compare_states(*states)
+    differences = 0 if only else compare_states(*states)
     for side, own, other in (("a", *names), ("b", *names[::-1])):
         for name in sorted(set(own) - set(other)):
             differences += 1
@@ -144,7 +157,7 @@ def compare(args: argparse.Namespace) -> int:
             print(f"{name}: {line}")
     found = f"{differences} differences" if differences else "every bit is the same"
     print(f"{len(shared)} tensors in both: {found}")
-    return ExitCode.failure if differences else ExitCode.finished
+    return differences
 
 
 def prune(args: argparse.Namespace) -> int:
@@ -162,16 +175,30 @@ def prune(args: argparse.Namespace) -> int:
         except DamagedCheckpointError as error:
             print(f"left alone: {error}")
     retention = Retention(args.last, args.every, args.best)
-    gone = retention.removed({step: read_info(path).val_loss for step, path in whole.items()})
-    for step in gone:
-        print(f"{'removing' if args.yes else 'would remove'} {whole[step]}")
-        if args.yes:
-            checkpoint.remove(whole[step])
-    print(
-        f"{len(whole) - len(gone)} whole checkpoints stay"
-        + ("" if args.yes else " (--yes does it)")
-    )
+    losses = {step: read_info(path).val_loss for step, path in whole.items()}
+    kept = retention.kept(losses, lambda step: True)
+    for step in sorted(set(whole) - kept):
+        if not args.yes:
+            print(f"would remove {whole[step]}")
+        elif remove_one(whole[step]):
+            print(f"removed {whole[step]}")
+        else:
+            kept.add(step)
+            print(f"being read, stays: {whole[step]}")
+    print(f"{len(kept)} whole checkpoints stay" + ("" if args.yes else " (--yes does it)"))
     return ExitCode.finished
+
+
+def remove_one(path: Path) -> bool:
+    """Remove a checkpoint unless somebody holds it; whether it is gone.
+
+    Raises:
+        UserError: it cannot be removed.
+    """
+    try:
+        return remove(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be removed: {one_line(error)}") from error
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -207,16 +234,16 @@ def checkpoints_of(folder: Path) -> list[Path]:
     if (folder / MANIFEST).exists() or step_of(folder) is not None:
         return [folder]
     for place in (folder / CHECKPOINTS, folder):
-        if found := Checkpoints(place).published():
+        if found := published(place):
             return found
     raise UserError(f"{folder} is no checkpoint and holds none (step_* in {folder / CHECKPOINTS})")
 
 
-def locate(folder: Path) -> Path:
-    """The checkpoint that ``folder`` is, or its newest whole one."""
+def hold(folder: Path) -> Hold:
+    """Hold the checkpoint that ``folder`` is, or its newest whole one."""
     if step_of(folder) is not None and folder.is_dir():
-        return folder
-    return checkpoint.locate(str(folder), "the folder")
+        return Hold(folder)
+    return checkpoint.hold(str(folder), "the folder")
 
 
 def named(path: Path, prefix: str) -> list[str]:

@@ -178,7 +178,9 @@ def main() -> None:
     print_report(models, v32)
     args.out.mkdir(parents=True, exist_ok=True)
     document = {"models": models, "deepseek_v3_2": v32}
-    (args.out / "efficiency.json").write_text(json.dumps(document, indent=1) + "\n")
+    (args.out / "efficiency.json").write_text(
+        json.dumps(document, indent=1, allow_nan=False) + "\n"
+    )
     draw(models, v32, args.out / "efficiency.png")
     print(f"\nwritten: {args.out / 'efficiency.json'}, {args.out / 'efficiency.png'}")
 

@@ -30,10 +30,11 @@ from data.batch import Batch, BatchCounts
 from data.global_batch import GlobalBatch
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
+from data.progress import end_with_parent
 from model.transformer import DeepSeekV4
 from parallel.collectives import whole
 from parallel.engine import Engine, Shares, Update
-from parallel.mesh import launched_world_size
+from parallel.launch import launched_world_size
 from train.build import build_engine, build_layout, build_model
 from train.config import RunConfig
 from train.phase import PhaseSwitch
@@ -346,7 +347,8 @@ def reference(run: RunConfig, count: int, orders: int) -> Reference:
     )  # fmt: skip
     on_cpu = bench.engine.device.type == "cpu"
     workers = min(os.cpu_count() or 1, orders) if on_cpu else 1
-    with ProcessPoolExecutor(max(1, workers), mp_context=get_context("spawn")) as pool:
+    context = get_context("spawn")
+    with ProcessPoolExecutor(max(1, workers), context, end_with_parent) as pool:
         for found in pool.map(_reordered, range(orders), *map(repeat, (run, count, out))):
             for name, values in out.noise.items():
                 values.append(found[name])

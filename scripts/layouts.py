@@ -158,7 +158,7 @@ def write_corpus(folder: str) -> None:
     with Path(folder, "text.jsonl").open("w", encoding="utf-8") as file:
         for _ in range(200):
             text = " ".join(rng.choices(vocabulary, k=rng.choice((5, 20, 60, 400))))
-            file.write(json.dumps({"text": text}) + "\n")
+            file.write(json.dumps({"text": text}, allow_nan=False) + "\n")
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -198,7 +198,9 @@ def on_rank(rank: int, port: int, layout: Layout, args: argparse.Namespace, corp
     ref = torch.load(f"{corpus}/reference.pt", weights_only=False)
     result = measure(layout, args, corpus, ref)
     if rank == 0:
-        Path(corpus, "result.json").write_text(json.dumps(result), encoding="utf-8")
+        Path(corpus, "result.json").write_text(
+            json.dumps(result, allow_nan=False), encoding="utf-8"
+        )
     leave_process_group()
 
 
@@ -390,7 +392,9 @@ def write(
             "asked": measured_for(args), "results": results, "noise": ref.noise,
             "losses": ref.losses, "notes": notes,
         }  # fmt: skip
-        Path(args.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        Path(args.json).write_text(
+            json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
     if args.markdown:
         Path(args.markdown).write_text(markdown(lines, notes), encoding="utf-8")
 

@@ -253,7 +253,9 @@ def main(argv: list[str] | None = None) -> int:
                 [read_trace(out / f"rank{rank}.json") for rank in range(layout.ranks)]
             )
     print(table(measured))
-    Path(args.out, "step_parts.json").write_text(json.dumps(measured, indent=1) + "\n")
+    Path(args.out, "step_parts.json").write_text(
+        json.dumps(measured, indent=1, allow_nan=False) + "\n"
+    )
     draw(measured, Path(args.out, "step_parts.png"))
     return 0
 

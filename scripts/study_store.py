@@ -182,7 +182,8 @@ def archive(found: FinishedRun, root: Path) -> Path:
                 shutil.copyfile(found.folder / name, aside / name)
         if found.records:
             lines = [
-                json.dumps({key: record[key] for key in _KEPT if key in record}) + "\n"
+                json.dumps({key: record[key] for key in _KEPT if key in record}, allow_nan=False)
+                + "\n"
                 for record in found.records
             ]
             (aside / METRICS).write_text("".join(lines), encoding="utf-8")

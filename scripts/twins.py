@@ -125,7 +125,9 @@ def main() -> None:
     if args.json:
         rows = [asdict(twin) for twin in twins]
         document = {"model": config.name, "seq_len": args.seq_len, "phase": args.phase}
-        args.json.write_text(json.dumps(document | {"twins": rows}, indent=1) + "\n")
+        args.json.write_text(
+            json.dumps(document | {"twins": rows}, indent=1, allow_nan=False) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -98,28 +98,37 @@ class Anticipation:
         """Drop what was chosen: other batches come."""
         self._chosen = {}
 
-    def state(self) -> dict[str, Tensor]:
-        """Tensors of a checkpoint: choices of steps to come, of the global batch."""
+    def state(self, step: int) -> dict[str, Tensor]:
+        """Tensors of a checkpoint: choices of steps to come, of the global batch.
+
+        Args:
+            step: that was just done. Names count from it, so that all checkpoints have the same.
+        """
         return {
-            f"{PREFIX}.{number}.{name}": self._engine.spread_rows(chosen_RTK)
+            f"{PREFIX}.+{number - step}.{name}": self._engine.spread_rows(chosen_RTK)
             for number, chosen in self._chosen.items()
             for name, chosen_RTK in chosen.items()
         }
 
-    def allocate(self, saved: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    def allocate(self, saved: Mapping[str, Sequence[int]], step: int) -> dict[str, Tensor]:
         """Make room for the choices that a checkpoint holds, and return what is to be filled.
 
         Args:
             saved: name -> shape of all its tensors.
+            step: of the checkpoint.
         """
         self._chosen = {}
+        fill: dict[str, Tensor] = {}
         for full_name, shape in saved.items():
             if full_name.startswith(f"{PREFIX}."):
                 _, number, name = full_name.split(".", 2)
+                # Without "+" the number is of the step itself: as checkpoints had it before.
+                target = step + int(number) if number.startswith("+") else int(number)
                 mine = (shape[0] // self._engine.data_degree, *shape[1:])
                 empty = torch.empty(mine, dtype=_STORED, device=self._engine.device)
-                self._chosen.setdefault(int(number), {})[name] = empty
-        return self.state()
+                self._chosen.setdefault(target, {})[name] = empty
+                fill[full_name] = self._engine.spread_rows(empty)
+        return fill
 
     def _first(self, step: StepPlan) -> int:
         return step.num_rows // self._engine.data_degree * self._engine.data_rank

@@ -23,15 +23,17 @@ from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.collectives import gathered
 from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
+from parallel.launch import launched_world_size
 from parallel.lost_rank import all_ready
-from parallel.mesh import Mesh, build_mesh, init_process_group, launched_world_size
+from parallel.mesh import Mesh, build_mesh, init_process_group
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_stage import ModelPart
 from parallel.plan import build_sharded_model
 from quant.apply import reads_master
 from train.anticipation import Anticipation
 from train.audit import Audit
-from train.checkpoint import Checkpoints, Retention
+from train.checkpoint import Checkpoints
+from train.checkpoint_retention import Retention
 from train.config import Device, Precision, RunConfig, WandbMode, dump
 from train.config_reads import ConfigReads
 from train.ema import WeightAverage

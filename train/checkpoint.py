@@ -11,70 +11,45 @@ It is written under a hidden name, by all ranks at once and behind the steps tha
 (``train/checkpoint_writer.py``), hashed, made durable (fsync) and published by one rename, so a
 folder with a public name was complete once. What happened to it since is found by its hashes:
 ``train/checkpoint_reader.py`` names the first file that differs, and
-:meth:`Checkpoints.newest_good` passes a damaged folder over. Nothing is unpickled before the
+:meth:`Checkpoints.hold_newest` passes a damaged folder over. Nothing is unpickled before the
 manifest verifies. The hashes find damage, not malice: whoever can write to the folder can rewrite
 the manifest too, so load checkpoints only from people you would run code from.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import logging
+import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
 
 from parallel.collectives import barrier, gathered, is_main, same_everywhere
-from train.checkpoint_files import MANIFEST, STATE, DamagedCheckpointError, fsync, step_of
-from train.checkpoint_reader import verify_together
+from train.checkpoint_files import MANIFEST, DamagedCheckpointError, fsync, step_of
+from train.checkpoint_hold import Hold, unheld
+from train.checkpoint_reader import together, verify_together
+from train.checkpoint_retention import REMOVING, Known, Pruner, Retention, discard, published
 from train.checkpoint_writer import Layout, Report, RunningSave, Snapshot, describe
-from train.errors import UserError
+from train.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
-_WRITING, _REMOVING = ".writing_", ".removing_"
+T = TypeVar("T")
+_WRITING = ".writing_"
+_READ_SECONDS = 30.0  # how long a folder that must be renamed waits for its readers
 _LEAVE_SECONDS = 10.0  # how long a run that ends by an error waits for a save that is under way
 
 
 class CheckpointFailedError(RuntimeError):
     """A checkpoint that a run cannot end without could not be written."""
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay when a new one is published; one reason is enough.
-
-    Attributes:
-        last: how many of the newest; 0 = all.
-        every: those whose step is a multiple; 0 = none for that.
-        best: how many of those with the lowest validation loss, of an evaluation at their step.
-    """
-
-    last: int = 0
-    every: int = 0
-    best: int = 0
-
-    def removed(self, losses: Mapping[int, float | None]) -> list[int]:
-        """Steps that may go.
-
-        Args:
-            losses: step -> validation loss, None where it was not measured.
-        """
-        if not self.last:
-            return []
-        kept = set(sorted(losses)[-self.last :])
-        if self.every:
-            kept |= {step for step in losses if step % self.every == 0}
-        measured = [(loss, step) for step, loss in losses.items() if loss is not None]
-        kept |= {step for _, step in sorted(measured)[: self.best]}
-        return sorted(set(losses) - kept)
 
 
 class Checkpoints:
@@ -96,8 +71,9 @@ class Checkpoints:
         self, folder: Path, retention: Retention | None = None, background: bool = False
     ) -> None:
         self.folder, self.background = folder, background
-        self.retention = retention or Retention()
         self.saved_step = -1
+        self._known = Known()
+        self._pruner = Pruner(folder, retention or Retention(), self._known)
         self._snapshot = Snapshot()
         self._layout: Layout | None = None
         self._running: RunningSave | None = None
@@ -109,10 +85,7 @@ class Checkpoints:
 
     def published(self) -> list[Path]:
         """Folders with a checkpoint's name, oldest first, damaged or not."""
-        if not self.folder.is_dir():
-            return []
-        found = [p for p in self.folder.iterdir() if step_of(p) is not None]
-        return sorted(found, key=lambda p: step_of(p) or 0)
+        return published(self.folder)
 
     # ---- saving ------------------------------------------------------------------------------
     def start(
@@ -151,9 +124,10 @@ class Checkpoints:
             for path in durable_first:
                 fsync(path)
             self._publish(aside, self.path(step))
-            self._prune()
 
-        self._running = RunningSave(step, write, publish if rank == 0 else None, aside)
+        self._running = RunningSave(
+            step, write, publish if rank == 0 else None, lambda: self._pruner.prune(step), aside
+        )
         if not self.background:
             self.wait()
 
@@ -226,26 +200,43 @@ class Checkpoints:
             self._running.join(_LEAVE_SECONDS)
 
     # ---- finding -----------------------------------------------------------------------------
-    def newest_good(self, upto: int | None = None, every: int = 1) -> Path | None:
-        """The newest that verifies; a damaged one on the way is named in the log. Collective.
+    def hold_newest(self, upto: int | None = None, every: int = 1) -> Hold | None:
+        """The newest that verifies, held; a damaged one on the way is named in the log. Collective.
 
         Args:
             upto: only steps up to this one.
             every: only steps that are a multiple.
         """
         self.wait()
-        for path in reversed(same_everywhere(self.published())):
-            step = step_of(path) or 0
-            if (upto is not None and step > upto) or step % every:
-                continue
+        tried: set[Path] = set()
+        while True:  # look again each time: another process may save and prune meanwhile
+            found = [
+                path
+                for path in same_everywhere(self.published())
+                if path not in tried
+                and (upto is None or (step_of(path) or 0) <= upto)
+                and (step_of(path) or 0) % every == 0
+            ]
+            if not found:
+                return None
+            tried.add(found[-1])
             try:
-                verify_together(path)
+                hold = hold_together(found[-1])
             except DamagedCheckpointError as error:
+                self._known.note(found[-1], whole=False)
                 if is_main():
                     log.warning("%s; passed over", error)
                 continue
-            return path
-        return None
+            self._known.note(found[-1], whole=True)
+            return hold
+
+    def newest_good(self, upto: int | None = None, every: int = 1) -> Path | None:
+        """The folder of :meth:`hold_newest`, let go. Collective."""
+        hold = self.hold_newest(upto, every)
+        if hold is None:
+            return None
+        with hold:
+            return hold.folder
 
     def set_aside(self, after: int) -> None:
         """Take all checkpoints of later steps out of the row: the run goes back. Collective.
@@ -257,7 +248,7 @@ class Checkpoints:
         if is_main():
             for path in self.published():
                 if (step_of(path) or 0) > after:
-                    self._move_away(path, "abandoned")
+                    _move_away(path, "abandoned")
             fsync(self.folder)
         barrier()
 
@@ -265,8 +256,11 @@ class Checkpoints:
         """Remove what a killed run left unpublished or half removed. Collective."""
         if is_main() and self.folder.is_dir():
             for path in self.folder.iterdir():
-                if path.name.startswith((_WRITING, _REMOVING)):
-                    shutil.rmtree(path, ignore_errors=True)
+                if path.name.startswith((_WRITING, REMOVING)):
+                    try:
+                        discard(path)
+                    except OSError as error:
+                        log.warning("%s cannot be removed: %s", path, one_line(error))
         barrier()
 
     # ---- rank 0's part -----------------------------------------------------------------------
@@ -288,48 +282,50 @@ class Checkpoints:
         return None if problem else aside
 
     def _publish(self, aside: Path, final: Path) -> None:
-        if final.exists():
-            # Only a damaged folder stands here: a good one of this step would have been resumed.
-            moved = self._move_away(final, "damaged")
+        if os.path.lexists(final):
+            # Mostly a damaged folder: a good one of this step would have been resumed.
+            moved = _move_away(final, "abandoned" if self._known.is_whole(final) else "damaged")
             log.warning("checkpoint %s stood in the way and is now %s", final, moved.name)
         aside.rename(final)
         fsync(self.folder)
+        self._known.note(final, whole=True)
         log.info("saved %s", final)
 
-    def _move_away(self, path: Path, reason: str) -> Path:
-        moved = path.with_name(f"{reason}_{path.name}")
-        shutil.rmtree(moved, ignore_errors=True)
-        return path.rename(moved)
 
-    def _prune(self) -> None:
-        of_step = {step_of(path) or 0: path for path in self.published()}
-        wanted = self.retention.best > 0
-        losses = {step: _val_loss(p) if wanted else None for step, p in of_step.items()}
-        for step in self.retention.removed(losses):
-            remove(of_step[step])
+def hold_together(folder: Path) -> Hold:
+    """Hold a checkpoint on every rank, and verify it, every rank its share. Collective.
 
-
-def remove(path: Path) -> None:
-    """Remove a checkpoint; a kill in the middle leaves no folder that looks damaged."""
-    removing = path.with_name(f"{_REMOVING}{path.name}")
-    shutil.rmtree(removing, ignore_errors=True)
-    path.rename(removing)
-    shutil.rmtree(removing, ignore_errors=True)
-
-
-def _val_loss(path: Path) -> float | None:
-    """Validation loss that a checkpoint was saved with; None if it has none or cannot be read."""
+    Raises:
+        DamagedCheckpointError: the same on every rank.
+    """
+    hold = together(lambda: Hold(folder))
     try:
-        return json.loads((path / STATE).read_text(encoding="utf-8")).get("val_loss")
-    except (OSError, ValueError):
-        return None
+        verify_together(folder)
+    except DamagedCheckpointError:
+        hold.close()
+        raise
+    return hold
 
 
-def locate(source: str, asked_by: str = "init_from") -> Path:
-    """The checkpoint that ``init_from`` names: itself, or the newest good one of a run folder.
+def _move_away(path: Path, reason: str) -> Path:
+    """Rename a checkpoint, once those who read it have done so, or have had time for it."""
+    names = (f"{reason}_{path.name}" + (f"_{n}" if n else "") for n in itertools.count())
+    moved = next(new for name in names if not os.path.lexists(new := path.with_name(name)))
+    deadline = time.monotonic() + _READ_SECONDS
+    while True:
+        with unheld(path) as free:
+            if free or time.monotonic() > deadline:
+                if not free:
+                    log.warning("%s is being read, and becomes %s all the same", path, moved.name)
+                return path.rename(moved)
+        time.sleep(0.05)
+
+
+def hold(source: str, asked_by: str = "init_from") -> Hold:
+    """The checkpoint that ``init_from`` names, held: itself, or the newest good one of a run.
 
     Args:
-        source: the folder.
+        source: the folder of either.
         asked_by: what named it, for the message.
 
     Raises:
@@ -337,12 +333,35 @@ def locate(source: str, asked_by: str = "init_from") -> Path:
     """
     path = Path(source)
     if (path / MANIFEST).exists():
-        return path
+        return Hold(path)
     for folder in (path / "checkpoints", path):
-        good = Checkpoints(folder).newest_good()
-        if good is not None:
-            return good
+        found = Checkpoints(folder).hold_newest()
+        if found is not None:
+            return found
     raise UserError(
         f"{asked_by}={source} holds no complete checkpoint (looked for {MANIFEST} in it, and for"
         f" step_* folders in {path / 'checkpoints'})"
     )
+
+
+def read_held(find: Callable[[], Hold | None], read: Callable[[Path], T]) -> T | None:
+    """Read what ``find`` holds, or the next that it finds where one vanished. Collective.
+
+    Args:
+        find: gives a checkpoint; None: there is none.
+        read: reads the folder.
+    """
+    while (found := find()) is not None:
+        try:
+            with found:
+                return read(found.folder)
+        except DamagedCheckpointError:
+            if same_everywhere(found.folder.exists()):
+                raise
+    return None
+
+
+def locate(source: str, asked_by: str = "init_from") -> Path:
+    """The folder of :func:`hold`, let go: for those who are alone with it."""
+    with hold(source, asked_by) as found:
+        return found.folder

@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from train.errors import UserError
+from train.errors import UserError, one_line
 
 FORMAT = 1
-MANIFEST, STATE = "manifest.json", "state.json"
+MANIFEST, STATE, INDEX = "manifest.json", "state.json", ".metadata"
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -23,7 +23,8 @@ class DamagedCheckpointError(UserError):
 def step_of(path: Path) -> int | None:
     """Step of a checkpoint folder by its name; None if the name is no checkpoint's."""
     match = _NAME.fullmatch(path.name)
-    return int(match.group(1)) if match else None
+    step = int(match.group(1)) if match else -1
+    return step if path.name == f"step_{step:08d}" else None
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -38,19 +39,29 @@ def check_file(folder: Path, name: str, entry: dict[str, Any]) -> None:
         DamagedCheckpointError: names the folder, the file and what is wrong with it.
     """
     path = folder / name
-    if not path.is_file():
-        raise DamagedCheckpointError(f"checkpoint {folder}: file {name} is missing")
-    size = path.stat().st_size
+    try:
+        if not path.is_file():
+            raise DamagedCheckpointError(f"checkpoint {folder}: file {name} is missing")
+        size = path.stat().st_size
+        found = sha256_of(path) if size == entry["bytes"] else ""
+    except OSError as error:
+        raise unreadable(folder, name, error) from error
     if size != entry["bytes"]:
         raise DamagedCheckpointError(
             f"checkpoint {folder}: file {name} has {size} bytes, {entry['bytes']} were written"
         )
-    found = sha256_of(path)
     if found != entry["sha256"]:
         raise DamagedCheckpointError(
             f"checkpoint {folder}: file {name} has sha256 {found[:12]}, not the"
             f" {entry['sha256'][:12]} that was written"
         )
+
+
+def unreadable(folder: Path, name: str, error: BaseException) -> DamagedCheckpointError:
+    """What to raise where a file cannot be read."""
+    return DamagedCheckpointError(
+        f"checkpoint {folder}: file {name} cannot be read: {one_line(error)}"
+    )
 
 
 def sha256_of(path: Path) -> str:
@@ -62,8 +73,12 @@ def sha256_of(path: Path) -> str:
 def seal(manifest: dict[str, Any]) -> str:
     """Text of a manifest: its canonical JSON with the sha256 of itself without that key."""
     body = {key: value for key, value in manifest.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(body, indent=1, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**body, "sha256": digest}, indent=1, sort_keys=True) + "\n"
+    digest = hashlib.sha256(_canonical(body).encode()).hexdigest()
+    return _canonical({**body, "sha256": digest}) + "\n"
+
+
+def _canonical(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
 
 
 def open_manifest(folder: Path) -> dict[str, Any]:
@@ -73,24 +88,48 @@ def open_manifest(folder: Path) -> dict[str, Any]:
         DamagedCheckpointError: it is not, or not of this format.
     """
     path = folder / MANIFEST
-    if not path.is_file():
-        raise DamagedCheckpointError(f"checkpoint {folder}: file {MANIFEST} is missing")
     try:
-        text = path.read_bytes().decode("utf-8")
+        if not path.is_file():
+            raise DamagedCheckpointError(f"checkpoint {folder}: file {MANIFEST} is missing")
+        content = path.read_bytes()
+    except OSError as error:
+        raise unreadable(folder, MANIFEST, error) from error
+    try:
+        text = content.decode("utf-8")
         manifest = json.loads(text)
         intact = isinstance(manifest, dict) and seal(manifest) == text
-    except ValueError:
+    except (ValueError, RecursionError):
         intact, manifest = False, {}
     if not intact:
         raise DamagedCheckpointError(
-            f"checkpoint {folder}: file {MANIFEST} ({path.stat().st_size} bytes) is not what"
-            " was written"
+            f"checkpoint {folder}: file {MANIFEST} ({len(content)} bytes) is not what was written"
         )
-    if manifest["format"] != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise DamagedCheckpointError(
-            f"checkpoint {folder}: format {manifest['format']}, this code reads format {FORMAT}"
+            f"checkpoint {folder}: format {manifest.get('format')}, this code reads format {FORMAT}"
+        )
+    if not _is_complete(manifest):
+        raise DamagedCheckpointError(
+            f"checkpoint {folder}: file {MANIFEST} does not list what a checkpoint holds"
         )
     return manifest
+
+
+def _is_complete(manifest: dict[str, Any]) -> bool:
+    """Whether a manifest has a step and the entries of files inside its folder."""
+    files = manifest.get("files")
+    return (
+        type(manifest.get("step")) is int
+        and isinstance(files, dict)
+        and {STATE, INDEX} <= set(files)
+        and all(Path(name).name == name for name in files)
+        and all(
+            isinstance(entry, dict)
+            and type(entry.get("bytes")) is int
+            and isinstance(entry.get("sha256"), str)
+            for entry in files.values()
+        )
+    )
 
 
 def write_durably(path: Path, text: str) -> None:

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from parallel.collectives import gathered
 from train.checkpoint_files import (
+    INDEX,
     STATE,
     DamagedCheckpointError,
     check_file,
     open_manifest,
     step_of,
+    unreadable,
 )
-from train.errors import UserError
+from train.errors import UserError, one_line
+
+T = TypeVar("T")
 
 
 def verify(folder: Path, share: int = 0, shares: int = 1) -> dict[str, Any]:
@@ -54,18 +57,25 @@ def verify_together(folder: Path) -> dict[str, Any]:
     Raises:
         DamagedCheckpointError: the same on every rank.
     """
-    if not dist.is_initialized():
-        return verify(folder)
-    state, problem = None, None
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return together(lambda: verify(folder, rank, ranks))
+
+
+def together(look: Callable[[], T]) -> T:
+    """What each rank sees, if none sees damage. Collective.
+
+    Raises:
+        DamagedCheckpointError: of the first rank that does, on every rank.
+    """
+    found, problem = None, None
     try:
-        state = verify(folder, dist.get_rank(), dist.get_world_size())
+        found = look()
     except DamagedCheckpointError as error:
         problem = str(error)
     problems = [text for text in gathered(problem) if text is not None]
     if problems:
         raise DamagedCheckpointError(problems[0])
-    assert state is not None
-    return state
+    return cast(T, found)
 
 
 def read(folder: Path, tensors: Mapping[str, Tensor], partial: bool = False) -> dict[str, Any]:
@@ -84,19 +94,84 @@ def read(folder: Path, tensors: Mapping[str, Tensor], partial: bool = False) -> 
         UserError: names or shapes differ from those of ``tensors``: another model's checkpoint.
     """
     state = verify_together(folder)
-    _check_same_tensors(folder, saved_tensors(folder), tensors, partial)
-    _load(folder, tensors)
+    saved = together(lambda: SavedTensors(folder))
+    _check_same_tensors(folder, saved.shapes, tensors, partial)
+    saved.load(tensors)
     return state
+
+
+class SavedTensors:
+    """The tensors of one verified checkpoint, by name; its index, a pickle, is read once.
+
+    Args:
+        folder: of the checkpoint.
+
+    Attributes:
+        shapes: of every tensor.
+        dtypes: of every tensor.
+
+    Raises:
+        DamagedCheckpointError: the index cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._reader = folder, _OneIndex(folder)
+        try:
+            entries = self._reader.read_metadata().state_dict_metadata.items()
+        except Exception as error:  # whatever unpickling raises
+            raise unreadable(folder, INDEX, error) from error
+        found = {name: e for name, e in entries if isinstance(e, TensorStorageMetadata)}
+        self.shapes = {name: entry.size for name, entry in found.items()}
+        self.dtypes = {name: entry.properties.dtype for name, entry in found.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Fill tensors of the saved shapes. Collective, where there are ranks.
+
+        Raises:
+            DamagedCheckpointError: files have vanished, or cannot be read; on all ranks.
+        """
+        try:
+            self._load(tensors)
+        except OSError as error:
+            raise DamagedCheckpointError(
+                f"checkpoint {self._folder} cannot be read: {one_line(error)}"
+            ) from error
+        except CheckpointException as error:  # of any rank, raised on all
+            rank, (cause, _) = next(iter(error.failures.items()))
+            if not isinstance(cause, OSError):
+                raise
+            raise DamagedCheckpointError(
+                f"checkpoint {self._folder} cannot be read by rank {rank}: {one_line(cause)}"
+            ) from error
+
+    def _load(self, tensors: Mapping[str, Tensor]) -> None:
+        if dist.is_initialized():
+            dcp.load(dict(tensors), storage_reader=self._reader)
+            return
+        # As dcp.load does, but for its round trips between ranks, which cost more than the read.
+        planner, index = dcp.DefaultLoadPlanner(), self._reader.read_metadata()
+        planner.set_up_planner(dict(tensors), index, is_coordinator=True)
+        self._reader.set_up_storage_reader(index, is_coordinator=True)
+        self._reader.read_data(planner.create_local_plan(), planner).wait()
+
+
+class _OneIndex(dcp.FileSystemReader):
+    """Reads the index once and not at every load."""
+
+    _index: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._index is None:
+            self._index = super().read_metadata(*args, **kwargs)
+        return self._index
 
 
 def load_each(folder: Path, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """The named tensors of a verified ``folder``, whole, one in memory at a time."""
-    index = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    saved = SavedTensors(folder)
     for name in names:
-        entry = index[name]
-        assert isinstance(entry, TensorStorageMetadata)
-        tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-        _load(folder, {name: tensor})
+        tensor = torch.empty(saved.shapes[name], dtype=saved.dtypes[name])
+        saved.load({name: tensor})
         yield name, tensor
 
 
@@ -107,19 +182,37 @@ def read_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         DamagedCheckpointError: it is not.
     """
     check_file(folder, STATE, manifest["files"][STATE])
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    try:
+        state = json.loads((folder / STATE).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(folder, STATE, error) from error
+    wrong = _wrong_type(state, manifest["step"])
+    if wrong:
+        raise DamagedCheckpointError(f"checkpoint {folder}: file {STATE}: {wrong}")
+    return state
 
 
-def _load(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    reader = dcp.FileSystemReader(folder)
-    with _quiet_dcp():
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
+_TYPES = {"progress": dict, "loader": dict, "recovery": dict, "trackers": dict}
+
+
+def _wrong_type(state: Any, step: int) -> str:
+    """What is not as this code writes it; empty: nothing."""
+    if not isinstance(state, dict):
+        return f"it holds a {type(state).__name__}"
+    if state.get("step") != step:
+        return f"it is of step {state.get('step')}"
+    for key, kind in _TYPES.items():
+        if not isinstance(state.get(key, kind()), kind):
+            return f"{key} is a {type(state[key]).__name__}"
+    for key, value in state.get("progress", {}).items():
+        if type(value) is not int:
+            return f"progress.{key} is a {type(value).__name__}"
+    return ""
 
 
 def saved_tensors(folder: Path) -> dict[str, torch.Size]:
-    """Name -> shape of the tensors in a verified ``folder`` (its index is a pickle)."""
-    entries = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    return {name: e.size for name, e in entries.items() if isinstance(e, TensorStorageMetadata)}
+    """Name -> shape of the tensors in a verified ``folder``."""
+    return SavedTensors(folder).shapes
 
 
 def _check_same_tensors(
@@ -144,11 +237,3 @@ def _check_same_tensors(
 def _wanted_anywhere(wanted: Mapping[str, Tensor]) -> set[str]:
     """Names that any rank wants: a pipeline stage holds some of them."""
     return {name for some in gathered(sorted(wanted)) for name in some}
-
-
-@contextlib.contextmanager
-def _quiet_dcp() -> Iterator[None]:
-    """Distributed Checkpoint warns without a process group, even when told so by ``no_dist``."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
-        yield

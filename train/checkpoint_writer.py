@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 from parallel.collectives import is_main
 from train.checkpoint_files import (
     FORMAT,
+    INDEX,
     MANIFEST,
     STATE,
     describe_file,
@@ -49,7 +50,7 @@ _LONGEST_PAUSE = 0.2  # seconds between two looks for another rank's report
 
 
 class Snapshot:
-    """Copies of a state's tensors in host memory, in buffers that every save uses again."""
+    """Copies of a state's tensors in host memory, in buffers that the next save uses again."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, Tensor] = {}
@@ -58,12 +59,13 @@ class Snapshot:
     def take(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copy this rank's part of every tensor; a DTensor stays one, in the same layout."""
         copies: dict[str, Tensor] = {}
+        before, self._buffers = self._buffers, {}  # what a save does not use is let go
         for name, tensor in tensors.items():
             own = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-            buffer = self._buffers.get(name)
+            buffer = before.get(name)
             if buffer is None or buffer.shape != own.shape or buffer.dtype != own.dtype:
                 buffer = torch.empty(own.shape, dtype=own.dtype, pin_memory=own.is_cuda)
-                self._buffers[name] = buffer
+            self._buffers[name] = buffer
             buffer.copy_(own, non_blocking=True)
             if isinstance(tensor, DTensor):
                 copies[name] = DTensor(buffer, tensor._spec, requires_grad=False)
@@ -132,7 +134,7 @@ class Layout:
         self._writer(folder).finish(self.index, [report.results for report in reports])
         write_durably(folder / STATE, json.dumps(state, indent=1, allow_nan=False))
         files = {name: entry for report in reports for name, entry in report.files.items()}
-        files |= {name: describe_file(folder / name) for name in (".metadata", STATE)}
+        files |= {name: describe_file(folder / name) for name in (INDEX, STATE)}
         manifest = {"format": FORMAT, "step": state["step"], "files": files}
         write_durably(folder / MANIFEST, seal(manifest))
         fsync(folder)
@@ -160,6 +162,7 @@ class RunningSave:
         step: that is saved.
         write: writes this rank's part and returns its report.
         publish: on rank 0: takes the reports of all ranks, in order; None on the others.
+        afterwards: what rank 0 does when it is published; it does not raise.
         folder: in which the checkpoint is written.
 
     Attributes:
@@ -173,12 +176,13 @@ class RunningSave:
         step: int,
         write: Callable[[], Report],
         publish: Callable[[list[Report]], None] | None,
+        afterwards: Callable[[], None],
         folder: Path,
     ) -> None:
         self.step, self.folder = step, folder
         self.published, self.error, self._seconds = False, "", 0.0
         self.give_up = threading.Event()
-        self._write, self._publish = write, publish
+        self._write, self._publish, self._afterwards = write, publish, afterwards
         self._thread = threading.Thread(target=self._run, name=f"save-{step}", daemon=True)
         self._thread.start()
 
@@ -217,6 +221,8 @@ class RunningSave:
             if self._publish is not None and not self.published:
                 shutil.rmtree(self.folder, ignore_errors=True)
             self._seconds = time.perf_counter() - began
+        if self.published:
+            self._afterwards()
 
     def _reports_of_others(self) -> list[Report]:
         world = dist.get_world_size() if dist.is_initialized() else 1

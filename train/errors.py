@@ -55,6 +55,10 @@ class TrainingFailedError(RuntimeError):
     """The run cannot go on and need not be debugged: steps failed, and it was to stop then."""
 
 
+# Told in one line, exit code 1: nothing to debug, and nothing wrong with the input.
+FAILURES: tuple[type[Exception], ...] = (TrainingFailedError, data.errors.DiskError)
+
+
 def one_line(error: BaseException) -> str:
     """Text of an error with its white space, line ends included, folded."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -26,18 +26,13 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from data.tokenizer import EOS, FIM_TOKENS, ByteTokenizer, Tokenizer
-from model.state_dict import official_config, transformers_name
+from model.config_json import official_config
+from model.state_dict import transformers_name
 from quant.export import Stored, quantise_official, stored_as, write_index
 from train.checkpoint import Checkpoints
 from train.errors import UserError, one_line
-from train.exchange import (
-    CONFIG_JSON,
-    QUANT_KEY,
-    Source,
-    fill_parameter,
-    meta_state,
-    quant_values,
-)
+from train.exchange import fill_parameter
+from train.model_source import CONFIG_JSON, QUANT_KEY, Source, meta_state, quant_values
 from train.run_folder import CHECKPOINTS
 from train.transformers_config import transformers_config
 
@@ -276,7 +271,7 @@ def _write_tokenizer(folder: Path, tokenizer: Tokenizer | None, config: dict[str
         config["eos_token_id"] = None
         return
     inner = tokenizer_json(tokenizer)
-    eos = HFTokenizer.from_str(json.dumps(inner)).id_to_token(tokenizer.eos_id)
+    eos = HFTokenizer.from_str(json.dumps(inner, allow_nan=False)).id_to_token(tokenizer.eos_id)
     _write_json(folder / "tokenizer.json", inner)
     _write_json(
         folder / "tokenizer_config.json",
@@ -312,7 +307,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+    partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", "utf-8")
     partial.replace(path)
 
 

@@ -29,6 +29,7 @@ from optim.config import StateDtype
 from optim.groups import Owner, build_table
 from optim.muon import CHUNK_ELEMENTS
 from parallel.config import ParallelConfig
+from parallel.launch import launched_world_size
 from parallel.pipeline_split import (
     StageParts,
     check_pipeline,
@@ -103,7 +104,7 @@ def this_world(device: Device) -> World:
     Raises:
         UserError: more ranks on this machine than CUDA devices.
     """
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    ranks = launched_world_size()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cuda = torch.cuda.is_available() if device != Device.cpu else False
     if device == Device.cuda and not cuda:

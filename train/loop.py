@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,16 +21,18 @@ from data.global_batch import GlobalBatch as PackedBatch
 from data.loader import Loader
 from model.config import LayerKind, ModelConfig
 from model.flops import training_flops
-from parallel.collectives import local
 from parallel.engine import Engine
 from train import checkpoint_reader
 from train.anticipation import Anticipation, RoutedRows
 from train.audit import Audit
-from train.checkpoint import Checkpoints, locate
+from train.checkpoint import Checkpoints, hold, read_held
+from train.checkpoint_files import STATE, DamagedCheckpointError, step_of
+from train.checkpoint_hold import Hold
 from train.config import RunConfig
 from train.ema import WeightAverage
-from train.errors import ExitCode, TrainingFailedError, UserError
+from train.errors import USER_ERRORS, ExitCode, TrainingFailedError, UserError, one_line
 from train.evaluate import Evaluator
+from train.finite import first_not_finite
 from train.identity import RunIdentity, Use
 from train.metrics import (
     MetricsFile,
@@ -185,7 +188,7 @@ class Trainer:
         if verdict.remedy is Remedy.stop:
             self._fail(verdict.reason)
         if _due(step.number, self._checkpoint_every) and not self.recovery.suspects:
-            self._save_if_finite()
+            self._save()
 
     def _record(
         self, step: StepPlan, rows: GlobalBatch, result: StepResult, seconds: float
@@ -233,9 +236,10 @@ class Trainer:
                 f"{verdict.reason}, and {where} holds no whole checkpoint from before step"
                 f" {verdict.first_failed} to roll back to"
             )
-        state = checkpoint_reader.read(
-            target, checkpoint_tensors(self.engine, self.average), partial=True
-        )
+        with target:
+            state = checkpoint_reader.read(
+                target.folder, checkpoint_tensors(self.engine, self.average), partial=True
+            )
         self.progress = Progress(**state["progress"])
         self.recovery.roll_back(self.progress.step, state.get("recovery", {}))
         self.anticipation.forget()
@@ -249,16 +253,16 @@ class Trainer:
             self.samples.roll_back(self.progress.step, self.recovery.state.rollbacks)
         for tracker in self.trackers:
             tracker.rewind(self.progress.step)
-        log.warning("back to %s, on with the data behind step %d", target, step.number)
+        log.warning("back to %s, on with the data behind step %d", target.folder, step.number)
 
-    def _checkpoint_before(self, step: int) -> Path | None:
+    def _checkpoint_before(self, step: int) -> Hold | None:
         """The newest good one of an earlier step, first among those that every start would have.
 
         One saved because the run was stopped in between would make it another run than the one
         that was never stopped.
         """
-        regular = self.checkpoints.newest_good(step - 1, self._checkpoint_every)
-        return regular or self.checkpoints.newest_good(step - 1)
+        regular = self.checkpoints.hold_newest(step - 1, self._checkpoint_every)
+        return regular or self.checkpoints.hold_newest(step - 1)
 
     def _fail(self, reason: str) -> NoReturn:
         """Leave for good, without a checkpoint of what failed."""
@@ -266,28 +270,31 @@ class Trainer:
         raise TrainingFailedError(reason)
 
     # ---- saving and leaving ------------------------------------------------------------------
-    def _save(self) -> None:
-        """Begin the checkpoint of this step. A full disk costs this checkpoint, not the run."""
+    def _save(self) -> str:
+        """Begin the checkpoint of this step. A full disk costs this checkpoint, not the run.
+
+        Returns:
+            The tensor that is not finite, for which nothing is saved: it is nothing to go back to.
+        """
         began = time.perf_counter()
         tensors, step = checkpoint_tensors(self.engine, self.average), self.progress.step
-        tensors |= self.anticipation.state()
+        if spoilt := first_not_finite(tensors):
+            log.error("no checkpoint of step %d: %s is not finite", step, spoilt)
+            return spoilt
+        tensors |= self.anticipation.state(step)
         files = [self.metrics.path] + [self.samples.lines.path] * self.samples.enabled
         self.checkpoints.start(step, tensors, self._state(), durable_first=files)
         self._save_seconds = time.perf_counter() - began
-
-    def _save_if_finite(self) -> None:
-        """Spoilt weights are nothing to go back to."""
-        mine = all(bool(local(p).isfinite().all()) for p in self.engine.model.parameters())
-        if self.engine.agree(not mine):
-            log.error("no checkpoint of step %d: its weights are not finite", self.progress.step)
-            return
-        self._save()
+        return ""
 
     def _save_last(self) -> None:
         """The run ends here, so the checkpoint of this step must be on disk."""
         self.checkpoints.wait()
-        if self.checkpoints.saved_step != self.progress.step:
-            self._save()
+        if self.checkpoints.saved_step != self.progress.step and (spoilt := self._save()):
+            self._fail(
+                f"after step {self.progress.step} {spoilt} is not finite: it was not saved, and the"
+                f" newest checkpoint is that of step {self.checkpoints.saved_step}"
+            )
         self.checkpoints.require(self.progress.step)
 
     def _state(self) -> dict[str, Any]:
@@ -329,6 +336,10 @@ class Trainer:
         self.report.write(asdict(self.progress), self.audit.result(), validation)
         for tracker in self.trackers:
             tracker.close()
+        if validation is not None and not validation.is_finite:
+            raise TrainingFailedError(
+                f"the evaluation after the last step is not finite: {_told(validation.values)}"
+            )
 
     def _final_evaluation(self) -> FinalEvaluation:
         step = self._last_step()
@@ -341,6 +352,8 @@ class Trainer:
         done, step = self.progress, self._last_step()
         self.phase.enter(step)
         values = {"step": done.step, "tokens": done.tokens, **self.final_evaluator.evaluate(step)}
+        if not FinalEvaluation(values, b"").is_finite:
+            raise TrainingFailedError(f"the evaluation is not finite: {_told(values)}")
         if self.engine.rank == 0:
             self.report.write_evaluation(values)
         return ExitCode.finished
@@ -394,27 +407,42 @@ def restore(
     """
     source = run.init_from  # of a new run: one that resumes has weights of its own
     only_reads = run.train.eval_only  # maybe the folder of a run that is training
+    use = Use.evaluate if only_reads else Use.resume
+
+    def load(folder: Path) -> Restored:
+        recorded = check_origin(use, folder, identity, f"run_dir={run.run_dir}")
+        saved = checkpoint_reader.together(lambda: checkpoint_reader.saved_tensors(folder))
+        ahead = anticipation.allocate(saved, step_of(folder) or 0)
+        tensors = checkpoint_tensors(engine, average)
+        state = checkpoint_reader.read(folder, tensors | ahead)
+        _refuse_not_finite(folder, tensors)
+        try:
+            progress = Progress(**state["progress"])
+            if not only_reads:
+                check_steps(plan.steps, progress.step, run.run_dir)
+            recovery.load_state_dict(state.get("recovery", {}))
+            loader.load_state_dict(state["loader"])
+            return Restored(identity.continuing(recorded), progress, state.get("trackers", {}))
+        except USER_ERRORS:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedCheckpointError(
+                f"checkpoint {folder}: file {STATE} is not as this code writes it:"
+                f" {type(error).__name__}: {one_line(error)}"
+            ) from error
+
     if not only_reads:
         checkpoints.clean()
-    newest, restored = checkpoints.newest_good(), Restored(identity)
-    if newest is not None:
-        use = Use.evaluate if only_reads else Use.resume
-        recorded = check_origin(use, newest, identity, f"run_dir={run.run_dir}")
-        ahead = anticipation.allocate(checkpoint_reader.saved_tensors(newest))
-        state = checkpoint_reader.read(newest, checkpoint_tensors(engine, average) | ahead)
-        progress = Progress(**state["progress"])
-        if not only_reads:
-            check_steps(plan.steps, progress.step, run.run_dir)
-        recovery.load_state_dict(state.get("recovery", {}))
-        loader.load_state_dict(state["loader"])
-        restored = Restored(identity.continuing(recorded), progress, state.get("trackers", {}))
-        log.info("resuming after step %d from %s", progress.step, newest)
+    restored = read_held(checkpoints.hold_newest, load)
+    if restored is not None:
+        log.info("resuming after step %d", restored.progress.step)
     else:
-        if checkpoints.published():
+        if found := checkpoints.published():
             raise UserError(
-                f"run_dir={run.run_dir}: none of its {len(checkpoints.published())} checkpoints is"
-                " whole (see the log); move them away to start again"
+                f"run_dir={run.run_dir}: none of its {len(found)} checkpoints is whole (see the"
+                " log); move them away to start again"
             )
+        restored = Restored(identity)
         if source:
             _start_from(source, identity, engine, average)
     if engine.rank == 0 and not only_reads:
@@ -440,15 +468,25 @@ def _start_from(
     source: str, identity: RunIdentity, engine: Engine, average: WeightAverage | None
 ) -> None:
     """Take weights, expert biases and hash tables from elsewhere; the optimizer starts fresh."""
-    path = locate(source)
-    recorded = check_origin(Use.init_from, path, identity, f"init_from={source}")
-    if recorded.tokenizer is None:
-        log.warning("init_from=%s does not say with which tokenizer it was trained", source)
     model = {name: t for name, t in engine.state().items() if name.startswith("model.")}
-    checkpoint_reader.read(path, model, partial=True)
+
+    def load(folder: Path) -> None:
+        recorded = check_origin(Use.init_from, folder, identity, f"init_from={source}")
+        if recorded.tokenizer is None:
+            log.warning("init_from=%s does not say with which tokenizer it was trained", source)
+        checkpoint_reader.read(folder, model, partial=True)
+        _refuse_not_finite(folder, model)
+        log.info("starting from the weights of %s", folder)
+
+    read_held(lambda: hold(source), load)
     if average is not None:
         average.restart()
-    log.info("starting from the weights of %s", path)
+
+
+def _refuse_not_finite(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Nothing can be trained on from it. Collective."""
+    if spoilt := first_not_finite(tensors):
+        raise UserError(f"checkpoint {folder}: its {spoilt} is not finite")
 
 
 def checkpoint_tensors(engine: Engine, average: WeightAverage | None) -> dict[str, Tensor]:
@@ -476,6 +514,10 @@ def reach(rows: PackedBatch, config: ModelConfig) -> Record:
     if blocks:
         found["past_hca_block"] = rows.share_past(max(blocks))
     return found
+
+
+def _told(values: Mapping[str, Any]) -> str:
+    return " ".join(f"{name}={value:.5g}" for name, value in values.items())
 
 
 def _due(step: int, every: int, last: int | None = None) -> bool:

@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.errors import UserError
+
 
 class Reduction(StrEnum):
     """How the values of microbatches and ranks become the value of a step."""
@@ -196,7 +198,7 @@ class StepLines:
     def append(self, record: Mapping[str, Any]) -> None:
         """Add a line; its ``step`` is above those of the lines before."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def read(self) -> list[Record]:
         """All complete lines, in order; none where there is no file."""
@@ -241,10 +243,31 @@ def read_metrics(path: Path) -> list[Record]:
 
 
 def _complete_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            return  # a kill in the middle of a write
-        yield line, json.loads(line)
+    """Lines with their records. What a kill or a crash left half written can only be the end.
+
+    Raises:
+        UserError: a line in the middle holds no step.
+    """
+    broken = 0
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        record = _record_of(line)
+        if record is None:
+            broken = broken or number
+        elif broken:
+            raise UserError(f"{path}: line {broken} is damaged, and whole lines follow it")
+        else:
+            yield line.decode("utf-8"), record
+
+
+def _record_of(line: bytes) -> Record | None:
+    """The record in a line; None where it holds none, or not all of it."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError:  # no JSON, or no UTF-8
+        return None
+    return record if isinstance(record, dict) and "step" in record else None
 
 
 def _json_value(value: Any) -> Any:

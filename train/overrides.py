@@ -9,6 +9,7 @@ and everything else is left to Hydra's own composition.
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import is_dataclass
@@ -18,6 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
 from train.config import RunConfig, load, unknown_key
@@ -66,20 +68,21 @@ def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
     own_conf = not any(flag.split("=")[0] in _FOREIGN for flag in flags)
     for arg in overrides:
         _check_override(arg, known, conf if own_conf else None)
-    return [*flags, *_gather_items(overrides)]
+    return [*flags, *_gather_items(overrides, sweeps(flags))]
 
 
-def swept(task: Sequence[str], args: Sequence[str]) -> list[str]:
-    """Overrides of a multirun's job that differ between its jobs.
+def sweeps(args: Sequence[str]) -> bool:
+    """Whether the command line asks for several jobs."""
+    return "-m" in args or "--multirun" in args
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra reads them.
 
     Args:
-        task: the job's overrides.
-        args: the command line as :func:`normalise` returned it.
+        overrides: as :func:`normalise` returned them; flags are passed over.
     """
-    parser = OverridesParser.create()
-    parsed = parser.parse_overrides(_split(args)[1])
-    fixed = {o.key_or_group for o in parsed if not o.is_sweep_override()}
-    return [o for o in task if parser.parse_override(o).key_or_group not in fixed]
+    return OverridesParser.create().parse_overrides(_split(overrides)[1])
 
 
 def compose_run(args: Sequence[str] = (), conf: Path = CONF) -> RunConfig:
@@ -116,14 +119,14 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return flags, overrides
 
 
-def _gather_items(overrides: Sequence[str]) -> list[str]:
+def _gather_items(overrides: Sequence[str], sweep: bool) -> list[str]:
     """Join keys of named items (``data.sources.NAME.KEY=...``) into one override of their dict.
 
     Hydra cannot add an item by one of its keys. As a whole (``++data.sources={NAME:{KEY:...}}``)
-    items are added, or merged into those that are there.
+    items are added, or merged into those that are there. Where keys are swept the dict is.
     """
     out: list[str] = []
-    items: dict[str, dict[str, list[str]]] = {}
+    items: dict[str, dict[str, list[list[str]]]] = {}
     for override in overrides:
         key, _, value = override.lstrip("+").partition("=")
         parts = key.split(".")
@@ -133,13 +136,29 @@ def _gather_items(overrides: Sequence[str]) -> list[str]:
             continue
         keys = items.setdefault(".".join(parts[: depth - 1]), {}).setdefault(parts[depth - 1], [])
         if len(parts) > depth:
-            keys.append(f"{parts[-1]}:{value}")
+            keys.append([f"{parts[-1]}:{choice}" for choice in _choices(override, value, sweep)])
         else:
-            keys.append(value.strip().removeprefix("{").removesuffix("}"))
+            keys.append([value.strip().removeprefix("{").removesuffix("}")])
     for path, named in items.items():
-        inner = ",".join(f"{name}:{{{','.join(keys)}}}" for name, keys in named.items())
-        out.append(f"++{path}={{{inner}}}")  # the dict is closed to plain overrides
+        dicts = []
+        for chosen in itertools.product(*(itertools.product(*keys) for keys in named.values())):
+            inner = (f"{name}:{{{','.join(k)}}}" for name, k in zip(named, chosen, strict=True))
+            dicts.append(f"{{{','.join(inner)}}}")
+        out.append(f"++{path}={','.join(dicts)}")  # the dict is closed to plain overrides
     return out
+
+
+def _choices(override: str, value: str, sweep: bool) -> list[str]:
+    """Values of an item's key, each as Hydra's grammar writes it; several under ``-m`` alone."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return [value]
+    if not sweep:
+        raise UserError(
+            f"{override}: several values need -m; one value with a comma is quoted,"
+            f" {override.partition('=')[0]}='\"{value}\"'"
+        )
+    return list(parsed.sweep_string_iterator())
 
 
 def _item_depth(parts: Sequence[str]) -> int | None:

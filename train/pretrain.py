@@ -13,6 +13,9 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: the repository root, not train/, must be first
     _here = Path(__file__).resolve().parent
     sys.path[:] = [str(_here.parent), *(p for p in sys.path if Path(p).resolve() != _here)]
+    from train.stop import leave_on_signal
+
+    leave_on_signal()  # a signal during the imports below is answered too
 
 import logging
 import os
@@ -24,23 +27,24 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from train.config import load
+from parallel.launch import check_launch, launched_rank
+from train.config import RunConfig, load
 from train.errors import (
+    FAILURES,
     USER_ERRORS,
     DoesNotFitError,
     ExitCode,
-    TrainingFailedError,
     UserError,
     one_line,
 )
-from train.overrides import CONF, normalise, swept
-from train.run_folder import check_run_folder
+from train.overrides import CONF, normalise, sweeps
+from train.run_folder import check_run_folder, untouched_if_refused
 from train.stages import check_rows, check_schedule, refuse_unbuilt, resolve
-from train.stop import stop_with_launcher
+from train.stop import Stopped, stop_with_launcher
+from train.sweep import forget_refused, in_own_folder
 
 log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds that a rank with a user error waits for rank 0 to have told it
@@ -54,6 +58,7 @@ def main(cfg: DictConfig) -> int:
 
     Raises:
         ValueError: the input cannot be; nothing was written.
+        Stopped: a signal ended it; it is saved.
     """
     run = load(cfg)
     plan = resolve(run)
@@ -67,6 +72,11 @@ def main(cfg: DictConfig) -> int:
     check_layout(layout, run.model)
     check_rows(plan, layout.row_degree)
     check_schedule(plan, layout)
+    with untouched_if_refused(run.run_dir):
+        return _train(run)
+
+
+def _train(run: RunConfig) -> int:
     check_run_folder(run)
     from model.kernels.allocator import keep_freed_memory  # noqa: PLC0415
     from parallel.lost_rank import lost_rank_ends_the_job  # noqa: PLC0415
@@ -74,7 +84,11 @@ def main(cfg: DictConfig) -> int:
 
     keep_freed_memory()
     with lost_rank_ends_the_job(run.parallel.timeout_seconds):
-        return build(run).fit()
+        trainer = build(run)
+        code = trainer.fit()
+    if trainer.stop.signalled:
+        raise Stopped
+    return code
 
 
 def cli(args: Sequence[str]) -> int:
@@ -89,9 +103,14 @@ def cli(args: Sequence[str]) -> int:
     codes: list[int] = []
     untold: list[str] = []
     pid = os.getpid()
+    try:
+        check_launch()
+    except USER_ERRORS as error:  # said by every process: none of them knows its number
+        _print(one_line(error))
+        return ExitCode.user_error
 
     def job(cfg: DictConfig) -> None:
-        code = _guarded(lambda: main(_in_own_folder(cfg, sys.argv[1:])), untold)
+        code = _guarded(lambda: main(in_own_folder(cfg, sys.argv[1:])), untold)
         codes.append(code)
         if os.getpid() != pid and code:  # a launcher's worker process: the list stays behind
             raise RuntimeError(f"job {HydraConfig.get().job.override_dirname} left with {code}")
@@ -102,7 +121,12 @@ def cli(args: Sequence[str]) -> int:
         order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)
         return next((code for code in order if code in codes), ExitCode.finished)
 
-    code = _guarded(compose_and_run, untold)
+    try:
+        code = _guarded(compose_and_run, untold)
+    except Stopped:
+        code = ExitCode.resumable
+    if sweeps(args) and launched_rank() == 0 and set(codes) <= {ExitCode.user_error}:
+        forget_refused(args)
     _let_rank_0_tell(untold)
     if "torch" in sys.modules:
         from parallel.mesh import leave_process_group  # noqa: PLC0415
@@ -129,7 +153,7 @@ def _hydra_reads(argv: list[str]) -> Iterator[None]:
 def _guarded(body: Callable[[], int], untold: list[str]) -> int:
     """Run ``body``; turn the user's errors into one line and exit code 2.
 
-    A run that was to stop at a failure gets its one line too, and exit code 1.
+    A run that was to stop at a failure, or met a full disk, gets one line too, and exit code 1.
 
     Rank 0 prints the line; another rank adds it to ``untold``.
     """
@@ -138,19 +162,21 @@ def _guarded(body: Callable[[], int], untold: list[str]) -> int:
         return int(body())
     except DoesNotFitError as error:
         line, before = one_line(error), error.table
-    except TrainingFailedError as error:
+    except FAILURES as error:
         line, before, code = one_line(error), "", ExitCode.failure
     except (HydraException, OmegaConfBaseException) as error:
         line, before = _composition_error(error), ""
     except USER_ERRORS as error:
         line, before = one_line(error), ""
+    except Stopped:
+        raise
     except SystemExit as left:  # Hydra's help and its parser of flags
         return int(left.code or 0)
     except KeyboardInterrupt:
-        if _rank() == 0:
-            _print("stopped before the first step; the same command starts again")
-        return ExitCode.resumable
-    if _rank() == 0:
+        if launched_rank() == 0:
+            _print("interrupted; the same command goes on from the newest checkpoint")
+        raise Stopped from None
+    if launched_rank() == 0:
         _print(line, before)
     else:
         untold.append(line)
@@ -171,7 +197,7 @@ def _let_rank_0_tell(untold: list[str]) -> None:
     if untold:
         time.sleep(PATIENCE)
         for line in untold:
-            _print(f"rank {_rank()}: {line}")
+            _print(f"rank {launched_rank()}: {line}")
 
 
 def _composition_error(error: Exception) -> str:
@@ -183,27 +209,9 @@ def _composition_error(error: Exception) -> str:
     return f"{text}: {str(cause).splitlines()[0]}"
 
 
-def _in_own_folder(cfg: DictConfig, args: Sequence[str]) -> DictConfig:
-    """Give each job of a multirun its own folder, named by what is swept: equal on every rank."""
-    hydra_cfg = HydraConfig.get()
-    if hydra_cfg.mode != RunMode.MULTIRUN:
-        return cfg
-    differing = swept(hydra_cfg.overrides.task, args)
-    if differing and not any(o.startswith("run_dir=") for o in differing):
-        name = ",".join(differing).replace("/", "_")
-        cfg = cfg.copy()
-        cfg.run_dir = f"{cfg.run_dir}_sweep/{name}"
-    log.info("job %d: %s", hydra_cfg.job.num, cfg.run_dir)
-    return cfg
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
 if __name__ == "__main__":
     logging.basicConfig(
-        level=logging.INFO if _rank() == 0 else logging.WARNING, format="%(message)s"
+        level=logging.INFO if launched_rank() == 0 else logging.WARNING, format="%(message)s"
     )
     stop_with_launcher()
     sys.exit(cli(sys.argv[1:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -46,7 +47,7 @@ def source_hash(root: Path = ROOT) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A config section as JSON values: dataclasses become dicts, enums their values."""
+    """JSON values: dataclasses become dicts, enums their values, what is not finite null."""
     if is_dataclass(value) and not isinstance(value, type):
         return plain(asdict(value))
     if isinstance(value, Mapping):
@@ -55,12 +56,16 @@ def plain(value: Any) -> Any:
         return [plain(v) for v in value]
     if isinstance(value, Enum):
         return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value
 
 
 def config_hash(config: Any) -> str:
     """Sha256 of a config's canonical JSON."""
-    return hashlib.sha256(json.dumps(plain(config), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(plain(config), sort_keys=True, allow_nan=False).encode()
+    ).hexdigest()
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -78,7 +83,10 @@ def environment(device: torch.device) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write beside, then replace: a reader never sees half a file."""
     aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    aside.write_text(
+        json.dumps(plain(content), indent=1, sort_keys=True, allow_nan=False) + "\n",
+        encoding="utf-8",
+    )
     os.replace(aside, path)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import lzma
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,11 @@ class FinalEvaluation:
 
     values: Mapping[str, Any]
     text: bytes
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number is."""
+        return all(math.isfinite(value) for value in self.values.values())
 
 
 class RunReport:
@@ -90,7 +96,7 @@ class RunReport:
         draw_losses(records, self._folder / CURVE, self._title)
         receipt = {
             **self._facts,
-            "finished": validation is not None,
+            "finished": validation is not None and validation.is_finite,
             "progress": dict(progress),
             "audit": dict(audit),
             "final_metrics": records[-1] if records else {},

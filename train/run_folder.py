@@ -7,9 +7,12 @@ folder, but the trainer fills it, once everything is known to be buildable.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from omegaconf import OmegaConf
 
 from train.checkpoint_files import STATE, fsync, seal, step_of, write_durably
 from train.config import RunConfig, load
-from train.errors import UserError, one_line
+from train.errors import USER_ERRORS, UserError, one_line
 from train.flat_config import flat_config, flatten
 from train.identity import RunIdentity, Use, check
 
@@ -156,11 +159,26 @@ def _has_run(folder: Path) -> bool:
     return checkpoints.is_dir() and any(checkpoints.iterdir())
 
 
-def _check_writable(folder: Path) -> None:
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"run_dir={folder} cannot be: {existing} is a file, not a folder")
+@contextmanager
+def untouched_if_refused(run_dir: str) -> Iterator[None]:
+    """Folders made for a run that was then refused go again, as far as they are empty."""
+    folder, new = Path(run_dir).absolute(), list[Path]()
+    with contextlib.suppress(OSError):
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        yield
+    except USER_ERRORS:
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()
+        raise
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir():
+            raise UserError(f"run_dir={folder} cannot be: {existing} is a file, not a folder")
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -33,7 +33,9 @@ from train.step import GlobalBatch
 
 def data_hash(manifest: Mapping[str, Any]) -> str:
     """Stands for a loader's manifest."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        json.dumps(manifest, sort_keys=True, allow_nan=False).encode()
+    ).hexdigest()[:16]
 
 
 class SampleLogError(RuntimeError):

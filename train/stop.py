@@ -12,6 +12,9 @@ import time
 from types import FrameType
 from typing import Any
 
+from parallel.launch import launched_rank
+from train.errors import ExitCode
+
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -31,6 +34,36 @@ def stop_with_launcher() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
+class Stopped(SystemExit):
+    """A signal ended what ran, and also ends what would come next, as the jobs of a sweep."""
+
+    def __init__(self) -> None:
+        super().__init__(ExitCode.resumable)
+
+
+def leave_on_signal() -> None:
+    """Before the first step there is nothing to save: SIGTERM and Ctrl-C leave at once.
+
+    Called before anything slow is imported. Raises :class:`Stopped` in this process; a worker that
+    it has forked dies by the signal as it would have.
+    """
+    pid = os.getpid()
+
+    def leave(number: int, _: FrameType | None) -> None:
+        if os.getpid() != pid:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        if launched_rank() == 0:
+            name = signal.Signals(number).name
+            told = "stopped before the first step; the same command starts again"
+            sys.stderr.write(f"{name}: {told}\n")
+        raise Stopped
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)
+
+
 class StopRequest:
     """Notices SIGTERM, Ctrl-C and the time limit, while it is entered as a context.
 
@@ -38,12 +71,16 @@ class StopRequest:
 
     Args:
         time_limit_seconds: from construction on; 0 = no limit.
+
+    Attributes:
+        signalled: whether a signal came: nothing may come after this run.
     """
 
     def __init__(self, time_limit_seconds: float = 0.0) -> None:
         self._deadline = time.monotonic() + time_limit_seconds if time_limit_seconds else None
         self._reason = ""
         self._before: dict[int, Any] = {}
+        self.signalled = False
 
     @property
     def reason(self) -> str:
@@ -67,7 +104,8 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _notice(self, number: int, _: FrameType | None) -> None:
-        if self._reason and number == signal.SIGINT:
+        if self.signalled and number == signal.SIGINT:
             raise KeyboardInterrupt
+        self.signalled = True
         self.ask(signal.Signals(number).name)
         log.info("%s: saving after this step, then leaving", signal.Signals(number).name)

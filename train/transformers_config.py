@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
-from model.config import LayerKind, ModelConfig, Residual, RopeScaling, Router
+from model.config import ONE_VALUE, LayerKind, ModelConfig, Residual, RopeScaling, Router
+from model.config_json import SCALING, refuse_foreign, take, typed, yarn
 from train.errors import UserError
 
 _KINDS = {
@@ -25,7 +25,9 @@ _SHARED = (
     "compress_rope_theta", "max_position_embeddings", "tie_word_embeddings", "attention_bias",
     "num_nextn_predict_layers", "initializer_range",
 )  # fmt: skip
-_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
+_OPTIONAL = {*ONE_VALUE, "initializer_range"}
+# Bases, and the part of their rope_parameters in which each stands too.
+_ROPE = {"rope_theta": "main", "compress_rope_theta": "compress"}
 
 
 def transformers_config(config: ModelConfig) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def transformers_config(config: ModelConfig) -> dict[str, Any]:
     compress: dict[str, Any] = {"rope_type": "default"}
     if config.rope_scaling.factor != 1:
         compress = {"rope_type": "yarn", "attention_factor": 1.0}
-        compress |= {key: getattr(config.rope_scaling, key) for key in _YARN}
+        compress |= {key: getattr(config.rope_scaling, key) for key in SCALING}
     compress |= {"rope_theta": config.compress_rope_theta, "partial_rotary_factor": rotary}
     main = {
         "rope_type": "default",
@@ -90,36 +92,86 @@ def from_transformers_config(values: dict[str, Any]) -> ModelConfig:
     """Our config of theirs.
 
     Raises:
-        ValueError: a key is missing, or the values cannot be.
+        ValueError: a key is missing or of another type, or the values cannot be.
     """
-    try:
-        layers = values["num_hidden_layers"]
-        kinds = [_of(_KINDS, name, "layer_types") for name in values["layer_types"][:layers]]
-        routers = [_of(_ROUTERS, n, "mlp_layer_types") for n in values["mlp_layer_types"][:layers]]
-        rates, rope = values["compress_rates"], values["rope_parameters"]["compress"]
-        rotary = values["partial_rotary_factor"]
-        shared = {key: values[key] for key in _SHARED if values.get(key) is not None}
-        scaling = RopeScaling(factor=1.0)
-        if rope.get("rope_type") == "yarn":
-            scaling = RopeScaling(**{key: rope[key] for key in _YARN})
-    except KeyError as error:
-        raise UserError(f"config.json: key {error.args[0]} is missing") from error
-    ratios = [rates[_KINDS[kind]] if kind is not LayerKind.swa else 0 for kind in kinds]
-    known = {f.name for f in fields(ModelConfig)}
+    shared = take(values, (k for k in _SHARED if k not in _ROPE), _OPTIONAL)
+    bases: dict[str, Any] = {key: _base(values, key, part) for key, part in _ROPE.items()}
+    layers = shared["num_hidden_layers"]
+    kinds = [_of(_KINDS, name, "layer_types") for name in _listed(values, "layer_types", layers)]
+    routers = [
+        _of(_ROUTERS, name, "mlp_layer_types")
+        for name in _listed(values, "mlp_layer_types", layers)
+    ]
+    ratios = [_rate(values, kind) if kind is not LayerKind.swa else 0 for kind in kinds]
+    rotary = typed(values.get("partial_rotary_factor"), float, "partial_rotary_factor")
+    if not 0 < rotary <= 1:
+        raise UserError(f"config.json: partial_rotary_factor={rotary} must be in (0, 1]")
+    refuse_foreign(values)
     config = ModelConfig(
-        **{
-            **{key: value for key, value in shared.items() if key in known},
-            "name": str(values.get("name", values.get("model_type", "transformers"))),
-            "layer_kinds": kinds,
-            "compress_ratios": ratios + [0] * shared.get("num_nextn_predict_layers", 0),
-            "routers": routers,
-            "num_hash_layers": routers.count(Router.hash),
-            "qk_rope_head_dim": round(shared["head_dim"] * rotary),
-            "rope_scaling": scaling,
-        }
+        **shared,
+        **bases,
+        name=str(values.get("name", values.get("model_type", "transformers"))),
+        layer_kinds=kinds,
+        compress_ratios=ratios + [0] * shared["num_nextn_predict_layers"],
+        routers=routers,
+        num_hash_layers=routers.count(Router.hash),
+        qk_rope_head_dim=round(shared["head_dim"] * rotary),
+        rope_scaling=_scaling(values),
     )
     config.validate()
     return config
+
+
+def _listed(values: dict[str, Any], key: str, layers: int) -> list[Any]:
+    found = values.get(key)
+    if not isinstance(found, list):
+        raise UserError(f"config.json: {key}={found!r} must be a list")
+    return found[:layers]
+
+
+def _rate(values: dict[str, Any], kind: LayerKind) -> int:
+    return typed(_section(values, "compress_rates").get(_KINDS[kind]), int,
+                 f"compress_rates.{_KINDS[kind]}")  # fmt: skip
+
+
+def _section(values: dict[str, Any], *path: str) -> dict[str, Any]:
+    for depth, key in enumerate(path):
+        found = values.get(key)
+        if not isinstance(found, dict):
+            raise UserError(f"config.json: {'.'.join(path[: depth + 1])} must hold keys")
+        values = found
+    return values
+
+
+def _base(values: dict[str, Any], key: str, part: str) -> float:
+    """A base; what stands in ``rope_parameters`` is what they read."""
+    where = f"rope_parameters.{part}.rope_theta"
+    base = typed(_section(values, "rope_parameters", part).get("rope_theta"), float, where)
+    if values.get(key) not in (None, base):
+        raise UserError(f"config.json: {key}={values[key]!r}, but {where}={base}")
+    return base
+
+
+def _scaling(values: dict[str, Any]) -> RopeScaling:
+    rope = _section(values, "rope_parameters", "compress")
+    kinds = {part: _section(values, "rope_parameters", part).get("rope_type") for part in _PARTS}
+    for part, known in _PARTS.items():
+        if kinds[part] not in known:
+            raise UserError(
+                f"config.json: rope_parameters.{part}.rope_type={kinds[part]!r}, but DeepSeek-V4"
+                f" has {' or '.join(known)}"
+            )
+    if kinds["compress"] == "default":
+        return RopeScaling(factor=1.0)
+    if rope.get("attention_factor", 1.0) != 1:
+        raise UserError(
+            "config.json: rope_parameters.compress.attention_factor="
+            f"{rope['attention_factor']!r}, but DeepSeek-V4 has 1"
+        )
+    return yarn(rope, "rope_parameters.compress")
+
+
+_PARTS = {"main": ("default",), "compress": ("default", "yarn")}
 
 
 def _of(table: dict[Any, str], name: str, key: str) -> Any:

@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from train.errors import UserError, one_line
+
 log = logging.getLogger(__name__)
 
 _HEAD, _BLOCK = 7, 32768  # of the LevelDB log format: record header and block, in bytes
@@ -44,6 +46,9 @@ class WandbTracker:
         history: reads the steps that the run has done, oldest first.
         done: their number.
         saved: what :meth:`before_save` gave to the checkpoint from which the run resumes.
+
+    Raises:
+        UserError: W&B does not take it: a name, a missing key, no network.
     """
 
     def __init__(
@@ -59,7 +64,10 @@ class WandbTracker:
         saved: Mapping[str, Any] | None = None,
     ) -> None:
         import wandb  # noqa: PLC0415  a second to import, and most runs never use it
+        from wandb.errors import Error  # noqa: PLC0415
 
+        self._refusal = Error
+        self._asked = f"wandb.mode={'online' if online else 'offline'} wandb.project={project}"
         self._online, self._folder, self._name = online, folder, name
         self._history, self._remembered = history, folder / "wandb_id.txt"
         self._init = lambda run_id, name: wandb.init(
@@ -111,7 +119,10 @@ class WandbTracker:
         found = self._last_step(run_id) if run_id else None
         before = [step for known, step in [self._remembered_id()] if known == run_id]
         name, _, number = (run_id or "").partition("-r")
-        self._run = self._init(run_id, self._name + (f"-r{number}" if number else ""))
+        try:
+            self._run = self._init(run_id, self._name + (f"-r{number}" if number else ""))
+        except self._refusal as error:
+            raise UserError(f"{self._asked}: Weights & Biases says: {one_line(error)}") from error
         if self._online:
             self._held = max(0, self._run.starting_step - 1)
         else:

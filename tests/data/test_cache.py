@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import time
 
+import numpy as np
 import pytest
 
-from data.cache import build_once
+from data.cache import build_once, save_array
 
 pytestmark = pytest.mark.core
 
@@ -60,3 +61,12 @@ def test_an_unwritable_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"data\.cache_dir: cannot write to .*file"):
         build_once(tmp_path / "file" / "x", slow_build)
+
+
+@pytest.mark.parametrize(
+    "array", [np.arange(7, dtype=np.uint16), np.empty((0, 3)), np.eye(3).T[1:]]
+)
+def test_save_array_writes_what_numpy_writes(tmp_path, array):
+    save_array(tmp_path / "ours.npy", array)
+    np.save(tmp_path / "theirs.npy", np.ascontiguousarray(array))
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()

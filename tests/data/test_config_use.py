@@ -92,6 +92,12 @@ def test_a_given_key_without_use_is_refused(sources, name, key, value):
         cfg.validate()
 
 
+def test_any_vocabulary_goes_with_the_tokenizer_of_a_store(sources):
+    DataConfig(vocab_size=260, sources={"store": sources["store"]}).validate()
+    with pytest.raises(ValueError, match=r"data\.vocab_size=260 must be 512 or more"):
+        DataConfig(vocab_size=260, sources={"text": sources["text"]}).validate()
+
+
 def test_a_revision_of_a_folder_is_refused(sources, tmp_path):
     hub = SourceConfig(**vars(sources["hub"]) | {"revision": "main"})
     cfg = DataConfig(tokenizer="byte", sources={"hub": hub}, cache_dir=str(tmp_path))

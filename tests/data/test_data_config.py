@@ -9,9 +9,11 @@ from omegaconf import OmegaConf
 from data.config import (
     DataConfig,
     FimConfig,
+    OnBadLine,
     PackingConfig,
     SourceConfig,
     SourceKind,
+    TextUnit,
     ValidationConfig,
 )
 
@@ -59,7 +61,17 @@ BAD = [
     ({"sources": {"a": SourceConfig(SourceKind.text)}}, r"a\.path='' .*a\.kind=text"),
     ({"sources": {"../a": text()}}, r"cannot name a source"),
     ({"sources": {"a": SourceConfig(streaming=True)}}, r"a\.streaming=true .*kind=embedded"),
-    ({"sources": {"a": text(text_key="")}}, r"a\.text_key=''"),
+    ({"sources": {"a": text(text_key="t")}}, r"a\.text_key=t has no effect: .*a\.kind=text"),
+    ({"sources": {"a": SourceConfig(SourceKind.hub, "x", text_key="")}}, r"a\.text_key=''"),
+    (
+        {"sources": {"a": SourceConfig(SourceKind.jsonl, "x", unit=TextUnit.paragraph)}},
+        r"a\.unit=paragraph has no effect: .*a\.kind=jsonl",
+    ),
+    (
+        {"sources": {"a": SourceConfig(SourceKind.hub, "x", on_bad_line=OnBadLine.skip)}},
+        r"a\.on_bad_line=skip has no effect: .*a\.kind=hub",
+    ),
+    ({"sources": {"a": text(split="dev")}}, r"a\.split=dev has no effect: .*a\.kind=text"),
     ({"sources": {"a": text(weight=0.5), "b": text(weight=0.6)}}, r"weights sum to 1\.1"),
     (
         {"sources": {"a": text(weight=-1.0), "b": text(weight=2.0)}},

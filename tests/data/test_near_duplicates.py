@@ -24,6 +24,9 @@ def words(seed: int, count: int) -> list[str]:
 class Texts:
     """Documents in memory."""
 
+    at_once = 7
+    bad_lines = 0
+
     def __init__(self, texts: list[str]) -> None:
         self._texts = texts
 

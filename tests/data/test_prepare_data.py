@@ -14,6 +14,7 @@ from data.config import DataConfig, SourceConfig, SourceKind
 from data.loader import build_loader
 from data.prepare import build_tokenizer
 from data.token_store import TokenStore
+from scripts.prepare_data import main
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
 
@@ -87,6 +88,24 @@ def test_a_killed_store_goes_on_and_equals_one_made_at_once(work):
     verified = run("--verify", store.folder)
     assert verified.returncode == 2
     assert "train-00001.tokens.npy has sha256" in verified.stderr
+
+
+def test_a_full_disk_is_named_in_one_line_and_the_store_goes_on(work, capsys):
+    """Each file in turn lies on a full disk: ``/dev/full`` refuses what is written to it."""
+    asked = [str(option) for option in options(work, "full/web")]
+    folder = work / "full" / "web.partial"
+    folder.mkdir(parents=True)
+    for name in ("train-00001.tokens.npy", "token_counts.npy", "validation.text.bin"):
+        (folder / name).symlink_to("/dev/full")
+        assert main(asked) == 1
+        told = capsys.readouterr().err
+        assert f"error: --out {work}/full/web: No space left on device: the disk of" in told
+        assert "Traceback" not in told
+        (folder / name).unlink()
+    assert main(asked) == 0
+    assert main([str(option) for option in options(work, "one/web")]) == 0
+    stores = [TokenStore(work / name / "web", name) for name in ("full", "one")]
+    assert stores[0].hash == stores[1].hash
 
 
 def test_help_and_bad_input(work):

@@ -54,6 +54,11 @@ def test_store_is_the_same_whatever_its_shards_but_for_their_files(store, small_
     assert one.train.num_tokens == store.train.num_tokens
     index_N = np.arange(len(one.train))
     assert one.train.lengths(index_N).tolist() == store.train.lengths(index_N).tolist()
+    assert one.content == store.content
+    assert one.hash != store.hash
+    store.manifest.pop("content")  # as before there was one
+    assert one.content.keys() == store.content.keys()
+    assert one.content != store.content
 
 
 @pytest.mark.parametrize("limit", [1 << 30, 0])

@@ -1,27 +1,8 @@
-"""ModelConfig: kinds from released ratios, ablation switches, refusals that name both values."""
+"""ModelConfig: ablation switches, refusals that name both values."""
 
 import pytest
 
-from model.config import LayerKind, ModelConfig, Router
-
-RELEASED = {
-    "model_type": "deepseek_v4", "vocab_size": 129280, "hidden_size": 4096, "num_hidden_layers": 4,
-    "compress_ratios": [0, 128, 4, 128, 0], "num_nextn_predict_layers": 1, "num_hash_layers": 3,
-    "rope_scaling": {
-        "type": "yarn", "factor": 16, "original_max_position_embeddings": 65536,
-        "beta_fast": 32, "beta_slow": 1,
-    },
-    "torch_dtype": "bfloat16", "quantization_config": {"fmt": "e4m3"},
-}  # fmt: skip
-
-
-@pytest.mark.core
-def test_released_ratios_become_kinds():
-    config = ModelConfig.from_official(RELEASED)
-    assert [config.kind(i).value for i in range(4)] == ["swa", "hca", "csa", "hca"]
-    assert [config.ratio(i) for i in range(4)] == [0, 128, 4, 128]
-    assert [config.router(i) for i in range(4)] == [Router.hash] * 3 + [Router.learned]
-    assert config.rope_scaling.factor == 16.0
+from model.config import LayerKind, ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -73,8 +54,3 @@ def test_impossible_config_names_key_and_values(changes, named):
         ModelConfig(**changes).validate()
     assert all(part in str(error.value) for part in named)
     assert "\n" not in str(error.value)
-
-
-def test_released_config_without_a_needed_key_is_refused():
-    with pytest.raises(ValueError, match="compress_ratios is missing"):
-        ModelConfig.from_official({k: v for k, v in RELEASED.items() if k != "compress_ratios"})

@@ -8,7 +8,6 @@ from model.init import init_weights
 from model.state_dict import (
     load_official,
     load_transformers,
-    official_config,
     to_official,
     to_transformers,
 )
@@ -81,15 +80,3 @@ def test_load_refuses_missing_extra_and_misshapen_tensors():
         load_official(model(), tensors | {"surplus": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"norm.weight has shape \(3,\)"):
         load_official(model(), tensors | {"norm.weight": torch.zeros(3)})
-
-
-def test_official_config_round_trips():
-    config = small(
-        compress_ratios=[0, 4, 16, 0], layer_kinds=["swa", "csa", "hca"], num_hash_layers=2
-    )
-    again = ModelConfig.from_official(official_config(config))
-    for layer in range(3):
-        assert (again.kind(layer), again.ratio(layer)) == (config.kind(layer), config.ratio(layer))
-        assert again.router(layer) == config.router(layer)
-    assert again.rope_scaling == config.rope_scaling
-    assert again.num_nextn_predict_layers == 1

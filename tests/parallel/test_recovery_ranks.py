@@ -63,10 +63,10 @@ def stop_on_ranks(rank, world, run):
     if rank == 0:
         trainer.trackers.append(SignalAfter(STOPPED, 15))
     assert trainer.fit() == ExitCode.resumable
-    mine = trainer.anticipation.state()
+    mine = trainer.anticipation.state(STOPPED)
     whole = {name: tensor.long().full_tensor() for name, tensor in mine.items()}  # gloo: no int16
     again = build(run)
-    read = {name: t.long().full_tensor() for name, t in again.anticipation.state().items()}
+    read = {name: t.long().full_tensor() for name, t in again.anticipation.state(STOPPED).items()}
     assert differing(whole, read) == []
 
 
@@ -75,12 +75,12 @@ def test_choices_of_two_ranks_are_read_by_one_process(run, tmp_path):
     spread = replace(run, run_dir=str(tmp_path / "spread"))
     run_distributed(stop_on_ranks, 2, spread)
     trainer = build(spread)
-    chosen = trainer.anticipation.state()
-    assert {name.split(".")[1] for name in chosen} == {str(STOPPED + 1)}
+    chosen = trainer.anticipation.state(STOPPED)
+    assert {name.split(".")[1] for name in chosen} == {"+1"}
     alone = build(replace(run, run_dir=str(tmp_path / "alone")))
     alone.trackers.append(SignalAfter(STOPPED, 15))
     assert alone.fit() == ExitCode.resumable
-    ours = alone.anticipation.state()
+    ours = alone.anticipation.state(STOPPED)
     assert chosen.keys() == ours.keys()
     for name, index_RTK in chosen.items():
         same = float((index_RTK == ours[name]).float().mean())

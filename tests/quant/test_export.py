@@ -184,6 +184,14 @@ def test_what_does_not_fit_is_named():
         list(dequantise_official([("a.weight", torch.zeros(2, 16, dtype=torch.int8))]))
     with pytest.raises(ValueError, match=r"a\.weight is missing"):
         list(dequantise_official([("a.scale", e8m0)]))
+    codes = torch.zeros(2, 16, dtype=torch.int8)
+    for pair, says in (
+        ([("a.scale", e8m0), ("a.weight", torch.zeros(2, 16))], r"a\.weight is missing or not"),
+        ([("a.scale", e8m0.float()), ("a.weight", codes)], r"a\.scale has dtype torch.float32"),
+        ([("a.scale", e8m0), ("a.weight", codes.to(torch.float8_e5m2))], r"has dtype .*e5m2"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            list(dequantise_official(pair))
     pair = [("a.scale", e8m0), ("a.weight", torch.zeros(3, 16, dtype=torch.int8))]
     with pytest.raises(ValueError, match=r"a\.scale has shape \(2, 1\).*needs \(3, 1\)"):
         list(dequantise_official(pair))

@@ -26,7 +26,10 @@ from tests.integration.small_run import (
     small_run,
     write_corpus,
 )
+from train import checkpoint_reader
 from train.build import build
+from train.checkpoint import Checkpoints
+from train.checkpoint_retention import remove
 from train.config import ActivationCheckpoint, SampleConfig
 from train.errors import ExitCode
 from train.recovery_config import Anticipatory, RecoveryConfig
@@ -185,3 +188,35 @@ def test_other_microbatches_get_the_same_choices(corpus, tmp_path):
         assert metrics_of(trainer.run)[-1]["anticipated"] == 1
     assert loads[0].keys() >= LEARNED
     assert differing(loads[0], loads[1]) == differing(loads[0], loads[2]) == []
+
+
+def test_names_of_choices_are_the_same_in_every_checkpoint(corpus, tmp_path):
+    """FAULTS D1: a name that held the number of a step gave each save buffers of its own."""
+    trainer = build(run_of(tmp_path / "run", corpus, 2, checkpoint_every=1, keep_checkpoints=0))
+    trainer.fit()
+    saved = [
+        {name for name in checkpoint_reader.saved_tensors(path) if name.startswith("anticipated.")}
+        for path in trainer.checkpoints.published()
+    ]
+    waiting = {f"anticipated.+{ahead}.{gate}" for ahead in (1, 2) for gate in LEARNED}
+    assert saved[1:-2] == [waiting] * (STEPS - 3)
+    assert saved[-1] == set()
+
+
+def test_choices_under_the_names_of_older_checkpoints_are_read(corpus, tmp_path):
+    run = run_of(tmp_path / "run", corpus, steps=4)
+    trainer = build(run)
+    trainer.trackers.append(SignalAfter(2, signal.SIGTERM))
+    assert trainer.fit() == ExitCode.resumable
+    folder = trainer.checkpoints.path(2)
+    state = checkpoint_reader.verify(folder)
+    saved = checkpoint_reader.saved_tensors(folder)
+    tensors = {
+        name.replace(".+1.", ".3."): tensor
+        for name, tensor in checkpoint_reader.load_each(folder, sorted(saved))
+    }
+    assert any(name.startswith("anticipated.3.") for name in tensors)
+    remove(folder)
+    Checkpoints(folder.parent).save(2, tensors, state)
+    again = build(run)
+    assert differing(again.anticipation.state(2), trainer.anticipation.state(2)) == []

@@ -198,6 +198,33 @@ def test_bad_file_is_one_line(what, args, says, one_line, tmp_path):
     assert not (folder / "metrics.jsonl").exists()
 
 
+# ---- what others raise ---------------------------------------------------------------------------
+def test_weights_and_biases_refusals_are_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no stored key either
+    short = ["model=v4_tiny", "train.steps=1", "data.tokenizer=byte", "data=bytes"]
+    for given, words in (
+        (["wandb.mode=offline", "wandb.project=a/b"], "Invalid project name 'a/b'"),
+        (["wandb.mode=online"], "No API key configured"),
+    ):
+        monkeypatch.setenv("WANDB_MODE", "online")  # the config decides
+        assert cli([*short, *given, f"run_dir={tmp_path}/run"]) == 2
+        line = capsys.readouterr().err.strip().splitlines()[-1]
+        assert line.startswith("error: wandb.mode=")
+        assert words in line
+
+
+def test_names_longer_than_a_file_system_takes_are_one_line(tmp_path, capsys):
+    assert cli(["model=v4_tiny", f"run_dir={tmp_path}/{'x' * 300}"]) == 2
+    assert "cannot be written: [Errno 36] File name too long" in capsys.readouterr().err
+
+
+def test_refused_run_leaves_no_folder(tmp_path):
+    args = ["model=v4_tiny", "data.sources.mine.kind=text", "data.sources.mine.path=nowhere"]
+    assert cli([*args, f"run_dir={tmp_path}/a/b/c"]) == 2
+    assert os.listdir(tmp_path) == []
+
+
 # ---- as a real process ---------------------------------------------------------------------------
 @pytest.mark.parametrize("arg", ["modle=v4_nano", "train.steps=abc", "experiment=nope"])
 def test_process_prints_one_line_and_leaves_with_2(arg, tmp_path):
@@ -212,11 +239,39 @@ def test_process_prints_one_line_and_leaves_with_2(arg, tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+LAUNCHED = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 says that this is one of several processes, but RANK"),
+        ({"RANK": "1"}, "RANK=1 says that this is one of several processes, but LOCAL_RANK"),
+        ({**LAUNCHED, "RANK": "2"}, "RANK=2 must be below WORLD_SIZE=2"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no number"),
+    ],
+)
+def test_variables_of_a_launcher_that_did_not_start_this_are_refused(
+    given, words, capsys, monkeypatch
+):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    assert cli(["model=v4_tiny"]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_other_rank_leaves_the_word_to_rank_0_and_speaks_only_after_a_wait(capsys, monkeypatch):
     """torchrun ends it during the wait, once rank 0 has left (tests/parallel/test_torchrun.py)."""
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
-    monkeypatch.setenv("RANK", "1")
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
     assert cli(["modle=v4_nano"]) == 2
     assert waits == [PATIENCE]
     assert capsys.readouterr().err.startswith("error: rank 1: ")

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import checkpoint, checkpoint_reader, checkpoint_writer
-from train.checkpoint import CheckpointFailedError, Checkpoints, Retention
+from train import checkpoint, checkpoint_reader, checkpoint_retention, checkpoint_writer
+from train.checkpoint import CheckpointFailedError, Checkpoints
 from train.checkpoint_files import DamagedCheckpointError, step_of
+from train.checkpoint_retention import Retention
 from train.errors import UserError
 
 STATE = {"tokens": 96, "loader": {"epoch": 0, "pool": 1, "row": 3}, "skipped_steps": 0}
@@ -184,7 +185,7 @@ def test_sigkill_inside_a_save_leaves_a_whole_checkpoint(run, monkeypatch, place
         "own files": (checkpoint_writer, "describe_file"),
         "manifest": (checkpoint_writer, "seal"),
         "rename": (Checkpoints, "_publish"),
-        "retention": (checkpoint.shutil, "rmtree"),
+        "retention": (checkpoint_retention.shutil, "rmtree"),
     }[place]
     child = os.fork()
     if not child:

@@ -16,14 +16,16 @@ from model.state_dict import to_official
 from model.transformer import DeepSeekV4
 from quant.apply import apply_quant
 from quant.config import ExpertFormat, QuantConfig, Recipe
-from quant.export import Stored, stored_as
+from quant.export import INDEX, Stored, stored_as
 from quant.probe import QuantProbe
 from tests.parity.models import build_hf
 from tests.parity.weights import random_weights
 from tests.train.exchange_models import CONFIG_TINY, tiny_config, tiny_model, write_run
 from train import checkpoint, checkpoint_reader, export
-from train.exchange import FolderSource, RunSource, load_model, open_source
+from train.exchange import load_model, open_source
 from train.export import ExportJob, FloatType, Layout, export_folder, import_checkpoint
+from train.folder_source import FolderSource
+from train.run_source import RunSource
 
 SMALL = 64 << 10  # bytes of a shard: several of them
 FP32 = {
@@ -249,6 +251,7 @@ def test_wrong_sources_are_named(run, tmp_path):
     export_folder(open_source(run[0]), out, ExportJob(Layout.official, FloatType.fp32))
     shard = next(out.glob("*.safetensors"))
     good = load_file(shard)
+    (out / INDEX).unlink()
 
     def refused(tensors, match):
         save_file(tensors, shard)

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from train.errors import UserError
 from train.metrics import (
     MEASURED,
     MetricsFile,
@@ -100,3 +101,21 @@ def test_unmeasured_drops_only_measured_fields():
     record = {"step": 1, "loss": 2.0, "mfu": 0.3, "step_seconds": 1.0}
     assert unmeasured(record) == {"step": 1, "loss": 2.0}
     json.dumps(record)
+
+
+@pytest.mark.parametrize(
+    "end", ["\n", "  \n", '{"step": 3, "lo', '{"step": 3, "lo\n', "\x00\x00\n", "null\n"]
+)
+def test_broken_last_line_is_cut_as_a_kill_leaves_it(tmp_path, end):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n' + end)
+    assert [r["step"] for r in read_metrics(path)] == [1, 2]
+    assert MetricsFile(path).cut(2) == 2
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is damaged"):
+        read_metrics(path)

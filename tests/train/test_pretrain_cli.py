@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
@@ -95,8 +98,8 @@ def test_cfg_shows_the_whole_config_and_runs_nothing(tmp_path, monkeypatch, caps
 class Stub:
     """A trainer that ends as told."""
 
-    def __init__(self, outcome):
-        self.outcome = outcome
+    def __init__(self, outcome, signalled=False):
+        self.outcome, self.stop = outcome, SimpleNamespace(signalled=signalled)
 
     def fit(self):
         if isinstance(self.outcome, Exception):
@@ -124,6 +127,49 @@ def test_interrupt_before_the_first_step_is_resumable(tmp_path, monkeypatch, cap
     monkeypatch.setattr(train.build, "build", interrupt)
     assert cli(["model=v4_tiny", f"run_dir={tmp_path}"]) == ExitCode.resumable
     assert "same command" in capsys.readouterr().err
+
+
+def test_signal_ends_the_jobs_of_a_sweep_that_follow(tmp_path, monkeypatch):
+    begun = []
+
+    def build(run):
+        begun.append(run.seed)
+        return Stub(ExitCode.resumable, signalled=run.seed == 1)
+
+    monkeypatch.setattr(train.build, "build", build)
+    args = ["-m", "model=v4_tiny", "seed=0,1,2", f"run_dir={tmp_path}/study"]
+    assert cli(args) == ExitCode.resumable
+    assert begun == [0, 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_right_after_the_start_is_resumable(tmp_path, number):
+    """As soon as the process catches the signal at all: long before anything is imported."""
+    process = subprocess.Popen(
+        [sys.executable, str(ENTRY), *SHORT], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    while not catches(process.pid, number):
+        assert process.poll() is None
+    process.send_signal(number)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == ExitCode.resumable, told
+    assert told == f"{number.name}: stopped before the first step; the same command starts again\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.3, 1, 2, 3, 5, 8])
+def test_signal_at_any_time_of_the_start_is_resumable(tmp_path, seconds):
+    process = subprocess.Popen([sys.executable, str(ENTRY), *SHORT[:1]], cwd=tmp_path)
+    time.sleep(seconds)
+    process.terminate()
+    assert process.wait(120) == ExitCode.resumable
+
+
+def catches(pid: int, number: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(status.split("SigCgt:")[1].split()[0], 16)
+    # Python itself catches SIGINT from its start on; ours is there when SIGTERM's is.
+    return bool(caught >> (signal.SIGTERM - 1) & 1) and bool(caught >> (number - 1) & 1)
 
 
 @pytest.mark.core

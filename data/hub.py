@@ -1,0 +1,122 @@
+"""Documents of a dataset of the Hugging Face hub, or of a dataset folder, through ``datasets``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from data.cache import cache_root
+from data.config import SourceConfig
+from data.errors import ConfigError
+from data.files import shown
+
+
+class HubDocuments:
+    """One column of a ``datasets`` table.
+
+    Args:
+        name: of the source.
+        source: its config.
+        cache_dir: ``data.cache_dir``.
+
+    Raises:
+        ConfigError: it cannot be read, or the column is not there or holds no text.
+    """
+
+    at_once = 256
+    bad_lines = 0
+
+    def __init__(self, name: str, source: SourceConfig, cache_dir: str) -> None:
+        self._key = f"data.sources.{name}"
+        self._column = source.text_key
+        folder = str(cache_root(cache_dir) / "datasets")
+        table = _load(self._key, source, streaming=False, cache_dir=folder)
+        _check_columns(table.column_names, self._column, self._key)
+        self._table = table.select_columns([self._column])
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def texts(self, index_N: np.ndarray) -> list[str]:
+        """Texts of some documents."""
+        rows = self._table[index_N.tolist()][self._column]
+        return [_as_text(row, self._key, self._column) for row in rows]
+
+
+class HubRows:
+    """The same in order, without a copy on the disk (a part of data.sources.DocumentStream)."""
+
+    def __init__(self, name: str, source: SourceConfig) -> None:
+        self._key = f"data.sources.{name}"
+        self._what = f"{self._key}.path={shown(source.path)}"
+        self._column = source.text_key
+        self._table = _load(self._key, source, streaming=True)
+        if self._table.column_names:
+            _check_columns(self._table.column_names, self._column, self._key)
+            self._table = self._table.select_columns([self._column])
+        self._start = self._table.state_dict()
+
+    def rows(self, state: Any) -> Iterator[str]:
+        """Documents from a state on; None: from the start."""
+        self._table.load_state_dict(self._start if state is None else state)
+        return self._iterate()
+
+    def state(self) -> Any:
+        """The library's state behind the last document."""
+        return self._table.state_dict()
+
+    def _iterate(self) -> Iterator[str]:
+        number = 0
+        try:
+            for row in self._table:
+                _check_columns(list(row), self._column, self._key)
+                yield _as_text(row[self._column], self._key, self._column)
+                number += 1
+        except ConfigError:
+            raise
+        except Exception as error:  # the library raises many kinds
+            raise ConfigError(
+                f"{self._what}: cannot be read after {number} documents: {_reason(error)}"
+            ) from error
+
+
+def _load(key: str, source: SourceConfig, **options: Any) -> Any:
+    import datasets  # noqa: PLC0415 - takes a second, which the default corpus need not wait for
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come in our one line
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(
+            source.path,
+            name=source.subset or None,
+            split=source.split,
+            revision=source.revision or None,
+            **options,
+        )
+    except Exception as error:  # the library raises many kinds, some bare
+        raise ConfigError(
+            f"{key}.path={shown(source.path)} cannot be read as hub: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split())[:300] or type(cause).__name__
+
+
+def _check_columns(columns: list[str], column: str, key: str) -> None:
+    if column not in columns:
+        raise ConfigError(f"{key}.text_key={column} is not among the columns {', '.join(columns)}")
+
+
+def _as_text(value: Any, key: str, column: str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        kind = type(value).__name__
+        raise ConfigError(f"{key}.text_key={column} must hold text, a document holds {kind}")
+    return value
