@@ -30,7 +30,7 @@ PIECE = 1 << 16  # characters of a piece, about
 _TOGETHER = 1 << 20  # characters that are encoded at a time, in threads
 _LONG = 8 << 20  # characters that are worth a warning when they cannot be cut
 _CUT = re.compile(r"(?<=[A-Za-z])(?= [A-Za-z])|(?<=\S\n)(?=\S)")
-_KNOWN_SPLITS = {  # regular expressions, line ends escaped
+_KNOWN_SPLITS = (  # regular expressions, line ends escaped
     # DeepSeek-V3 and V4: these three, one after the other
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -42,7 +42,7 @@ _KNOWN_SPLITS = {  # regular expressions, line ends escaped
     # Qwen 2 and 3
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+",
-}
+)
 _KNOWN_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
 
 
@@ -132,17 +132,8 @@ def _may_be_cut(tokenizer: Tokenizer) -> bool:
         return True
     inner: dict[str, Any] = fields["tokenizer"]
     normalizers = _steps(inner["normalizer"], "normalizers")
-    return (
-        all(step["type"] in _KNOWN_NORMALIZERS for step in normalizers)
-        and _splits(_steps(inner["pre_tokenizer"], "pretokenizers"))
-        # Tokens that are looked for before all that; those that are special never are.
-        and all(t["special"] or _keeps_to_itself(t) for t in inner["added_tokens"])
-    )
-
-
-def _keeps_to_itself(token: dict[str, Any]) -> bool:
-    """Whether an added token reaches over no place where a text may be cut."""
-    return not (token["lstrip"] or token["rstrip"] or re.search(r"\s", token["content"]))
+    known = all(step["type"] in _KNOWN_NORMALIZERS for step in normalizers)
+    return known and _splits(_steps(inner["pre_tokenizer"], "pretokenizers"))
 
 
 def _steps(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 
 from data.config import TextUnit
 
-_BATCH_BYTES = 4 << 20  # of a Parquet column, decoded at a time
+_BATCH_BYTES = 4 << 20  # of Parquet rows whose text is decoded at a time
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, a skippable one
@@ -268,10 +268,8 @@ def _check_column(schema: pa.Schema, column: str) -> None:
 
 def _column_values(file: pq.ParquetFile, group: int, column: str) -> Iterator[bytes | None]:
     """UTF-8 of the rows of a row group, some at a time."""
-    about = file.metadata.row_group(group)
-    chunks = [about.column(i) for i in range(about.num_columns)]
-    size = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
-    rows = min(1024, max(1, _BATCH_BYTES * about.num_rows // max(size, 1)))
+    about = file.metadata.row_group(group)  # not of its columns: pyarrow aborts on a damaged one
+    rows = min(1024, max(1, _BATCH_BYTES * about.num_rows // max(about.total_byte_size, 1)))
     for batch in file.iter_batches(rows, row_groups=[group], columns=[column], use_threads=False):
         values = batch.column(column)
         if pa.types.is_dictionary(values.type):

@@ -180,7 +180,8 @@ def check(seed: int) -> list[str] | str:
 
 
 def test_random_folders_are_read_the_same_way_or_refused():
-    found = [check(seed) for seed in range(150)]
+    aborted = 1526  # pyarrow ended the process when asked for the sizes of a damaged column
+    found = [check(seed) for seed in (*range(150), aborted)]
     assert 30 < sum(isinstance(one, list) for one in found) < 120
 
 
