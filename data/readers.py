@@ -28,7 +28,6 @@ import pyarrow.parquet as pq
 from data.config import TextUnit
 
 _BATCH_BYTES = 4 << 20  # of Parquet rows whose text is decoded at a time
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _BZIP2 = re.compile(rb"BZh[1-9]1AY&SY")
 _ZSTD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")  # a frame, a skippable one
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
@@ -243,7 +242,9 @@ def _json_row(row: Row, column: str) -> Row:
         fault = f"text_key={column} is not among the keys {_listed(found)}"
     elif isinstance(found[column], str):
         text = found[column]
-        if not text.isascii() and _LONE_SURROGATE.search(text):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
             text, fault = "", f"text_key={column} holds half of a surrogate pair"
     elif found[column] is not None:
         fault = f"text_key={column} must hold text, not {_json_name(found[column])}"
