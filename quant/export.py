@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,18 +109,15 @@ def quantise_official(
 _PLAIN = {Stored.bf16: torch.bfloat16, Stored.fp32: torch.float32, Stored.int64: torch.int64}
 
 
-def write_index(folder: Path, shards: Iterable[Path]) -> None:
-    """Write the index that maps names to files, as ``transformers`` and the releases have it."""
+def index_of(shards: Iterable[Path]) -> dict[str, Any]:
+    """The index that maps names to files, as ``transformers`` and the releases have it."""
     weight_map: dict[str, str] = {}
     total = 0
     for shard in shards:
         for name, begin, end in _header(shard):
             weight_map[name] = shard.name
             total += end - begin
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    partial = folder / f"{INDEX}.partial"
-    partial.write_text(json.dumps(index, indent=2, allow_nan=False) + "\n")
-    partial.replace(folder / INDEX)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def _header(shard: Path) -> Iterator[tuple[str, int, int]]:

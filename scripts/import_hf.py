@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from scripts.model_options import run_main
 from train.exchange import open_source
-from train.export import import_checkpoint
+from train.import_model import import_checkpoint
 
 EPILOG = """example:
   scripts/import_hf.py downloads/v4 models/v4

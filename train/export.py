@@ -1,4 +1,4 @@
-"""Writes models: ``transformers`` folders, official folders plain or quantised, checkpoints.
+"""Writes models: ``transformers`` folders, official folders plain or quantised.
 
 A folder is written shard by shard from any source of ``train/exchange.py``. Each shard is written
 beside its place and renamed when complete, and says in its header what it was made from; a stopped
@@ -9,9 +9,7 @@ piece (``transformers`` stacks the experts of a layer).
 # Legend: E experts, I expert width, D hidden
 from __future__ import annotations
 
-import json
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -21,19 +19,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
-from data.tokenizer import EOS, FIM_TOKENS, ByteTokenizer, Tokenizer
+from data.tokenizer import Tokenizer
 from model.config_json import official_config
 from model.state_dict import transformers_name
-from quant.export import Stored, quantise_official, stored_as, write_index
-from train.checkpoint import Checkpoints
+from quant.export import INDEX, Stored, index_of, quantise_official, stored_as
 from train.errors import UserError, one_line
-from train.exchange import fill_parameter
-from train.model_source import CONFIG_JSON, QUANT_KEY, Source, meta_state, quant_values
-from train.run_folder import CHECKPOINTS
+from train.model_source import CONFIG_JSON, QUANT_KEY, Source, quant_values
+from train.output import check_target, json_bytes, make_folder, replacing, write_bytes
+from train.tokenizer_files import tokenizer_files
 from train.transformers_config import transformers_config
 
 SHARD_BYTES = 4 << 30
@@ -106,43 +101,53 @@ def export_folder(
     Raises:
         UserError: ``target`` holds something else, or the layout cannot hold the model.
     """
-    config = _config(source, job)
     shards = _shards(source, job)
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     origin = {"source": source.origin, "job": job.label()}
-    _check_target(target, names, origin)
-    target.mkdir(parents=True, exist_ok=True)
-    _write_tokenizer(target, source.tokenizer() if job.tokenizer else None, config)
-    _write_json(target / CONFIG_JSON, config)
+    files = small_files(_config(source, job), source.tokenizer() if job.tokenizer else None)
+    check_target(target, files, [*names, INDEX], "export")
+    _check_shards(target, names, origin)
+    make_folder(target)
+    for name, content in files.items():
+        write_bytes(target / name, content)
     done, total = 0, sum(piece.nbytes for shard in shards for piece in shard)
     for name, shard in zip(names, shards, strict=True):
         if not (target / name).exists():
-            tensors: dict[str, Tensor] = {}
-            for piece in shard:
-                tensors |= piece.make()
-            partial = (target / name).with_suffix(".partial")
-            save_file(tensors, partial, metadata={"format": "pt", **origin})
-            partial.replace(target / name)
+            _write_shard(target / name, shard, origin)
         done += sum(piece.nbytes for piece in shard)
         report(done, total)
-    write_index(target, [target / name for name in names])
+    write_bytes(target / INDEX, json_bytes(index_of(target / name for name in names)))
 
 
-def _check_target(target: Path, names: list[str], origin: dict[str, str]) -> None:
-    if target.exists() and not target.is_dir():
-        raise UserError(f"target {target} is a file")
-    for path in sorted(target.glob("*.safetensors")):
+def _check_shards(target: Path, names: list[str], origin: dict[str, str]) -> None:
+    """Look into the shards that are there.
+
+    Raises:
+        UserError: one was made from something else.
+    """
+    for path in (target / name for name in names if (target / name).exists()):
         try:
             with safe_open(path, framework="pt") as file:
                 found = file.metadata() or {}
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read: {one_line(error)}") from error
-        other = [key for key in origin if found.get(key) != origin[key]]
-        if path.name not in names or other:
-            was = f"{other[0]} {found.get(other[0])!r}" if other else "another number of shards"
-            raise UserError(
-                f"{path} is there already, made from {was}: choose an empty target folder"
-            )
+        for key, value in origin.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"target {target} holds {path.name}, made from {key} {found.get(key)!r} and not"
+                    f" {value!r}: choose an empty folder"
+                )
+
+
+def _write_shard(path: Path, shard: list[_Piece], origin: dict[str, str]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for piece in shard:
+        tensors |= piece.make()
+    with replacing(path) as aside:
+        try:
+            save_file(tensors, aside, metadata={"format": "pt", **origin})
+        except SafetensorError as error:
+            raise UserError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def _shards(source: Source, job: ExportJob) -> list[list[_Piece]]:
@@ -265,107 +270,15 @@ def _config(source: Source, job: ExportJob) -> dict[str, Any]:
     return values
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer | None, config: dict[str, Any]) -> None:
-    """``tokenizer.json`` and its config; the end-of-document id goes into ``config`` too."""
-    if tokenizer is None:
-        config["eos_token_id"] = None
-        return
-    inner = tokenizer_json(tokenizer)
-    eos = HFTokenizer.from_str(json.dumps(inner, allow_nan=False)).id_to_token(tokenizer.eos_id)
-    _write_json(folder / "tokenizer.json", inner)
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "add_bos_token": False,
-            "add_eos_token": False,
-            "eos_token": eos,
-            "pad_token": eos,
-            "model_max_length": config["max_position_embeddings"],
-            "clean_up_tokenization_spaces": False,
-        },
-    )
-    config["eos_token_id"] = tokenizer.eos_id
-
-
-def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The same tokenizer for the ``tokenizers`` library."""
-    if not isinstance(tokenizer, ByteTokenizer):
-        return json.loads(tokenizer.serialise())["tokenizer"]
-    # BPE without merges: the alphabet stands for the bytes, ids in the order of the bytes.
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(256) if byte not in printable]
-    letter = {byte: chr(byte) for byte in printable}
-    letter |= {byte: chr(256 + place) for place, byte in enumerate(moved)}
-    assert set(letter.values()) == set(pre_tokenizers.ByteLevel.alphabet())
-    inner = HFTokenizer(models.BPE({letter[byte]: byte for byte in range(256)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([EOS, *FIM_TOKENS])
-    return json.loads(inner.to_str())
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", "utf-8")
-    partial.replace(path)
-
-
-# ---- checkpoints ---------------------------------------------------------------------------------
-def import_checkpoint(
-    source: Source, target: Path, report: Report = lambda done, total: None
-) -> Path:
-    """Write a source as a checkpoint that ``init_from``, and everything here, can read.
-
-    Parameters are first laid out as files, one each, which the checkpoint is then written from
-    without being in memory; so a stopped import goes on, and needs twice the model's size on disk.
-
-    Args:
-        source: what to write.
-        target: folder of the imported model: ``config.json``, tokenizer, ``checkpoints/``.
-        report: called with the bytes done and all bytes.
-
-    Returns:
-        The checkpoint.
+def small_files(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, bytes]:
+    """``config.json``, with the end-of-document id, and the tokenizer's files, by name.
 
     Raises:
-        UserError: ``target`` holds a model already, or part of another one.
+        UserError: the tokenizer cannot be written so that it gives the same ids.
     """
-    checkpoints = Checkpoints(target / CHECKPOINTS)
-    if checkpoints.published():
-        raise UserError(f"{target} holds a model already: choose an empty target folder")
-    checkpoints.clean()  # what a killed import left half written
-    staging = target / "importing"
-    staging.mkdir(parents=True, exist_ok=True)
-    mark = staging / "origin"
-    if mark.is_file() and mark.read_text("utf-8") != source.origin:
-        raise UserError(f"{target} holds part of an import from elsewhere: choose an empty folder")
-    mark.write_text(source.origin, "utf-8")
-    state = meta_state(source.config)
-    done, total = 0, sum(tensor.nbytes for tensor in state.values())
-    tensors: dict[str, Tensor] = {}
-    for name, meta in state.items():
-        tensors[f"model.{name}"] = _lay_out(staging, name, meta, source)
-        done += meta.nbytes
-        report(done, total)
-    config = official_config(replace(source.config, yarn_from_seq_len=0))
-    if source.quant is not None:
-        config[QUANT_KEY] = quant_values(source.quant)
-    _write_tokenizer(target, source.tokenizer(), config)
-    _write_json(target / CONFIG_JSON, config)
-    path = checkpoints.save(0, tensors, {"imported_from": source.origin})
-    shutil.rmtree(staging)
-    return path
-
-
-def _lay_out(staging: Path, name: str, meta: Tensor, source: Source) -> Tensor:
-    """The parameter as a mapped file, filled unless it was before."""
-    final = staging / f"{name}.tensor"
-    fresh = not final.exists()
-    path = final.with_suffix(".partial") if fresh else final
-    tensor = torch.from_file(str(path), shared=True, size=meta.numel(), dtype=meta.dtype)
-    tensor = tensor.view(meta.shape)
-    if fresh:
-        fill_parameter(tensor, name, source)
-        path.replace(final)
-    return tensor
+    config = {**config, "eos_token_id": tokenizer.eos_id if tokenizer is not None else None}
+    files = {CONFIG_JSON: json_bytes(config)}
+    if tokenizer is not None:
+        length = config["max_position_embeddings"]
+        files |= {n: json_bytes(v) for n, v in tokenizer_files(tokenizer, length).items()}
+    return files

@@ -100,7 +100,7 @@ class FolderSource:
         if shard not in self._open:
             while len(self._open) >= _OPEN_SHARDS:
                 del self._open[next(iter(self._open))]
-            self._open[shard] = safe_open(shard, framework="pt")
+            self._open[shard] = _opened(shard)
         return self._open[shard]
 
     def _digest(self) -> str:
@@ -220,10 +220,14 @@ def _find_tensors(folder: Path) -> dict[str, _Tensor]:
 
 
 def _header(shard: Path) -> dict[str, _Tensor]:
+    file = _opened(shard)
+    views = {name: file.get_slice(name) for name in file.keys()}
+    return {n: _Tensor(shard, v.get_dtype(), list(v.get_shape())) for n, v in views.items()}
+
+
+def _opened(shard: Path) -> Any:
     try:
-        with safe_open(shard, framework="pt") as file:
-            views = {name: file.get_slice(name) for name in file.keys()}
-            return {n: _Tensor(shard, v.get_dtype(), list(v.get_shape())) for n, v in views.items()}
+        return safe_open(shard, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(f"{shard} cannot be read: {one_line(error)}") from error
 

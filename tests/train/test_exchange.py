@@ -23,8 +23,9 @@ from tests.parity.weights import random_weights
 from tests.train.exchange_models import CONFIG_TINY, tiny_config, tiny_model, write_run
 from train import checkpoint, checkpoint_reader, export
 from train.exchange import load_model, open_source
-from train.export import ExportJob, FloatType, Layout, export_folder, import_checkpoint
+from train.export import ExportJob, FloatType, Layout, export_folder
 from train.folder_source import FolderSource
+from train.import_model import import_checkpoint
 from train.run_source import RunSource
 
 SMALL = 64 << 10  # bytes of a shard: several of them
@@ -280,19 +281,6 @@ def test_a_damaged_run_is_refused(run, tmp_path):
     shutil.copytree(run[0] / "checkpoints", tmp_path / "run" / "checkpoints", dirs_exist_ok=True)
     with pytest.raises(ValueError, match=r"neither config\.yaml nor config\.json"):
         open_source(tmp_path / "run")
-
-
-def test_wrong_targets_are_named(run, tmp_path):
-    source = open_source(run[0])
-    export_folder(source, tmp_path / "out", FP32[Layout.official])
-    with pytest.raises(ValueError, match="is there already, made from job"):
-        export_folder(source, tmp_path / "out", FP32[Layout.transformers])
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
-        export_folder(source, tmp_path / "file", FP32[Layout.official])
-    import_checkpoint(source, tmp_path / "back")
-    with pytest.raises(ValueError, match="holds a model already"):
-        import_checkpoint(source, tmp_path / "back")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""Files that commands write: complete or absent, and never over what the command did not write."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from train.errors import UserError, one_line
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, which takes its place at the end.
+
+    Whatever opened it last, it gets the mode of a new file, and its content is on the disk before
+    it is seen under its name.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    aside = aside_of(path)
+    with file_errors(path):
+        try:
+            with aside.open("wb") as file:
+                mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            yield aside
+            aside.chmod(mode)
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())
+            aside.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                aside.unlink(missing_ok=True)
+            raise
+
+
+def aside_of(path: Path) -> Path:
+    """Where a file is written before it takes its place; a kill leaves it."""
+    return path.with_name(f".{path.name}.writing")
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    with replacing(path) as aside:
+        aside.write_bytes(content)
+
+
+def json_bytes(values: Mapping[str, Any]) -> bytes:
+    """The text of a JSON file."""
+    return (json.dumps(values, indent=2, allow_nan=False) + "\n").encode()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it.
+
+    Raises:
+        UserError: the place cannot be written.
+    """
+    with file_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def file_errors(path: Path) -> Iterator[None]:
+    """Let the system's errors name what could not be written.
+
+    Raises:
+        UserError: for an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"{path} cannot be written: {reason}") from error
+
+
+def check_target(
+    target: Path, files: Mapping[str, bytes], others: Collection[str], what: str
+) -> None:
+    """Refuse a folder that holds anything but an earlier part of the same work.
+
+    Args:
+        target: may be absent.
+        files: small ones, by name: where one is there, it must be what would be written.
+        others: names of the rest, which the caller looks into.
+        what: the work, for the message.
+
+    Raises:
+        UserError: names the folder and the first file that is not ours.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise UserError(f"target {target} is a file")
+    known = {*files, *others}
+    known |= {aside_of(target / name).name for name in known}
+    try:
+        for path in sorted(target.iterdir()):
+            foreign = path.name in files and path.read_bytes() != files[path.name]
+            if foreign or path.name not in known:
+                raise UserError(
+                    f"target {target} holds {path.name}, which is not of this {what}: choose an"
+                    " empty folder"
+                )
+    except OSError as error:
+        raise UserError(f"target {target} cannot be read: {one_line(error)}") from error
