@@ -27,7 +27,7 @@ from model.state_dict import transformers_name
 from quant.export import INDEX, Stored, index_of, quantise_official, stored_as
 from train.errors import UserError, one_line
 from train.model_source import CONFIG_JSON, QUANT_KEY, Source, quant_values
-from train.output import check_target, json_bytes, make_folder, replacing, write_bytes
+from train.output_files import check_target, json_bytes, make_folder, replacing, write_bytes
 from train.tokenizer_files import tokenizer_files
 from train.transformers_config import transformers_config
 

@@ -16,7 +16,7 @@ from train.errors import UserError
 from train.exchange import fill_parameter
 from train.export import Report, small_files
 from train.model_source import QUANT_KEY, Source, meta_state, quant_values
-from train.output import check_target, file_errors, make_folder, replacing, write_bytes
+from train.output_files import check_target, file_errors, make_folder, replacing, write_bytes
 from train.run_folder import CHECKPOINTS
 
 _STAGING, _ORIGIN = "importing", "origin"

@@ -16,7 +16,7 @@ from train.errors import UserError
 from train.exchange import open_source
 from train.export import ExportJob, FloatType, Layout, export_folder
 from train.import_model import import_checkpoint
-from train.output import replacing, write_bytes
+from train.output_files import replacing, write_bytes
 from train.tokenizer_files import tokenizer_files
 
 JOB = ExportJob(Layout.official, FloatType.fp32, shard_bytes=256 << 10)
