@@ -32,12 +32,14 @@ from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
 from optim.config import OptimConfig
 from parallel.engine import TorchEngine
+from scripts.command import command
 from scripts.model_yaml import load_model_config
 from train.checkpoint import Checkpoints, Retention
 
 CPU = torch.device("cpu")
 
 
+@command()
 def main() -> None:
     """Print the table."""
     args = parse()
@@ -131,4 +133,4 @@ def describe(values: list[float]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -35,8 +35,8 @@ from optim.config import MatmulDtype, OptimConfig
 from optim.groups import Owner, ParamRecord
 from optim.muon import expand
 from optim.newton_schulz import matmul_flops
+from scripts.command import command
 from scripts.model_yaml import load_model_config
-from train.errors import USER_ERRORS
 
 LR = 1e-3
 SIZE = 1024  # rows and columns of the matmul whose rate bounds the step
@@ -63,16 +63,14 @@ class Report:
     floor_seconds: float
 
 
+@command()
 def main() -> None:
     """Parse the arguments, run, print, write."""
     args = _arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    try:
-        model = load_model_config(args.model)
-    except USER_ERRORS as error:
-        raise SystemExit(f"bench_optim.py: {error}") from error
+    model = load_model_config(args.model)
     config = OptimConfig()
     config.muon.dtype = MatmulDtype.bf16
     parameters = random_parameters(model_shapes(model), device)
@@ -257,4 +255,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

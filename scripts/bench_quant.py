@@ -45,6 +45,7 @@ from quant.apply import apply_quant, remove_quant
 from quant.config import QuantConfig, Recipe
 from quant.formats import FP8_ACTIVATION, FP8_KV, FP8_WEIGHT, MXFP4, fake_quant, quantise
 from quant.probe import QuantProbe
+from scripts.command import command
 from train.config import RunConfig
 from train.overrides import compose_run
 from train.params_table import split_counts
@@ -213,6 +214,7 @@ def show_steps(times: Times) -> None:
         )
 
 
+@command()
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -246,4 +248,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -29,6 +29,7 @@ if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
 import torch
 
 from model.kernels.allocator import keep_freed_memory
+from scripts.command import command
 from train.build import build
 from train.loop import Trainer
 from train.overrides import compose_run
@@ -42,6 +43,7 @@ SETTINGS = {
 Times = dict[str, list[float]]
 
 
+@command()
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
@@ -126,4 +128,4 @@ def show(clock: str, times: Times) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -27,7 +27,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
+    sys.path.insert(0, ROOT)
+
 from matplotlib.figure import Figure
+
+from scripts.command import command
 
 CHILD = Path(__file__).resolve().with_name("bench_child.py")
 Result = dict[str, Any]
@@ -39,9 +44,9 @@ CONTESTANTS = ("ours", "ours_lm", "hf", "dense")
 
 def run_child(spec: Result, timeout: float) -> Result:
     """Measure in a fresh process; a failure becomes a result that says why."""
-    command = [sys.executable, str(CHILD), json.dumps(spec, allow_nan=False)]
+    words = [sys.executable, str(CHILD), json.dumps(spec, allow_nan=False)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return {"failed": f"no result within {timeout:g} s"}
     if done.returncode != 0:
@@ -247,6 +252,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+@command()
 def main() -> None:
     """Measure, print, draw."""
     args = parse()
@@ -277,4 +283,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

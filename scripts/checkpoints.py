@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
+from scripts.command import command, tell
 from train import checkpoint, checkpoint_reader
 from train.checkpoint_files import MANIFEST, DamagedCheckpointError, open_manifest, step_of
 from train.checkpoint_hold import Hold
@@ -33,41 +34,40 @@ from train.errors import ExitCode, UserError, one_line
 from train.run_folder import CHECKPOINTS
 
 
-def main(words: Sequence[str]) -> int:
+@command()
+def main(words: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
     args = parse(words)
     try:
         return args.run(args)
-    except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
-        damaged = isinstance(error, DamagedCheckpointError)
-        return ExitCode.failure if damaged else ExitCode.user_error
+    except DamagedCheckpointError as error:
+        return tell(error, ExitCode.failure)
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: object, about: str) -> argparse.ArgumentParser:
+    def add(name: str, run: object, about: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=about, description=about)
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("list", list_run, "Steps, bytes and validation loss of a run's checkpoints.")
+    sub = add("list", list_run, "Steps, bytes and validation loss of a run's checkpoints.")
     sub.add_argument("folder", type=Path, help="run folder")
-    sub = command("verify", verify, "Compare every file with the hashes that were written.")
+    sub = add("verify", verify, "Compare every file with the hashes that were written.")
     sub.add_argument("folders", type=Path, nargs="+", help="run folders or checkpoints")
-    sub = command("show", show, "State and tensors of one checkpoint.")
+    sub = add("show", show, "State and tensors of one checkpoint.")
     sub.add_argument("folder", type=Path, help="run folder or checkpoint")
     sub.add_argument("--only", default="", help="tensors whose names start so")
-    sub = command("compare", compare, "Which tensors and which state of two checkpoints differ.")
+    sub = add("compare", compare, "Which tensors and which state of two checkpoints differ.")
     sub.add_argument("first", type=Path, help="run folder or checkpoint")
     sub.add_argument("second", type=Path, help="run folder or checkpoint")
     sub.add_argument("--only", default="", help="tensors whose names start so, and no state")
-    sub = command("prune", prune, "Remove checkpoints; without --yes only say which.")
+    sub = add("prune", prune, "Remove checkpoints; without --yes only say which.")
     sub.add_argument("folder", type=Path, help="run folder; nothing may be training in it")
     sub.add_argument(
         "--last", type=int, required=True, help="how many of the newest whole ones stay"
@@ -297,4 +297,4 @@ def dtype_of(tensor: Tensor) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -35,7 +35,8 @@ def command(
     def decorate(main: Callable[P, int | None]) -> Callable[P, int]:
         @functools.wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> int:
-            logging.basicConfig(level=log_level, format="%(levelname)s: %(message)s")
+            told = "%(levelname)s: %(message)s" if log_level > logging.INFO else "%(message)s"
+            logging.basicConfig(level=log_level, format=told)
             if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may know few characters
                 sys.stdout.reconfigure(errors="backslashreplace")
             with _sigterm_interrupts():

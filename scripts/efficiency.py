@@ -34,8 +34,8 @@ from model.flops import (
     v32_decoding_flops,
     v32_kv_cache_bytes,
 )
+from scripts.command import command
 from scripts.model_yaml import load_model_config
-from train.errors import USER_ERRORS
 
 CONTEXTS = (4096, 16384, 65536, 131072, 262144, 524288, 1000000)
 Report = dict[str, Any]
@@ -157,6 +157,7 @@ def finish_axes(axes: Axes, title: str) -> None:
     axes.legend()
 
 
+@command()
 def main() -> None:
     """Parse, compute, print, write."""
     parser = argparse.ArgumentParser(
@@ -170,10 +171,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder of JSON and PNG")
     args = parser.parse_args()
-    try:
-        models = {n: model_report(load_model_config(n), args.contexts) for n in args.models}
-    except USER_ERRORS as error:
-        parser.error(str(error))
+    models = {n: model_report(load_model_config(n), args.contexts) for n in args.models}
     v32 = reference_report(args.contexts)
     print_report(models, v32)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -186,4 +184,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

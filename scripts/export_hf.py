@@ -18,7 +18,7 @@ if str(ROOT) not in sys.path:
 from tqdm import tqdm
 
 from quant.export import Stored
-from scripts.model_options import run_main
+from scripts.command import command
 from train.errors import UserError
 from train.exchange import open_source
 from train.export import ExportJob, FloatType, Layout, export_folder
@@ -30,10 +30,10 @@ EPILOG = """examples:
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Export; returns the exit code (2: the user's input cannot be)."""
-    options = parse(arguments)
-    return run_main(lambda: export(options))
+@command()
+def main(arguments: list[str] | None = None) -> None:
+    """Export."""
+    export(parse(arguments))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

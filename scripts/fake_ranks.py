@@ -45,8 +45,9 @@ from parallel.mesh import Mesh, build_mesh, check_layout
 from parallel.pipeline_stage import ModelPart
 from parallel.plan import build_sharded_model
 from quant.apply import reads_master
+from scripts.command import command
 from train.config import RunConfig
-from train.errors import USER_ERRORS, UserError
+from train.errors import UserError
 from train.fit import Memory, Needs
 from train.overrides import compose_run
 from train.params_table import split_counts
@@ -186,23 +187,18 @@ def compare(ranks: list[RankPart], fit: Memory) -> list[str]:
     return lines
 
 
+@command()
 def main(argv: list[str] | None = None) -> int:
     """Build, compare, print; the exit code."""
     args = options().parse_args(argv)
     began = time.perf_counter()
-    try:
-        run = compose_run(
-            [f"model={args.model}", f"parallel={args.parallel or args.model}", *args.set]
-        )
-        degrees = run.parallel
-        ranks = degrees.pp * degrees.dp_replicate * degrees.dp_shard * degrees.cp
-        if ranks < 1:
-            raise UserError(f"parallel.dp_shard={degrees.dp_shard}: give a number of ranks")
-        layout = degrees.resolve(ranks)
-        check_layout(layout, run.model)
-    except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    run = compose_run([f"model={args.model}", f"parallel={args.parallel or args.model}", *args.set])
+    degrees = run.parallel
+    ranks = degrees.pp * degrees.dp_replicate * degrees.dp_shard * degrees.cp
+    if ranks < 1:
+        raise UserError(f"parallel.dp_shard={degrees.dp_shard}: give a number of ranks")
+    layout = degrees.resolve(ranks)
+    check_layout(layout, run.model)
     stage_ranks = [stage * layout.data_degree for stage in range(layout.pp)]
     parts = []
     for stage, rank in enumerate(stage_ranks):

@@ -25,7 +25,8 @@ from quant.config import QuantConfig
 from quant.indexer import IndexerCast
 from quant.kv import KVCast
 from quant.probe import QuantProbe
-from scripts.model_options import add_model_options, open_model, run_main
+from scripts.command import command
+from scripts.model_options import add_model_options, open_model
 from train.errors import UserError
 
 EPILOG = """examples:
@@ -35,10 +36,10 @@ EPILOG = """examples:
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Generate; returns the exit code (2: the user's input cannot be)."""
-    options = parse(arguments)
-    return run_main(lambda: write(options))
+@command()
+def main(arguments: list[str] | None = None) -> None:
+    """Generate."""
+    write(parse(arguments))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

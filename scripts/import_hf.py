@@ -17,7 +17,7 @@ if str(ROOT) not in sys.path:
 
 from tqdm import tqdm
 
-from scripts.model_options import run_main
+from scripts.command import command
 from train.exchange import open_source
 from train.import_model import import_checkpoint
 
@@ -27,10 +27,10 @@ EPILOG = """example:
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Import; returns the exit code (2: the user's input cannot be)."""
-    options = parse(arguments)
-    return run_main(lambda: import_folder(options))
+@command()
+def main(arguments: list[str] | None = None) -> None:
+    """Import."""
+    import_folder(parse(arguments))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

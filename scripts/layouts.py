@@ -53,10 +53,11 @@ import torch.multiprocessing as mp
 
 from parallel.config import SCHEDULES
 from parallel.mesh import check_layout, leave_process_group
+from scripts.command import command
 from scripts.layout_trials import Reference, last_loss, reference, trials
 from train.build import build_layout
 from train.config import RunConfig
-from train.errors import USER_ERRORS, UserError
+from train.errors import UserError
 from train.overrides import compose_run
 from train.receipt import source_hash
 from train.stages import check_rows, check_schedule, resolve
@@ -321,6 +322,7 @@ def show(cells: list[str], width: int) -> None:
     )
 
 
+@command()
 def main(argv: list[str] | None = None) -> int:
     """Measure and print; the exit code."""
     args = options().parse_args(argv)
@@ -328,25 +330,18 @@ def main(argv: list[str] | None = None) -> int:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as corpus:
         write_corpus(corpus)
-        try:
-            layouts = [parse(text) for text in args.layouts]
-            runs = [compose(layout, args, corpus) for layout in layouts]
-            for layout in layouts:
-                if launched > 1 and layout.ranks != launched:
-                    raise UserError(
-                        f"layout {layout.text!r} has {layout.ranks} ranks, but torchrun started"
-                        f" {launched}"
-                    )
-        except USER_ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        layouts = [parse(text) for text in args.layouts]
+        runs = [compose(layout, args, corpus) for layout in layouts]
+        for layout in layouts:
+            if launched > 1 and layout.ranks != launched:
+                raise UserError(
+                    f"layout {layout.text!r} has {layout.ranks} ranks, but torchrun started"
+                    f" {launched}"
+                )
         if launched > 1:
             build_layout(runs[0])  # joins the others
         try:
             return compare(layouts, args, corpus, launched)
-        except USER_ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
         finally:
             leave_process_group()
 

@@ -1,11 +1,8 @@
-"""What the scripts that run a model have in common: options, loading, exit codes."""
+"""What the scripts that run a model have in common: options and loading."""
 
 from __future__ import annotations
 
 import argparse
-import logging
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,7 +10,7 @@ import torch
 from data.tokenizer import Tokenizer
 from model.transformer import DeepSeekV4
 from quant.config import Recipe
-from train.errors import USER_ERRORS, ExitCode, UserError, one_line
+from train.errors import UserError
 from train.exchange import load_model
 
 
@@ -53,14 +50,3 @@ def open_model(options: argparse.Namespace) -> tuple[DeepSeekV4, Tokenizer | Non
             f" vocab_size={model.config.vocab_size}"
         )
     return model, tokenizer
-
-
-def run_main(work: Callable[[], None]) -> int:
-    """Exit code of ``work``; the user's errors become one line (code 2)."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        work()
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return ExitCode.user_error
-    return ExitCode.finished

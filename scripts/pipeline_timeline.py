@@ -40,6 +40,7 @@ from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_split import check_microbatches, describe_split, stages_per_rank
 from parallel.pipeline_stage import ModelPart
 from parallel.plan import build_sharded_model
+from scripts.command import command
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -239,6 +240,7 @@ def text_of(ranks: Timeline, width: int = 100) -> str:
     return "\n".join(lines)
 
 
+@command()
 def main() -> None:
     """Print the table and the lines, write the picture."""
     parser = argparse.ArgumentParser(
@@ -285,4 +287,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,7 +20,8 @@ from data.config import DataConfig, OnBadLine, SourceConfig, SourceKind, TextUni
 from data.prepare import build_tokenizer, corpus_key, corpus_split
 from data.token_store import TokenStore
 from data.tokenise import SHARD_BYTES, StoreJob, write_store
-from train.errors import FAILURES, USER_ERRORS, ExitCode, UserError, one_line
+from scripts.command import command
+from train.errors import UserError
 
 EPILOG = """examples:
   scripts/prepare_data.py --out stores/books --kind text --path books/ --vocab-size 16384
@@ -33,28 +34,16 @@ then train on it:
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Make or verify a store.
-
-    Returns:
-        The exit code; 2: the user's input cannot be, 1: a disk is full.
-    """
+@command(logging.INFO)
+def main(arguments: list[str] | None = None) -> None:
+    """Make or verify a store."""
     options = parse(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        if options.verify:
-            store = TokenStore(options.verify, f"--verify {options.verify}")
-            store.verify()
-        else:
-            store = prepare(options)
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return ExitCode.user_error
-    except FAILURES as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return ExitCode.failure
+    if options.verify:
+        store = TokenStore(options.verify, f"--verify {options.verify}")
+        store.verify()
+    else:
+        store = prepare(options)
     report(store)
-    return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

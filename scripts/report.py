@@ -18,6 +18,7 @@ from pathlib import Path
 if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
     sys.path.insert(0, ROOT)
 
+from scripts.command import command
 from scripts.report_document import Document, Picture, Table
 from scripts.run_differences import differences, explain
 from scripts.study_config import load_study
@@ -25,20 +26,16 @@ from scripts.study_plots import draw_runs
 from scripts.study_protocol import Protocol, from_root
 from scripts.study_report import write_study_report
 from scripts.study_store import FinishedRun, Store, read_run
-from train.errors import USER_ERRORS, ExitCode, UserError, one_line
+from train.errors import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+@command()
+def main(argv: Sequence[str] | None = None) -> None:
     """Parse, read, write."""
     args = _parse(argv)
-    try:
-        path = _study(args) if args.what[0].startswith("study=") else _runs(args)
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return ExitCode.user_error
+    path = _study(args) if args.what[0].startswith("study=") else _runs(args)
     print(path.read_text(encoding="utf-8").split("\n## ")[0])
     print(f"report: {path} and {path.with_suffix('.html').name}")
-    return ExitCode.finished
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.global_batch import Sample
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
-from train.errors import USER_ERRORS, ExitCode, UserError, one_line
+from scripts.command import command
+from train.errors import ExitCode, UserError
 from train.metrics import Record, StepLines
 from train.run_folder import ABANDONED, CONFIG, SAMPLES, read_run
 from train.sample_log import data_hash
@@ -31,24 +32,21 @@ from train.sample_log import data_hash
 _BEGINNING = 60  # characters of a text in a line
 
 
-def main(words: Sequence[str]) -> int:
+@command()
+def main(words: Sequence[str] | None = None) -> int:
     """Show; the exit code."""
     options = parse(words)
-    try:
-        found = list(lines_of(options))
-        if found:
-            loader = open_loader(options.folder, {line["data"] for line in found})
-            for line in found:
-                show(line, loader, options)
-    except USER_ERRORS as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
-        return ExitCode.user_error
+    found = list(lines_of(options))
     if not found:
         sys.stderr.write(f"nothing found in {log_of(options)}\n")
-    return ExitCode.finished if found else ExitCode.failure
+        return ExitCode.failure
+    loader = open_loader(options.folder, {line["data"] for line in found})
+    for line in found:
+        show(line, loader, options)
+    return ExitCode.finished
 
 
-def parse(words: Sequence[str]) -> argparse.Namespace:
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -132,4 +130,4 @@ def log_of(options: argparse.Namespace) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -24,7 +24,8 @@ import torch
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from scripts.model_options import add_model_options, open_model, run_main
+from scripts.command import command
+from scripts.model_options import add_model_options, open_model
 from train.errors import UserError
 from train.score import Totals, documents, token_nll
 
@@ -39,10 +40,10 @@ examples:
 """
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Score; returns the exit code (2: the user's input cannot be)."""
-    options = parse(arguments)
-    return run_main(lambda: score(options))
+@command()
+def main(arguments: list[str] | None = None) -> None:
+    """Score."""
+    score(parse(arguments))
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -37,6 +37,7 @@ import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from parallel.mesh import leave_process_group
+from scripts.command import command
 from scripts.layout_trials import build_bench, steps
 from scripts.layouts import Layout, add_run_options, compose, free_port, join, parse, write_corpus
 
@@ -232,6 +233,7 @@ def draw(measured: dict[str, list[dict[str, float]]], path: Path) -> None:
     plt.close(figure)
 
 
+@command()
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, draw."""
     parser = argparse.ArgumentParser(

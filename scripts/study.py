@@ -31,26 +31,24 @@ from types import FrameType
 if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
     sys.path.insert(0, ROOT)
 
+from scripts.command import command
 from scripts.study_config import StudyConfig, load_study, study_names
 from scripts.study_estimate import Estimate
 from scripts.study_protocol import Batch, Protocol, from_root
 from scripts.study_report import write_study_report
 from scripts.study_store import Store, archive
-from train.errors import USER_ERRORS, ExitCode, UserError, one_line
+from train.errors import ExitCode, UserError
 from train.receipt import source_hash
 
 OUT, ARCHIVE, RUNS = "runs/studies", "docs/studies", "runs"
 
 
+@command(logging.INFO)
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, run, report."""
     args = _parse(argv)
-    try:
-        name, study = _study(args.words)
-        return _run(name, study, args)
-    except USER_ERRORS as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return ExitCode.user_error
+    name, study = _study(args.words)
+    return _run(name, study, args)
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -193,5 +191,4 @@ def _alone(out: Path) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     sys.exit(main())

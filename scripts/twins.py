@@ -23,8 +23,8 @@ if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
 
 from model.config import Attention, ModelConfig, Residual, Router
 from model.flops import parameter_counts, training_flops
+from scripts.command import command
 from scripts.model_yaml import load_model_config
-from train.errors import USER_ERRORS
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,7 @@ def print_table(title: str, twins: list[Twin]) -> None:
     print("\nFLOPs in millions per token; tokens: how many for one of the model's, at equal FLOPs")
 
 
+@command()
 def main() -> None:
     """Parse, compute, print."""
     parser = argparse.ArgumentParser(
@@ -116,10 +117,7 @@ def main() -> None:
     parser.add_argument("--phase", choices=("full", "warmup", "sparse"), default="sparse")
     parser.add_argument("--json", type=Path, help="also write the table there")
     args = parser.parse_args()
-    try:
-        config = load_model_config(args.model, args.overrides)
-    except USER_ERRORS as error:
-        parser.error(str(error))
+    config = load_model_config(args.model, args.overrides)
     twins = compare(config, args.seq_len, args.phase)
     print_table(f"{config.name}, rows of {args.seq_len} tokens, indexer phase {args.phase}", twins)
     if args.json:
@@ -131,4 +129,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -38,7 +38,7 @@ from train.checkpoint_hold import Hold, unheld
 from train.checkpoint_reader import together, verify_together
 from train.checkpoint_retention import REMOVING, Known, Pruner, Retention, discard, published
 from train.checkpoint_writer import Layout, Report, RunningSave, Snapshot, describe
-from train.errors import UserError, one_line
+from train.errors import TrainingFailedError, UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _READ_SECONDS = 30.0  # how long a folder that must be renamed waits for its rea
 _LEAVE_SECONDS = 10.0  # how long a run that ends by an error waits for a save that is under way
 
 
-class CheckpointFailedError(RuntimeError):
+class CheckpointFailedError(TrainingFailedError):
     """A checkpoint that a run cannot end without could not be written."""
 
 

@@ -9,6 +9,7 @@ piece (``transformers`` stacks the experts of a layer).
 # Legend: E experts, I expert width, D hidden
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -146,8 +147,11 @@ def _write_shard(path: Path, shard: list[_Piece], origin: dict[str, str]) -> Non
     with replacing(path) as aside:
         try:
             save_file(tensors, aside, metadata={"format": "pt", **origin})
-        except SafetensorError as error:
-            raise UserError(f"{path} cannot be written: {one_line(error)}") from error
+        except SafetensorError as error:  # the library tells the system's errors by their number
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _shards(source: Source, job: ExportJob) -> list[list[_Piece]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -11,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data.errors import DiskError
 from train.errors import UserError, one_line
 
 
@@ -23,6 +25,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Raises:
         UserError: the place cannot be written.
+        DiskError: its disk is full.
     """
     aside = aside_of(path)
     with file_errors(path):
@@ -75,13 +78,16 @@ def file_errors(path: Path) -> Iterator[None]:
     """Let the system's errors name what could not be written.
 
     Raises:
-        UserError: for an ``OSError``.
+        DiskError: it is full.
+        UserError: for any other ``OSError``.
     """
     try:
         yield
     except OSError as error:
-        reason = error.strerror or one_line(error)
-        raise UserError(f"{path} cannot be written: {reason}") from error
+        text = f"{path} cannot be written: {error.strerror or one_line(error)}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(f"{text}; the same command goes on when there is room") from error
+        raise UserError(text) from error
 
 
 def check_target(
