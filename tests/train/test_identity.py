@@ -31,9 +31,11 @@ from train.checkpoint_files import MANIFEST, STATE, describe_file, open_manifest
 from train.config import StageConfig, dump
 from train.errors import ExitCode, UserError
 from train.exchange import open_source
-from train.export import ExportJob, Layout, export_folder, import_checkpoint, tokenizer_json
+from train.export import ExportJob, Layout, export_folder
+from train.import_model import import_checkpoint
 from train.pretrain import cli
 from train.run_folder import check_run_folder, read_identity, read_run
+from train.tokenizer_files import tokenizer_json
 
 
 @pytest.fixture(scope="module")
