@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
@@ -116,9 +116,7 @@ def _no_text() -> str:
     return secrets.token_hex(32)
 
 
-def _without(
-    merges: Sequence[Any], hidden: Collection[str], prefix: str
-) -> Iterable[list[str] | str]:
+def _without(merges: Sequence[Any], hidden: Set[str], prefix: str) -> Iterable[list[str] | str]:
     """The merges that neither use nor make a hidden entry."""
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge
