@@ -64,7 +64,9 @@ def text_encoder(content: dict[str, Any], control: Collection[int]) -> HFTokeniz
             model["merges"] = list(_without(model["merges"], hidden, prefix))
         if model.get("unk_token") in hidden:  # unknown text would end the document
             model["unk_token"] = None if model["type"] == "BPE" else _no_text()
-    return HFTokenizer.from_str(json.dumps({**content, "model": model, "added_tokens": []}))
+    return HFTokenizer.from_str(
+        json.dumps({**content, "model": model, "added_tokens": []}, allow_nan=False)
+    )
 
 
 def lost_characters(
