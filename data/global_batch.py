@@ -3,8 +3,8 @@
 # Legend: B rows, T tokens of a row, K prediction depths, N tokens of a span
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -68,12 +68,21 @@ class GlobalBatch:
         rows: in order; ranks and microbatches take slices of them.
         seq_len: tokens of a row.
         target_bytes: bytes of text that the targets of the first depth stand for; validation only.
+        read_tokens: tokens of each source that were read up to the end of this batch; training
+            only.
     """
 
     counts: BatchCounts
     rows: list[PackedRow]
     seq_len: int
     target_bytes: int = 0
+    read_tokens: Mapping[str, int] = field(default_factory=dict)
+
+    def source_shares(self) -> dict[str, float]:
+        """Fractions of the tokens read so far; empty where there is one source."""
+        total = max(1, sum(self.read_tokens.values()))
+        several = len(self.read_tokens) > 1
+        return {name: n / total for name, n in self.read_tokens.items()} if several else {}
 
     def share_past(self, tokens: int) -> float:
         """Fraction of tokens with at least ``tokens`` tokens of their own piece before them."""

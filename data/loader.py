@@ -4,14 +4,16 @@ Life of a token: a source gives documents, a store holds their ids (data/prepare
 documents (data/mixture.py), packing cuts and places them into rows (data/packing.py), the rows of a
 pool are shuffled by its key (data/position.py), and :meth:`Loader.plan` takes them in that order.
 
-The position is (epoch, pool, row). It does not depend on how many rows a step takes, nor on ranks:
-every process plans the whole global batch and reads only its own rows from disk.
+The position is (epoch, pool, row), and where each weighted source stood before the pool. It depends
+neither on how many rows a step takes nor on ranks: every process plans the whole global batch and
+reads only its own rows from disk.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,8 +24,9 @@ from data.config import DataConfig, SourceKind
 from data.content import sources_content, tokenizer_content
 from data.errors import ConfigError
 from data.global_batch import DocumentName, GlobalBatch, PackedRow, Sample, count
-from data.mixture import Mixture, Pool, Source, StoreSource
+from data.mixture import Mixture, StoreSource
 from data.packing import Row
+from data.pool import Cursor, Fim, Pool, Source
 from data.position import Position, rows_of
 from data.prepare import cached_stores, open_store
 from data.sources import DocumentStream
@@ -63,11 +66,12 @@ class Loader:
         self.tokenizer = tokenizer
         self.manifest = manifest
         self.token_counts_V = token_counts_V
-        self.position = Position()
+        self.position = Position(cursors=mixture.start)
+        self.read_tokens = dict.fromkeys(mixture.names, 0)
         self._validation = validation_set
         self._depths = num_predict_depths
         self._streams = list(streams)
-        self._pool: tuple[tuple[int, int], Pool | None] | None = None
+        self._pool: tuple[Any, Pool | None] | None = None
         self._rows: tuple[Position, list[Row]] | None = None
         self._ahead: deque[tuple[GlobalBatch, dict[str, Any]]] = deque()
         self._taken: dict[str, Any] = {}  # state after the last batch taken, while some are ahead
@@ -116,17 +120,21 @@ class Loader:
             position = self.position.at(seq_len)
             pool = self._pool_at(position)
             if pool is None:
-                self.position = Position(position.epoch + 1, 0, 0, seq_len)
+                self.position = position.next_epoch()
                 continue
             rows = self._rows_at(pool, position)
             stop = min(len(rows), position.row + num_rows - len(taken))
             taken += [PackedRow(pool, spans) for spans in rows[position.row : stop]]
-            if stop < len(rows):
-                epoch, number, earlier = position.epoch, position.pool, position.earlier
-                self.position = Position(epoch, number, stop, seq_len, earlier)
-            else:
-                self.position = Position(position.epoch, position.pool + 1, 0, seq_len)
-        return GlobalBatch(count(taken, self._depths), taken, seq_len)
+            behind = stop == len(rows)
+            self.position = (
+                position.next_pool(pool.after) if behind else replace(position, row=stop)
+            )
+        for pool, spans in taken:
+            for span in spans:
+                self.read_tokens[pool.name(span.document).source] += span.length
+        return GlobalBatch(
+            count(taken, self._depths), taken, seq_len, read_tokens=dict(self.read_tokens)
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """The position; JSON values only."""
@@ -134,20 +142,31 @@ class Loader:
 
     def _state(self) -> dict[str, Any]:
         p = self.position
+        draws = self.mixture.draws(p.cursors)
         return {
             "epoch": p.epoch,
             "pool": p.pool,
             "row": p.row,
             "seq_len": p.seq_len,
             "earlier": [list(pair) for pair in p.earlier],
-            "streams": {source.name: source.state() for source in self._streams},
+            "cursors": [list(cursor) for cursor in p.cursors],
+            "read_tokens": dict(self.read_tokens),
+            "streams": {s.name: s.state(draws.get(s.name)) for s in self._streams},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint of the same data stood (train/identity.py compares it)."""
+        if self.mixture.start and not state.get("cursors"):
+            raise ConfigError(
+                "data.sources: the checkpoint is of an older version, which mixed weighted sources"
+                " by documents: their order cannot go on"
+            )
         earlier = tuple((int(length), int(rows)) for length, rows in state["earlier"])
+        cursors = tuple(Cursor(*map(int, cursor)) for cursor in state.get("cursors", ()))
         place = {name: int(state[name]) for name in ("epoch", "pool", "row", "seq_len")}
-        self.position = Position(**place, earlier=earlier)
+        self.position = Position(**place, earlier=earlier, cursors=cursors)
+        read = state.get("read_tokens", {})  # older checkpoints have none
+        self.read_tokens = {name: int(read.get(name, 0)) for name in self.mixture.names}
         self._pool = self._rows = None
         self._ahead.clear()
         for source in self._streams:
@@ -202,13 +221,13 @@ class Loader:
         return torch.nn.functional.pad(self.token_counts_V, (0, vocab_size - own))
 
     def _pool_at(self, position: Position) -> Pool | None:
-        place = (position.epoch, position.pool)
+        place = (position.epoch, position.pool, position.cursors, position.first_seq_len)
         if self._pool is None or self._pool[0] != place:
             self._pool = (place, self.mixture.pool(*place))
         return self._pool[1]
 
     def _rows_at(self, pool: Pool, position: Position) -> list[Row]:
-        start = Position(position.epoch, position.pool, 0, position.seq_len, position.earlier)
+        start = replace(position, row=0)
         if self._rows is None or self._rows[0] != start:
             self._rows = (start, rows_of(pool, start))
         return self._rows[1]
@@ -243,8 +262,7 @@ def build_loader(
         _sources(cfg, stores, streams, seed),
         _weights(cfg),
         cfg.packing.pool_documents,
-        cfg.fim.rate,
-        tokenizer.fim_ids,
+        Fim(cfg.fim.rate, tokenizer.fim_ids),
         seed,
     )
     return Loader(

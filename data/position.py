@@ -7,13 +7,13 @@ row counts that came before in this pool are part of the position.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from data.keyed import mix, permute
-from data.mixture import Pool
-from data.packing import Row, pack, unread, whole_documents
+from data.packing import Row, pack, unread
+from data.pool import Cursor, Pool
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Position:
         row: rows taken from the pool with ``seq_len``.
         seq_len: tokens of a row; 0 before the first.
         earlier: (tokens of a row, rows taken) before the row length changed inside this pool.
+        cursors: where the weighted sources stood before this pool.
     """
 
     epoch: int = 0
@@ -33,18 +34,32 @@ class Position:
     row: int = 0
     seq_len: int = 0
     earlier: tuple[tuple[int, int], ...] = ()
+    cursors: tuple[Cursor, ...] = ()
+
+    @property
+    def first_seq_len(self) -> int:
+        """Tokens of a row when this pool began."""
+        return self.earlier[0][0] if self.earlier else self.seq_len
 
     def at(self, seq_len: int) -> Position:
         """The same place, going on with another row length."""
         if seq_len == self.seq_len:
             return self
         taken = ((self.seq_len, self.row),) if self.row else ()
-        return Position(self.epoch, self.pool, 0, seq_len, self.earlier + taken)
+        return replace(self, row=0, seq_len=seq_len, earlier=self.earlier + taken)
+
+    def next_pool(self, cursors: tuple[Cursor, ...]) -> Position:
+        """The start of the pool that follows in this epoch."""
+        return Position(self.epoch, self.pool + 1, 0, self.seq_len, (), cursors)
+
+    def next_epoch(self) -> Position:
+        """The start of the next pass."""
+        return Position(self.epoch + 1, 0, 0, self.seq_len, (), self.cursors)
 
 
 def rows_of(pool: Pool, position: Position) -> list[Row]:
     """The rows of a pool at a position's row length, those taken earlier left out."""
-    spans = whole_documents(pool.lengths.tolist())
+    spans = pool.spans
     for number, (seq_len, taken) in enumerate(position.earlier):
         spans = unread(_shuffled(pack(spans, seq_len), mix(pool.key, number))[taken:])
     return _shuffled(pack(spans, position.seq_len), mix(pool.key, len(position.earlier)))

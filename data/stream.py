@@ -6,6 +6,7 @@ for what does not fit the disk; scripts/prepare_data.py is the quick way for the
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -15,9 +16,9 @@ from data.config import ValidationConfig
 from data.errors import ConfigError
 from data.global_batch import DocumentName
 from data.keyed import mix
-from data.mixture import Drawn
 from data.near_duplicates import OverlapCounter
 from data.pieces import PieceEncoder
+from data.pool import Drawn
 from data.prepare import reserved_documents
 from data.sources import DocumentStream
 from data.tokenizer import Tokenizer
@@ -67,6 +68,7 @@ class StreamSource:
         self._stream = stream
         self._encoder = PieceEncoder(tokenizer)
         self._read_count = 0
+        self._draws: deque[tuple[int, Any]] = deque()  # first documents of draws, states before
         self._key = mix(seed, *name.encode())
         reserved = reserved_documents(stream, validation.bytes)
         self._first = len(reserved)
@@ -81,18 +83,19 @@ class StreamSource:
                 f" which data.validation.bytes={validation.bytes} holds out"
             )
 
-    def draw(self, start: int, count: int) -> list[Drawn]:
+    def draw(self, start: int, count: int) -> list[tuple[int, Drawn]]:
         """Draws of passes one after the other; the length of a pass is known once it was read."""
-        out: list[Drawn] = []
-        while count > 0:
+        while True:
             epoch, place = self._locate(start)
+            before = self._stream.state()
             drawn = self.draw_epoch(epoch, place, count)
             if drawn is None:
                 continue  # the pass ended here: now its length is known
-            read = self._read_count
-            out += drawn
-            start, count = start + read, count - read
-        return out
+            if drawn:
+                self._draws.append((start, before))
+                first = start - place - self._first
+                return [(first + document.name.document, document) for document in drawn]
+            start += self._read_count
 
     def draw_epoch(self, epoch: int, start: int, count: int) -> list[Drawn] | None:
         """The next documents of a pass, without those that repeat validation text."""
@@ -125,17 +128,22 @@ class StreamSource:
             " no text there or repeats validation text"
         )
 
-    def mean_length(self) -> float:
-        """Tokens of an average document among the first."""
-        return int(self.token_counts.sum()) / self._sampled
+    def state(self, draw: int | None = None) -> list[Any]:
+        """Where the last draw began, or the one that read document ``draw``, for :meth:`seek`.
 
-    def state(self) -> list[Any]:
-        """Where the last draw began, for :meth:`seek`."""
-        return list(self._resume)
+        What was read before is not asked for again.
+        """
+        if draw is None:
+            return list(self._resume)
+        while len(self._draws) > 1 and self._draws[1][0] <= draw:
+            self._draws.popleft()
+        return list(self._draws[0][1]) if self._draws else list(self._resume)
 
     def seek(self, state: list[Any]) -> None:
         """Spare the next draw the reading of what comes before it."""
-        self._stream.seek(int(state[0]), state[1])
+        self._draws.clear()
+        self._resume = (int(state[0]), state[1])
+        self._stream.seek(*self._resume)
 
     def _locate(self, start: int) -> tuple[int, int]:
         if self._stream.length is None:

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from data.global_batch import GlobalBatch as PackedBatch
 from data.loader import Loader
-from data.tokenizer import Tokenizer
 from model.config import LayerKind, ModelConfig
 from model.flops import training_flops
 from parallel.engine import Engine
@@ -50,7 +49,7 @@ from train.recovery_config import Remedy
 from train.report import FinalEvaluation, RunReport
 from train.sample_log import SampleLog
 from train.stages import Plan
-from train.step import GlobalBatch, StepPlan, StepResult, plan_step, train_step
+from train.step import StepPlan, StepResult, plan_step, train_step
 from train.stop import StopRequest
 from train.trackers import Tracker
 
@@ -192,7 +191,7 @@ class Trainer:
             self._save()
 
     def _record(
-        self, step: StepPlan, rows: GlobalBatch, result: StepResult, seconds: float
+        self, step: StepPlan, rows: PackedBatch, result: StepResult, seconds: float
     ) -> Record:
         engine, shares = self.engine, result.shares
         seconds = engine.largest(seconds)
@@ -210,6 +209,7 @@ class Trainer:
             "rollbacks": self.recovery.state.rollbacks,
             "documents": rows.counts.documents,
             "padding": 1 - rows.counts.tokens / step.batch_tokens,
+            **{f"share.{name}": share for name, share in rows.source_shares().items()},
             **load_values(shares.expert_load),
             **monitor_values({**shares.monitors, **quantisation}),
             "tokens_per_second": rate,
@@ -411,9 +411,7 @@ def restore(
     use = Use.evaluate if only_reads else Use.resume
 
     def load(folder: Path) -> Restored:
-        recorded = check_origin(
-            use, folder, identity, f"run_dir={run.run_dir}", run, loader.tokenizer
-        )
+        recorded = check_origin(use, folder, identity, f"run_dir={run.run_dir}")
         saved = checkpoint_reader.together(lambda: checkpoint_reader.saved_tensors(folder))
         ahead = anticipation.allocate(saved, step_of(folder) or 0)
         tensors = checkpoint_tensors(engine, average)
@@ -424,8 +422,7 @@ def restore(
             if not only_reads:
                 check_steps(plan.steps, progress.step, run.run_dir)
             recovery.load_state_dict(state.get("recovery", {}))
-            if not only_reads:  # an evaluation may be of other data
-                loader.load_state_dict(state["loader"])
+            loader.load_state_dict(state["loader"])
             return Restored(identity.continuing(recorded), progress, state.get("trackers", {}))
         except USER_ERRORS:
             raise
@@ -448,7 +445,7 @@ def restore(
             )
         restored = Restored(identity)
         if source:
-            _start_from(run, identity, loader.tokenizer, engine, average)
+            _start_from(source, identity, engine, average)
     if engine.rank == 0 and not only_reads:
         _cut_lines(restored.progress.step, metrics, samples, recovery.state.rollbacks)
     return restored
@@ -469,25 +466,20 @@ def _cut_lines(step: int, metrics: MetricsFile, samples: SampleLog, rollbacks: i
 
 
 def _start_from(
-    run: RunConfig,
-    identity: RunIdentity,
-    tokenizer: Tokenizer,
-    engine: Engine,
-    average: WeightAverage | None,
+    source: str, identity: RunIdentity, engine: Engine, average: WeightAverage | None
 ) -> None:
     """Take weights, expert biases and hash tables from elsewhere; the optimizer starts fresh."""
     model = {name: t for name, t in engine.state().items() if name.startswith("model.")}
 
     def load(folder: Path) -> None:
-        where = f"init_from={run.init_from}"
-        recorded = check_origin(Use.init_from, folder, identity, where, run, tokenizer)
-        if recorded.tokenizer is None and engine.rank == 0:
-            log.warning("%s does not say with which tokenizer it was trained", where)
+        recorded = check_origin(Use.init_from, folder, identity, f"init_from={source}")
+        if recorded.tokenizer is None:
+            log.warning("init_from=%s does not say with which tokenizer it was trained", source)
         checkpoint_reader.read(folder, model, partial=True)
         _refuse_not_finite(folder, model)
         log.info("starting from the weights of %s", folder)
 
-    read_held(lambda: hold(run.init_from), load)
+    read_held(lambda: hold(source), load)
     if average is not None:
         average.restart()
 

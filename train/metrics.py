@@ -70,6 +70,7 @@ METRICS = (
     Metric("anticipated", "1 where earlier weights chose the experts", Reduction.same),
     Metric("documents", "document pieces of the step", Reduction.same),
     Metric("padding", "fraction of the step's positions", Reduction.same),
+    Metric("share.*", "fraction of the tokens read so far, per source", Reduction.same),
     Metric(
         "expert_load_cv", "deviation / mean of tokens per expert, mean over layers", Reduction.same
     ),

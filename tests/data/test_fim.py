@@ -63,8 +63,7 @@ def test_fim_takes_other_documents_in_another_epoch(make_loader):
     for epoch, found in enumerate(taken):
         number = 0
         while (pool := mixture.pool(epoch, number)) is not None:
-            cuts = zip(pool._drawn, pool._cuts, strict=True)
-            found.update(drawn.index for drawn, cut in cuts if cut is not None)
+            found.update(d.drawn.index for d in pool._documents if d.cut is not None)
             number += 1
     assert taken[0]
     assert taken[0] != taken[1]

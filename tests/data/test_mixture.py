@@ -8,30 +8,9 @@ import pytest
 from data.config import SourceConfig
 from data.global_batch import Sample
 from data.loader import build_loader
-from data.mixture import quotas
 from data.prepare import build_tokenizer
 
 pytestmark = pytest.mark.core
-
-
-@pytest.mark.parametrize(
-    ("weights", "lengths", "documents", "expected"),
-    [
-        ([0.5, 0.5], [100, 100], 8, [4, 4]),
-        ([0.5, 0.5], [100, 300], 8, [6, 2]),
-        ([0.999, 0.001], [1, 1], 8, [7, 1]),
-        ([0.4, 0.3, 0.3], [1, 1, 1], 3, [1, 1, 1]),
-        ([0.9, 0.05, 0.05], [1, 1, 1], 4, [2, 1, 1]),
-        ([0.98, 0.02], [10, 1], 100, [83, 17]),
-    ],
-)
-def test_quotas_give_the_weights_share_of_tokens(weights, lengths, documents, expected):
-    assert quotas(weights, lengths, documents) == expected
-
-
-def test_more_weighted_sources_than_documents_of_a_pool_are_refused():
-    with pytest.raises(ValueError, match=r"data\.packing\.pool_documents=1 must be at least .* 2"):
-        quotas([0.5, 0.5], [1, 1], 1)
 
 
 @pytest.fixture
@@ -45,34 +24,53 @@ def two_sources(small_config):
     return small_config
 
 
-def owner_of(loader, pool):
-    """Name of the source of every document of a pool."""
-    names = {id(part): s.name for s in loader.mixture._sources for part in s._parts}
-    return [names[id(drawn.documents)] for drawn in pool._drawn]
+def pools(loader, count, seq_len=256):
+    """The first pools of weighted sources."""
+    cursors = loader.mixture.start
+    for number in range(count):
+        pool = loader.mixture.pool(0, number, cursors, seq_len)
+        cursors = pool.after
+        yield pool
+
+
+def tokens_of(pool):
+    out = Counter()
+    for span in pool.spans:
+        out[pool.name(span.document).source] += span.length
+    return out
 
 
 def test_tokens_come_in_the_proportion_of_the_weights(two_sources):
     loader = build_loader(two_sources, build_tokenizer(two_sources), 0, 1)
-    tokens = Counter()
-    for number in range(30):
-        pool = loader.mixture.pool(0, number)
-        for name, length in zip(owner_of(loader, pool), pool.lengths, strict=True):
-            tokens[name] += int(length)
-    # One document of 40, in a pool: quotas are whole numbers.
-    assert tokens["a"] / tokens.total() == pytest.approx(0.8, abs=0.05)
-    counts = loader.token_counts_V
-    assert counts.sum() > 0
+    total = Counter()
+    for pool in pools(loader, 30):
+        here = tokens_of(pool)
+        total += here
+        for tokens in (here, total):  # no piece is longer than a row: data/shares.py has the bound
+            for name, weight in (("a", 0.8), ("b", 0.2)):
+                off = abs(tokens[name] - weight * tokens.total())
+                assert off <= (256 + weight * 2 * 256) / (1 if tokens is here else 2)
+    assert loader.token_counts_V.sum() > 0
 
 
 def test_each_weighted_source_runs_through_its_own_epochs(two_sources):
     loader = build_loader(two_sources, build_tokenizer(two_sources), 0, 1)
     for source in loader.mixture._sources:
         size = len(source._parts[0])
-        draws = [drawn.index for drawn in source.draw(0, 3 * size)]
+        numbered = [d for start in range(0, 3 * size, 5) for d in take(source, start, 5)]
+        assert [number for number, _ in numbered][: 3 * size] == list(range(3 * size))
+        draws = [drawn.index for _, drawn in numbered]
         for epoch in range(3):
             assert sorted(draws[epoch * size : (epoch + 1) * size]) == list(range(size))
         assert draws[:size] != draws[size : 2 * size]
-        assert [d.index for d in source.draw(size - 2, 5)] == draws[size - 2 : size + 3]
+
+
+def take(source, start, count):
+    """Draws across the end of a pass."""
+    out = []
+    while len(out) < count:
+        out += source.draw(start + len(out), count - len(out))
+    return out
 
 
 def test_without_weights_every_document_comes_once(two_sources):
@@ -83,7 +81,7 @@ def test_without_weights_every_document_comes_once(two_sources):
     drawn = []
     number = 0
     while (pool := loader.mixture.pool(0, number)) is not None:
-        drawn += [(id(d.documents), d.index) for d in pool._drawn]
+        drawn += [(id(d.drawn.documents), d.drawn.index) for d in pool._documents]
         number += 1
     assert len(set(drawn)) == len(drawn) == sum(len(part) for part in source._parts)
     assert len(source._parts) == 2

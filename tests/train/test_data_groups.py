@@ -59,4 +59,11 @@ def test_every_data_group_trains_to_its_end(files, tmp_path, group):
         "sample.tokens=0",
     ])  # fmt: skip
     assert code == ExitCode.finished
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    shares = {k: v for k, v in json.loads(lines[-1]).items() if k.startswith("share.")}
+    if group == "mixture":
+        assert sum(shares.values()) == pytest.approx(1)
+        assert shares["share.store"] == pytest.approx(0.7, abs=0.15)  # of 512 tokens, rows of 64
+    else:
+        assert shares == {}
