@@ -8,6 +8,7 @@ Goes into the identity of a run (train/identity.py).
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from data.corpus import package_versions
 from data.files import find_files
 from data.token_store import TokenStore
 from data.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 _LIBRARIES = ("numpy", "datasets", "tokenizers")
 _BLOCK, _BLOCKS = 1 << 18, 16  # bytes of a sample; samples of a file, evenly spread
@@ -125,6 +128,10 @@ def _revision(source: SourceConfig) -> str | None:
         info = HfApi().dataset_info(
             source.path, revision=source.revision or None, timeout=_PATIENCE
         )
-    except Exception:  # offline, a mirror without this call, no permission: not known
+    except Exception as error:  # offline, a mirror without this call, no permission
+        log.info(
+            "data: the hub does not tell the revision of %s, so it is not compared with an earlier"
+            " one (%s)", source.path, " ".join(str(error).split())[:200],
+        )  # fmt: skip
         return None
     return info.sha

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence, Set
 from typing import Any
 
 from tokenizers import Tokenizer as HFTokenizer
@@ -64,7 +64,9 @@ def text_encoder(content: dict[str, Any], control: Collection[int]) -> HFTokeniz
             model["merges"] = list(_without(model["merges"], hidden, prefix))
         if model.get("unk_token") in hidden:  # unknown text would end the document
             model["unk_token"] = None if model["type"] == "BPE" else _no_text()
-    return HFTokenizer.from_str(json.dumps({**content, "model": model, "added_tokens": []}))
+    return HFTokenizer.from_str(
+        json.dumps({**content, "model": model, "added_tokens": []}, allow_nan=False)
+    )
 
 
 def lost_characters(
@@ -116,7 +118,7 @@ def _no_text() -> str:
     return secrets.token_hex(32)
 
 
-def _without(merges: Sequence[Any], hidden: set[str], prefix: str) -> Iterable[list[str] | str]:
+def _without(merges: Sequence[Any], hidden: Set[str], prefix: str) -> Iterable[list[str] | str]:
     """The merges that neither use nor make a hidden entry."""
     for merge in merges:
         left, right = merge.split(" ") if isinstance(merge, str) else merge

@@ -20,7 +20,6 @@ from model.init import init_weights
 from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
 from parallel.activation_checkpoint import checkpoint_blocks
-from parallel.collectives import gathered
 from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
 from parallel.launch import launched_world_size
@@ -40,10 +39,11 @@ from train.ema import WeightAverage
 from train.errors import UserError
 from train.evaluate import Evaluator
 from train.flat_config import flat_config
-from train.identity import RunIdentity, check_ranks
+from train.identity import RunIdentity
 from train.loop import Trainer, restore
 from train.metrics import MetricsFile, read_metrics
 from train.mfu import measured_matmul_rate, times_slower_than_fp32
+from train.origin import agree_on_ranks
 from train.params_table import split_counts, table_rows, write_params_table
 from train.phase import PhaseSwitch
 from train.profiling import ProfilerWindow
@@ -79,7 +79,7 @@ def build(run: RunConfig) -> Trainer:
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
     all_ready(run.parallel.timeout_seconds)
     identity = identify(run, config, loader)
-    check_ranks(gathered(identity))
+    agree_on_ranks(identity)
     model = build_model(run, loader, mesh)
     engine = build_engine(run, model, mesh)
     phase = PhaseSwitch(engine, run.quant)
@@ -177,7 +177,7 @@ def build_layout(run: RunConfig) -> Mesh | None:
         return None
     device = compute_device(run.train.device)
     init_process_group(device)
-    check_ranks(gathered(RunIdentity(config=flat_config(run))))  # before any layout is made of it
+    agree_on_ranks(RunIdentity(config=flat_config(run)))  # before any layout is made of it
     return build_mesh(layout, device.type, datetime.timedelta(seconds=run.parallel.timeout_seconds))
 
 

@@ -25,6 +25,7 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Any
 
+from data.cache import digest
 from train.errors import UserError
 from train.flat_config import GONE, pairs, still_to_come
 
@@ -189,6 +190,10 @@ class RunIdentity:
             return self
         came_from = {"init_from": recorded.config.get("init_from", "")}
         return replace(self, config={**self.config, **came_from})
+
+    def digest(self) -> str:
+        """Equal for equal records."""
+        return digest(self.as_json())
 
     def groups(self) -> dict[str, dict[str, Any]]:
         """What is known, by the key under which the table has it, field by field."""

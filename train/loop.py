@@ -19,6 +19,7 @@ from torch import Tensor
 
 from data.global_batch import GlobalBatch as PackedBatch
 from data.loader import Loader
+from data.tokenizer import Tokenizer
 from model.config import LayerKind, ModelConfig
 from model.flops import training_flops
 from parallel.engine import Engine
@@ -411,7 +412,9 @@ def restore(
     use = Use.evaluate if only_reads else Use.resume
 
     def load(folder: Path) -> Restored:
-        recorded = check_origin(use, folder, identity, f"run_dir={run.run_dir}")
+        recorded = check_origin(
+            use, folder, identity, f"run_dir={run.run_dir}", run, loader.tokenizer
+        )
         saved = checkpoint_reader.together(lambda: checkpoint_reader.saved_tensors(folder))
         ahead = anticipation.allocate(saved, step_of(folder) or 0)
         tensors = checkpoint_tensors(engine, average)
@@ -422,7 +425,8 @@ def restore(
             if not only_reads:
                 check_steps(plan.steps, progress.step, run.run_dir)
             recovery.load_state_dict(state.get("recovery", {}))
-            loader.load_state_dict(state["loader"])
+            if not only_reads:  # an evaluation may be of other data
+                loader.load_state_dict(state["loader"])
             return Restored(identity.continuing(recorded), progress, state.get("trackers", {}))
         except USER_ERRORS:
             raise
@@ -445,7 +449,7 @@ def restore(
             )
         restored = Restored(identity)
         if source:
-            _start_from(source, identity, engine, average)
+            _start_from(run, identity, loader.tokenizer, engine, average)
     if engine.rank == 0 and not only_reads:
         _cut_lines(restored.progress.step, metrics, samples, recovery.state.rollbacks)
     return restored
@@ -466,20 +470,25 @@ def _cut_lines(step: int, metrics: MetricsFile, samples: SampleLog, rollbacks: i
 
 
 def _start_from(
-    source: str, identity: RunIdentity, engine: Engine, average: WeightAverage | None
+    run: RunConfig,
+    identity: RunIdentity,
+    tokenizer: Tokenizer,
+    engine: Engine,
+    average: WeightAverage | None,
 ) -> None:
     """Take weights, expert biases and hash tables from elsewhere; the optimizer starts fresh."""
     model = {name: t for name, t in engine.state().items() if name.startswith("model.")}
 
     def load(folder: Path) -> None:
-        recorded = check_origin(Use.init_from, folder, identity, f"init_from={source}")
-        if recorded.tokenizer is None:
-            log.warning("init_from=%s does not say with which tokenizer it was trained", source)
+        where = f"init_from={run.init_from}"
+        recorded = check_origin(Use.init_from, folder, identity, where, run, tokenizer)
+        if recorded.tokenizer is None and engine.rank == 0:
+            log.warning("%s does not say with which tokenizer it was trained", where)
         checkpoint_reader.read(folder, model, partial=True)
         _refuse_not_finite(folder, model)
         log.info("starting from the weights of %s", folder)
 
-    read_held(lambda: hold(source), load)
+    read_held(lambda: hold(run.init_from), load)
     if average is not None:
         average.restart()
 

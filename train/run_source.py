@@ -32,6 +32,7 @@ from train.model_source import (
     meta_state,
     read_config_json,
 )
+from train.origin import check_export
 from train.run_folder import CHECKPOINTS, CONFIG, read_run
 from train.stages import resolve
 
@@ -49,12 +50,12 @@ class RunSource:
     """
 
     def __init__(self, path: Path) -> None:
-        self._hold, state = _held(path)  # for as long as this is there
+        self._hold, self._state = _held(path)  # for as long as this is there
         self.path = self._hold.folder
         self._root = self.path.absolute().parents[1]
         self._run: RunConfig | None = None
         self.origin = f"sha256 {sha256_of(self.path / MANIFEST)}"
-        self.config, self.quant = self._read_config(state)
+        self.config, self.quant = self._read_config(self._state)
         self._meta = meta_state(self.config)
         self._saved = checkpoint_reader.SavedTensors(self.path)
         self._check_tensors()
@@ -79,7 +80,9 @@ class RunSource:
         """See :class:`Source`: as the run's data section builds it, or the imported one."""
         if self._run is None:
             return folder_tokenizer(self._root)
-        return build_tokenizer(self._run.data)
+        tokenizer = build_tokenizer(self._run.data)
+        check_export(self.path, self._state, self._run, tokenizer)
+        return tokenizer
 
     def _folded(self, name: str) -> dict[str, Tensor]:
         assert self._held is not None
@@ -110,6 +113,7 @@ class RunSource:
                 )
             return read_config_json(self._root / CONFIG_JSON)
         self._run = run = read_run(self._root)
+        check_export(self.path, state, run)
         # The stage of the last step, which began before the position that was reached.
         stage = resolve(run).stage(max(state["progress"]["tokens"] - 1, 0))
         config = run.model

@@ -1,6 +1,7 @@
 """What sources hold is told by content: a move changes nothing, one byte does."""
 
 import json
+import logging
 import os
 import shutil
 from types import SimpleNamespace
@@ -114,10 +115,12 @@ def test_a_hub_stream_is_known_by_the_commit_it_stands_at(monkeypatch):
     assert len(asked) == 1, "a commit needs no question"
 
 
-def test_a_hub_that_does_not_answer_leaves_the_revision_unknown(monkeypatch):
+def test_a_hub_that_does_not_answer_leaves_the_revision_unknown_and_says_so(monkeypatch, caplog):
     def fail(self, *args, **kwargs):
         raise OSError("no network")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", fail)
     source = SourceConfig(SourceKind.hub, "some/text", streaming=True)
-    assert stream_content("s", source, ValidationConfig())["revision"] is None
+    with caplog.at_level(logging.INFO):
+        assert stream_content("s", source, ValidationConfig())["revision"] is None
+    assert "does not tell the revision of some/text" in caplog.text

@@ -49,7 +49,7 @@ def text(**fields) -> SourceConfig:
 BAD = [
     ({"tokenizer": " "}, r"data\.tokenizer=''"),
     ({"vocab_size": 100}, r"data\.vocab_size=100 must be 512 or more"),
-    ({"workers": 0}, r"data\.workers=0 must be 1 or more"),
+    ({"workers": 0}, r"data\.workers=0 must lie in \[1, 1024\]"),
     ({"cache_dir": ""}, r"data\.cache_dir=''"),
     ({"fim": FimConfig(rate=1.5)}, r"data\.fim\.rate=1\.5 must lie in \[0, 1\]"),
     ({"packing": PackingConfig(0)}, r"data\.packing\.pool_documents=0"),

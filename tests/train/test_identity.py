@@ -30,9 +30,12 @@ from train.build import build
 from train.checkpoint_files import MANIFEST, STATE, describe_file, open_manifest, seal
 from train.config import StageConfig, dump
 from train.errors import ExitCode, UserError
-from train.export import tokenizer_json
+from train.exchange import open_source
+from train.export import ExportJob, Layout, export_folder
+from train.import_model import import_checkpoint
 from train.pretrain import cli
 from train.run_folder import check_run_folder, read_identity, read_run
+from train.tokenizer_files import tokenizer_json
 
 
 @pytest.fixture(scope="module")
@@ -258,7 +261,8 @@ def test_evaluation_in_the_runs_folder_may_ask_for_other_data_and_changes_nothin
     with Path(run.run_dir, "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 3}\n')  # it is training on
     before = content(run.run_dir)
-    asked = with_train(corpus_at(run, other_text(run, tmp_path)), eval_only=True)
+    source = replace(run.data.sources["words"], path=str(other_text(run, tmp_path)), streaming=True)
+    asked = with_train(with_data(run, sources={"new": source}), eval_only=True)
     check_run_folder(asked)
     assert fit(replace(asked, optim=replace(run.optim, lr=1e-2)))[0] == ExitCode.finished
     after = content(run.run_dir)
@@ -279,6 +283,55 @@ def test_evaluation_of_nothing_is_refused_and_leaves_nothing(tmp_path, capsys):
     assert line.startswith("error: train.eval_only=true has nothing to evaluate: run_dir=")
     assert line.count("\n") == 1
     assert not (tmp_path / "new").exists()
+
+
+# ---- export, import ------------------------------------------------------------------------------
+def edited(run, before, after):
+    path = Path(run.run_dir, "config.yaml")
+    assert before in path.read_text()
+    path.write_text(path.read_text().replace(before, after))
+    return Path(run.run_dir)
+
+
+def test_export_with_another_tokenizer_is_refused(run, tmp_path):
+    """As when the text is another by now that it is trained on."""
+    assert open_source(Path(run.run_dir)).tokenizer().hash == ByteTokenizer.hash
+    folder = edited(run, "tokenizer: byte", f"tokenizer: {reversed_bytes(tmp_path)}")
+    with pytest.raises(UserError, match=r"checkpoint .* holds a run with tokenizer\.hash=.*byte, "):
+        open_source(folder).tokenizer()
+
+
+def test_export_as_another_model_is_refused(run):
+    folder = edited(run, "rope_theta: 10000.0", "rope_theta: 500.0")
+    with pytest.raises(UserError, match=r"model\.rope_theta=10000\.0, but now model\.rope_theta=5"):
+        open_source(folder)
+
+
+@pytest.fixture
+def imported(done, tmp_path):
+    """The weights of the run, exported and imported again: other files, the same model."""
+    export_folder(open_source(Path(done.run_dir)), tmp_path / "out", ExportJob(Layout.transformers))
+    import_checkpoint(open_source(tmp_path / "out"), tmp_path / "model")
+    return replace(done, run_dir=str(tmp_path / "new"), init_from=str(tmp_path / "model"))
+
+
+def test_imported_weights_know_their_model_and_tokenizer(imported, tmp_path, caplog):
+    assert start(imported).progress.step == 0
+    assert "does not say" not in caplog.text
+    new = replace(imported, run_dir=str(tmp_path / "other"))
+    for other, says in (
+        (with_data(new, tokenizer=str(reversed_bytes(tmp_path))), r"tokenizer\.hash="),
+        (replace(new, model=replace(new.model, rope_theta=500.0)), r"model\.rope_theta=10000\.0, "),
+        (replace(new, model=replace(new.model, routers=["hash"] * 3)), r"model\.routers="),
+    ):
+        with pytest.raises(UserError, match=f"init_from=.*model holds a run with {says}"):
+            start(other)
+
+
+def test_imported_weights_without_a_tokenizer_say_so(imported, tmp_path, caplog):
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    start(imported)
+    assert "does not say with which tokenizer it was trained" in caplog.text
 
 
 # ---- old folders ---------------------------------------------------------------------------------

@@ -44,6 +44,7 @@ def split_tokenizer(patterns: list[str], normalizer=None) -> JsonTokenizer:
         special_tokens=["<|endoftext|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
+    inner.decoder = decoders.ByteLevel()
     inner.train_from_iterator(CORPUS * 3, trainer)
     return JsonTokenizer(inner, "test")
 
