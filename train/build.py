@@ -167,8 +167,14 @@ def warn_of_emulation(precision: Precision, engine: Engine) -> None:
         )  # fmt: skip
 
 
+def join_ranks(run: RunConfig) -> None:
+    """Join the other processes, where there are any; once is enough."""
+    if launched_world_size() > 1:
+        init_process_group(compute_device(run.train.device))
+
+
 def build_layout(run: RunConfig) -> Mesh | None:
-    """Join the other processes; None where there are none.
+    """The mesh of all processes; None where there is but one.
 
     One process runs plain torch: FSDP would copy every weight for each use, and gain nothing.
     """
@@ -176,7 +182,7 @@ def build_layout(run: RunConfig) -> Mesh | None:
     if layout.world_size == 1:
         return None
     device = compute_device(run.train.device)
-    init_process_group(device)
+    join_ranks(run)
     agree_on_ranks(RunIdentity(config=flat_config(run)))  # before any layout is made of it
     return build_mesh(layout, device.type, datetime.timedelta(seconds=run.parallel.timeout_seconds))
 

@@ -21,7 +21,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -41,7 +41,7 @@ from train.errors import (
     one_line,
 )
 from train.overrides import CONF, normalise, sweeps
-from train.run_folder import check_run_folder, untouched_if_refused
+from train.run_folder import check_run_folder, make_writable, untouched_if_refused
 from train.stages import check_rows, check_schedule, refuse_unbuilt, resolve
 from train.stop import Stopped, stop_with_launcher
 from train.sweep import forget_refused, in_own_folder
@@ -77,15 +77,21 @@ def main(cfg: DictConfig) -> int:
 
 
 def _train(run: RunConfig) -> int:
-    check_run_folder(run)
+    folder = Path(run.run_dir)
+    make_writable(folder)
     from model.kernels.allocator import keep_freed_memory  # noqa: PLC0415
     from parallel.lost_rank import lost_rank_ends_the_job  # noqa: PLC0415
-    from train.build import build  # noqa: PLC0415
+    from train.build import build, join_ranks  # noqa: PLC0415
+    from train.folder_lock import owned  # noqa: PLC0415
 
     keep_freed_memory()
     with lost_rank_ends_the_job(run.parallel.timeout_seconds):
-        trainer = build(run)
-        code = trainer.fit()
+        join_ranks(run)
+        # An evaluation reads, maybe in the folder of a run that is training.
+        with nullcontext() if run.train.eval_only else owned(folder):
+            check_run_folder(run)
+            trainer = build(run)
+            code = trainer.fit()
     if trainer.stop.signalled:
         raise Stopped
     return code

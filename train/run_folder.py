@@ -28,10 +28,12 @@ from train.identity import RunIdentity, Use, check
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 SAMPLES, ABANDONED = "samples.jsonl", "samples_abandoned.jsonl"
 IDENTITY = "identity.json"
+LOCK = ".lock"
+PROBE = ".probe_"  # begin of the names of files that live for a moment
 
 
 def check_run_folder(run: RunConfig) -> None:
-    """Refuse a folder that cannot be written or belongs to another run.
+    """Refuse a folder that belongs to another run.
 
     Compares what is known before data is read; the rest follows when it is (train/origin.py).
 
@@ -44,14 +46,13 @@ def check_run_folder(run: RunConfig) -> None:
             f"train.eval_only=true has nothing to evaluate: run_dir={folder} holds no checkpoint"
             " and init_from names none"
         )
-    _check_writable(folder)
-    found = [path.name for path in folder.iterdir() if not _passing(path.name)]
+    found = _content(folder)
     if not found:
         return
     if CONFIG not in found:
         if _has_run(folder):
             raise UserError(f"run_dir={folder} holds a run but its {CONFIG} is missing")
-        raise UserError(f"run_dir={folder} is no run folder: it holds {min(found)} but no {CONFIG}")
+        raise UserError(f"run_dir={folder} is no run folder: it holds {found[0]} but no {CONFIG}")
     if not _has_run(folder):
         return
     use = Use.evaluate if run.train.eval_only else Use.resume
@@ -129,8 +130,9 @@ def _replace(path: Path, text: str) -> None:
 
 
 def _passing(name: str) -> bool:
-    """Whether a file goes by itself: half written at a kill, or removed while NFS has it open."""
-    return name.startswith(".nfs") or (name.startswith(".") and name.endswith(".writing"))
+    """Whether a file is no part of a run: it is a process's, or half written at a kill."""
+    half_written = name.startswith(".") and name.endswith(".writing")
+    return half_written or name.startswith((LOCK, PROBE, ".nfs"))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -146,7 +148,7 @@ def _done_tokens(folder: Path) -> int:
     for path in _checkpoints(folder):
         try:
             return int(json.loads((path / STATE).read_bytes())["progress"]["tokens"])
-        except (OSError, ValueError, LookupError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue
     return 0
 
@@ -156,7 +158,12 @@ def _has_run(folder: Path) -> bool:
     metrics, checkpoints = folder / METRICS, folder / CHECKPOINTS
     if metrics.is_file() and metrics.stat().st_size > 0:
         return True
-    return checkpoints.is_dir() and any(checkpoints.iterdir())
+    return checkpoints.is_dir() and bool(_content(checkpoints))
+
+
+def _content(folder: Path) -> list[str]:
+    """Names in a folder, but those of files that come and go with processes."""
+    return sorted(path.name for path in folder.iterdir() if not _passing(path.name))
 
 
 @contextmanager
@@ -174,13 +181,18 @@ def untouched_if_refused(run_dir: str) -> Iterator[None]:
         raise
 
 
-def _check_writable(folder: Path) -> None:
+def make_writable(folder: Path) -> None:
+    """Make a run folder where there is none.
+
+    Raises:
+        UserError: it cannot be made, or not be written.
+    """
     try:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir():
             raise UserError(f"run_dir={folder} cannot be: {existing} is a file, not a folder")
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder, prefix=PROBE):
             pass
     except OSError as error:
         raise UserError(f"run_dir={folder} cannot be written: {one_line(error)}") from error
