@@ -192,18 +192,21 @@ def read_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
     return state
 
 
-_TYPES = {"progress": dict, "loader": dict, "recovery": dict, "trackers": dict}
+_DICTS = ("progress", "loader", "recovery", "trackers", "identity")
 
 
 def _wrong_type(state: Any, step: int) -> str:
     """What is not as this code writes it; empty: nothing."""
     if not isinstance(state, dict):
         return f"it holds a {type(state).__name__}"
-    if state.get("step") != step:
+    if type(state.get("step")) is not int or state["step"] != step:
         return f"it is of step {state.get('step')}"
-    for key, kind in _TYPES.items():
-        if not isinstance(state.get(key, kind()), kind):
+    for key in _DICTS:
+        if not isinstance(state.get(key, {}), dict):
             return f"{key} is a {type(state[key]).__name__}"
+    loss = state.get("val_loss")
+    if loss is not None and type(loss) not in (int, float):
+        return f"val_loss is a {type(loss).__name__}"
     for key, value in state.get("progress", {}).items():
         if type(value) is not int:
             return f"progress.{key} is a {type(value).__name__}"
