@@ -158,11 +158,13 @@ def _has_run(folder: Path) -> bool:
     metrics, checkpoints = folder / METRICS, folder / CHECKPOINTS
     if metrics.is_file() and metrics.stat().st_size > 0:
         return True
-    return checkpoints.is_dir() and bool(_content(checkpoints))
+    return bool(_content(checkpoints))
 
 
 def _content(folder: Path) -> list[str]:
     """Names in a folder, but those of files that come and go with processes."""
+    if not folder.is_dir():
+        return []
     return sorted(path.name for path in folder.iterdir() if not _passing(path.name))
 
 
