@@ -222,7 +222,12 @@ class Difference:
 
 # ---- comparing -----------------------------------------------------------------------------------
 def check(
-    use: Use, recorded: RunIdentity, now: RunIdentity, where: str, done_tokens: int = 0
+    use: Use,
+    recorded: RunIdentity,
+    now: RunIdentity,
+    where: str,
+    done_tokens: int = 0,
+    tell: bool = True,
 ) -> None:
     """Refuse what the table refuses, naming the first difference, and tell what it tells.
 
@@ -232,6 +237,7 @@ def check(
         now: what is asked for.
         where: what holds the record, for the message: ``run_dir=runs/mine``.
         done_tokens: position that training has reached; what only steps before it read is over.
+        tell: whether to log what the table tells.
 
     Raises:
         UserError: names the key and both values.
@@ -245,11 +251,14 @@ def check(
             f" {first.key}={_shown(first.now)}{_origin(first, recorded, now)}{others}: "
             + _ADVICE[use]
         )
-    if told := found[Verdict.tell]:
-        shown = ", ".join(f"{d.key} {_shown(d.before)} -> {_shown(d.now)}" for d in told)
+    if tell and (told := found[Verdict.tell]):
+        shown = ", ".join(
+            f"{d.key} {_shown(d.before)} -> {_shown(d.now)}{_NOTES.get(d.key, '')}" for d in told
+        )
         log.info("%s: differs from what was recorded, as it may: %s", where, shown)
 
 
+_NOTES = {"train.steps": " (schedules end there, unless stages fix their end)"}
 _ADVICE = {
     Use.resume: "give another run_dir",
     Use.init_from: "weights mean something only to the model and tokenizer they were trained with",

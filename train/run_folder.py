@@ -56,8 +56,9 @@ def check_run_folder(run: RunConfig) -> None:
     if not _has_run(folder):
         return
     use = Use.evaluate if run.train.eval_only else Use.resume
-    now = RunIdentity(config=flat_config(run))
-    check(use, read_identity(folder), now, f"run_dir={folder}", _done_tokens(folder))
+    now, done = RunIdentity(config=flat_config(run)), _done_tokens(folder)
+    # Where there is a checkpoint, its own record is compared too, and then told of.
+    check(use, read_identity(folder), now, f"run_dir={folder}", done, tell=not done)
 
 
 def read_run(folder: Path) -> RunConfig:

@@ -4,6 +4,7 @@ Each case starts as the entry does: the folder is checked, then everything is bu
 """
 
 import json
+import logging
 import os
 import shutil
 from dataclasses import replace
@@ -157,14 +158,19 @@ def test_files_that_go_by_themselves_are_no_strangers(run, tmp_path):
 
 
 # ---- going on ------------------------------------------------------------------------------------
-def test_moved_corpus_other_cache_and_workers_go_on_to_the_bit(run, done, tmp_path):
+def test_moved_corpus_other_cache_and_workers_go_on_to_the_bit(run, done, tmp_path, caplog):
     shutil.copy(done.data.sources["words"].path, tmp_path / "moved.jsonl")
-    longer = with_train(run, steps=4)
+    longer = with_train(run, steps=4, micro_batch_size=1)
     away = with_data(
         corpus_at(longer, tmp_path / "moved.jsonl"), cache_dir=str(tmp_path / "cache"), workers=2
     )
-    check_run_folder(away)
-    assert fit(away)[0] == ExitCode.finished
+    with caplog.at_level(logging.INFO, "train.identity"):
+        check_run_folder(away)
+        assert fit(away)[0] == ExitCode.finished
+    assert [r.getMessage() for r in caplog.records if r.name == "train.identity"] == [
+        f"run_dir={run.run_dir}: differs from what was recorded, as it may: train.steps 2 -> 4"
+        " (schedules end there, unless stages fix their end), train.micro_batch_size 2 -> 1"
+    ]
     shutil.copytree(done.run_dir, tmp_path / "same")
     same = replace(longer, run_dir=str(tmp_path / "same"))
     assert fit(same)[0] == ExitCode.finished
