@@ -46,7 +46,7 @@ from train.mfu import measured_matmul_rate, times_slower_than_fp32
 from train.origin import agree_on_ranks
 from train.params_table import split_counts, table_rows, write_params_table
 from train.phase import PhaseSwitch
-from train.profiling import ProfilerWindow
+from train.profiling import PROFILE, ProfilerWindow
 from train.receipt import code_version, plain
 from train.recovery import Recovery
 from train.report import RunReport
@@ -120,7 +120,7 @@ def build(run: RunConfig) -> Trainer:
         metrics=metrics,
         samples=samples,
         trackers=build_trackers(run, plan, engine, metrics, progress.step, restored.trackers),
-        profiler=build_profiler(run, plan, engine),
+        profiler=build_profiler(run, plan, engine, progress.step),
         report=RunReport(run, engine, tokenizer, metrics, identity),
         stop=stop,
         matmul_rate=sum(engine.gather(matmul_rate)),
@@ -243,19 +243,25 @@ def build_checkpoints(run: RunConfig) -> Checkpoints:
     return Checkpoints(Path(run.run_dir) / CHECKPOINTS, retention, train.async_checkpoint)
 
 
-def build_profiler(run: RunConfig, plan: Plan, engine: Engine) -> ProfilerWindow:
-    """The profiler's window.
+def build_profiler(run: RunConfig, plan: Plan, engine: Engine, done: int) -> ProfilerWindow:
+    """The profiler's window; one that begins before this start, and was not written, is moved.
 
-    Raises:
-        UserError: it lies behind the last step.
+    Args:
+        run: the config.
+        plan: its stages.
+        engine: of this rank.
+        done: steps that earlier starts have done.
     """
-    start, steps = run.train.profile_start, run.train.profile_steps
-    if steps and start + steps - 1 > plan.steps:
-        raise UserError(
-            f"train.profile_start={start} and train.profile_steps={steps} end behind the run's"
-            f" {plan.steps} steps"
-        )
-    return ProfilerWindow(Path(run.run_dir), start, steps, engine.device, engine.rank)
+    folder, start, steps = Path(run.run_dir), run.train.profile_start, run.train.profile_steps
+    if steps and start <= done:
+        written = any((folder / PROFILE).glob("*.txt"))
+        start, steps = done + 1, 0 if written else min(steps, plan.steps - done)
+        if steps and engine.rank == 0:
+            log.warning(
+                "train.profile_start=%d lies before this start: the profile is of steps %d to %d",
+                run.train.profile_start, start, start + steps - 1,
+            )  # fmt: skip
+    return ProfilerWindow(folder, start, steps, engine.device, engine.rank)
 
 
 def build_trackers(

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DataConfig
 from model.config import Kernels, ModelConfig
-from optim.config import OptimConfig
+from optim.config import OptimConfig, ScheduleKind
 from parallel.config import ParallelConfig
 from quant.config import ExpertFormat, QuantConfig
 from schema.ranges import number, out_of_range
@@ -207,6 +207,11 @@ class TrainConfig:
             f" {prefix}.checkpoint_every={self.checkpoint_every}: one must divide the other",
         )
         _need(
+            self.checkpoint_every > 0 or not self.keep_checkpoints_every,
+            f"{prefix}.keep_checkpoints_every={self.keep_checkpoints_every} needs checkpoints to"
+            f" choose from, but {prefix}.checkpoint_every={self.checkpoint_every}",
+        )
+        _need(
             bool(self.stages) or self.steps > 0 or self.eval_only,
             f"{prefix}.steps={self.steps} must be above 0, since {prefix}.stages is empty",
         )
@@ -329,6 +334,11 @@ def validate(run: RunConfig) -> None:
         run.parallel.pp == 1 or not recovery.may_anticipate,
         f"train.recovery.anticipatory={recovery.anticipatory.value} is not built for pipeline"
         f" stages (parallel.pp={run.parallel.pp}): say never",
+    )
+    _need(
+        run.optim.schedule.kind is not ScheduleKind.constant or not run.train.bias_stops_at_decay,
+        "train.bias_stops_at_decay=true needs a learning rate that decays, but"
+        f" optim.schedule.kind={run.optim.schedule.kind.value}",
     )
     _check_widths(run)
     _need(bool(run.run_dir.strip()), f"run_dir={run.run_dir!r} must name a folder")

@@ -41,6 +41,7 @@ from train.errors import (
     one_line,
 )
 from train.overrides import CONF, normalise, sweeps
+from train.reach import check_reach
 from train.run_folder import check_run_folder, make_writable, untouched_if_refused
 from train.stages import check_rows, check_schedule, refuse_unbuilt, resolve
 from train.stop import Stopped, stop_with_launcher
@@ -68,6 +69,7 @@ def main(cfg: DictConfig) -> int:
     world = fit.this_world(run.train.device)
     fit.check(run, plan, world)
     refuse_unbuilt(plan, run.train)
+    check_reach(run, plan)
     layout = run.parallel.resolve(world.ranks)
     check_layout(layout, run.model)
     check_rows(plan, layout.row_degree)

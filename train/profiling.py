@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+PROFILE = "profile"  # folder of a run's folder
 log = logging.getLogger(__name__)
 
 
@@ -25,7 +26,7 @@ class ProfilerWindow:
     def __init__(
         self, folder: Path, start: int, steps: int, device: torch.device, rank: int = 0
     ) -> None:
-        self._folder, self._first, self._last = folder / "profile", start, start + steps - 1
+        self._folder, self._first, self._last = folder / PROFILE, start, start + steps - 1
         self._activities = [ProfilerActivity.CPU]
         if device.type == "cuda":
             self._activities.append(ProfilerActivity.CUDA)

@@ -88,6 +88,12 @@ class RecoveryConfig:
                 f"{prefix}.on_nonfinite=none: an update that is not finite is never applied; say"
                 " skip, rollback or stop"
             )
+        if self.skip_steps and not self.rolls_back:
+            raise UserError(
+                f"{prefix}.skip_steps={self.skip_steps} acts after a rollback, but nothing leads to"
+                f" one: {prefix}.on_spike={self.on_spike.value}, on_nonfinite="
+                f"{self.on_nonfinite.value}"
+            )
         if not self.rolls_back:
             return
         key = "on_spike" if self.on_spike is Remedy.rollback else "on_nonfinite"

@@ -277,8 +277,6 @@ def _check_stage(stage: Stage, label: str, run: RunConfig) -> None:
             raise UserError(f"{label}: {message}" if run.train.stages else f"train.{message}")
 
     batch, seq_len = stage.global_batch_tokens, stage.seq_len
-    for key in ("seq_len", "global_batch_tokens", "micro_batch_size", "cp"):
-        need(getattr(stage, key) > 0, f"{key}={getattr(stage, key)} must be above 0")
     need(
         stage.until_tokens > stage.start_tokens,
         f"until_tokens={stage.until_tokens} must lie beyond the end of the stage before it,"
@@ -299,9 +297,12 @@ def _check_stage(stage: Stage, label: str, run: RunConfig) -> None:
         (stage.ramp_tokens > 0) == (ramp > 0),
         f"ramp_tokens={stage.ramp_tokens} and ramp_from_tokens={ramp} belong together",
     )
-    for key in ("lr", "mtp_loss_weight", "bias_update_speed"):
-        value = getattr(stage, key)
-        need(value is None or value >= 0, f"{key}={value} must be 0 or more")
+    length = stage.until_tokens - stage.start_tokens
+    need(
+        stage.ramp_tokens < length,
+        f"ramp_tokens={stage.ramp_tokens} must be below the stage's {length} tokens: the batch"
+        f" would never reach global_batch_tokens={batch}",
+    )
     if stage.indexer_phase == IndexerPhase.sparse and _has_indexer(run.model):
         weight, topk = run.train.indexer_loss_weight, run.model.index_topk
         need(

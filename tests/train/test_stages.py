@@ -170,7 +170,7 @@ def test_weights_of_zero_freeze_what_only_they_would_train():
         ({"ramp_from_tokens": 96}, "ramp_from_tokens=96"),
         ({"ramp_tokens": 0}, "ramp_tokens=0 and ramp_from_tokens=32"),
         ({"seq_len": 2**21, "global_batch_tokens": 2**22}, "max_position_embeddings=1048576"),
-        ({"lr": -1.0}, "lr=-1.0"),
+        ({"ramp_tokens": 3000}, "ramp_tokens=3000 must be below the stage's 3000 tokens"),
     ],
 )
 def test_impossible_stage_names_itself_and_both_values(change, message):
