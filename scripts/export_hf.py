@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from quant.export import Stored
 from scripts.command import command
+from scripts.model_options import add_weights_option
+from train.config import Weights
 from train.errors import UserError
 from train.exchange import open_source
 from train.export import ExportJob, FloatType, Layout, export_folder
@@ -52,6 +54,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
                         help="of the quantised layout")  # fmt: skip
     parser.add_argument("--shard-gb", type=float, default=4.0, help="largest shard, GiB")
     parser.add_argument("--no-tokenizer", action="store_true", help="write tensors and config only")
+    add_weights_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -72,7 +75,7 @@ def export(options: argparse.Namespace) -> None:
         shard_bytes=int(options.shard_gb * 2**30),
         tokenizer=not options.no_tokenizer,
     )
-    source = open_source(options.source)
+    source = open_source(options.source, Weights(options.weights))
     with tqdm(desc="exporting", unit="B", unit_scale=True, disable=None) as bar:
 
         def report(done: int, total: int) -> None:

@@ -18,6 +18,8 @@ if str(ROOT) not in sys.path:
 from tqdm import tqdm
 
 from scripts.command import command
+from scripts.model_options import add_weights_option
+from train.config import Weights
 from train.exchange import open_source
 from train.import_model import import_checkpoint
 
@@ -40,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("source", type=Path, help="model folder")
     parser.add_argument("target", type=Path, help="folder to write; empty, or a stopped import")
+    add_weights_option(parser)
     return parser.parse_args(arguments)
 
 
@@ -49,7 +52,7 @@ def import_folder(options: argparse.Namespace) -> None:
     Raises:
         ValueError: the source cannot be read, or the target not be written.
     """
-    source = open_source(options.source)
+    source = open_source(options.source, Weights(options.weights))
     with tqdm(desc="importing", unit="B", unit_scale=True, disable=None) as bar:
 
         def report(done: int, total: int) -> None:

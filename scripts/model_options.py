@@ -10,6 +10,7 @@ import torch
 from data.tokenizer import Tokenizer
 from model.transformer import DeepSeekV4
 from quant.config import Recipe
+from train.config import Weights
 from train.errors import UserError
 from train.exchange import load_model
 
@@ -24,9 +25,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="casts of the forward pass (default: those that it was trained with, as far as the"
         " folder says)",
     )  # fmt: skip
+    add_weights_option(parser)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of matmuls")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument("--chunk-tokens", type=int, default=512, help="of text read at once")
+
+
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    """Which weights of a run."""
+    parser.add_argument(
+        "--weights", choices=[w.value for w in Weights], default=Weights.model.value,
+        help="of a run: those that it trained, or their average (train.ema_decay)",
+    )  # fmt: skip
 
 
 def open_model(options: argparse.Namespace) -> tuple[DeepSeekV4, Tokenizer | None]:
@@ -41,7 +51,9 @@ def open_model(options: argparse.Namespace) -> tuple[DeepSeekV4, Tokenizer | Non
         raise UserError("--device cuda: this machine has no CUDA device")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     recipe = Recipe(options.quant) if options.quant else None
-    model, tokenizer = load_model(options.model, "cuda" if on_gpu else "cpu", recipe)
+    model, tokenizer = load_model(
+        options.model, "cuda" if on_gpu else "cpu", recipe, Weights(options.weights)
+    )
     if options.precision == "bf16":
         model.compute_dtype = torch.bfloat16
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:

@@ -83,7 +83,8 @@ def score(options: argparse.Namespace) -> None:
             arrays["byte_ends"] = byte_ends_N
         with options.out.open("wb") as file:
             np.savez(file, **arrays)
-    print(json.dumps(summary(nll_N, byte_ends_N), allow_nan=False))
+    told = {"weights": options.weights, **summary(nll_N, byte_ends_N)}
+    print(json.dumps(told, allow_nan=False))
 
 
 def summary(nll_N: np.ndarray, byte_ends_N: np.ndarray | None) -> dict[str, float | int | None]:

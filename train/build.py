@@ -84,11 +84,11 @@ def build(run: RunConfig) -> Trainer:
     engine = build_engine(run, model, mesh)
     phase = PhaseSwitch(engine, run.quant)
     average = build_average(run, model)
-    evaluator = Evaluator(engine, loader, run.train.eval_tokens)
+    evaluator = Evaluator(engine, loader, run.train.eval_tokens, average)
     last_tokens = run.train.final_eval_tokens
     if last_tokens is None:
         last_tokens = run.train.eval_tokens
-    final_evaluator = Evaluator(engine, loader, last_tokens)
+    final_evaluator = Evaluator(engine, loader, last_tokens, average)
     checkpoints = build_checkpoints(run)
     metrics = MetricsFile(folder / METRICS)
     recovery = Recovery(run.train.recovery)
@@ -125,6 +125,7 @@ def build(run: RunConfig) -> Trainer:
         stop=stop,
         matmul_rate=sum(engine.gather(matmul_rate)),
         progress=progress,
+        weights=restored.weights,
     )
 
 
@@ -229,9 +230,11 @@ def build_engine(run: RunConfig, model: DeepSeekV4, mesh: Mesh | None) -> Engine
 
 
 def build_average(run: RunConfig, model: DeepSeekV4) -> WeightAverage | None:
-    """The average of the weights, if it was asked for."""
+    """The average of the weights, if one is asked for and something trains."""
     decay = run.train.ema_decay
-    return WeightAverage(model.named_parameters(), decay) if decay else None
+    if not decay or run.train.eval_only:
+        return None
+    return WeightAverage(model.named_parameters(), decay)
 
 
 def build_checkpoints(run: RunConfig) -> Checkpoints:

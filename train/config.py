@@ -67,6 +67,13 @@ class ActivationCheckpoint(StrEnum):
     selective = "selective"
 
 
+class Weights(StrEnum):
+    """Which weights of a checkpoint are meant."""
+
+    model = "model"  # those that were trained
+    average = "average"  # their moving average (train.ema_decay)
+
+
 class WandbMode(StrEnum):
     """Weights & Biases, never on without being asked for."""
 
@@ -150,6 +157,8 @@ class TrainConfig:
         monitor_every: steps between the costly monitors (indexer recall, stream norms); 0 = never.
         activation_checkpoint: what the backward pass recomputes.
         ema_decay: decay of the averaged weights, per step; 0 = none are kept.
+        weights: which weights of a checkpoint ``eval_only`` evaluates and ``init_from`` starts
+            from: model, or average.
         profile_start: first step that is profiled.
         profile_steps: number of profiled steps; 0 = no profile.
         recovery: what is done about steps that fail.
@@ -185,6 +194,7 @@ class TrainConfig:
     monitor_every: int = number(50, least=0)
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint.none
     ema_decay: float = number(0.0, least=0, below=1)
+    weights: Weights = Weights.model
     profile_start: int = number(10, least=1)
     profile_steps: int = number(0, least=0)
     recovery: RecoveryConfig = field(default_factory=RecoveryConfig)
@@ -342,6 +352,11 @@ def validate(run: RunConfig) -> None:
     )
     _check_widths(run)
     _need(bool(run.run_dir.strip()), f"run_dir={run.run_dir!r} must name a folder")
+    _need(
+        run.train.weights == Weights.model or run.train.eval_only or bool(run.init_from),
+        f"train.weights={run.train.weights.value} says what train.eval_only evaluates or init_from"
+        f" starts from, but train.eval_only=false and init_from={run.init_from!r}",
+    )
     _need(
         run.engine == Engine.torch,
         f"engine={run.engine.value} is not built yet: only engine={Engine.torch.value} runs",

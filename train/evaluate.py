@@ -14,6 +14,7 @@ from data.loader import Loader
 from model.context import IndexerPhase
 from model.loss import Objective
 from parallel.engine import Engine
+from train.ema import WeightAverage
 from train.metrics import Record
 from train.step import StepPlan
 
@@ -25,10 +26,14 @@ class Evaluator:
         engine: runs the model.
         loader: has the validation split.
         num_tokens: of an evaluation; 0 = the whole split.
+        average: evaluated beside the weights, if there is one.
     """
 
-    def __init__(self, engine: Engine, loader: Loader, num_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, loader: Loader, num_tokens: int, average: WeightAverage | None = None
+    ) -> None:
         self._engine, self._loader, self._num_tokens = engine, loader, num_tokens
+        self._average = average
 
     def has_text(self, seq_len: int) -> bool:
         """Whether anything is held out."""
@@ -36,6 +41,8 @@ class Evaluator:
 
     def evaluate(self, step: StepPlan) -> Record:
         """Loss and bits per byte on the first rows of the split; nothing where none is held out.
+
+        With averaged weights, theirs too.
 
         Args:
             step: whose row length, microbatch and indexer phase are used.
@@ -45,11 +52,12 @@ class Evaluator:
         if not batches:
             return {}
         loss, bits = self._measure(step, batches)
-        return {
-            "val_loss": loss,
-            "val_bits_per_byte": bits,
-            "eval_seconds": time.perf_counter() - began,
-        }
+        record: Record = {"val_loss": loss, "val_bits_per_byte": bits}
+        if self._average is not None:
+            with self._average.in_place():
+                loss, bits = self._measure(step, batches)
+            record |= {"val_loss_average": loss, "val_bits_per_byte_average": bits}
+        return record | {"eval_seconds": time.perf_counter() - began}
 
     def text(self, step: StepPlan) -> bytes:
         """The bytes that :meth:`evaluate` measures; empty where none are held out."""

@@ -19,6 +19,7 @@ from quant.apply import apply_quant
 from quant.config import QuantConfig, Recipe
 from quant.probe import QuantProbe
 from train.checkpoint_files import MANIFEST
+from train.config import Weights
 from train.errors import UserError
 from train.folder_source import FolderSource
 from train.model_source import CONFIG_JSON, Source
@@ -26,8 +27,12 @@ from train.run_folder import CHECKPOINTS
 from train.run_source import RunSource
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, weights: Weights = Weights.model) -> Source:
     """Whatever model ``path`` holds.
+
+    Args:
+        path: run folder, checkpoint, ``transformers`` folder or official folder.
+        weights: of a run, which of them.
 
     Raises:
         UserError: nothing that is known, or it is damaged or incomplete.
@@ -35,8 +40,13 @@ def open_source(path: Path) -> Source:
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if (path / MANIFEST).is_file() or (path / CHECKPOINTS).is_dir():
-        return RunSource(path)
+        return RunSource(path, weights)
     if (path / CONFIG_JSON).is_file() and any(path.glob("*.safetensors")):
+        if weights is not Weights.model:
+            raise UserError(
+                f"--weights={weights.value}: {path} is a model folder, which holds one set of"
+                " weights: give a run or a checkpoint"
+            )
         return FolderSource(path)
     raise UserError(
         f"{path} holds no model: neither a run ({CHECKPOINTS}/), nor a checkpoint"
@@ -45,7 +55,10 @@ def open_source(path: Path) -> Source:
 
 
 def load_model(
-    path: Path, device: torch.device | str = "cpu", recipe: Recipe | None = None
+    path: Path,
+    device: torch.device | str = "cpu",
+    recipe: Recipe | None = None,
+    weights: Weights = Weights.model,
 ) -> tuple[DeepSeekV4, Tokenizer | None]:
     """A model and its tokenizer from any known folder.
 
@@ -53,6 +66,7 @@ def load_model(
         path: run folder, checkpoint, ``transformers`` folder or official folder.
         device: where the model goes.
         recipe: casts of the forward pass; None: those that it was trained with, as far as known.
+        weights: of a run, which of them.
 
     Returns:
         The model with fp32 parameters, in fp32 compute, no gradients; the tokenizer or None.
@@ -60,7 +74,7 @@ def load_model(
     Raises:
         ValueError: it cannot be read.
     """
-    source = open_source(path)
+    source = open_source(path, weights)
     model = DeepSeekV4(source.config)
     for name, tensor in model.state_dict().items():
         fill_parameter(tensor, name, source)

@@ -26,7 +26,7 @@ from train.model_source import (
     CONFIG_JSON,
     check_values,
     folder_tokenizer,
-    meta_state,
+    meta_model,
     read_config_json,
 )
 
@@ -70,7 +70,7 @@ class FolderSource:
             self.config = replace(
                 self.config, num_nextn_predict_layers=0, compress_ratios=list(ratios)
             )
-        self.shapes = {n: t.shape for n, t in official_items(meta_state(self.config))}
+        self.shapes = {n: t.shape for n, t in official_items(meta_model(self.config).state_dict())}
         self._where = {name: self._resolve(name) for name in self.shapes}
         for name in self.shapes:
             self._check(name)

@@ -119,6 +119,7 @@ TABLE = tuple(Row(*row) for row in (
     ("train.keep_*",                 ANY, ANY, ANY, ANY, _NO),
     ("train.time_limit_seconds",     ANY, ANY, ANY, ANY, _NO),
     ("train.log_*",                  ANY, ANY, ANY, ANY, _NO),
+    ("train.weights",                _NO, ANY, ANY, ANY, _NO),
     ("train.monitor_every",          ANY, ANY, ANY, ANY, _NO),
     ("train.profile_*",              ANY, ANY, ANY, ANY, _NO),
     ("run_dir",                      ANY, ANY, ANY, ANY, _NO),

@@ -15,7 +15,7 @@ from train.checkpoint import Checkpoints
 from train.errors import UserError
 from train.exchange import fill_parameter
 from train.export import Report, small_files
-from train.model_source import QUANT_KEY, Source, meta_state, quant_values
+from train.model_source import QUANT_KEY, Source, meta_model, quant_values
 from train.output_files import check_target, file_errors, make_folder, replacing, write_bytes
 from train.run_folder import CHECKPOINTS
 
@@ -54,7 +54,7 @@ def import_checkpoint(
     for name, content in files.items():
         write_bytes(target / name, content)
     checkpoints.clean()  # what a killed import left half written
-    state = meta_state(source.config)
+    state = meta_model(source.config).state_dict()
     done, total = 0, sum(tensor.nbytes for tensor in state.values())
     tensors: dict[str, Tensor] = {}
     for name, meta in state.items():

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,8 +29,8 @@ from train.audit import Audit
 from train.checkpoint import Checkpoints, hold, read_held
 from train.checkpoint_files import STATE, DamagedCheckpointError, step_of
 from train.checkpoint_hold import Hold
-from train.config import RunConfig
-from train.ema import WeightAverage
+from train.config import RunConfig, Weights
+from train.ema import WeightAverage, require, saved_model
 from train.errors import USER_ERRORS, ExitCode, TrainingFailedError, UserError, one_line
 from train.evaluate import Evaluator
 from train.finite import first_not_finite
@@ -98,6 +98,7 @@ class Trainer:
         stop: whether to leave early.
         matmul_rate: of all ranks' devices together, FLOPs per second.
         progress: where the run stands.
+        weights: which weights of a checkpoint it began with.
     """
 
     run: RunConfig
@@ -121,6 +122,7 @@ class Trainer:
     stop: StopRequest
     matmul_rate: float
     progress: Progress = field(default_factory=Progress)
+    weights: Weights = Weights.model
     _save_seconds: float = 0.0
     _val_loss: float | None = None  # of an evaluation after the step just done
     _abandoned_steps: int = 0
@@ -357,7 +359,7 @@ class Trainer:
         if not FinalEvaluation(values, b"").is_finite:
             raise TrainingFailedError(f"the evaluation is not finite: {_told(values)}")
         if self.engine.rank == 0:
-            self.report.write_evaluation(values)
+            self.report.write_evaluation(values, self.weights)
         return ExitCode.finished
 
 
@@ -369,11 +371,13 @@ class Restored:
         identity: its record.
         progress: steps and tokens done.
         trackers: what its trackers gave to the checkpoint.
+        weights: which weights of a checkpoint the model holds.
     """
 
     identity: RunIdentity
     progress: Progress = field(default_factory=Progress)
     trackers: dict[str, Any] = field(default_factory=dict)
+    weights: Weights = Weights.model
 
 
 def restore(
@@ -407,7 +411,8 @@ def restore(
     Raises:
         UserError: every checkpoint is damaged, or it is another run's or model's.
     """
-    source = run.init_from  # of a new run: one that resumes has weights of its own
+    # Of a new run: one that resumes has weights of its own.
+    source, weights = run.init_from, run.train.weights
     only_reads = run.train.eval_only  # maybe the folder of a run that is training
     use = Use.evaluate if only_reads else Use.resume
 
@@ -417,8 +422,12 @@ def restore(
         )
         saved = checkpoint_reader.together(lambda: checkpoint_reader.saved_tensors(folder))
         ahead = anticipation.allocate(saved, step_of(folder) or 0)
-        tensors = checkpoint_tensors(engine, average)
-        state = checkpoint_reader.read(folder, tensors | ahead)
+        tensors, held = checkpoint_tensors(engine, average), Weights.model
+        if only_reads:
+            held = weights
+            require(weights, folder, saved, "train.weights")
+            tensors = saved_model(engine.state(), engine.model, weights)
+        state = checkpoint_reader.read(folder, tensors | ahead, partial=only_reads)
         _refuse_not_finite(folder, tensors)
         try:
             progress = Progress(**state["progress"])
@@ -427,7 +436,8 @@ def restore(
             recovery.load_state_dict(state.get("recovery", {}))
             if not only_reads:  # an evaluation may be of other data
                 loader.load_state_dict(state["loader"])
-            return Restored(identity.continuing(recorded), progress, state.get("trackers", {}))
+            known = identity.continuing(recorded)
+            return Restored(known, progress, state.get("trackers", {}), held)
         except USER_ERRORS:
             raise
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -450,6 +460,7 @@ def restore(
         restored = Restored(identity)
         if source:
             _start_from(run, identity, loader.tokenizer, engine, average)
+            restored = replace(restored, weights=weights)
     if engine.rank == 0 and not only_reads:
         _cut_lines(restored.progress.step, metrics, samples, recovery.state.rollbacks)
     return restored
@@ -477,16 +488,19 @@ def _start_from(
     average: WeightAverage | None,
 ) -> None:
     """Take weights, expert biases and hash tables from elsewhere; the optimizer starts fresh."""
-    model = {name: t for name, t in engine.state().items() if name.startswith("model.")}
+    weights = run.train.weights
+    model = saved_model(engine.state(), engine.model, weights)
 
     def load(folder: Path) -> None:
         where = f"init_from={run.init_from}"
         recorded = check_origin(Use.init_from, folder, identity, where, run, tokenizer)
         if recorded.tokenizer is None and engine.rank == 0:
             log.warning("%s does not say with which tokenizer it was trained", where)
+        saved = checkpoint_reader.together(lambda: checkpoint_reader.saved_tensors(folder))
+        require(weights, folder, saved, "train.weights")
         checkpoint_reader.read(folder, model, partial=True)
         _refuse_not_finite(folder, model)
-        log.info("starting from the weights of %s", folder)
+        log.info("starting from the %s weights of %s", weights.value, folder)
 
     read_held(lambda: hold(run.init_from), load)
     if average is not None:

@@ -100,6 +100,8 @@ METRICS = (
     Metric("quant_lossy_*", "fraction of blocks that FP8 cannot hold", Reduction.mean),
     Metric("val_loss", "nats per target token", Reduction.sum),
     Metric("val_bits_per_byte", "bits per byte of validation text", Reduction.sum),
+    Metric("val_loss_average", "val_loss of the averaged weights", Reduction.sum),
+    Metric("val_bits_per_byte_average", "bits per byte of the averaged weights", Reduction.sum),
     Metric("tokens_per_second", "tokens per second, padding included", Reduction.same, True),
     Metric("step_seconds", "seconds", Reduction.max, True),
     Metric("step_cpu_seconds", "CPU seconds of the process, all threads", Reduction.max, True),

@@ -57,10 +57,10 @@ class Source(Protocol):
         ...
 
 
-def meta_state(config: ModelConfig) -> dict[str, Tensor]:
-    """Our parameters and buffers without memory."""
+def meta_model(config: ModelConfig) -> DeepSeekV4:
+    """Our model without memory."""
     with torch.device("meta"):
-        return DeepSeekV4(config).state_dict()
+        return DeepSeekV4(config)
 
 
 def check_values(where: Path, name: str, value: Tensor, config: ModelConfig) -> None:

@@ -13,7 +13,7 @@ from matplotlib.ticker import NullFormatter
 
 Record = dict[str, Any]
 _PANELS = (
-    ("loss (nats per token)", ("loss", "val_loss"), False),
+    ("loss (nats per token)", ("loss", "val_loss", "val_loss_average"), False),
     ("side losses", ("loss_mtp", "loss_indexer", "loss_balance"), False),
     ("gradient norm", ("grad_norm",), True),
     ("expert load", ("expert_load_cv", "expert_load_max"), False),

@@ -13,7 +13,7 @@ from typing import Any
 from data.tokenizer import Tokenizer
 from model.transformer import DeepSeekV4
 from parallel.engine import Engine
-from train.config import RunConfig
+from train.config import RunConfig, Weights
 from train.identity import RunIdentity
 from train.metrics import MetricsFile, read_metrics
 from train.plots import draw_losses
@@ -105,11 +105,12 @@ class RunReport:
             receipt["validation"] = compare_with_xz(validation)
         write_json(self._folder / RECEIPT, receipt)
 
-    def write_evaluation(self, values: Mapping[str, Any]) -> None:
-        """Write what an evaluation without training gave."""
-        write_json(self._folder / EVALUATION, {**self._facts, "metrics": dict(values)})
+    def write_evaluation(self, values: Mapping[str, Any], weights: Weights) -> None:
+        """Write what an evaluation without training gave, and of which weights."""
+        found = {**self._facts, "weights": weights.value, "metrics": dict(values)}
+        write_json(self._folder / EVALUATION, found)
         shown = " ".join(f"{name} {value:.5g}" for name, value in values.items())
-        log.info("evaluation: %s", shown)
+        log.info("evaluation (%s weights): %s", weights.value, shown)
 
     def _write_text(self) -> None:
         prompt, tokens, temperature = self._sample
@@ -139,5 +140,8 @@ def compare_with_xz(validation: FinalEvaluation) -> dict[str, Any]:
         bits,
         xz,
     )
-    loss = validation.values["val_loss"]
-    return {"bytes": len(text), "loss": loss, "bits_per_byte": bits, "xz_bits_per_byte": xz}
+    found = {"bytes": len(text), "xz_bits_per_byte": xz}
+    for metric, value in validation.values.items():
+        if metric.startswith("val_"):
+            found[metric.removeprefix("val_")] = value
+    return found

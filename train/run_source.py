@@ -23,13 +23,14 @@ from train import checkpoint_reader
 from train.checkpoint import Checkpoints
 from train.checkpoint_files import MANIFEST, open_manifest, sha256_of
 from train.checkpoint_hold import Hold
-from train.config import IndexerPhase, RunConfig
+from train.config import IndexerPhase, RunConfig, Weights
+from train.ema import require, saved_name
 from train.errors import UserError
 from train.model_source import (
     CONFIG_JSON,
     check_values,
     folder_tokenizer,
-    meta_state,
+    meta_model,
     read_config_json,
 )
 from train.origin import check_export
@@ -44,20 +45,25 @@ class RunSource:
 
     Args:
         path: the run folder or the checkpoint.
+        weights: which of them.
 
     Raises:
-        UserError: no complete checkpoint, or no config beside it.
+        UserError: no complete checkpoint, no config beside it, or not with such weights.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, weights: Weights = Weights.model) -> None:
         self._hold, self._state = _held(path)  # for as long as this is there
         self.path = self._hold.folder
         self._root = self.path.absolute().parents[1]
         self._run: RunConfig | None = None
-        self.origin = f"sha256 {sha256_of(self.path / MANIFEST)}"
+        self.origin = f"sha256 {sha256_of(self.path / MANIFEST)}, {weights.value} weights"
         self.config, self.quant = self._read_config(self._state)
-        self._meta = meta_state(self.config)
+        model = meta_model(self.config)
+        self._meta = model.state_dict()
+        parameters = {name for name, _ in model.named_parameters()}
+        self._name = {name: saved_name(name, weights, parameters) for name in self._meta}
         self._saved = checkpoint_reader.SavedTensors(self.path)
+        require(weights, self.path, self._saved.shapes, "--weights")
         self._check_tensors()
         self.shapes: dict[str, torch.Size] = {}
         self._place: dict[str, tuple[str, int]] = {}
@@ -92,18 +98,17 @@ class RunSource:
 
     def _load(self, name: str) -> Tensor:
         tensor = torch.empty_like(self._meta[name], device="cpu")
-        self._saved.load({f"model.{name}": tensor})
+        self._saved.load({self._name[name]: tensor})
         check_values(self.path, name, tensor, self.config)
         return tensor
 
     def _check_tensors(self) -> None:
         for name, tensor in self._meta.items():
-            found = self._saved.shapes.get(f"model.{name}")
+            saved, wanted = self._name[name], list(tensor.shape)
+            found = self._saved.shapes.get(saved)
             if found != tensor.shape:
                 has = "is missing" if found is None else f"has shape {list(found)}"
-                raise UserError(
-                    f"checkpoint {self.path}: {name} {has}, its config wants {list(tensor.shape)}"
-                )
+                raise UserError(f"checkpoint {self.path}: {saved} {has}, its config wants {wanted}")
 
     def _read_config(self, state: dict[str, Any]) -> tuple[ModelConfig, QuantConfig | None]:
         if not (self._root / CONFIG).is_file():
@@ -115,7 +120,8 @@ class RunSource:
         self._run = run = read_run(self._root)
         check_export(self.path, state, run)
         # The stage of the last step, which began before the position that was reached.
-        stage = resolve(run).stage(max(state["progress"]["tokens"] - 1, 0))
+        tokens = state.get("progress", {}).get("tokens", 0)
+        stage = resolve(run).stage(max(tokens - 1, 0))
         config = run.model
         if stage.seq_len < config.yarn_from_seq_len:
             config = replace(config, rope_scaling=replace(config.rope_scaling, factor=1.0))

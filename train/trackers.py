@@ -63,7 +63,7 @@ class Console:
         """Advance the bar, or write a line every few steps and at each evaluation."""
         if self._bar is not None:
             self._bar.set_postfix_str(
-                _line(record, ("loss", "val_loss", "lr", "tokens_per_second"))
+                _line(record, ("loss", "val_loss", "val_loss_average", "lr", "tokens_per_second"))
             )
             self._bar.update()
             return
@@ -137,7 +137,8 @@ class TensorBoardTracker:
 
 
 _SHOWN = (
-    "loss", "loss_mtp", "loss_indexer", "val_loss", "val_bits_per_byte", "lr", "grad_norm",
+    "loss", "loss_mtp", "loss_indexer", "val_loss", "val_bits_per_byte", "val_loss_average", "lr",
+    "grad_norm",
     "skipped_steps", "rollbacks", "tokens_per_second", "mfu",
 )  # fmt: skip
 _HIDDEN_AT_ZERO = {"skipped_steps", "rollbacks", "loss_mtp", "loss_indexer"}
