@@ -15,9 +15,12 @@ from tests.parallel.ranks import (
     alone,
     forward_backward,
     gradients,
+    objective,
     spread,
     worst_gradient,
 )
+from train.ema import WeightAverage
+from train.step import microbatches
 
 ROWS = 8
 
@@ -33,6 +36,7 @@ def compare_step(rank, world, degrees, size, micro, checkpoint):
     for name, buffer in engine.model.named_buffers():
         assert torch.equal(buffer, reference.model.get_buffer(name)), name
 
+    averages = [WeightAverage(e.model.named_parameters(), 0.5) for e in (engine, reference)]
     one = forward_backward(reference, rows, ROWS)
     many = forward_backward(engine, rows, ROWS, micro)
     assert abs(float(many.total - one.total)) <= 1e-6 * max(1.0, float(one.total)), (many, one)
@@ -46,6 +50,27 @@ def compare_step(rank, world, degrees, size, micro, checkpoint):
     distance, name = worst_gradient(gradients(engine), gradients(reference))
     assert distance < 1e-5, (distance, name)
     compare_update(engine, reference, mesh)
+    compare_average((engine, reference), averages, rows)
+
+
+def compare_average(engines, averages, rows):
+    """Ranks evaluate the average that one process does, and have their weights back."""
+    losses = []
+    for engine, average in zip(engines, averages, strict=True):
+        average.update()
+        found = [evaluate(engine, rows)]
+        with average.in_place():
+            found.append(evaluate(engine, rows))
+        assert evaluate(engine, rows) == found[0]
+        losses.append(found)
+    (model, average), expected = losses
+    assert average == pytest.approx(expected[1], rel=1e-6)
+    assert abs(average - model) > 1e-3 * model
+
+
+def evaluate(engine, rows):
+    batches = microbatches(rows, ROWS, 4, engine.data_rank, engine.data_degree)
+    return float(engine.evaluate(batches, objective(rows)).losses["loss"])
 
 
 def compare_update(engine, reference, mesh):
