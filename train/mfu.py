@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -28,10 +29,10 @@ def measured_matmul_rate(
     """
     size = size or (8192 if device.type == "cuda" else 1024)
     x = torch.ones(size, size, device=device, dtype=dtype)
-    _timed(x[:64, :64])
+    _timed(x[:64, :64], x[:64, :64])
     times: list[float] = []
     while not times or sum(times) < seconds:
-        times.append(_timed(x))
+        times.append(_timed(x, x))
     return 2 * size**3 / min(times)
 
 
@@ -40,10 +41,51 @@ def times_slower_than_fp32(device: torch.device, dtype: torch.dtype) -> float:
     return measured_matmul_rate(device, torch.float32) / measured_matmul_rate(device, dtype)
 
 
-def _timed(x: torch.Tensor) -> float:
+def matmul_rates(
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+    shapes: Sequence[tuple[int, int, int]],
+    seconds: float = 0.2,
+    least: int = 5,
+) -> dict[torch.dtype, float]:
+    """FLOPs per second of some products in several dtypes, to compare these, also under load.
+
+    On one thread, since threads that wait for each other on busy cores measure nothing else; the
+    dtypes take turns, and of each product the best time counts: other load only ever adds to it.
+
+    Args:
+        device: where to measure.
+        dtypes: to be compared.
+        shapes: (rows, inner, columns) of each product.
+        seconds: how long to measure all together.
+        least: rounds at least, the first of which warms up.
+    """
+    operands = {
+        (dtype, shape): (
+            torch.ones(shape[0], shape[1], device=device, dtype=dtype),
+            torch.ones(shape[2], shape[1], device=device, dtype=dtype).T,
+        )
+        for shape in shapes
+        for dtype in dtypes
+    }
+    best = dict.fromkeys(operands, float("inf"))
+    threads, rounds, begin = torch.get_num_threads(), 0, time.perf_counter()
+    torch.set_num_threads(1)
+    try:
+        while rounds < least or time.perf_counter() - begin < seconds:
+            for product, (x, y) in operands.items():
+                best[product] = min(best[product], _timed(x, y))
+            rounds += 1
+    finally:
+        torch.set_num_threads(threads)
+    flops = sum(2 * n * k * m for n, k, m in shapes)
+    return {d: flops / sum(best[d, shape] for shape in shapes) for d in dtypes}
+
+
+def _timed(x: torch.Tensor, y: torch.Tensor) -> float:
     _synchronize(x.device)
     begin = time.perf_counter()
-    torch.mm(x, x)
+    torch.mm(x, y)
     _synchronize(x.device)
     return time.perf_counter() - begin
 

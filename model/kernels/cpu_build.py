@@ -4,6 +4,10 @@ The sources use a plain C interface and no torch headers, so a build takes 2-3 s
 in the user's cache folder under a hash of everything that shapes it: sources, flags, compiler, CPU
 and OpenMP runtime. It is linked to the OpenMP runtime that torch has already loaded, so that one
 pool of threads serves both.
+
+The code is compiled for the CPU at hand (:data:`NATIVE`). :func:`set_target` names another one that
+this CPU can run, say ``x86-64-v3`` (AVX2): that is how the tests run what other machines run
+(``tests/cpu_levels.py``).
 """
 
 from __future__ import annotations
@@ -30,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "cpu"
 _COMPILER = "g++"
+NATIVE = "native"  # g++'s name of the CPU it runs on
 # No -ffast-math: a NaN must stay a NaN, and sums keep the order in which they are written.
 _FLAGS = (
     "-std=c++17",
     "-O3",
-    "-march=native",
     "-mtune=generic",  # gcc 12 schedules 512-bit code badly for CPUs newer than itself
     "-fPIC",
     "-fopenmp",
@@ -72,6 +76,17 @@ class KernelLibrary:
 
 
 _LIBRARIES: dict[tuple[str, ...], KernelLibrary | None] = {}
+_target = NATIVE
+
+
+def set_target(march: str = NATIVE) -> None:
+    """Compile for ``march`` from the next call on.
+
+    Args:
+        march: a value of g++'s ``-march`` that this CPU can run.
+    """
+    global _target
+    _target = march
 
 
 def kernel_library(
@@ -84,7 +99,7 @@ def kernel_library(
     Raises:
         RuntimeError: the compiler failed; holds its output.
     """
-    key = (source, *defines)
+    key = (_target, source, *defines)
     if key not in _LIBRARIES:
         path = _built(source, defines) if compiler() else None
         _LIBRARIES[key] = path and KernelLibrary(ctypes.CDLL(str(path)), signatures)
@@ -121,7 +136,7 @@ def _compile(source: str, defines: tuple[str, ...], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
         built, objects = Path(scratch) / library.name, Path(scratch) / "kernel.o"
         switches = [f"-D{define}" for define in defines]
-        _run([_COMPILER, *_FLAGS, *switches, "-c", str(_SOURCES / source), "-o", str(objects)])
+        _run([_COMPILER, *_flags(), *switches, "-c", str(_SOURCES / source), "-o", str(objects)])
         # Linking without -fopenmp keeps the system's runtime out beside torch's.
         _run([_COMPILER, "-shared", str(objects), "-o", str(built), _openmp_library() or "-lgomp"])
         os.replace(built, library)
@@ -134,11 +149,15 @@ def _run(command: list[str]) -> None:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
 
 
+def _flags() -> list[str]:
+    return [*_FLAGS, f"-march={_target}"]
+
+
 def _fingerprint(source: str, defines: tuple[str, ...]) -> str:
     version = subprocess.run(
         [_COMPILER, "-dumpfullversion", "-dumpmachine"], capture_output=True, text=True, check=True
     ).stdout
-    parts = [source, *defines, *_FLAGS, version, _cpu(), str(_openmp_library())]
+    parts = [source, *defines, *_flags(), version, _cpu(), str(_openmp_library())]
     parts += [path.read_text() for path in [*sorted(_SOURCES.glob("*.h")), _SOURCES / source]]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

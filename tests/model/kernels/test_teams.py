@@ -92,8 +92,8 @@ def test_a_limited_and_dynamic_team_gives_the_bits_of_the_team_asked_for(tmp_pat
     threads(2)
     whole = everything()
     code = (
-        "import sys, torch; from tests.model.kernels.test_teams import everything;"
-        "torch.set_num_threads(2); torch.save(everything(), sys.argv[1])"
+        "import sys, tests.conftest, torch; from tests.model.kernels.test_teams import everything;"
+        "assert torch.get_num_threads() == 2; torch.save(everything(), sys.argv[1])"
     )
     limits = {"OMP_THREAD_LIMIT": "1", "OMP_DYNAMIC": "true", "OMP_NUM_THREADS": "2"}
     subprocess.run(
