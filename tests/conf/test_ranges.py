@@ -7,9 +7,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import pytest
 
+from conf.ranges import Range, number, out_of_range
 from data.config import SourceConfig, SourceKind
 from optim.config import NewtonSchulzStage
-from schema.ranges import Range, number, out_of_range
 from train.config import RunConfig, StageConfig, validate
 from train.errors import USER_ERRORS
 from train.overrides import compose_run

@@ -1,0 +1,1 @@
+"""What a config holds: YAML of values in the groups beside this, ranges of numbers in ranges.py."""

@@ -1,1 +1,0 @@
-"""What a config's fields say of themselves; below every other package."""
