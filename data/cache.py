@@ -70,7 +70,7 @@ def locked(target: Path, key: str) -> Iterator[None]:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _lock_path(target).open("a")
     except OSError as error:
-        _raise_if_full(error, target.parent, key)
+        raise_if_full(error, target.parent, key)
         raise ConfigError(f"{key}: cannot write to {target.parent}: {error.strerror}") from error
     with lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -107,7 +107,7 @@ def build_once(
             partial.mkdir(exist_ok=True)
             build(partial)
         except OSError as error:
-            _raise_if_full(error, partial, key)
+            raise_if_full(error, partial, key)
             raise
         partial.rename(target)
         # Whoever still waits for the lock, or makes a new one, finds the folder: none builds again.
@@ -115,9 +115,19 @@ def build_once(
     return target
 
 
-def _raise_if_full(error: OSError, folder: Path, key: str) -> None:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        raise DiskError(
-            f"{key}: {error.strerror}: the disk of {error.filename or folder} is full; the same"
-            " command goes on when there is room"
-        ) from error
+def raise_if_full(error: BaseException, folder: Path | str, key: str) -> None:
+    """Turn an error of a full disk, or one that such an error caused, into a ``DiskError``.
+
+    Args:
+        error: what was raised, perhaps by a library.
+        folder: where it was writing, in case the error does not say.
+        key: config key that chose the place.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError(
+                f"{key}: {cause.strerror}: the disk of {cause.filename or folder} is full; the same"
+                " command goes on when there is room"
+            ) from error
+        cause = cause.__cause__ or cause.__context__

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from conf.ranges import number, out_of_range
 from data.errors import ConfigError
-from schema.ranges import number, out_of_range
 
 
 class SourceKind(StrEnum):
@@ -91,7 +91,8 @@ class PackingConfig:
     """Packing of documents into rows.
 
     Attributes:
-        pool_documents: documents of a pool, inside which rows are filled by best fit and shuffled.
+        pool_documents: documents of a pool, inside which rows are filled by best fit and shuffled;
+            with weights parts of so many.
     """
 
     pool_documents: int = number(256, least=1)
@@ -102,9 +103,11 @@ class ValidationConfig:
     """Whole documents of every text source that are never trained on.
 
     Attributes:
-        bytes: text held out of each source, at least; 0 = none.
+        bytes: text held out of each source, at least; 0 = none. A token store's was held out when
+            it was prepared: all of it is taken, or with 0 none.
         max_fraction: of a source's text, at most this is held out, near-duplicates included.
-        seed: chooses the documents; apart from the run's seed, so that all runs share one split.
+        seed: chooses the documents, with their text; apart from the run's seed, so that all runs
+            share one split.
         ngram: words of a shingle by which near-duplicates are recognised.
         max_overlap: a held-out document goes when more than this fraction of its shingles stands
             in the training text too. 1 = keep all.

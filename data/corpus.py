@@ -21,6 +21,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -34,8 +35,19 @@ _LINE_START = re.compile(r"[ \t]*[rRuU]?")
 
 
 def package_key(packages: Sequence[str]) -> str:
-    """Hash of what the corpus is made from: rules, packages and their versions."""
-    return digest({"rules": _VERSION, "packages": package_versions(packages)})
+    """Hash of what the corpus is made from: rules, packages, their versions and files.
+
+    Of a file size and times, that of its last change too, which nobody can set: where packages are
+    put anew the text is extracted again, and known by its own hash from there on.
+    """
+    found = {name: [_version(name), *_times(name)] for name in packages}
+    return digest({"rules": _VERSION, "packages": found})
+
+
+def _times(package: str) -> Iterator[list[Any]]:
+    for name, path in _modules(package):
+        stat = path.stat()
+        yield [name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def package_versions(packages: Sequence[str]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Fill-in-the-middle by whole documents, before packing (DeepSeek-V3 section 4.1; V4_SPEC E).
+"""Fill-in-the-middle by whole documents, before packing (DeepSeek-V3 section 4.1; reference E).
 
 Prefix-suffix-middle: ``<begin> prefix <hole> suffix <end> middle <eos>``, cut at two uniform token
 positions. It is a rearranged view of the stored tokens, so any slice can be read alone; which

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import cache_root
+from data.cache import raise_if_full
 from data.config import SourceConfig
 from data.errors import ConfigError
 from data.files import shown
@@ -20,7 +20,7 @@ class HubDocuments:
     Args:
         name: of the source.
         source: its config.
-        cache_dir: ``data.cache_dir``.
+        folder: of the library's cache for this content: the library knows files by their times.
 
     Raises:
         ConfigError: it cannot be read, or the column is not there or holds no text.
@@ -29,10 +29,9 @@ class HubDocuments:
     at_once = 256
     bad_lines = 0
 
-    def __init__(self, name: str, source: SourceConfig, cache_dir: str) -> None:
+    def __init__(self, name: str, source: SourceConfig, folder: str) -> None:
         self._key = f"data.sources.{name}"
         self._column = source.text_key
-        folder = str(cache_root(cache_dir) / "datasets")
         table = _load(self._key, source, streaming=False, cache_dir=folder)
         _check_columns(table.column_names, self._column, self._key)
         self._table = table.select_columns([self._column])
@@ -98,6 +97,7 @@ def _load(key: str, source: SourceConfig, **options: Any) -> Any:
             **options,
         )
     except Exception as error:  # the library raises many kinds, some bare
+        raise_if_full(error, options.get("cache_dir", "the hub's cache"), "data.cache_dir")
         raise ConfigError(
             f"{key}.path={shown(source.path)} cannot be read as hub: {_reason(error)}"
         ) from error

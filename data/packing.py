@@ -1,9 +1,9 @@
 """Documents into rows: cut to the row's length, remainders packed by best fit.
 
 A document longer than a row fills whole rows with its leading tokens; what is left of each document
-is placed, longest first, into the row with the least room that still holds it (V4_SPEC E: packed to
-minimise truncation). Nothing is dropped: every token of a pool stands in exactly one row, and
-padding fills the rest. The result depends only on the lengths.
+is placed, longest first, into the row with the least room that still holds it (reference C.4).
+Nothing is dropped: every token of a pool stands in exactly one row, and padding fills the rest. The
+result depends only on the lengths.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 from tqdm import tqdm
 
-from data.cache import build_once, cache_root, digest, save_array
+from data.cache import build_once, cache_root, digest, file_digest, save_array
 from data.config import OnBadLine, SourceConfig, SourceKind
-from data.corpus import embedded_documents, package_key
+from data.corpus import embedded_documents
 from data.errors import ConfigError
 from data.files import FoundFiles, find_files, shown
 from data.hub import HubDocuments, HubRows
+from data.progress import progress_map
 from data.readers import Place, Row, UnreadableFile, json_rows, parquet_rows, text_rows
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class CachedDocuments:
     at_once = 1
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._ends = np.load(folder / "ends.npy")
         path = folder / "text.bin"
         size, expected = path.stat().st_size, int(self._ends[-1]) if len(self._ends) else 0
@@ -72,6 +73,9 @@ class CachedDocuments:
         self._bytes = np.memmap(path, dtype=np.uint8, mode="r") if size else np.empty(0, np.uint8)
         about = folder / "about.json"
         self.bad_lines: int = json.loads(about.read_text())["bad_lines"] if about.is_file() else 0
+
+    def __reduce__(self) -> tuple[type[CachedDocuments], tuple[Path]]:
+        return CachedDocuments, (self._folder,)  # other processes map the file themselves
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -222,8 +226,16 @@ class DocumentStream:
         self._rows = iter(())
 
 
-def open_documents(name: str, source: SourceConfig, cache_dir: str) -> Documents:
+def open_documents(
+    name: str, source: SourceConfig, cache_dir: str, content: dict[str, Any] | None = None
+) -> Documents:
     """The documents of a source that is neither a stream nor a token store.
+
+    Args:
+        name: of the source.
+        source: its config.
+        cache_dir: ``data.cache_dir``.
+        content: its :func:`fingerprint`, where it is known.
 
     Raises:
         ConfigError: nothing is there, or it cannot be read; names the config key.
@@ -231,48 +243,76 @@ def open_documents(name: str, source: SourceConfig, cache_dir: str) -> Documents
     if source.kind is SourceKind.embedded:
         folder = embedded_documents(source.packages, cache_root(cache_dir))
         return CachedDocuments(folder)
+    before = fingerprint(name, source, cache_dir) if content is None else content
+    key = digest(before)[:32]
+
+    def unchanged() -> None:
+        if fingerprint(name, source, cache_dir) != before:
+            raise ConfigError(
+                f"data.sources.{name}.path={shown(source.path)} changed while it was read: start"
+                " again"
+            )
+
+    def copy(folder: Path) -> None:
+        _copy(folder, name, source)
+        unchanged()
+
     if source.kind is SourceKind.hub:
-        documents: Documents = HubDocuments(name, source, cache_dir)
+        documents: Documents = HubDocuments(name, source, f"{cache_root(cache_dir)}/datasets/{key}")
+        unchanged()
     else:
-        key = digest(fingerprint(name, source))
-        target = cache_root(cache_dir) / "texts" / key[:32]
-        documents = CachedDocuments(build_once(target, lambda folder: _copy(folder, name, source)))
+        documents = CachedDocuments(build_once(cache_root(cache_dir) / "texts" / key, copy))
     if len(documents) == 0:
         raise ConfigError(f"data.sources.{name}.path={shown(source.path)} has no documents")
     return documents
 
 
-def fingerprint(name: str, source: SourceConfig) -> dict[str, Any]:
-    """What the documents of a source depend on, without reading them: the key of their cache."""
-    if source.kind is SourceKind.embedded:
-        return {"kind": source.kind.value, "packages": package_key(source.packages)}
+def fingerprint(name: str, source: SourceConfig, cache_dir: str) -> dict[str, Any]:
+    """What the documents of a source depend on, the key of what is cached of them.
+
+    Files are known by their bytes and their order: neither a name nor a time can lie about them.
+
+    Raises:
+        ConfigError: there are none, or one cannot be read.
+    """
     fields: dict[str, Any] = {"kind": source.kind.value}
+    if source.kind is SourceKind.embedded:
+        folder = embedded_documents(source.packages, cache_root(cache_dir))
+        return fields | {"files": [file_digest(folder / f) for f in ("text.bin", "ends.npy")]}
     if source.kind is not SourceKind.text:
         fields["text_key"] = source.text_key
-    if source.kind is SourceKind.hub and source.revision and Path(source.path).exists():
+    if source.kind is not SourceKind.hub:
+        if source.kind is SourceKind.text:
+            fields["unit"] = source.unit.value
+        files = _digests(name, [Path(file) for file in find_files(name, source).files])
+        return fields | {
+            "files": files,
+            "reading": _READING,
+            "on_bad_line": source.on_bad_line.value,
+        }
+    fields |= {"subset": source.subset, "split": source.split}
+    folder = Path(source.path)
+    if not folder.exists():
+        return fields | {"path": source.path, "revision": source.revision}
+    if source.revision:
         raise ConfigError(
             f"data.sources.{name}.revision={source.revision} has no effect:"
             f" data.sources.{name}.path={source.path} is a folder here"
         )
-    if source.kind is SourceKind.hub and not Path(source.path).exists():
-        return fields | {
-            "path": source.path,
-            "subset": source.subset,
-            "split": source.split,
-            "revision": source.revision,
-        }
-    files = (
-        sorted(str(p) for p in Path(source.path).rglob("*") if p.is_file())
-        if source.kind is SourceKind.hub
-        else find_files(name, source).files
-    )
-    stats = [(file, os.stat(file)) for file in files]
-    fields["files"] = [[os.path.abspath(file), s.st_size, s.st_mtime_ns] for file, s in stats]
-    if source.kind is SourceKind.hub:
-        return fields | {"subset": source.subset, "split": source.split}
-    if source.kind is SourceKind.text:
-        fields["unit"] = source.unit.value
-    return fields | {"reading": _READING, "on_bad_line": source.on_bad_line.value}
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    names = [str(file.relative_to(folder)) for file in files]  # tell splits and formats
+    return fields | {"names": names, "files": _digests(name, files)}
+
+
+def _digests(name: str, files: list[Path]) -> list[str]:
+    """Hashes of files, with a bar on a terminal: a second for a gigabyte, about."""
+    try:
+        sizes = [file.stat().st_size for file in files]
+        return progress_map(file_digest, files, sizes, 1, f"check {name}")
+    except OSError as error:
+        raise ConfigError(
+            f"data.sources.{name}: cannot read {shown(str(error.filename))}: {error.strerror}"
+        ) from error
 
 
 def _copy(folder: Path, name: str, source: SourceConfig) -> None:

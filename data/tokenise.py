@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from data.cache import digest, save_array
-from data.config import SourceConfig
 from data.errors import ConfigError
 from data.pieces import PieceEncoder
 from data.progress import progress_map
-from data.sources import open_documents
+from data.sources import Documents
 from data.split import Split, read_chunks
 from data.token_store import (
     COUNTS,
@@ -44,14 +43,12 @@ class StoreJob:
 
     Attributes:
         name: of the source.
-        source: its config.
-        cache_dir: ``data.cache_dir``.
+        documents: its texts.
         folder: the store, unfinished.
     """
 
     name: str
-    source: SourceConfig
-    cache_dir: str
+    documents: Documents
     folder: Path
 
 
@@ -91,7 +88,7 @@ def write_store(
         f"tokenise {job.name}",
     )
     save_array(folder / COUNTS, _count_tokens(folder, records, tokenizer.vocab_size))
-    documents = open_documents(job.name, job.source, job.cache_dir)
+    documents = job.documents
     validation = write_validation(folder, documents.texts(split.validation), tokenizer)
     held_text = [content_digest(folder, [validation]), validation["extra"]["text"]["sha256"]]
     manifest = {
@@ -177,7 +174,7 @@ def _write_shard(job: StoreJob, item: tuple[int, np.ndarray]) -> dict[str, Any]:
         return json.loads(done.read_text())
     path = job.folder / TOKENIZER
     tokenizer = deserialise(path.read_text(), str(path))
-    documents = open_documents(job.name, job.source, job.cache_dir)
+    documents = job.documents
     ids = list(PieceEncoder(tokenizer).documents(read_chunks(documents, index_N)))
     record = write_documents(job.folder, stem, ids, token_dtype(tokenizer.vocab_size))
     _publish(done, json.dumps(record, allow_nan=False))

@@ -2,7 +2,7 @@
 
 All take text to ids and back without losing a byte of valid UTF-8 (a Hugging Face tokenizer as far
 as its normaliser allows; one that drops characters is refused) and never read a control token out
-of a text (data/plain_text.py). No beginning of document token is added (V4_SPEC E.3).
+of a text (data/plain_text.py). No beginning of document token is added (reference E.3).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from huggingface_hub import hf_hub_download
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from data.cache import raise_if_full
 from data.errors import ConfigError
 from data.plain_text import PROBES, lost_characters, text_encoder, unknown_id
 
@@ -328,6 +329,7 @@ def _from_hub(name: str) -> Path:
     try:
         path = Path(hf_hub_download(name, "tokenizer.json"))
     except Exception as error:  # many kinds: no network, no such name, offline and not cached
+        raise_if_full(error, "the hub's cache", f"data.tokenizer={name}")
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"data.tokenizer={name}: neither bpe, byte, deepseek-v4, a file, a folder, nor found on"

@@ -1,4 +1,4 @@
-"""One block: attention under mHC, then MoE under mHC (V4_SPEC B.1, B.2)."""
+"""One block: attention under mHC, then MoE under mHC (reference B.1, B.2)."""
 
 # Legend: B rows, T tokens, S streams, D hidden
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The compressed cache of texts that are being decoded (V4_SPEC B.3 to B.7, paper 2.3).
+"""The compressed cache of texts that are being decoded (reference B.3 to B.7, paper 2.3).
 
 A layer keeps the last ``sliding_window`` KV rows in a ring; a CSA or HCA layer its compressed
 entries and, of the blocks that are not complete, what each token would add to an entry (under

@@ -1,4 +1,4 @@
-"""Model configuration: keys spelled as in the released ``config.json`` (V4_SPEC A.1).
+"""Model configuration: keys spelled as in the released ``config.json`` (reference A.1).
 
 A layer is explicit: ``layer_kinds`` names it (swa | csa | hca | dense) and ``compress_ratios``
 gives its ratio. A released config has ratios only (0, 4, 128); :meth:`ModelConfig.from_official`
@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from conf.ranges import number, out_of_range
 from model.errors import ConfigError
-from schema.ranges import number, out_of_range
 
 
 class LayerKind(StrEnum):
@@ -57,7 +57,7 @@ class Kernels(StrEnum):
 
 @dataclass
 class RopeScaling:
-    """YaRN of the compressed layers (V4_SPEC B.4); factor 1 switches it off."""
+    """YaRN of the compressed layers (reference B.4); factor 1 switches it off."""
 
     factor: float = number(16.0, least=1)
     original_max_position_embeddings: int = number(65536, least=1)
@@ -103,7 +103,7 @@ class ModelConfig:
     hc_mult: int = number(4, least=1)
     hc_sinkhorn_iters: int = number(20, least=1, most=1000)
     hc_eps: float = number(1e-6, above=0)
-    # Learned RMSNorm weight of the mHC projection, folded on export (V4_SPEC B.2).
+    # Learned RMSNorm weight of the mHC projection, folded on export (reference B.2).
     hc_gamma: bool = False
     # Diagonal added to the comb base at initialisation; 0 = uniform start.
     hc_identity_base: float = number(0.0)

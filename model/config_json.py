@@ -1,4 +1,4 @@
-"""A released ``config.json`` as a :class:`ModelConfig`, and back (V4_SPEC A.1).
+"""A released ``config.json`` as a :class:`ModelConfig`, and back (reference A.1).
 
 A key that shapes the model or its maths must be there: the defaults of ``ModelConfig`` are those of
 a small model of ours, and the released files leave nothing out. Only keys for which DeepSeek-V4 has

@@ -17,7 +17,7 @@ RopeTable = tuple[Tensor, Tensor]
 
 
 class IndexerPhase(StrEnum):
-    """How CSA layers attend and what trains the indexer (V4_SPEC B.8, C.2)."""
+    """How CSA layers attend and what trains the indexer (reference B.8, C.2)."""
 
     full = "full"  # every visible entry is attended; the indexer learns over all of them
     warmup = "warmup"  # as full, everything but the indexer frozen

@@ -1,8 +1,8 @@
 """Sizes and costs in closed form, from the configuration alone: nothing here builds a module.
 
-* parameters and buffers by name, totals and active counts (V4_SPEC A.3, E.1);
+* parameters and buffers by name, totals and active counts (reference A.3, E.1);
 * training FLOPs per token, forward and backward, by part and by indexer phase;
-* decoding FLOPs per token and KV-cache bytes, beside V3.2 and a GQA cache (V4_SPEC F);
+* decoding FLOPs per token and KV-cache bytes, beside V3.2 and a GQA cache (reference F);
 * activation bytes, a coarse estimate calibrated on measurements.
 
 One multiply-add counts as 2 FLOPs. Counted are contractions: matmuls, attention scores and values,
@@ -403,7 +403,7 @@ def _hc_head_flops(config: ModelConfig) -> float:
 
 @dataclass(frozen=True)
 class DecodingFlops:
-    """FLOPs of one decoded token (V4_SPEC F).
+    """FLOPs of one decoded token (reference F).
 
     Attributes:
         gemm: matmuls with weights; FP8.
@@ -452,8 +452,8 @@ def v32_decoding_flops(context: int) -> DecodingFlops:
 def kv_cache_bytes(config: ModelConfig, context: int, value_bytes: int = 0) -> int:
     """Bytes of KV cache after ``context`` tokens: window rows, entries and indexer keys.
 
-    As released (V4_SPEC F) an entry or window row is FP8 with a scale per 64 channels (padded to 8)
-    and bf16 RoPE channels; an indexer key is FP4 with a scale per 32 channels.
+    As released (reference F) an entry or window row is FP8 with a scale per 64 channels (padded to
+    8) and bf16 RoPE channels; an indexer key is FP4 with a scale per 32 channels.
 
     Args:
         config: the model.

@@ -3,7 +3,7 @@
 Prompts of any lengths are read in chunks, then texts grow token by token, all in one batch. Every
 draw is keyed by (seed, text, position), so a text depends neither on its neighbours nor on whether
 drafts were used. A draft of the first MTP block is checked by the same pass that reads the token
-before it: where the model itself draws the draft, that pass has already read it (V4_SPEC B.11; the
+before it: where the model itself draws the draft, that pass has already read it (reference B.11;
 released models have one MTP block). Further MTP blocks are not used.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from model.attention.core import WindowAttention
 from model.block import Block
 from model.cache import CacheFormats, KVCache, PlainRows
+from model.config import ModelConfig
 from model.errors import ConfigError
 from model.init import stream_seed
 from model.mtp import MTPBlock
@@ -164,10 +165,17 @@ def choose(logits_V: Tensor, sampling: Sampling, text: int, position: int) -> in
         sampling: temperature, top-p and seed.
         text: number of the text.
         position: counted from the start of its prompt.
+
+    Raises:
+        FloatingPointError: the logits are not finite.
     """
+    if not bool(logits_V.isfinite().all()):
+        raise FloatingPointError(f"the logits at position {position} of text {text} are not finite")
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    p_V = (logits_V.double() / sampling.temperature).softmax(dim=-1)
+    # From the likeliest on: a temperature near 0 leaves that one, and no infinity.
+    below_V = logits_V.double() - logits_V.max()
+    p_V = (below_V / sampling.temperature).softmax(dim=-1)
     p_V, token_V = p_V.sort(descending=True, stable=True)
     total_V = p_V.cumsum(dim=-1)
     kept = int((total_V - p_V < sampling.top_p).sum())
@@ -197,17 +205,17 @@ def generate(
         The new tokens of each text.
 
     Raises:
-        ValueError: no prompt, an empty one, an id that the model does not have, or values of
-            ``sampling`` that cannot be.
+        ConfigError: no prompt, an empty one, an id or a position that the model does not have, or
+            values of ``sampling`` that cannot be.
     """
     sampling.validate()
-    _check_prompts(prompts, model.config.vocab_size)
-    longest = max(map(len, prompts)) + sampling.max_new_tokens
+    longest = _longest(prompts, sampling, model.config)
     decoder = Decoder(model, len(prompts), longest, formats, sampling.speculative)
     return _Generation(decoder, prompts, sampling, on_token).run()
 
 
-def _check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
+def _longest(prompts: list[list[int]], sampling: Sampling, config: ModelConfig) -> int:
+    """Tokens of the longest text that may come out; refuses prompts that cannot be."""
     if not prompts:
         raise ConfigError("no prompt is given")
     for number, prompt in enumerate(prompts):
@@ -215,11 +223,19 @@ def _check_prompts(prompts: list[list[int]], vocab_size: int) -> None:
             raise ConfigError(
                 f"prompt {number} has no tokens; begin it with the end-of-document id"
             )
-        wrong = [i for i in prompt if not 0 <= i < vocab_size]
+        wrong = [i for i in prompt if not 0 <= i < config.vocab_size]
         if wrong:
             raise ConfigError(
-                f"prompt {number}: id {wrong[0]} is not below vocab_size={vocab_size}"
+                f"prompt {number}: id {wrong[0]} is not one of the vocab_size={config.vocab_size}"
+                " ids from 0 on"
             )
+    longest, new = max(map(len, prompts)), sampling.max_new_tokens
+    if longest + new > config.max_position_embeddings:
+        raise ConfigError(
+            f"a prompt of {longest} tokens and max_new_tokens={new} exceed the model's"
+            f" max_position_embeddings={config.max_position_embeddings}"
+        )
+    return longest + new
 
 
 class _Generation:

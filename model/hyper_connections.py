@@ -5,7 +5,7 @@ A block holds one connection per sublayer and uses both kinds alike::
     u_BTD, *mix = connection(x_BTSD)
     x_BTSD = connection.merge(sublayer(norm(u_BTD)), x_BTSD, *mix)
 
-The arithmetic (V4_SPEC B.2) lives in ``model/kernels/mhc.py`` (reference) and beside it (fast). All
+The arithmetic (reference B.2) lives in ``model/kernels/mhc.py`` (plain) and beside it (fast). All
 parameters are fp32 masters, created uninitialised: ``model/init.py`` fills them.
 """
 

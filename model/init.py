@@ -1,4 +1,4 @@
-"""Initialisation as one table: name pattern -> distribution (V4_SPEC B.2, B.12 and H).
+"""Initialisation as one table: name pattern -> distribution (reference B.2, B.12 and H).
 
 Every tensor, and every expert of a stacked one, has a random stream of its own, keyed by the seed,
 the global name and the expert's number. So the bits depend neither on the order of creation nor on

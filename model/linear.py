@@ -71,7 +71,7 @@ class Linear(nn.Module):
 
 
 class BlockLinear(Linear):
-    """Independent linears stacked in one weight [groups * out, in] (wo_a, V4_SPEC B.3)."""
+    """Independent linears stacked in one weight [groups * out, in] (wo_a, reference B.3)."""
 
     def __init__(self, in_features: int, out_features: int, groups: int) -> None:
         super().__init__(in_features, out_features)

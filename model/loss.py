@@ -1,4 +1,4 @@
-"""The objective and the chunked cross-entropy (V4_SPEC B.8, B.10, B.11).
+"""The objective and the chunked cross-entropy (reference B.8, B.10, B.11).
 
 Every normaliser is a count of the whole global batch, known before the forward pass, so a
 microbatch's loss is its share and shares add up over microbatches, ranks and pipeline stages.

@@ -1,4 +1,4 @@
-"""Multi-token prediction: one more block on the streams (V4_SPEC B.11)."""
+"""Multi-token prediction: one more block on the streams (reference B.11)."""
 
 # Legend: B rows, T tokens, S streams, D hidden
 from __future__ import annotations

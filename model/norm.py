@@ -1,4 +1,4 @@
-"""RMSNorm: all in fp32, cast once at the end (V4_SPEC B.1)."""
+"""RMSNorm: all in fp32, cast once at the end (reference B.1)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One precision policy: name pattern -> storage, compute and reduce dtype (V4_SPEC C.5).
+"""One precision policy: name pattern -> storage, compute and reduce dtype (reference C.5).
 
 Masters are fp32 whatever the run's precision. Under ``bf16`` the large matmuls compute in bf16;
 what the released model keeps in fp32 stays there: mHC parameters, sinks, ape, gate, compressor

@@ -1,4 +1,4 @@
-"""Interleaved partial RoPE with YaRN on the compressed layers (V4_SPEC B.4).
+"""Interleaved partial RoPE with YaRN on the compressed layers (reference B.4).
 
 A layer has one table, used for q, window KV, compressed entries, the indexer's q and k, and
 (inverted) the output. Only the LAST ``2 * R`` channels are rotated, as pairs (0,1), (2,3), ...;

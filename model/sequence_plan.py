@@ -19,7 +19,7 @@ from torch import Tensor
 class CompressedPlan:
     """Compressed entries of one ratio, numbered along the row, document after document.
 
-    A document of n tokens has n // ratio entries; the remainder is dropped (V4_SPEC B.5). The
+    A document of n tokens has n // ratio entries; the remainder is dropped (reference B.5). The
     entries that a query may use form one range, those of its document whose last token is not after
     it (B.6). Where entry e has a previous block (``has_previous``), that block is entry e - 1.
 

@@ -1,4 +1,4 @@
-"""Names: ours <-> official (V4_SPEC E.1) <-> transformers (V4_SPEC E.2); values are kept.
+"""Names: ours <-> official (reference E.1) <-> transformers (reference E.2); values are kept.
 
 Ours differ from the official ones where the official name has an underscore group (``hc_attn_fn``
 is ``hc_attn.fn`` here) and in the experts, which are stacked here and one by one there.
@@ -89,7 +89,7 @@ def load_official(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             target.copy_(tensors[official_name(name)])
 
 
-# Official module path -> transformers' module path, first match wins (V4_SPEC E.2).
+# Official module path -> transformers' module path, first match wins (reference E.2).
 _TO_TRANSFORMERS: list[tuple[str, str]] = [
     (r"^embed\.weight$", "model.embed_tokens.weight"),
     (r"^head\.weight$", "lm_head.weight"),

@@ -1,4 +1,4 @@
-"""DeepSeekV4: embedding, blocks over the streams, head, MTP and all losses (V4_SPEC B.1).
+"""DeepSeekV4: embedding, blocks over the streams, head, MTP and all losses (reference B.1).
 
 Single-device PyTorch. The pieces (:meth:`embed_tokens`, the blocks, :meth:`collapse`,
 :meth:`losses`) are separate so that a pipeline stage can hold some of them.

@@ -3,7 +3,7 @@
 The norm is accumulated in float64: fp32 sums over millions of elements are off in the fourth
 digit, squares overflow from 1e19 on, and the order in which a layout adds would show. Any inf or
 nan makes the norm non-finite, so one number answers both questions. Clipping by 1.0 is
-DeepSeek-V3's, inherited (V4_SPEC C.2).
+DeepSeek-V3's, inherited (reference C.2).
 """
 
 from __future__ import annotations

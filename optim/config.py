@@ -1,7 +1,7 @@
 """The ``optim`` section of a run: which optimizer, its constants, its learning-rate schedule.
 
-Defaults are the paper's (DeepSeek-V4 section 4.2.2, V4_SPEC C.1 and C.2); what the report leaves
-open follows V4_SPEC H. Plain dataclasses without ``frozen`` or ``Literal``, so that Hydra can
+Defaults are the paper's (DeepSeek-V4 section 4.2.2, reference C.1 and C.2); what the report leaves
+open follows reference H. Plain dataclasses without ``frozen`` or ``Literal``, so that Hydra can
 compose them.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from conf.ranges import number, out_of_range
 from optim.errors import ConfigError
-from schema.ranges import number, out_of_range
 
 
 class OptimizerName(StrEnum):

@@ -1,7 +1,7 @@
 """Who owns which parameter: an explicit table, in which each parameter matches exactly once.
 
 DeepSeek-V4 section 2.4 gives embedding, head, RMSNorm weights and the static mHC biases and
-factors to AdamW and all other modules to Muon. What the report leaves open (V4_SPEC C.1, H):
+factors to AdamW and all other modules to Muon. What the report leaves open (reference C.1, H):
 ``ape`` and ``attn_sink`` go to AdamW; vectors that are not norms take no weight decay; ``wo_a`` is
 one matrix per output group and every expert is its own matrix.
 

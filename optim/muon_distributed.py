@@ -1,6 +1,6 @@
 """Muon for sharded parameters (DTensor): whole matrices exist for a moment, each on one rank.
 
-DeepSeek-V4 section 3 (V4_SPEC D, Muon + ZeRO). Momentum is sharded like its parameter and updated
+DeepSeek-V4 section 3 (reference D, Muon + ZeRO). Momentum is sharded like its parameter and updated
 on the shards. Every matrix has one owner, chosen among the ranks that hold a part of it, so that
 Newton-Schulz work is even and never done twice, replicas included; a matrix that some rank holds
 whole stays there. Matrices go to their owners, are orthogonalised in batches of equal shape, and

@@ -1,6 +1,6 @@
 """The learning rate as pure functions of the step and the tokens seen; nothing to save or resume.
 
-DeepSeek-V4 section 4.2.2 (V4_SPEC C.2): linear warm-up in steps, a constant peak, a cosine tail.
+DeepSeek-V4 section 4.2.2 (reference C.2): linear warm-up in steps, a constant peak, a cosine tail.
 ``tokens`` counts what was consumed *before* the step at hand, over the whole global batch, so the
 first step has 0. What hangs on the tail (MTP weight, expert bias) and the batch ramp belong to the
 stages of ``train``, which ask :func:`decay_started`.

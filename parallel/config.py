@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from conf.ranges import number, out_of_range
 from parallel.errors import ConfigError
-from schema.ranges import number, out_of_range
 
 # As in torch.distributed.pipelining, lower case. Not an enum: "1f1b" cannot be a member's name.
 SCHEDULES = (

@@ -78,7 +78,7 @@ def _swap_op(site: Site, fmt: BlockFormat) -> QuantRecord:
     module, parts = site.module, site.parts
     assert isinstance(module, Linear | GroupedLinear)
     old = module.op
-    # The released code multiplies wo_a in bf16, though its weight is FP8 (V4_SPEC B.3).
+    # The released code multiplies wo_a in bf16, though its weight is FP8 (reference B.3).
     activations = parts.activations and (parts.gradients or not isinstance(module, BlockLinear))
     crossing = isinstance(module, BlockLinear) and (
         module.out_features // module.groups % fmt.rows != 0

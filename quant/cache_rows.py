@@ -1,4 +1,4 @@
-"""Rows of a KV cache in the released formats (V4_SPEC B.7, C.6, F), for ``model/cache.py``.
+"""Rows of a KV cache in the released formats (reference B.7, C.6, F), for ``model/cache.py``.
 
 A KV row is FP8 codes of the plain channels, bf16 of the rotated ones, and a scale byte per 64
 channels, padded to 8 bytes; an indexer key is two FP4 codes a byte and a scale byte per 32. What

@@ -1,4 +1,4 @@
-"""The ``quant`` section of a run: which tensors are quantised, and how (V4_SPEC C.5 to C.7).
+"""The ``quant`` section of a run: which tensors are quantised, and how (reference C.5 to C.7).
 
 A recipe fixes every part; a part that is given beside it overrides the recipe. Plain dataclasses
 without ``frozen`` or ``Literal``, so that Hydra can compose them. From which stage on it acts is

@@ -2,7 +2,7 @@
 
 The forward and the input gradient quantise along the contraction dim of the weights, row by row.
 The weight gradient contracts over rows: its operands are quantised in blocks of 128 rows, which
-must not mix two experts (V4_SPEC C.8: 128x1 blocks for wgrad).
+must not mix two experts (reference C.8: 128x1 blocks for wgrad).
 """
 
 # Legend: N rows sorted by expert, C columns, E experts, P rows once every expert is padded

@@ -1,6 +1,6 @@
 """The number formats of DeepSeek-V4: MXFP4 and FP8 E4M3 blocks with UE8M0 scales.
 
-V4_SPEC C.6, paper section 5.2.1.
+reference C.6, paper section 5.2.1.
 
 A block of numbers shares one power-of-two scale ``2 ** (byte - 127)``: the smallest power of two
 with which the largest magnitude of the block still fits the element type (the ceil rule), so

@@ -1,4 +1,4 @@
-"""Reads the released checkpoint's quantised layout back into values (V4_SPEC C.6, E.1).
+"""Reads the released checkpoint's quantised layout back into values (reference C.6, E.1).
 
 It shares no code with the writer (``quant/export.py``, ``quant/formats.py``): element values come
 from the bit fields, scales are plain powers of two, blocks are found by index. So the two can check

@@ -1,4 +1,4 @@
-"""The indexer's queries and keys in FP4 behind a Hadamard transform (V4_SPEC B.7, paper 5.2.1).
+"""The indexer's queries and keys in FP4 behind a Hadamard transform (reference B.7, paper 5.2.1).
 
 The transform spreads outliers over the head dim before rounding. Queries and keys both get it, so
 their products are unchanged but for the rounding.

@@ -1,4 +1,4 @@
-"""KV entries as the cache holds them: FP8 in blocks of 64, rope dims in bf16 (V4_SPEC B.3, C.6)."""
+"""KV entries as the cache holds them: blocks of 64 in FP8, rope dims in bf16 (reference C.6)."""
 
 # Legend: K head dim
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Operands are rounded to their formats and multiplied in the compute dtype: products of FP8 values
 are exact there, so what differs from FP8 hardware is the order of summation. One op serves three
-uses (V4_SPEC C.5 to C.8):
+uses (reference C.5 to C.8):
 
 * QAT: weights in FP4 or FP8; the weight gradient goes straight to the fp32 master.
 * deployed: inputs in FP8 as well, as inference has them.

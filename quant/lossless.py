@@ -1,7 +1,7 @@
 """FP4 weights seen as FP8 without loss, so that an FP8 matmul can run on them (paper 5.2.1).
 
 E4M3 has two more exponent bits than E2M1, enough to absorb the differences between the scales of
-the 1x32 groups in a 128x128 block, up to a ratio of 2**14 (V4_SPEC C.7). Beyond it the smallest
+the 1x32 groups in a 128x128 block, up to a ratio of 2**14 (reference C.7). Beyond it the smallest
 elements would be lost, which :func:`fp4_to_fp8` refuses to do.
 """
 

@@ -102,7 +102,7 @@ def build_ours(
 def _flops_by_dtype(
     flops: TrainingFlops, count: int, dtype: torch.dtype
 ) -> dict[torch.dtype, float]:
-    """FLOPs of a step; head, gate, compressors and streams compute in fp32 (V4_SPEC C.5)."""
+    """FLOPs of a step; head, gate, compressors and streams compute in fp32 (reference C.5)."""
     high = ("head", "gate", "compressor", "mhc")
     result = {torch.float32: 0.0, dtype: 0.0}
     for part, cost in flops.by_part.items():

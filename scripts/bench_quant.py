@@ -46,7 +46,9 @@ from quant.config import QuantConfig, Recipe
 from quant.formats import FP8_ACTIVATION, FP8_KV, FP8_WEIGHT, MXFP4, fake_quant, quantise
 from quant.probe import QuantProbe
 from scripts.command import command
+from train.auto_precision import settle
 from train.config import RunConfig
+from train.fit import World
 from train.overrides import compose_run
 from train.params_table import split_counts
 from train.stages import resolve
@@ -237,7 +239,8 @@ def main() -> None:
     x = torch.randn(1024, 4096, device=args.device) * 0.02
     casts = in_turn(cast_runs(x, not args.no_compile), clock, args.rounds, calls=3)
     show_casts(casts, x.nbytes)
-    run = compose_run([f"model={args.model}"])
+    world = World(1, torch.device(args.device).type, 1)
+    run, _ = settle(compose_run([f"model={args.model}"]), world)
     print(f"\n{args.model}, a step of {run.train.global_batch_tokens} tokens")
     steps = in_turn(step_runs(Step(run, torch.device(args.device))), clock, args.rounds, calls=1)
     show_steps(steps)

@@ -30,7 +30,9 @@ import torch
 
 from model.kernels.allocator import keep_freed_memory
 from scripts.command import command
+from train.auto_precision import settle
 from train.build import build
+from train.fit import this_world
 from train.loop import Trainer
 from train.overrides import compose_run
 
@@ -81,14 +83,13 @@ def main() -> None:
 def trainer(folder: Path, model: str, rounds: int, overrides: list[str]) -> Trainer:
     """A run that neither evaluates nor saves while it is timed."""
     far = AUDITED + rounds + 1  # its last step evaluates
-    return build(
-        compose_run(
-            [
-                f"model={model}", f"run_dir={folder}", f"train.steps={far}", "train.eval_every=0",
-                f"train.checkpoint_every={far}", "train.monitor_every=0", *overrides,
-            ]
-        )
+    run = compose_run(
+        [
+            f"model={model}", f"run_dir={folder}", f"train.steps={far}", "train.eval_every=0",
+            f"train.checkpoint_every={far}", "train.monitor_every=0", *overrides,
+        ]
     )  # fmt: skip
+    return build(*settle(run, this_world(run.train.device)))
 
 
 def measure(trainers: dict[str, Trainer], rounds: int) -> tuple[Times, Times]:

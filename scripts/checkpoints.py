@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from train.checkpoint_files import MANIFEST, DamagedCheckpointError, open_manife
 from train.checkpoint_hold import Hold
 from train.checkpoint_retention import Retention, published, remove
 from train.errors import ExitCode, UserError, one_line
+from train.folder_lock import owned
 from train.run_folder import CHECKPOINTS
 
 
@@ -88,7 +90,8 @@ def list_run(args: argparse.Namespace) -> int:
             loss = "" if info.val_loss is None else f"{info.val_loss:.4f}"
             print(f"{info.step:10} {info.tokens:14,} {info.megabytes:10.1f} {loss:>9}  {path}")
         except DamagedCheckpointError as error:
-            print(f"{step_of(path):10} {'damaged':>14} {'':10} {'':9}  {error}")
+            if path.exists():  # else a run has pruned it in between
+                print(f"{step_of(path):10} {'damaged':>14} {'':10} {'':9}  {error}")
     return ExitCode.finished
 
 
@@ -102,8 +105,9 @@ def verify(args: argparse.Namespace) -> int:
                 checkpoint_reader.verify(path)
             print(f"whole    {path}")
         except DamagedCheckpointError as error:
-            damaged += 1
-            print(f"DAMAGED  {error}")
+            if path.exists() or path in args.folders:  # else a run has pruned it in between
+                damaged += 1
+                print(f"DAMAGED  {error}")
     return ExitCode.failure if damaged else ExitCode.finished
 
 
@@ -167,26 +171,35 @@ def prune(args: argparse.Namespace) -> int:
             f"--last {args.last} must be 1 or more, --every {args.every} and --best {args.best} 0"
             " or more"
         )
+    paths = checkpoints_of(args.folder)
+    place = paths[0].parent
+    run_folder = place.parent if place.name == CHECKPOINTS else place
+    with owned(run_folder) if args.yes else nullcontext():
+        stay = prune_alone(paths, Retention(args.last, args.every, args.best), args.yes)
+    print(f"{stay} whole checkpoints stay" + ("" if args.yes else " (--yes does it)"))
+    return ExitCode.finished
+
+
+def prune_alone(paths: Sequence[Path], retention: Retention, remove_them: bool) -> int:
+    """Remove, or only name, what has no reason to stay; how many whole ones are left."""
     whole = {}
-    for path in checkpoints_of(args.folder):
+    for path in paths:
         try:
             checkpoint_reader.verify(path)
             whole[step_of(path) or 0] = path
         except DamagedCheckpointError as error:
             print(f"left alone: {error}")
-    retention = Retention(args.last, args.every, args.best)
     losses = {step: read_info(path).val_loss for step, path in whole.items()}
     kept = retention.kept(losses, lambda step: True)
     for step in sorted(set(whole) - kept):
-        if not args.yes:
+        if not remove_them:
             print(f"would remove {whole[step]}")
         elif remove_one(whole[step]):
             print(f"removed {whole[step]}")
         else:
             kept.add(step)
             print(f"being read, stays: {whole[step]}")
-    print(f"{len(kept)} whole checkpoints stay" + ("" if args.yes else " (--yes does it)"))
-    return ExitCode.finished
+    return len(kept)
 
 
 def remove_one(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Parameters, KV cache and FLOPs per decoded token of V4-Flash and V4-Pro (V4_SPEC F).
+"""Parameters, KV cache and FLOPs per decoded token of V4-Flash and V4-Pro (reference F).
 
 Beside DeepSeek-V3.2 and a bf16 cache of 8 KV heads (GQA8), from 4K to 1M tokens of context, from
 the configurations alone. FLOPs are given raw and FP8-equivalent: core attention in bf16 counts

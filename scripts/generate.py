@@ -27,7 +27,9 @@ from quant.kv import KVCast
 from quant.probe import QuantProbe
 from scripts.command import command
 from scripts.model_options import add_model_options, open_model
-from train.errors import UserError
+from train.config import is_text
+from train.errors import TrainingFailedError, UserError, one_line
+from train.sample import encode_prompt
 
 EPILOG = """examples:
   scripts/generate.py runs/nano --prompt "The function returns" --temperature 0.7
@@ -74,7 +76,6 @@ def write(options: argparse.Namespace) -> None:
     """
     model, tokenizer = open_model(options)
     prompts = read_prompts(options, tokenizer)
-    check_lengths(prompts, options.tokens, model.config.max_position_embeddings)
     stop = tokenizer.eos_id if tokenizer is not None and not options.no_stop else None
     sampling = Sampling(
         max_new_tokens=options.tokens,
@@ -91,7 +92,10 @@ def write(options: argparse.Namespace) -> None:
         formats = released_formats(model.config)
     stream = Stream(tokenizer, prompts[0])
     on_token: OnToken | None = stream.add if len(prompts) == 1 else None
-    texts = generate(model, prompts, sampling, formats, on_token)
+    try:
+        texts = generate(model, prompts, sampling, formats, on_token)
+    except FloatingPointError as error:
+        raise TrainingFailedError(one_line(error)) from error
     if on_token is not None:
         stream.end()
     else:
@@ -108,16 +112,21 @@ def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer | None) -> li
         UserError: none is given, one cannot be read, or texts are given without a tokenizer.
     """
     texts = list(options.prompt)
+    for text in texts:
+        if not is_text(text):
+            raise UserError(f"--prompt {text!a} is not UTF-8")
     for file in options.prompt_file:
         if not file.is_file():
             raise UserError(f"--prompt-file {file} is no file")
         try:
-            texts.append(file.read_bytes().decode("utf-8"))
+            texts.append(file.read_bytes().decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise UserError(f"--prompt-file {file} is not UTF-8: {error}") from error
+        except OSError as error:
+            raise UserError(f"--prompt-file {file} cannot be read: {one_line(error)}") from error
     if texts and tokenizer is None:
         raise UserError(f"{options.model} has no tokenizer: give the prompt as --ids")
-    prompts = [tokenizer.encode(t) or [tokenizer.eos_id] for t in texts] if tokenizer else []
+    prompts = [encode_prompt(tokenizer, text) for text in texts] if tokenizer else []
     for ids in options.ids:
         try:
             prompts.append([int(part) for part in ids.split(",")])
@@ -126,20 +135,6 @@ def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer | None) -> li
     if not prompts:
         raise UserError("no prompt: give --prompt, --prompt-file or --ids")
     return prompts
-
-
-def check_lengths(prompts: list[list[int]], tokens: int, limit: int) -> None:
-    """Check that the model has positions for every text.
-
-    Raises:
-        UserError: one would grow beyond them.
-    """
-    longest = max(map(len, prompts))
-    if longest + tokens > limit:
-        raise UserError(
-            f"a prompt of {longest} tokens and --tokens {tokens} exceed the model's"
-            f" max_position_embeddings={limit}"
-        )
 
 
 def cast_as_stored(model: DeepSeekV4) -> None:

@@ -17,7 +17,7 @@ if str(ROOT) not in sys.path:
 
 from data.cache import build_once
 from data.config import DataConfig, OnBadLine, SourceConfig, SourceKind, TextUnit, ValidationConfig
-from data.prepare import build_tokenizer, corpus_key, corpus_split
+from data.prepare import Corpus, build_tokenizer
 from data.token_store import TokenStore
 from data.tokenise import SHARD_BYTES, StoreJob, write_store
 from scripts.command import command
@@ -119,11 +119,12 @@ def prepare(options: argparse.Namespace) -> TokenStore:
     if out.exists() and not (out / "manifest.json").is_file():
         raise UserError(f"--out {out} exists and is not a token store: name another folder")
     tokenizer = build_tokenizer(cfg)
-    plan = corpus_key(cfg)
+    corpus = Corpus(cfg)
+    plan = corpus.key
 
     def build(folder: Path) -> None:
-        job = StoreJob(name, source, cfg.cache_dir, folder)
-        write_store(job, corpus_split(cfg)[name], tokenizer, plan, cfg.workers, shard_bytes)
+        job = StoreJob(name, corpus.documents(name), folder)
+        write_store(job, corpus.split[name], tokenizer, plan, cfg.workers, shard_bytes)
 
     finished = out.is_dir()
     build_once(out, build, resume=True, key=f"--out {out}")

@@ -18,6 +18,9 @@ if str(ROOT) not in sys.path:
 
 import json
 import math
+import tokenize
+import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -26,8 +29,9 @@ from tqdm import tqdm
 from data.tokenizer import Tokenizer
 from scripts.command import command
 from scripts.model_options import add_model_options, open_model
-from train.errors import UserError
-from train.score import Totals, documents, token_nll
+from train.errors import UserError, one_line
+from train.output_files import replacing
+from train.score import Totals, check_document, documents, token_nll
 
 EPILOG = """the NPZ holds
   ids        int64 [N]    token ids
@@ -66,11 +70,14 @@ def score(options: argparse.Namespace) -> None:
     """
     if not options.file.is_file():
         raise UserError(f"{options.file} is no file")
-    if options.out is not None and not options.out.absolute().parent.is_dir():
-        raise UserError(f"--out {options.out}: its folder does not exist")
+    if options.out is not None:
+        check_out(options.out, options.file)
     model, tokenizer = open_model(options)
     ids_N, byte_ends_N = read_ids(options.file, tokenizer)
+    check_eos(options.eos_id, byte_ends_N is None, model.config.vocab_size)
     spans = documents(ids_N, options.eos_id)
+    for begin, end in spans:
+        check_document(ids_N[begin:end], model.config)
     parts = []
     with tqdm(total=len(ids_N), desc="scoring", unit="tok", disable=None) as bar:
         for begin, end in spans:
@@ -81,10 +88,47 @@ def score(options: argparse.Namespace) -> None:
         arrays = {"ids": ids_N.numpy(), "nll": nll_N}
         if byte_ends_N is not None:
             arrays["byte_ends"] = byte_ends_N
-        with options.out.open("wb") as file:
+        with replacing(options.out) as aside, aside.open("wb") as file:
             np.savez(file, **arrays)
     told = {"weights": options.weights, **summary(nll_N, byte_ends_N)}
     print(json.dumps(told, allow_nan=False))
+
+
+def check_out(out: Path, source: Path) -> None:
+    """Refuse an output that is not a new file or an earlier score.
+
+    Raises:
+        UserError: names it.
+    """
+    if not out.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: its folder does not exist")
+    if not out.exists():
+        return
+    if not out.is_file():
+        raise UserError(f"--out {out} is no file")
+    if out.samefile(source):
+        raise UserError(f"--out {out} is the file that is scored")
+    try:
+        with zipfile.ZipFile(out) as archive:
+            ours = {"ids.npy", "nll.npy"} <= set(archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        ours = False
+    if not ours:
+        raise UserError(f"--out {out} holds something else than an earlier score: name a new file")
+
+
+def check_eos(eos_id: int | None, of_tokens: bool, vocab_size: int) -> None:
+    """Refuse an ``--eos-id`` that ends nothing.
+
+    Raises:
+        UserError: it is given for a text, or is no id of the model.
+    """
+    if eos_id is None:
+        return
+    if not of_tokens:
+        raise UserError(f"--eos-id {eos_id} is for token files: a text is one document")
+    if not 0 <= eos_id < vocab_size:
+        raise UserError(f"--eos-id {eos_id} is not one of the vocab_size={vocab_size} ids from 0")
 
 
 def summary(nll_N: np.ndarray, byte_ends_N: np.ndarray | None) -> dict[str, float | int | None]:
@@ -105,6 +149,13 @@ def summary(nll_N: np.ndarray, byte_ends_N: np.ndarray | None) -> dict[str, floa
     return {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
 
 
+# What numpy raises for a file that is no array, or not all of one.
+_NO_ARRAY = (
+    ValueError, OSError, KeyError, IndexError, EOFError, MemoryError, OverflowError, SyntaxError,
+    TypeError, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
 def read_ids(file: Path, tokenizer: Tokenizer | None) -> tuple[torch.Tensor, np.ndarray | None]:
     """Token ids of a file, and for a text where each token ends in its bytes.
 
@@ -115,8 +166,10 @@ def read_ids(file: Path, tokenizer: Tokenizer | None) -> tuple[torch.Tensor, np.
         try:
             loaded = np.load(file, allow_pickle=False)
             array = loaded["ids"] if file.suffix == ".npz" else loaded
-        except (ValueError, OSError, KeyError) as error:
-            raise UserError(f"{file} cannot be read as token ids: {error}") from error
+        except _NO_ARRAY as error:
+            raise UserError(f"{file} cannot be read as token ids: {one_line(error)}") from error
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"{file} holds several arrays: name it .npz")
         if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
             raise UserError(
                 f"{file} holds {array.dtype} of shape {array.shape}, wanted are integers in a row"
@@ -125,9 +178,11 @@ def read_ids(file: Path, tokenizer: Tokenizer | None) -> tuple[torch.Tensor, np.
     if tokenizer is None:
         raise UserError(f"{file} is a text, but the model has no tokenizer: give a .npy of ids")
     try:
-        text = file.read_bytes().decode("utf-8")
+        text = file.read_bytes().decode("utf-8-sig")  # a mark at the beginning is no text
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8: {error}") from error
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {one_line(error)}") from error
     ids, byte_ends = tokenizer.encode_with_byte_ends(text)
     return torch.from_numpy(ids.astype(np.int64)), byte_ends
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from scripts.study_config import AGAIN, StudyConfig
 from scripts.study_store import FinishedRun, Store, identity_of
-from train.config import RunConfig
-from train.errors import ROOT
+from train.config import Precision, RunConfig
+from train.errors import ROOT, UserError
 from train.overrides import compose_run
 
 AGAIN_OFFSET = 1_000_003  # init_seed_offset of the A/A arm
@@ -268,7 +268,13 @@ class Protocol:
     def config(self, cell: Cell) -> RunConfig:
         """The config of a cell, up to its folder."""
         if cell.arm not in self._configs:
-            self._configs[cell.arm] = compose_run(self.overrides(cell))
+            run = self._configs[cell.arm] = compose_run(self.overrides(cell))
+            if Precision.auto in (run.train.precision, run.train.head_precision):
+                raise UserError(
+                    f"base: train.precision={run.train.precision.value},"
+                    f" train.head_precision={run.train.head_precision.value} depend on the machine;"
+                    " a study compares runs in one precision: give fp32 or bf16"
+                )
         run = self._configs[cell.arm]
         train = replace(run.train, steps=cell.steps, eval_every=self._eval_every(cell))
         return replace(run, seed=cell.seed, optim=replace(run.optim, lr=cell.lr), train=train)

@@ -1,4 +1,4 @@
-"""Anticipatory routing: experts chosen by the weights of some steps before (V4_SPEC C.3, B.9).
+"""Anticipatory routing: experts chosen by the weights of some steps before (reference C.3, B.9).
 
 At step t features and routing weights come from the weights of step t; which experts a token goes
 to was decided ``lag`` steps earlier: that step fetched the batch of step t, ran it forward and kept

@@ -1,6 +1,6 @@
 """The audit: a run that does not do what it was asked to stops in its first steps.
 
-DESIGN section 2, Honest. It goes by what ran, not by what the config says: gradients, bits before
+reference P.2, Honest. It goes by what ran, not by what the config says: gradients, bits before
 and after an update, outputs of the seams. Before the first audited step it checks owners, hash
 tables and the isolation of documents; then it holds the first steps of every stage (and of every
 start) against ``train/audit_checks.py``; then it asks what never showed: parameters without a

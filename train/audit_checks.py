@@ -1,4 +1,4 @@
-"""What the audit holds against what was asked for (DESIGN section 2, Honest).
+"""What the audit holds against what was asked for (reference P.2, Honest).
 
 Each check looks at the evidence of one step, which is what ran: gradients, bits before and after
 the update, outputs of the seams beside those of the plain ops. It yields one line a fault. To add a

@@ -31,6 +31,7 @@ from parallel.plan import build_sharded_model
 from quant.apply import reads_master
 from train.anticipation import Anticipation
 from train.audit import Audit
+from train.auto_precision import PrecisionChoice
 from train.checkpoint import Checkpoints
 from train.checkpoint_retention import Retention
 from train.config import Device, Precision, RunConfig, WandbMode, dump
@@ -51,6 +52,7 @@ from train.receipt import code_version, plain
 from train.recovery import Recovery
 from train.report import RunReport
 from train.run_folder import CHECKPOINTS, METRICS, holds_run, write_identity
+from train.sample import check_prompt
 from train.sample_log import SampleLog, data_hash
 from train.stages import Plan, resolve
 from train.stop import StopRequest
@@ -63,8 +65,12 @@ _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 _SLOW = 1.5  # times longer than fp32: worth saying
 
 
-def build(run: RunConfig) -> Trainer:
+def build(run: RunConfig, precision: PrecisionChoice | None = None) -> Trainer:
     """Put a run together and bring it to where its folder left off.
+
+    Args:
+        run: its precision settled.
+        precision: how that was chosen, if it was; stands in the receipt.
 
     Raises:
         ValueError: the input cannot be; names the key, the file and the values.
@@ -77,6 +83,7 @@ def build(run: RunConfig) -> Trainer:
     mesh = build_layout(run)
     tokenizer = build_tokenizer(run.data)
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
+    check_prompt(tokenizer, run.sample.prompt, run.sample.tokens, run.model)
     all_ready(run.parallel.timeout_seconds)
     identity = identify(run, config, loader)
     agree_on_ranks(identity)
@@ -121,7 +128,7 @@ def build(run: RunConfig) -> Trainer:
         samples=samples,
         trackers=build_trackers(run, plan, engine, metrics, progress.step, restored.trackers),
         profiler=build_profiler(run, plan, engine, progress.step),
-        report=RunReport(run, engine, tokenizer, metrics, identity),
+        report=RunReport(run, engine, tokenizer, metrics, identity, precision),
         stop=stop,
         matmul_rate=sum(engine.gather(matmul_rate)),
         progress=progress,

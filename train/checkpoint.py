@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent (DESIGN section 1, points 3 and 4).
+"""Checkpoints that are complete or absent (reference P.1).
 
 One checkpoint is one folder ``checkpoints/step_00000100/``:
 

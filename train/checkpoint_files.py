@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +105,10 @@ def open_manifest(folder: Path) -> dict[str, Any]:
         raise DamagedCheckpointError(
             f"checkpoint {folder}: file {MANIFEST} ({len(content)} bytes) is not what was written"
         )
-    if manifest.get("format") != FORMAT:
+    found = manifest.get("format")
+    if type(found) is not int or found != FORMAT:
         raise DamagedCheckpointError(
-            f"checkpoint {folder}: format {manifest.get('format')}, this code reads format {FORMAT}"
+            f"checkpoint {folder}: format {reprlib.repr(found)}, this code reads format {FORMAT}"
         )
     if not _is_complete(manifest):
         raise DamagedCheckpointError(
@@ -138,6 +140,17 @@ def write_durably(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, text: str) -> None:
+    """Write a small file beside its place, then put it there.
+
+    A reader, or a start after a crash, sees the file as it was or as it is to be.
+    """
+    aside = path.with_name(f".{path.name}.writing")
+    write_durably(aside, text)
+    os.replace(aside, path)
+    fsync(path.parent)
 
 
 def fsync(path: Path) -> None:

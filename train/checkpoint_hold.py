@@ -16,6 +16,8 @@ from train import file_lock
 from train.checkpoint_files import MANIFEST, DamagedCheckpointError
 from train.errors import one_line
 
+_NEVER_WAIT = os.O_NONBLOCK  # whatever stands there under the manifest's name
+
 
 class Hold:
     """A checkpoint that stays while this is not closed; also a context.
@@ -34,7 +36,7 @@ class Hold:
         self._descriptor = -1
         self.folder = folder
         try:
-            self._descriptor = os.open(folder / MANIFEST, os.O_RDONLY)
+            self._descriptor = os.open(folder / MANIFEST, os.O_RDONLY | _NEVER_WAIT)
             found = file_lock.take(self._descriptor, shared=True)
             gone = not os.path.samestat(os.fstat(self._descriptor), os.stat(folder / MANIFEST))
         except FileNotFoundError as error:
@@ -79,9 +81,9 @@ def unheld(folder: Path) -> Iterator[bool]:
 
 
 def _open_manifest(folder: Path) -> int | None:
-    for mode in (os.O_RDWR, os.O_RDONLY):
+    for mode in (os.O_RDWR, os.O_RDONLY):  # some file systems lock only what is open for writing
         try:
-            return os.open(folder / MANIFEST, mode)
+            return os.open(folder / MANIFEST, mode | _NEVER_WAIT)
         except OSError:
             continue
     return None

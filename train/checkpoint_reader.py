@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -186,7 +187,7 @@ def read_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
         state = json.loads((folder / STATE).read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise unreadable(folder, STATE, error) from error
-    wrong = _wrong_type(state, manifest["step"])
+    wrong = _wrong_state(state, manifest["step"])
     if wrong:
         raise DamagedCheckpointError(f"checkpoint {folder}: file {STATE}: {wrong}")
     return state
@@ -195,12 +196,12 @@ def read_state(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 _DICTS = ("progress", "loader", "recovery", "trackers", "identity")
 
 
-def _wrong_type(state: Any, step: int) -> str:
+def _wrong_state(state: Any, step: int) -> str:
     """What is not as this code writes it; empty: nothing."""
     if not isinstance(state, dict):
         return f"it holds a {type(state).__name__}"
     if type(state.get("step")) is not int or state["step"] != step:
-        return f"it is of step {state.get('step')}"
+        return f"it is of step {reprlib.repr(state.get('step'))}"
     for key in _DICTS:
         if not isinstance(state.get(key, {}), dict):
             return f"{key} is a {type(state[key]).__name__}"
@@ -208,8 +209,8 @@ def _wrong_type(state: Any, step: int) -> str:
     if loss is not None and type(loss) not in (int, float):
         return f"val_loss is a {type(loss).__name__}"
     for key, value in state.get("progress", {}).items():
-        if type(value) is not int:
-            return f"progress.{key} is a {type(value).__name__}"
+        if type(value) is not int or value < 0 or (key == "step" and value != step):
+            return f"progress.{key} is {reprlib.repr(value)}"
     return ""
 
 

@@ -233,7 +233,9 @@ def discard(path: Path) -> None:
 def val_loss(path: Path) -> float | None:
     """Validation loss that a checkpoint was saved with; None if it has none or cannot be read."""
     try:
-        found = json.loads((path / STATE).read_text(encoding="utf-8"))["val_loss"]
+        if not (path / STATE).is_file():
+            return None
+        found = json.loads((path / STATE).read_bytes())["val_loss"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     is_number = isinstance(found, int | float) and not isinstance(found, bool)

@@ -19,12 +19,12 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.ranges import number, out_of_range
 from data.config import DataConfig
 from model.config import Kernels, ModelConfig
 from optim.config import OptimConfig, ScheduleKind
 from parallel.config import ParallelConfig
 from quant.config import ExpertFormat, QuantConfig
-from schema.ranges import number, out_of_range
 from train.errors import UserError, one_line
 from train.recovery_config import RecoveryConfig
 
@@ -37,8 +37,12 @@ class Engine(StrEnum):
 
 
 class Precision(StrEnum):
-    """Compute dtype of the matmuls; parameters are fp32 masters either way (model/precision.py)."""
+    """Compute dtype of the matmuls; parameters are fp32 masters either way (model/precision.py).
 
+    ``auto`` is replaced before anything is built (train/auto_precision.py).
+    """
+
+    auto = "auto"
     fp32 = "fp32"
     bf16 = "bf16"
 
@@ -52,7 +56,7 @@ class Device(StrEnum):
 
 
 class IndexerPhase(StrEnum):
-    """What CSA layers attend to and what the indexer learns from (V4_SPEC B.8)."""
+    """What CSA layers attend to and what the indexer learns from (reference B.8)."""
 
     full = "full"  # every visible entry, no top-k, no indexer loss
     warmup = "warmup"  # every visible entry; only the indexer trains
@@ -128,9 +132,10 @@ class TrainConfig:
         seq_len: tokens of a row.
         global_batch_tokens: tokens of an optimizer step over all ranks.
         micro_batch_size: rows of a forward pass on each rank.
-        precision: fp32 or bf16 matmuls.
+        precision: fp32 or bf16 matmuls; auto: the faster one of the machine on which the run first
+            starts (train/auto_precision.py).
         head_precision: operands of the head's matmuls; fp32 as released, or bf16 for speed (CUDA
-            keeps fp32 logits, a CPU rounds them to bf16 once).
+            keeps fp32 logits, a CPU rounds them to bf16 once); auto: as ``precision``.
         device: auto, cpu or cuda.
         stages: the plan, in order; empty: one stage made from this section.
         indexer_phase: phase of the one stage.
@@ -168,7 +173,7 @@ class TrainConfig:
     seq_len: int = number(512, least=2)
     global_batch_tokens: int = number(8192, least=1)
     micro_batch_size: int = number(8, least=1)
-    precision: Precision = Precision.bf16
+    precision: Precision = Precision.auto
     head_precision: Precision = Precision.fp32
     device: Device = Device.auto
     stages: list[StageConfig] = field(default_factory=list)
@@ -206,9 +211,9 @@ class TrainConfig:
             ValueError: names the keys and their values.
         """
         _need(
-            self.head_precision == Precision.fp32 or self.precision == Precision.bf16,
+            self.head_precision != Precision.bf16 or self.precision == Precision.bf16,
             f"{prefix}.head_precision={self.head_precision.value} needs {prefix}.precision=bf16,"
-            f" not {self.precision.value}",
+            f" not {self.precision.value} ({prefix}.head_precision=auto follows it)",
         )
         _need(
             not self.keep_best_checkpoints or _meet(self.eval_every, self.checkpoint_every),
@@ -315,7 +320,8 @@ def load(cfg: DictConfig) -> RunConfig:
         raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
     except OmegaConfBaseException as error:
         raise UserError(f"config: {one_line(error)}") from error
-    _refuse_unknown(raw, RunConfig, "")
+    _check_shape(raw, RunConfig, "")
+    _refuse_bytes(raw, "")
     try:
         run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), raw))
     except OmegaConfBaseException as error:
@@ -323,6 +329,27 @@ def load(cfg: DictConfig) -> RunConfig:
     assert isinstance(run, RunConfig)
     validate(run)
     return run
+
+
+def is_text(text: str) -> bool:
+    """Whether it has a UTF-8 form: a lone surrogate, from bytes of another encoding, has none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse_bytes(value: Any, key: str) -> None:
+    """Refuse a string that no file could hold, such as a path in another encoding."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _refuse_bytes(part, f"{key}.{name}".lstrip("."))
+    elif isinstance(value, list):
+        for number, part in enumerate(value):
+            _refuse_bytes(part, f"{key}[{number}]")
+    elif isinstance(value, str) and not is_text(value):
+        raise UserError(f"{key}={value!a} is not UTF-8")
 
 
 def validate(run: RunConfig) -> None:
@@ -382,7 +409,8 @@ def _check_widths(run: RunConfig) -> None:
 def describe(error: OmegaConfBaseException) -> str:
     """One line for an error of the config library: the full key, what was given and wanted."""
     key = getattr(error, "full_key", None) or "config"
-    return f"{key}: {str(error).splitlines()[0]}"
+    text = str(error).splitlines()[0]
+    return f"{key}: {text if len(text) < 3 * _SHOWN else shown(text)}"
 
 
 def dump(run: RunConfig) -> str:
@@ -418,25 +446,47 @@ def unknown_key(path: Sequence[str], schema: Any, also: Sequence[str] = ()) -> s
     return None
 
 
-def _refuse_unknown(raw: Any, schema: Any, path: str) -> None:
-    """Raise UserError at the first key of ``raw`` that the dataclass ``schema`` does not have."""
-    if get_origin(schema) is list and isinstance(raw, list):
+def _check_shape(raw: Any, schema: Any, path: str) -> None:
+    """Refuse an unknown key, and a section, list or value where another of them belongs.
+
+    Args:
+        raw: plain dicts, lists and values.
+        schema: a dataclass, or the annotation of a field.
+        path: config path of ``raw``.
+
+    Raises:
+        UserError: names the key.
+    """
+    origin = get_origin(schema)
+    if origin is list:
+        _need(isinstance(raw, list), f"{path}={shown(raw)} must be a list")
         for index, item in enumerate(raw):
-            _refuse_unknown(item, get_args(schema)[0], f"{path}[{index}]")
-        return
-    if get_origin(schema) is dict and isinstance(raw, dict):
+            _check_shape(item, get_args(schema)[0], f"{path}[{index}]")
+    elif origin is dict:
+        _need(isinstance(raw, dict), f"{path}={shown(raw)} must be NAME: VALUE pairs")
         for name, item in raw.items():
-            _refuse_unknown(item, get_args(schema)[1], f"{path}.{name}")
-        return
-    if not (is_dataclass(schema) and isinstance(raw, dict)):
-        return
-    types = _types(schema)
-    for key, value in raw.items():
-        full = f"{path}.{key}" if path else str(key)
-        problem = unknown_key([str(key)], schema)
-        if problem is not None:
-            problem = problem.replace(
-                "did you mean ", f"did you mean {full.removesuffix(str(key))}"
-            )
-            raise UserError(f"unknown config key {full}={value}: {problem}")
-        _refuse_unknown(value, types[key], full)
+            _need(isinstance(name, str), f"{path}: {shown(name)} must be a name")
+            _check_shape(item, get_args(schema)[1], f"{path}.{name}")
+    elif is_dataclass(schema):
+        _need(isinstance(raw, dict), f"{path}={shown(raw)} must be KEY: VALUE pairs")
+        types = _types(schema)
+        for key, value in raw.items():
+            full = f"{path}.{key}" if path else str(key)
+            problem = unknown_key([str(key)], schema)
+            if problem is not None:
+                problem = problem.replace(
+                    "did you mean ", f"did you mean {full.removesuffix(str(key))}"
+                )
+                raise UserError(f"unknown config key {shown(full)}={shown(value)}: {problem}")
+            _check_shape(value, types[key], full)
+    else:
+        _need(not isinstance(raw, list | dict), f"{path}={shown(raw)} must be one value")
+
+
+def shown(value: Any) -> str:
+    """A value in a message: on one line, and not too long."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+_SHOWN = 100  # characters

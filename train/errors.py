@@ -1,4 +1,4 @@
-"""Exit codes, and what counts as the user's error (DESIGN section 1, point 5).
+"""Exit codes, and what counts as the user's error (reference P.1).
 
 Input that cannot be is told in one line with exit code 2. Each package raises its own
 ``ConfigError`` for it and ``train/`` its :class:`UserError`; :data:`USER_ERRORS` are exactly these.

@@ -259,7 +259,7 @@ def _config(source: Source, job: ExportJob) -> dict[str, Any]:
         values = official_config(replace(source.config, yarn_from_seq_len=0))
     dtype = job.dtype if plain else FloatType.bf16
     values["dtype"] = {FloatType.fp32: "float32", FloatType.bf16: "bfloat16"}[dtype]
-    values["bos_token_id"] = None  # never added (V4_SPEC E.3)
+    values["bos_token_id"] = None  # never added (reference E.3)
     if source.quant is not None:
         values[QUANT_KEY] = quant_values(source.quant)
     if not plain:

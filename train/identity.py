@@ -130,9 +130,6 @@ TABLE = tuple(Row(*row) for row in (
     ("*",                            _NO, ANY, ANY, ANY, _NO),  # whatever a later key may mean
 ))  # fmt: skip
 
-# A value by which nothing is asked for: what was recorded stands.
-UNASKED = {"train.precision": "auto"}
-
 
 @dataclass(frozen=True)
 class RunIdentity:
@@ -320,11 +317,8 @@ def _config_pairs(
     if use is Use.resume:
         before, now = still_to_come(before, now, done_tokens)
     for key, a, b in pairs(before, now):
-        if use is not Use.ranks:
-            if key in UNASKED and UNASKED[key] in (a, b):
-                continue
-            if key == "init_from" and done_tokens and not b:
-                continue  # the run has weights of its own
+        if use is not Use.ranks and key == "init_from" and done_tokens and not b:
+            continue  # the run has weights of its own
         yield key, a, b
 
 

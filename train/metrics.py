@@ -1,4 +1,4 @@
-"""What a run reports: one table of metrics, and the file ``metrics.jsonl`` (DESIGN section 1, 3).
+"""What a run reports: one table of metrics, and the file ``metrics.jsonl`` (reference P.1).
 
 The file holds one JSON object a step, in order. Fields marked *measured* depend on the machine and
 the moment; every other field is a function of config, data and code, equal between equal runs. A
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import resource
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from train.checkpoint_files import replace_durably
 from train.errors import UserError
 
 
@@ -210,6 +210,8 @@ class StepLines:
     def cut(self, last: int, key: str = "step") -> int:
         """Remove the lines behind step ``last``, half ones included; 0 empties the file.
 
+        What stays is durable before it takes the file's place: a checkpoint counts on it.
+
         Args:
             last: that stays.
             key: what counts the lines.
@@ -220,9 +222,7 @@ class StepLines:
         if not self.path.exists():
             return 0
         kept = [(line, r[key]) for line, r in _complete_lines(self.path) if r[key] <= last]
-        aside = self.path.with_suffix(".cut")
-        aside.write_text("".join(line for line, _ in kept), encoding="utf-8")
-        os.replace(aside, self.path)
+        replace_durably(self.path, "".join(line for line, _ in kept))
         return kept[-1][1] if kept else 0
 
 

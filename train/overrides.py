@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -179,8 +180,14 @@ def _check_override(arg: str, known: Sequence[str], conf: Path | None) -> None:
     except HydraException as error:
         near = [group for group in known if conf and arg in options(group, conf)]
         hint = f"did you mean {near[0]}={arg}?" if near else "give GROUP=OPTION or KEY=VALUE"
+        if not near and (good := _quoted(arg)):
+            hint = f"such a text is quoted, for the shell and in it: {good}"
         raise UserError(f"cannot read the argument {arg!r}: {hint}") from error
     key = override.key_or_group
+    found = override.value()
+    if isinstance(found, int | float) and str(found) != arg.partition("=")[2]:
+        if good := _quoted(arg):
+            raise UserError(f"{arg} would be read as {found}: a text is quoted, {good}")
     if key.split(".")[0].split("/")[0] == "hydra":
         return
     if key in known:
@@ -190,6 +197,34 @@ def _check_override(arg: str, known: Sequence[str], conf: Path | None) -> None:
     problem = unknown_key(key.split("."), RunConfig, known)
     if problem is not None:
         raise UserError(f"unknown config key {arg.lstrip('+~')}: {problem}")
+
+
+def _quoted(arg: str) -> str | None:
+    """The argument as one types it where its value is a text; None where its key holds none."""
+    key, _, value = arg.partition("=")
+    if not _holds_text(key.lstrip("+").split(".")):
+        return None
+    for mark in ('"', "'"):
+        typed = f"{key}={mark}{value.replace(mark, chr(92) + mark)}{mark}"
+        try:
+            if OverridesParser.create().parse_override(typed).value() == value:
+                return shlex.quote(typed)
+        except HydraException:
+            continue
+    return None
+
+
+def _holds_text(parts: Sequence[str]) -> bool:
+    """Whether a key of the config is a text, as paths and prompts are."""
+    schema: Any = RunConfig
+    for part in parts:
+        if get_origin(schema) is dict:
+            schema = get_args(schema)[1]
+        elif is_dataclass(schema):
+            schema = get_type_hints(schema).get(part)
+        else:
+            return False
+    return schema is str
 
 
 def _check_option(group: str, value: str, conf: Path) -> None:

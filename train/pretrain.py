@@ -1,8 +1,8 @@
 """Entry: ``python train/pretrain.py [GROUP=OPTION ...] [KEY=VALUE ...]``, also under torchrun.
 
-``cli`` reads the command line with Hydra, ``main`` is one run. An exit code is the contract (DESIGN
-section 1): 0 finished, 2 input that cannot be (one line, from rank 0 only), 75 stopped early and
-resumable, 1 anything else.
+``cli`` reads the command line with Hydra, ``main`` is one run. An exit code is the contract
+(reference P.1): 0 finished, 2 input that cannot be (one line, from rank 0 only), 75 stopped early
+and resumable, 1 anything else.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
@@ -47,6 +48,9 @@ from train.stages import check_rows, check_schedule, refuse_unbuilt, resolve
 from train.stop import Stopped, stop_with_launcher
 from train.sweep import forget_refused, in_own_folder
 
+if TYPE_CHECKING:
+    from train.auto_precision import Measure, PrecisionChoice
+
 log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds that a rank with a user error waits for rank 0 to have told it
 
@@ -61,12 +65,34 @@ def main(cfg: DictConfig) -> int:
         ValueError: the input cannot be; nothing was written.
         Stopped: a signal ended it; it is saved.
     """
+    run, precision = checked(cfg)
+    with untouched_if_refused(run.run_dir):
+        return _train(run, precision)
+
+
+def checked(
+    cfg: DictConfig, measure: Measure | None = None
+) -> tuple[RunConfig, PrecisionChoice | None]:
+    """The run that a composed config describes, once all is asked that needs no file.
+
+    Args:
+        cfg: as Hydra composed it.
+        measure: see :func:`train.auto_precision.settle`.
+
+    Returns:
+        The run, and why it computes in this precision; None where that was asked for.
+
+    Raises:
+        UserError: it cannot be, here; as the packages' own errors.
+    """
     run = load(cfg)
     plan = resolve(run)
     from parallel.mesh import check_layout  # noqa: PLC0415  torch takes seconds, which no typo
     from train import fit  # noqa: PLC0415                   should cost
+    from train.auto_precision import settle  # noqa: PLC0415
 
     world = fit.this_world(run.train.device)
+    run, choice = settle(run, world, measure)
     fit.check(run, plan, world)
     refuse_unbuilt(plan, run.train)
     check_reach(run, plan)
@@ -74,11 +100,10 @@ def main(cfg: DictConfig) -> int:
     check_layout(layout, run.model)
     check_rows(plan, layout.row_degree)
     check_schedule(plan, layout)
-    with untouched_if_refused(run.run_dir):
-        return _train(run)
+    return run, choice
 
 
-def _train(run: RunConfig) -> int:
+def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
     folder = Path(run.run_dir)
     make_writable(folder)
     from model.kernels.allocator import keep_freed_memory  # noqa: PLC0415
@@ -92,7 +117,7 @@ def _train(run: RunConfig) -> int:
         # An evaluation reads, maybe in the folder of a run that is training.
         with nullcontext() if run.train.eval_only else owned(folder):
             check_run_folder(run)
-            trainer = build(run)
+            trainer = build(run, precision)
             code = trainer.fit()
     if trainer.stop.signalled:
         raise Stopped

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from train.checkpoint_files import replace_durably
 from train.errors import ROOT
 
-_PACKAGES = ("train", "model", "optim", "parallel", "quant", "data", "schema")
+_PACKAGES = ("train", "model", "optim", "parallel", "quant", "data", "conf")
 _SOURCES = {".py", ".cpp", ".h"}
 _LIBRARIES = ("torch", "numpy", "hydra-core", "datasets", "tokenizers", "triton", "deepspeed")
 
@@ -82,12 +83,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write beside, then replace: a reader never sees half a file."""
-    aside = path.with_name(f".{path.name}.writing")
-    aside.write_text(
-        json.dumps(plain(content), indent=1, sort_keys=True, allow_nan=False) + "\n",
-        encoding="utf-8",
-    )
-    os.replace(aside, path)
+    text = json.dumps(plain(content), indent=1, sort_keys=True, allow_nan=False)
+    replace_durably(path, text + "\n")
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Notices steps that fail, and decides what becomes of the run (V4_SPEC C.3).
+"""Notices steps that fail, and decides what becomes of the run (reference C.3).
 
 Everything is a function of losses and gradient norms of the global batch, which all ranks know to
 the bit, and of the state here, which is saved with every checkpoint: all ranks decide alike, and a

@@ -1,11 +1,11 @@
-"""The ``train.recovery`` section: what a run does about steps that fail (V4_SPEC C.3)."""
+"""The ``train.recovery`` section: what a run does about steps that fail (reference C.3)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 
-from schema.ranges import number
+from conf.ranges import number
 from train.errors import UserError
 
 

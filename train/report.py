@@ -13,11 +13,12 @@ from typing import Any
 from data.tokenizer import Tokenizer
 from model.transformer import DeepSeekV4
 from parallel.engine import Engine
+from train.auto_precision import PrecisionChoice
 from train.config import RunConfig, Weights
 from train.identity import RunIdentity
 from train.metrics import MetricsFile, read_metrics
 from train.plots import draw_losses
-from train.receipt import config_hash, environment, write_json
+from train.receipt import config_hash, environment, plain, write_json
 from train.sample import continue_text
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class RunReport:
         tokenizer: of the run.
         metrics: of the run.
         identity: what the run is; the receipt quotes it.
+        precision: what ``train.precision=auto`` became and why, where that was asked.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class RunReport:
         tokenizer: Tokenizer,
         metrics: MetricsFile,
         identity: RunIdentity,
+        precision: PrecisionChoice | None = None,
     ) -> None:
         self._folder, self._seed = Path(run.run_dir), run.seed
         self._title = f"{run.model.name}, {run.optim.name.value}, {run.train.precision.value}"
@@ -72,6 +75,8 @@ class RunReport:
             "code": identity.code,
             "environment": environment(engine.device),
         }
+        if precision is not None:
+            self._facts["precision"] = plain(precision)
         self._engine, self._tokenizer = engine, tokenizer
         self._metrics = metrics
 
@@ -88,7 +93,7 @@ class RunReport:
             audit: what the audit saw.
             validation: of a finished run, None of one that stopped early.
         """
-        if validation is not None:
+        if validation is not None and validation.is_finite:
             self._write_text()
         if self._engine.rank:
             return

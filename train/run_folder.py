@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
-from train.checkpoint_files import STATE, fsync, seal, step_of, write_durably
+from train.checkpoint_files import STATE, replace_durably, seal, step_of
 from train.config import RunConfig, load
 from train.errors import USER_ERRORS, UserError, one_line
 from train.flat_config import flat_config, flatten
@@ -67,6 +66,7 @@ def read_run(folder: Path) -> RunConfig:
     Raises:
         UserError: the folder holds none, or one that this code does not take.
     """
+    read_identity(folder)
     return load(OmegaConf.create(_read_config(folder / CONFIG)))
 
 
@@ -87,14 +87,23 @@ def read_identity(folder: Path) -> RunIdentity:
         raise UserError(f"{path} cannot be read: {one_line(error)}") from error
     if not intact:
         raise UserError(f"{path} ({len(text)} characters) is not what was written")
-    return RunIdentity.from_json(content, str(path))
+    identity = RunIdentity.from_json(content, str(path))
+    if lost := [key for key in identity.config or {} if key not in config]:
+        raise UserError(
+            f"{folder / CONFIG} is damaged: it lacks {lost[0]}, which {path.name} has ({len(lost)}"
+            " keys)"
+        )
+    return identity
 
 
 def write_identity(folder: Path, identity: RunIdentity, config_yaml: str) -> None:
-    """Write the record and the config of a folder's run."""
+    """Write the config and the record of a folder's run.
+
+    In this order: a folder with a config alone may be started in, one with a record alone may not.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / IDENTITY, seal(identity.as_json()))
-    _replace(folder / CONFIG, config_yaml)
+    replace_durably(folder / CONFIG, config_yaml)
+    replace_durably(folder / IDENTITY, seal(identity.as_json()))
 
 
 def holds_run(folder: Path) -> bool:
@@ -120,14 +129,6 @@ def _read_config(path: Path) -> dict[str, Any]:
         what = "nothing" if not content else f"a {type(content).__name__}"
         raise UserError(f"{path} is damaged: it holds {what}, not a config")
     return {str(key): value for key, value in content.items()}
-
-
-def _replace(path: Path, text: str) -> None:
-    """A reader, or a start after a crash, sees the file as it was or as it is to be."""
-    aside = path.with_name(f".{path.name}.writing")
-    write_durably(aside, text)
-    os.replace(aside, path)
-    fsync(path.parent)
 
 
 def _passing(name: str) -> bool:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 import torch
 
 from data.tokenizer import Tokenizer
+from model.config import ModelConfig
 from model.transformer import DeepSeekV4
+from train.errors import UserError
 
 
 @torch.no_grad()
@@ -37,17 +39,42 @@ def continue_text(
         Prompt and continuation.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+    ids = encode_prompt(tokenizer, prompt)
     begin = len(ids)
     for _ in range(num_tokens):
         logits_V = model.logits(torch.tensor([ids], device=device))[0, -1].float().cpu()
         if temperature == 0:
             token = int(logits_V.argmax())
         else:
-            weights_V = torch.softmax(logits_V / temperature, dim=-1)
+            weights_V = torch.softmax((logits_V - logits_V.max()) / temperature, dim=-1)
             token = int(torch.multinomial(weights_V, 1, generator=generator))
         token = same_everywhere(token)
         if token == tokenizer.eos_id:
             break
         ids.append(token)
     return prompt + tokenizer.decode(ids[begin:])
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a beginning; where it has none, an end-of-document token starts the text."""
+    return tokenizer.encode(text) or [tokenizer.eos_id]
+
+
+def check_prompt(tokenizer: Tokenizer, text: str, tokens: int, config: ModelConfig) -> None:
+    """Refuse, before anything is trained, a text that the model has no positions for.
+
+    Args:
+        tokenizer: of the run.
+        text: the beginning.
+        tokens: that are to be written; 0: there is no text.
+        config: of the model.
+
+    Raises:
+        UserError: names the key and both values.
+    """
+    limit, length = config.max_position_embeddings, len(encode_prompt(tokenizer, text))
+    if tokens and length + tokens > limit:
+        raise UserError(
+            f"sample.tokens={tokens} and a sample.prompt of {length} tokens exceed"
+            f" model.max_position_embeddings={limit}"
+        )

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.generate import Decoder
 from model.transformer import DeepSeekV4
-from train.errors import UserError
+from train.errors import TrainingFailedError, UserError
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,10 @@ def token_nll(
         [N] fp32 on the CPU, nats; NaN for the first token.
 
     Raises:
-        ValueError: an id that the model does not have.
+        UserError: an id or a position that the model does not have.
+        TrainingFailedError: a score is not finite.
     """
-    vocab_size = model.config.vocab_size
-    wrong = ids_N[(ids_N < 0) | (ids_N >= vocab_size)]
-    if wrong.numel():
-        raise UserError(f"token id {int(wrong[0])} is not below vocab_size={vocab_size}")
+    check_document(ids_N, model.config)
     nll_N = torch.full(ids_N.shape, math.nan)
     decoder = Decoder(model, 1, max(len(ids_N), 1))
     ids_N = ids_N.to(decoder.device)
@@ -78,9 +77,32 @@ def token_nll(
         target_T = ids_N[begin + 1 : begin + 1 + len(read_T)]
         logits_TV = decoder.logits(read_T[None])[0]
         nll_T = torch.nn.functional.cross_entropy(logits_TV, target_T, reduction="none")
+        if not bool(nll_T.isfinite().all()):
+            raise TrainingFailedError(
+                f"the scores of tokens {begin + 1} to {begin + len(read_T)} are not all finite"
+            )
         nll_N[begin + 1 : begin + 1 + len(read_T)] = nll_T.cpu()
         report(len(read_T))
     return nll_N
+
+
+def check_document(ids_N: Tensor, config: ModelConfig) -> None:
+    """Refuse a document that the model cannot read.
+
+    Raises:
+        UserError: it has no such id, or fewer positions.
+    """
+    wrong = ids_N[(ids_N < 0) | (ids_N >= config.vocab_size)]
+    if wrong.numel():
+        raise UserError(
+            f"token id {int(wrong[0])} is not one of the vocab_size={config.vocab_size} ids from"
+            " 0 on"
+        )
+    if len(ids_N) > config.max_position_embeddings:
+        raise UserError(
+            f"a document of {len(ids_N)} tokens exceeds the model's"
+            f" max_position_embeddings={config.max_position_embeddings}"
+        )
 
 
 def documents(ids_N: Tensor, eos_id: int | None) -> list[tuple[int, int]]:

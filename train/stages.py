@@ -1,4 +1,4 @@
-"""The plan of a run: which stage a token position lies in and what a step there does (V4_SPEC C.2).
+"""The plan of a run: the stage of a token position and what a step there does (reference C.2).
 
 Progress is counted in trained tokens: positions of rows, padding included, so that it depends on
 the config alone and not on the documents. A step begins at some position, belongs to the stage in

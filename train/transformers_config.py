@@ -1,4 +1,4 @@
-"""``config.json`` of ``transformers``' DeepseekV4, from our config and back (V4_SPEC E.2)."""
+"""``config.json`` of ``transformers``' DeepseekV4, from our config and back (reference E.2)."""
 
 from __future__ import annotations
 

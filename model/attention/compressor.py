@@ -1,6 +1,6 @@
 """Compressor: m tokens become one entry by a softmax over the tokens, per channel.
 
-V4_SPEC B.5, paper 2.3.1 and 2.3.2. With overlap (CSA) an entry mixes its own block, read from the
+reference B.5, paper 2.3.1 and 2.3.2. With overlap (CSA) an entry mixes its own block, read from the
 second half of the channels, with the block before it, read from the first half; without (HCA) only
 its own. Everything is fp32 until the norm.
 """

@@ -1,4 +1,4 @@
-"""Shared front and back of every attention: queries, window KV, sink, output (V4_SPEC B.3)."""
+"""Shared front and back of every attention: queries, window KV, sink, output (reference B.3)."""
 
 # Legend: B rows, T tokens, D hidden, Q query latent, H heads, K head dim, G output groups
 from __future__ import annotations

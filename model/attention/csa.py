@@ -1,6 +1,6 @@
 """Compressed sparse attention: window plus the indexer's top-k of short, overlapping blocks.
 
-V4_SPEC B.5, B.7, paper 2.3.1.
+reference B.5, B.7, paper 2.3.1.
 """
 
 # Legend: B rows, T tokens, D hidden, Q query latent, N chosen entries

@@ -1,6 +1,6 @@
 """Heavily compressed attention: window plus all causal entries of long, disjoint blocks.
 
-V4_SPEC B.5, paper 2.3.2.
+reference B.5, paper 2.3.2.
 """
 
 # Legend: B rows, T tokens, D hidden, Q query latent

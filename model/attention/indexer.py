@@ -1,4 +1,4 @@
-"""Lightning indexer: which entries a CSA query attends to (V4_SPEC B.7, B.8, paper 2.3.1)."""
+"""Lightning indexer: which entries a CSA query attends to (reference B.7, B.8, paper 2.3.1)."""
 
 # Legend: B rows, T tokens, D hidden, J indexer heads, L indexer head dim, E entries, N chosen
 # entries

@@ -1,4 +1,4 @@
-"""Attention over a sliding window and compressed entries: the plain reference (V4_SPEC B.3).
+"""Attention over a sliding window and compressed entries: the plain reference (reference B.3).
 
 Keys are values (one shared KV head). Window tokens and entries share ONE softmax, whose denominator
 also holds a learned sink per head. The reference forms every score; ``attention_fast.py`` never

@@ -1,4 +1,4 @@
-"""Plain references of the per-token ops: RMSNorm and the clamped SwiGLU (V4_SPEC B.1, B.9)."""
+"""Plain references of the per-token ops: RMSNorm and the clamped SwiGLU (reference B.1, B.9)."""
 
 # Legend: N rows, I expert intermediate
 from __future__ import annotations

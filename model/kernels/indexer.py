@@ -1,4 +1,4 @@
-"""The lightning indexer's scores, choice and loss: the plain reference (V4_SPEC B.7, B.8).
+"""The lightning indexer's scores, choice and loss: the plain reference (reference B.7, B.8).
 
     I[t, i] = sum_h w[t, h] * relu(q[t, h] . k[i])
 

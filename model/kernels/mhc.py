@@ -1,4 +1,4 @@
-"""Manifold-constrained hyper-connections in plain PyTorch: the reference (V4_SPEC B.2).
+"""Manifold-constrained hyper-connections in plain PyTorch: the reference (reference B.2).
 
 The streams may be of any dtype; everything inside runs in the dtype of ``fn`` (fp32 in training,
 float64 in tests) and is cast once at the end. Order matters and is spelled out: the RMS factor is

@@ -1,4 +1,4 @@
-"""mHC as fused kernels with analytic gradients (V4_SPEC B.2); the reference is ``mhc.py``.
+"""mHC as fused kernels with analytic gradients (reference B.2); the reference is ``mhc.py``.
 
 On CPU the kernels are the C++ of ``cpu/mhc.cpp`` (one pass over the streams per call), elsewhere
 and without a compiler the torch formulas of ``mhc_torch.py``. Streams are fp32 or bf16, parameters

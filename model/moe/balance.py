@@ -1,4 +1,4 @@
-"""Balance: the selection bias, and the sequence-wise loss per document (V4_SPEC B.10)."""
+"""Balance: the selection bias, and the sequence-wise loss per document (reference B.10)."""
 
 # Legend: N tokens, E experts, K experts per token, G documents
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Dispatcher seam: bring each token's copies to its experts, and the results back (V4_SPEC B.9).
+"""Dispatcher seam: bring each token's copies to its experts, and the results back (reference B.9).
 
 The local dispatcher sorts rows by expert; expert parallelism replaces it by an all-to-all behind
 the same Protocol.

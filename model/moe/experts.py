@@ -1,4 +1,4 @@
-"""Experts: clamped SwiGLU, routing weight applied before the down projection (V4_SPEC B.9)."""
+"""Experts: clamped SwiGLU, routing weight applied before the down projection (reference B.9)."""
 
 # Legend: R rows, D hidden, I expert intermediate, E experts
 from __future__ import annotations

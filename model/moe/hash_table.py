@@ -1,4 +1,4 @@
-"""The fixed table of hash-routed layers: which experts serve each token id (V4_SPEC B.9 and H).
+"""The fixed table of hash-routed layers: which experts serve each token id (reference B.9 and H).
 
 DeepSeek-V4 publishes that the first layers route by a "predefined hash of the token id" but not
 the hash. Ours is greedy by frequency: tokens are taken from the most to the least frequent, and

@@ -1,4 +1,4 @@
-"""The MoE sublayer: route, dispatch, experts, combine, shared expert (V4_SPEC B.9, paper 2.1)."""
+"""The MoE sublayer: route, dispatch, experts, combine, shared expert (reference B.9, paper 2.1)."""
 
 # Legend: B rows, T tokens, N tokens of all rows, D hidden, K experts per token
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gate: sqrt(softplus) scores, biased top-k or a fixed table, scaled weights (V4_SPEC B.9)."""
+"""Gate: sqrt(softplus) scores, biased top-k or a fixed table, scaled weights (reference B.9)."""
 
 # Legend: N tokens, D hidden, E experts, K experts per token, V vocabulary
 from __future__ import annotations

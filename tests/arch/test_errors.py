@@ -10,7 +10,7 @@ import pytest
 
 from train.errors import ROOT, USER_ERRORS
 
-PACKAGES = ("model", "optim", "parallel", "quant", "data", "train", "schema", "scripts")
+PACKAGES = ("model", "optim", "parallel", "quant", "data", "train", "conf", "scripts")
 MISUSE = {
     "data/global_batch.py": "rows that a batch does not have",
     "data/loader.py": "a batch without rows or tokens",
@@ -56,5 +56,5 @@ def test_plain_value_errors_are_raised_only_where_our_own_code_is_wrong():
 @pytest.mark.core
 def test_users_errors_are_one_class_a_package():
     owners = {error.__module__ for error in USER_ERRORS}
-    assert owners == {f"{p}.errors" for p in PACKAGES if p not in ("scripts", "schema")}
+    assert owners == {f"{p}.errors" for p in PACKAGES if p not in ("scripts", "conf")}
     assert ValueError not in USER_ERRORS

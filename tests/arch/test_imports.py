@@ -1,4 +1,4 @@
-"""Imports go one way: model <- quant <- parallel <- train; optim, data leaves; schema below all."""
+"""Imports go one way: model <- quant <- parallel <- train; optim, data leaves; conf below all."""
 
 import ast
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ pytestmark = pytest.mark.core
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
-    "schema": {"schema"},
-    "model": {"model", "schema"},
-    "optim": {"optim", "schema"},
-    "data": {"data", "schema"},
-    "quant": {"model", "quant", "schema"},
-    "parallel": {"model", "quant", "parallel", "optim", "data", "schema"},
-    "train": {"model", "quant", "parallel", "optim", "data", "train", "schema"},
+    "conf": {"conf"},
+    "model": {"model", "conf"},
+    "optim": {"optim", "conf"},
+    "data": {"data", "conf"},
+    "quant": {"model", "quant", "conf"},
+    "parallel": {"model", "quant", "parallel", "optim", "data", "conf"},
+    "train": {"model", "quant", "parallel", "optim", "data", "train", "conf"},
 }
 ONLY_IN_TRAIN = {"hydra", "omegaconf", "wandb"}
 FILES = [path for package in ALLOWED for path in sorted((ROOT / package).rglob("*.py"))]

@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.core
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("train", "model", "optim", "parallel", "quant", "data", "schema")
+PACKAGES = ("train", "model", "optim", "parallel", "quant", "data", "conf")
 SOURCES = sorted(
     path
     for folder in (*PACKAGES, "scripts", "conf")

@@ -1,14 +1,16 @@
 """Near-duplicates: planted ones are found whatever their case, layout and surroundings."""
 
 import random
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.config import ValidationConfig
+from data.errors import ConfigError
 from data.near_duplicates import OverlapCounter, Shingler
-from data.split import split_documents
+from data.split import measure, split_documents
 
 pytestmark = pytest.mark.core
 
@@ -39,13 +41,13 @@ class Texts:
 
 def split(texts: list[str], cfg: ValidationConfig):
     documents = Texts(texts)
-    sizes = np.array([len(t.encode()) if t.strip() else 0 for t in texts])
+    measured = measure(documents, np.arange(len(texts)), cfg.seed)
 
     def mark(counter, name, index_N):
         for text in documents.texts(index_N):
             counter.add(text)
 
-    return split_documents({"s": documents}, {"s": sizes}, cfg, mark)["s"]
+    return split_documents({"s": documents}, {"s": measured}, cfg, mark)["s"]
 
 
 def test_overlap_is_the_exact_fraction_of_shared_runs():
@@ -116,13 +118,52 @@ def test_empty_documents_are_in_no_split():
 
 
 def test_two_documents_are_enough_and_one_is_not():
-    cfg = ValidationConfig(bytes=1000)
+    cfg = ValidationConfig(bytes=1000, max_fraction=0.5)
     result = split([" ".join(words(1, 30)), " ".join(words(2, 20))], cfg)
     assert (result.train.tolist(), result.validation.tolist()) == ([0], [1])
     with pytest.raises(ValueError, match=r"data\.sources\.s: no validation documents"):
         split([" ".join(words(1, 30))], cfg)
     with pytest.raises(ValueError, match="none of 2 documents has any text"):
         split([" ", ""], cfg)
+
+
+FRACTIONS = [0.001, 0.01, 0.2, 0.35, 0.5, 0.8, 0.999]
+
+
+@pytest.mark.parametrize("fraction", FRACTIONS)
+@pytest.mark.parametrize("num_bytes", [300, 10**9])
+@pytest.mark.parametrize("kind", ["equal", "various", "repeating"])
+def test_at_most_the_asked_fraction_is_held_out(fraction, num_bytes, kind):
+    rng = random.Random(7)
+    lengths = [20 if kind == "equal" else rng.choice([1, 20, 90]) for _ in range(100)]
+    texts = [" ".join(words(seed, length)) for seed, length in enumerate(lengths)]
+    if kind == "repeating":  # many candidates are near-duplicates and go too
+        texts = texts[:50] + [text + " and more" for text in texts[:50]]
+    total = sum(len(text) for text in texts)
+    cfg = ValidationConfig(bytes=num_bytes, max_fraction=fraction)
+    fits = min(map(len, texts)) <= fraction * total
+    if kind != "repeating" and not fits:
+        with pytest.raises(ValueError, match=r"no validation documents: .* more than data\.valid"):
+            split(texts, cfg)
+        return
+    with suppress(ConfigError) if kind == "repeating" else nullcontext():
+        result = split(texts, cfg)
+        out = sum(len(texts[i]) for i in [*result.validation, *result.near_duplicates])
+        assert out <= fraction * total
+        if kind == "equal":  # and no less than what is asked or allowed, up to one document
+            assert out >= min(num_bytes, fraction * total) - max(map(len, texts))
+
+
+def test_what_is_held_out_depends_on_the_texts_alone():
+    texts = [" ".join(words(seed, 25)) for seed in range(80)]
+    cfg = ValidationConfig(bytes=2500)
+    held = {texts[i] for i in split(texts, cfg).validation}
+    assert len(held) > 5
+    order = random.Random(1).sample(range(80), 80)
+    moved = [texts[i] for i in order]
+    assert {moved[i] for i in split(moved, cfg).validation} == held
+    more = {texts[i] for i in split(texts, ValidationConfig(bytes=3500)).validation}
+    assert held < more
 
 
 def test_a_corpus_that_repeats_itself_cannot_be_validated_on():

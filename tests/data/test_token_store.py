@@ -11,8 +11,7 @@ import data.token_store
 from data.cache import digest, save_array
 from data.config import DataConfig, PackingConfig, SourceConfig, SourceKind
 from data.loader import build_loader
-from data.prepare import build_tokenizer, cached_stores, corpus_split
-from data.sources import open_documents
+from data.prepare import Corpus, build_tokenizer, cached_stores
 from data.token_store import TokenStore, file_record, token_dtype, write_documents
 from data.tokenise import StoreJob, write_store, write_validation
 from data.tokenizer import ByteTokenizer
@@ -25,14 +24,15 @@ def store(small_config: DataConfig, tmp_path) -> TokenStore:
     """The small data in shards of some 20 kB, in a folder that a test may damage."""
     folder = tmp_path / "store"
     folder.mkdir()
-    job = StoreJob("docs", small_config.sources["docs"], small_config.cache_dir, folder)
-    write_store(job, corpus_split(small_config)["docs"], ByteTokenizer(), "key", 1, 20_000)
+    corpus = Corpus(small_config)
+    job = StoreJob("docs", corpus.documents("docs"), folder)
+    write_store(job, corpus.split["docs"], ByteTokenizer(), "key", 1, 20_000)
     return TokenStore(folder, "store")
 
 
 def test_store_holds_every_document(store, small_config):
-    split = corpus_split(small_config)["docs"]
-    documents = open_documents("docs", small_config.sources["docs"], small_config.cache_dir)
+    corpus = Corpus(small_config)
+    split, documents = corpus.split["docs"], corpus.documents("docs")
     assert len(store.manifest["train"]) > 3
     for held, index_N in ((store.train, split.train), (store.validation, split.validation)):
         texts = documents.texts(index_N)
@@ -123,8 +123,8 @@ def test_killed_writing_goes_on_with_the_missing_shards(store, small_config):
     (folder / "train-00002.json").unlink()
     (folder / "train-00002.tokens.npy").write_bytes(b"half")
     kept = (folder / "train-00001.tokens.npy").stat().st_mtime_ns
-    job = StoreJob("docs", small_config.sources["docs"], small_config.cache_dir, folder)
-    split = corpus_split(small_config)["docs"]
+    corpus = Corpus(small_config)
+    job, split = StoreJob("docs", corpus.documents("docs"), folder), corpus.split["docs"]
     write_store(job, split, ByteTokenizer(), "key", 1, 20_000)
     assert TokenStore(folder, "store").hash == expected
     assert (folder / "train-00001.tokens.npy").stat().st_mtime_ns == kept

@@ -1,7 +1,7 @@
 """A trained run, its exported files, and back: what is deployed is what was trained, bit for bit.
 
 The reader of the files is struct, json and numpy on raw bytes, written from the published layout
-(V4_SPEC C.6, E.1): it shares no code with the writer, not even the file format's library.
+(reference C.6, E.1): it shares no code with the writer, not even the file format's library.
 """
 
 import json

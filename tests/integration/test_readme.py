@@ -47,6 +47,7 @@ COMMANDS = {
     "python scripts/bench_recovery.py --help": ([], 0, "usage"),
     "python scripts/pipeline_timeline.py --help": ([], 0, "usage"),
     "python scripts/layouts.py --help": ([], 0, "usage"),
+    "python scripts/endurance.py --help": ([], 0, "usage"),
     "python scripts/study.py study=muon_vs_adamw --dry-run": ([], 0, "minutes in turn"),
 }  # fmt: skip
 

@@ -219,7 +219,7 @@ def test_impossible_phases_are_refused():
         training_flops(SMALL, 16, phase="warmup", indexer_loss=False)
 
 
-# ---- published ratios (V4_SPEC F) -------------------------------------------------------------
+# ---- published ratios (reference F) -------------------------------------------------------------
 
 
 @pytest.mark.core

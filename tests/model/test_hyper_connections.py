@@ -1,4 +1,4 @@
-"""mHC against V4_SPEC B.2: golden values, a float64 oracle written per token, and the known traps.
+"""mHC against reference B.2: golden values, a float64 oracle written per token, known traps.
 
 Bounds: the oracle and the reference both run in float64, so 1e-12 is rounding. The fast path is
 compared in tests/model/kernels.
@@ -183,7 +183,7 @@ def test_connection_runs_bf16_streams_with_fp32_weights():
 
 
 def test_gamma_equals_a_folded_projection():
-    """V4_SPEC B.2: mix = r * (x * gamma) fn^T, and the released fn is fn * gamma."""
+    """reference B.2: mix = r * (x * gamma) fn^T, and the released fn is fn * gamma."""
     with_gamma = filled(HyperConnection(tiny_config(hc_gamma=True)))
     folded = filled(HyperConnection(tiny_config()))
     folded.fn.data = with_gamma.fn.data * with_gamma.gamma.data

@@ -1,4 +1,4 @@
-"""Documents packed in one row do not touch each other (DESIGN section 2).
+"""Documents packed in one row do not touch each other (reference P.2).
 
 Exactly 0 gradient from document B's loss to document A's embeddings; changing A leaves B's experts
 and entries equal, B's outputs and gradients bitwise equal in reference mode and within 1e-6 in fast

@@ -1,4 +1,4 @@
-"""Memory of a training step is linear in the sequence length (LESSONS: eager CSA out of memory).
+"""Memory of a training step is linear in the sequence length (reference G).
 
 Measured, not computed: the peak of the resident memory of a fresh process that takes one step with
 every loss, above what it held before. Four times the tokens may take 4.4 times the memory (10 % for

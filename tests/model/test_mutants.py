@@ -1,6 +1,6 @@
 """Mutation test: each known bug of V4 models, planted alone, makes a behavioural check fail.
 
-The bugs are those of V4_SPEC section G.2 and of LESSONS.md that concern the model, and a few more
+The bugs are those of reference G.2 and of its G that concern the model, and a few more
 that a reader of section B could make. A plant replaces one function of the running model; no source
 is touched. The checks are the very functions that the tests of parity, causality and isolation
 call. ``python -m tests.model.test_mutants`` prints the table mutant -> checks.
@@ -77,7 +77,7 @@ class Mutant:
     """A planted bug.
 
     Attributes:
-        source: where the bug was met: G.2 or LESSONS (V4 stacks), or the section of V4_SPEC that it
+        source: where the bug was met: G (other stacks), or the section of the reference that it
             breaks.
         plant: puts it into the running model.
         checks: each of these must fail.
@@ -94,43 +94,43 @@ _L, _G, _LG = ("logits",), ("gradients",), ("losses", "gradients")
 _PACKING = ("logits", "isolation", "no gradient across")
 MUTANTS: dict[str, Mutant] = {
     # mHC
-    "comb_not_transposed": Mutant("G.2, LESSONS", fwd.comb_not_transposed, _L),
-    "post_one_sigmoid": Mutant("G.2", fwd.post_one_sigmoid, _L),
-    "post_with_eps": Mutant("G.2", fwd.post_with_eps, _L),
+    "comb_not_transposed": Mutant("G", fwd.comb_not_transposed, _L),
+    "post_one_sigmoid": Mutant("G", fwd.post_one_sigmoid, _L),
+    "post_with_eps": Mutant("G", fwd.post_with_eps, _L),
     "pre_without_eps": Mutant("B.2", fwd.pre_without_eps, _L),
-    "reads_one_stream": Mutant("A.5", fwd.reads_one_stream, _L),
-    "mix_static": Mutant("A.5", fwd.mix_static, _L),
-    "sinkhorn_softmax_over_sources": Mutant("G.2", fwd.sinkhorn_softmax_over_sources, _L),
-    "sinkhorn_eps_inside_softmax": Mutant("G.2", fwd.sinkhorn_eps_inside_softmax, _L),
-    "sinkhorn_ten_iterations": Mutant("A.5", fwd.sinkhorn_ten_iterations, _L),
+    "reads_one_stream": Mutant("G", fwd.reads_one_stream, _L),
+    "mix_static": Mutant("G", fwd.mix_static, _L),
+    "sinkhorn_softmax_over_sources": Mutant("G", fwd.sinkhorn_softmax_over_sources, _L),
+    "sinkhorn_eps_inside_softmax": Mutant("G", fwd.sinkhorn_eps_inside_softmax, _L),
+    "sinkhorn_ten_iterations": Mutant("G", fwd.sinkhorn_ten_iterations, _L),
     "sinkhorn_row_step_last": Mutant("B.2", fwd.sinkhorn_row_step_last, _L),
-    "projection_eps_outside_root": Mutant("G.2", fwd.projection_eps_outside_root, _L),
-    "norm_eps_outside_root": Mutant("G.2", fwd.norm_eps_outside_root, _L),
-    "head_is_a_mean": Mutant("G.2", fwd.head_is_a_mean, _L),
+    "projection_eps_outside_root": Mutant("G", fwd.projection_eps_outside_root, _L),
+    "norm_eps_outside_root": Mutant("G", fwd.norm_eps_outside_root, _L),
+    "head_is_a_mean": Mutant("G", fwd.head_is_a_mean, _L),
     "gamma_ignored": Mutant("B.2", fwd.gamma_ignored, _L, "gamma"),
     "embedding_noise": Mutant("B.1", trn.embedding_noise, _L),
     # RoPE
-    "rope_rotate_half": Mutant("G.2", fwd.rope_rotate_half, _L),
+    "rope_rotate_half": Mutant("G", fwd.rope_rotate_half, _L),
     "rope_first_channels": Mutant("B.3", fwd.rope_first_channels, _L),
-    "rope_base_40000": Mutant("G.2, LESSONS", fwd.rope_base_40000, _L),
-    "yarn_wrong_factor": Mutant("G.2, LESSONS", fwd.yarn_wrong_factor, _L),
+    "rope_base_40000": Mutant("G", fwd.rope_base_40000, _L),
+    "yarn_wrong_factor": Mutant("G", fwd.yarn_wrong_factor, _L),
     "yarn_missing": Mutant("B.4", fwd.yarn_missing, _L),
-    "yarn_on_window_layers": Mutant("G.2", fwd.yarn_on_window_layers, _L),
-    "mscale_applied": Mutant("G.2, LESSONS", fwd.mscale_applied, _L),
-    "base_mixed_in_a_layer": Mutant("G.2, LESSONS", fwd.base_mixed_in_a_layer, _L),
-    "partial_rotary_twice": Mutant("G.2", fwd.partial_rotary_twice, _L),
-    "inverse_rope_missing": Mutant("G.2", fwd.inverse_rope_missing, _L),
-    "inverse_rope_in_place": Mutant("G.2", fwd.inverse_rope_in_place, _G),
-    "entry_at_pool_index": Mutant("G.2", fwd.entry_at_pool_index, _L),
+    "yarn_on_window_layers": Mutant("G", fwd.yarn_on_window_layers, _L),
+    "mscale_applied": Mutant("G", fwd.mscale_applied, _L),
+    "base_mixed_in_a_layer": Mutant("G", fwd.base_mixed_in_a_layer, _L),
+    "partial_rotary_twice": Mutant("G", fwd.partial_rotary_twice, _L),
+    "inverse_rope_missing": Mutant("G", fwd.inverse_rope_missing, _L),
+    "inverse_rope_in_place": Mutant("G", fwd.inverse_rope_in_place, _G),
+    "entry_at_pool_index": Mutant("G", fwd.entry_at_pool_index, _L),
     # attention, clamp
     "sink_missing": Mutant("B.3", fwd.sink_missing, _L),
     "window_one_short": Mutant("B.3", fwd.window_one_short, _L),
     "window_one_long": Mutant("B.3", fwd.window_one_long, _L),
     "query_norm_missing": Mutant("B.3", fwd.query_norm_missing, _L),
-    "window_kv_norm_missing": Mutant("G.4", fwd.window_kv_norm_missing, _L),
+    "window_kv_norm_missing": Mutant("B.3", fwd.window_kv_norm_missing, _L),
     "output_groups_shifted": Mutant("B.3", fwd.output_groups_shifted, _L),
-    "shared_clamp_missing": Mutant("G.2", fwd.shared_clamp_missing, _L),
-    "routed_clamp_missing": Mutant("G.2", fwd.routed_clamp_missing, _L),
+    "shared_clamp_missing": Mutant("G", fwd.shared_clamp_missing, _L),
+    "routed_clamp_missing": Mutant("G", fwd.routed_clamp_missing, _L),
     "clamp_straight_through": Mutant("B.9", fwd.clamp_straight_through, _G),
     "gate_clamped_below": Mutant("B.9", fwd.gate_clamped_below, _L),
     # compressor, packing, visibility
@@ -138,20 +138,20 @@ MUTANTS: dict[str, Mutant] = {
     "ape_missing": Mutant("B.5", fwd.ape_missing, _L),
     "entry_zero_reads_before_itself": Mutant("B.5", fwd.entry_zero_reads_before_itself, _L),
     "overlap_crosses_documents": Mutant(
-        "LESSONS",
+        "G",
         fwd.overlap_crosses_documents,
         ("logits", "isolation", "no gradient across"),
     ),
     "compressor_ignores_documents": Mutant(
-        "LESSONS",
+        "G",
         fwd.compressor_ignores_documents,
         ("logits", "isolation", "no gradient across"),
     ),
     "entries_of_other_documents_visible": Mutant(
-        "LESSONS", fwd.entries_of_other_documents_visible, ("entries", "logits", "isolation")
+        "G", fwd.entries_of_other_documents_visible, ("entries", "logits", "isolation")
     ),
     "window_ignores_documents": Mutant(
-        "LESSONS",
+        "G",
         fwd.window_ignores_documents,
         ("logits", "isolation", "no gradient across"),
     ),
@@ -160,36 +160,32 @@ MUTANTS: dict[str, Mutant] = {
     "block_seen_before_its_end": Mutant(
         "B.6", fwd.block_seen_before_its_end, ("causality", "logits")
     ),
-    "block_seen_one_token_late": Mutant("G.4", fwd.block_seen_one_token_late, _L),
+    "block_seen_one_token_late": Mutant("B.3", fwd.block_seen_one_token_late, _L),
     # indexer
     "indexer_sees_the_future": Mutant(
-        "G.2", trn.indexer_sees_the_future, ("causality", "entries", "logits")
+        "G", trn.indexer_sees_the_future, ("causality", "entries", "logits")
     ),
-    "indexer_choice_unscored": Mutant(
-        "LESSONS", trn.indexer_choice_unscored, ("entries", "logits")
-    ),
-    "indexer_rope_rotate_half": Mutant("G.2", trn.indexer_rope_rotate_half, ("entries",)),
-    "hadamard_on_q_only": Mutant("G.2", trn.hadamard_on_q_only, ("entries", "losses")),
+    "indexer_choice_unscored": Mutant("G", trn.indexer_choice_unscored, ("entries", "logits")),
+    "indexer_rope_rotate_half": Mutant("G", trn.indexer_rope_rotate_half, ("entries",)),
+    "hadamard_on_q_only": Mutant("G", trn.hadamard_on_q_only, ("entries", "losses")),
     "indexer_temperature_lost": Mutant("B.7", trn.indexer_temperature_lost, _LG),
     "indexer_weights_positive": Mutant("B.7", trn.indexer_weights_positive, ("entries",)),
     "indexer_inputs_attached": Mutant("B.8", trn.indexer_inputs_attached, _G),
-    "indexer_never_trained": Mutant("G.2, LESSONS", trn.indexer_never_trained, _G),
-    "indexer_weight_dropped": Mutant("LESSONS", trn.indexer_weight_dropped, _LG),
-    "teacher_over_entries_only": Mutant("G.2, LESSONS", trn.teacher_over_entries_only, _LG),
-    "teacher_over_entries_only_full": Mutant(
-        "G.2, LESSONS", trn.teacher_over_entries_only, _LG, "full"
-    ),
-    "sparse_loss_over_all_entries": Mutant("G.2", trn.sparse_loss_over_all_entries, _LG),
+    "indexer_never_trained": Mutant("G", trn.indexer_never_trained, _G),
+    "indexer_weight_dropped": Mutant("G", trn.indexer_weight_dropped, _LG),
+    "teacher_over_entries_only": Mutant("G", trn.teacher_over_entries_only, _LG),
+    "teacher_over_entries_only_full": Mutant("G", trn.teacher_over_entries_only, _LG, "full"),
+    "sparse_loss_over_all_entries": Mutant("G", trn.sparse_loss_over_all_entries, _LG),
     "topk_in_every_phase": Mutant("C.2", trn.topk_in_every_phase, _LG, "full"),
     "sparse_phase_attends_all": Mutant("C.2", trn.sparse_phase_attends_all, _LG),
     # routing
-    "hash_table_zero": Mutant("LESSONS", trn.hash_table_zero, ("hash table",)),
-    "hash_table_constant_row": Mutant("G.2", trn.hash_table_constant_row, ("hash table",)),
+    "hash_table_zero": Mutant("G", trn.hash_table_zero, ("hash table",)),
+    "hash_table_constant_row": Mutant("G", trn.hash_table_constant_row, ("hash table",)),
     "hash_table_ignored": Mutant("B.9", trn.hash_table_ignored, ("experts", "logits")),
     "hash_weights_equal": Mutant("B.9", trn.hash_weights_equal, ("logits", "gradients")),
     "weights_from_biased_scores": Mutant("B.9", trn.weights_from_biased_scores, _L),
-    "weights_not_renormalised": Mutant("G.3", trn.weights_not_renormalised, _L),
-    "route_scale_missing": Mutant("A.4", trn.route_scale_missing, _L),
+    "weights_not_renormalised": Mutant("G", trn.weights_not_renormalised, _L),
+    "route_scale_missing": Mutant("A.1", trn.route_scale_missing, _L),
     "scores_are_sigmoids": Mutant("B.9", trn.scores_are_sigmoids, _L),
     "choice_without_bias": Mutant("B.9", trn.choice_without_bias, ("experts",)),
     "shared_expert_scaled": Mutant("B.9", trn.shared_expert_scaled, _L),
@@ -198,14 +194,14 @@ MUTANTS: dict[str, Mutant] = {
         "B.10", trn.bias_moves_the_wrong_way, ("bias evens the load",)
     ),
     # MTP, losses
-    "balance_silently_zero": Mutant("LESSONS", trn.balance_silently_zero, _LG),
+    "balance_silently_zero": Mutant("G", trn.balance_silently_zero, _LG),
     "balance_over_the_batch": Mutant("H", trn.balance_over_the_batch, ("losses", "isolation")),
     "mtp_loses_the_streams": Mutant("B.11", trn.mtp_loses_the_streams, ("logits", "losses")),
     "mtp_cut_from_the_trunk": Mutant("B.11", trn.mtp_cut_from_the_trunk, _G),
     "mtp_reads_its_own_token": Mutant("B.11", trn.mtp_reads_its_own_token, ("logits", "losses")),
-    "mtp_loss_per_microbatch": Mutant("LESSONS", trn.mtp_loss_per_microbatch, _LG),
+    "mtp_loss_per_microbatch": Mutant("G", trn.mtp_loss_per_microbatch, _LG),
     "mtp_depths_summed": Mutant("H", trn.mtp_depths_summed, _LG),
-    "normaliser_off_by_one": Mutant("DESIGN 2", trn.normaliser_off_by_one, _LG),
+    "normaliser_off_by_one": Mutant("P.2", trn.normaliser_off_by_one, _LG),
     "ignored_labels_counted": Mutant("B.11", trn.ignored_labels_counted, _LG),
     "labels_one_off": Mutant("B.11", trn.labels_one_off, _LG),
 }
@@ -218,7 +214,7 @@ ELSEWHERE = {
     "mixed-dtype parameter groups in optimizer state": "tests/optim",
     "eager CSA out of memory": "tests/model/test_memory_growth.py",
     "V4 on pipeline stages": "tests/parallel",
-    "Muon, resume, loader, QAT export, checkpoint rows of LESSONS": "tests of their packages",
+    "Muon, resume, loader, QAT export, checkpoint rows of G": "tests of their packages",
 }
 
 

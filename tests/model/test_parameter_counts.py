@@ -1,6 +1,6 @@
 """Names, shapes and totals: the closed forms of model/flops.py against the real modules.
 
-The real modules are built on the meta device. Published totals (V4_SPEC A.3) count the selection
+The real modules are built on the meta device. Published totals (reference A.3) count the selection
 biases, which are buffers here, and leave out the hash tables.
 """
 

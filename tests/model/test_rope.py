@@ -1,4 +1,4 @@
-"""RoPE: golden frequencies of V4_SPEC B.4, and rotation as complex multiplication in float64."""
+"""RoPE: golden frequencies of reference B.4, and rotation as complex multiplication in float64."""
 
 import pytest
 import torch

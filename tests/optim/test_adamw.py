@@ -1,4 +1,4 @@
-"""AdamW against its formula in float64, step by step (V4_SPEC C.1: betas 0.9/0.95, eps 1e-20)."""
+"""AdamW against its formula in float64, step by step (reference C.1: betas 0.9/0.95, eps 1e-20)."""
 
 import pytest
 import torch

@@ -25,7 +25,7 @@ from tests.helpers import relative
 HYBRID = expand(MuonConfig())
 SHAPES = [(24, 24), (20, 30), (12, 40), (40, 12), (30, 20), (8, 200), (200, 8)]
 
-# V4_SPEC C.1: a singular value before and after 8 + 2 iterations, in exact arithmetic.
+# reference C.1: a singular value before and after 8 + 2 iterations, in exact arithmetic.
 GOLDEN = [
     (1.0, 1.000014),
     (0.5, 1.000163),
@@ -201,15 +201,21 @@ def spectra(side):
 
 @pytest.mark.core
 @pytest.mark.parametrize(
-    "shape",
-    [(16, 32), (32, 16), (24, 256), pytest.param((64, 128), marks=pytest.mark.slow), (16, 16)],
+    ("shape", "seeds"),
+    [
+        ((16, 32), 41),
+        ((32, 16), 41),
+        ((24, 256), 4),  # CPUs without bf16 take 30 times as long for these
+        pytest.param((64, 128), 41, marks=pytest.mark.slow),
+        ((16, 16), 41),
+    ],
 )
-def test_bf16_never_leaves_the_basin(shape):
+def test_bf16_never_leaves_the_basin(shape, seeds):
     """Above 1.264 the quintic runs away: merged iterations did, on 5 of these matrices (32 x 16).
 
     Measured: at most 1.0073, which is 2 roundings of bf16 (2^-8 each).
     """
-    for seed in range(41):
+    for seed in range(seeds):
         directions = torch.randn(16, *shape, generator=torch.Generator().manual_seed(seed))
         left, _, right = torch.linalg.svd(directions, full_matrices=False)
         batch = torch.cat([(left * values) @ right for values in spectra(min(shape))])

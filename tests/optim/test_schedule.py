@@ -1,4 +1,4 @@
-"""Learning rates against a table worked out by hand (V4_SPEC C.2) and their invariants."""
+"""Learning rates against a table worked out by hand (reference C.2) and their invariants."""
 
 import math
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""Every layout trains as one process does (DESIGN section 2, Layout-free).
+"""Every layout trains as one process does (reference P.2, Layout-free).
 
 Bounds: step-1 losses within 1e-6, gradients within 1e-5 relative Frobenius per tensor, Muon's
 update within 1e-6 from identical gradients with fp32 Newton-Schulz. Initial weights are bitwise.

@@ -1,4 +1,4 @@
-"""A pipeline trains as one process does, whatever the schedule (DESIGN section 2, Layout-free).
+"""A pipeline trains as one process does, whatever the schedule (reference P.2, Layout-free).
 
 Bounds as in test_layouts.py: step-1 losses within 1e-6, reduced gradients within 1e-5 relative
 Frobenius, side losses and MTP's second embedding included; updates within 1e-6 from identical

@@ -1,13 +1,14 @@
-"""A naive float64 reference of the whole model, per token, from V4_SPEC sections B.1 to B.11.
+"""A naive float64 reference of the whole model, per token, from reference B.1 to B.11.
 
 It shares nothing with ``model/``: no plan, no masks, no batches. A packed row is cut into its
 documents, each document is run alone with plain loops over tokens and entries, and the results are
 put back. Only the config dataclass (sizes) is taken from the package.
 ``tests/parity/test_transformers.py`` proves this file against transformers.
 
-What V4_SPEC leaves open is fixed here as ARCHITECTURE.md (Objective) words it. Two conventions of
-ours: a MTP position whose next token lies beyond its document reads token 0 there (it has no label,
-but it is routed and counts in the load); `dense` layers use the RoPE of window-only layers.
+What docs/reference leaves open is fixed here as ARCHITECTURE.md (Objective) words it. Two
+conventions of ours: a MTP position whose next token lies beyond its document reads token 0 there
+(it has no label, but it is routed and counts in the load); `dense` layers use the RoPE of
+window-only layers.
 """
 
 # Legend: T tokens of one document, D hidden, S streams, H heads, K head dim, R query rank,
@@ -406,7 +407,7 @@ def run_oracle(
     """Run the reference; gradients flow into ``weights`` (float64 leaves) from ``total``.
 
     Args:
-        weights: official names (V4_SPEC E.1), experts one by one; ``*_gamma`` if any.
+        weights: official names (reference E.1), experts one by one; ``*_gamma`` if any.
         config: sizes and switches.
         input_ids_BT: token ids.
         document_ids_BT: -1 is padding; None: one document a row.

@@ -132,7 +132,7 @@ def run_oracle_plain(case: Case) -> torch.Tensor:
 
 @pytest.mark.core
 def test_oracle_sinkhorn_gives_golden_values() -> None:
-    """V4_SPEC B.2's published numbers, a second leg for the oracle's mHC."""
+    """reference B.2's published numbers, a second leg for the oracle's mHC."""
     logits = torch.tensor(
         [[1, 2, 3, 4], [0, 1, 0, 1], [-1, 0, 2, 1], [0.5, 0.5, -0.5, -0.5]], dtype=torch.float64
     )

@@ -1,4 +1,4 @@
-"""Random weights by official name (V4_SPEC E.1), and the names that others use for them.
+"""Random weights by official name (reference E.1), and the names that others use for them.
 
 Shapes and names are written from the specification, not taken from ``model/``, so that a wrong
 shape or name there shows. Every tensor is far from its initial value (norm weights are not 1, sinks
@@ -199,7 +199,7 @@ _HF_RULES = (
 
 
 def hf_view(weights: Weights) -> Weights:
-    """Official values or gradients by transformers name (V4_SPEC E.2), without MTP."""
+    """Official values or gradients by transformers name (reference E.2), without MTP."""
     out: Weights = {}
     experts: dict[str, dict[int, dict[str, Tensor]]] = {}
     for name, tensor in weights.items():

@@ -28,40 +28,50 @@ from train.errors import UserError
 
 STEPS = (1, 2, 3)
 FILES = (".metadata", "__0_0.distcp", "manifest.json", "state.json")
-STATE = {
-    "progress": {"step": 0, "tokens": 5, "skipped_steps": 0},
-    "loader": {"row": 3},
-    "recovery": {},
-    "trackers": {},
-    "val_loss": 1.5,
-}
 JSON = ("", "{}", "[]", "null", "0", '"x"', "[" * 100_000, '{"step": NaN}', "\ud800", "{")
-WRONG = (None, True, -1, 1.5, "x", [], [1], {}, {"a": None}, 10**400, "1")
+WRONG = (None, True, -1, 1.5, "x\ny", [], [1], {}, {"a": None}, 10**400, "1")
 
 
 def name_of(step):
     return f"step_{step:08d}"
 
 
+def state_of(step):
+    progress = {"step": step, "tokens": 5, "skipped_steps": 0}
+    state = {key: {} for key in ("loader", "recovery", "trackers", "identity")}
+    return {"progress": progress, "val_loss": 1.5, **state}
+
+
+def get(path):
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise FileNotFoundError(path)
+    return path.read_bytes()
+
+
+def put(path, content):
+    get(path)
+    path.write_bytes(content)
+
+
 # ---- damages: each takes the folder of checkpoints, a step, a file's name and a number -----------
 def truncate(folder, step, file, number):
     path = folder / name_of(step) / file
-    content = path.read_bytes()
-    path.write_bytes(content[: number % max(len(content), 1)])
+    content = get(path)
+    put(path, content[: number % max(len(content), 1)])
 
 
 def flip(folder, step, file, number):
     path = folder / name_of(step) / file
-    content = bytearray(path.read_bytes())
+    content = bytearray(get(path))
     content[number % len(content)] ^= 1 << number % 8
-    path.write_bytes(content)
+    put(path, content)
 
 
 def insert(folder, step, file, number):
     path = folder / name_of(step) / file
-    content = bytearray(path.read_bytes())
+    content = bytearray(get(path))
     content.insert(number % (len(content) + 1), number % 256)
-    path.write_bytes(content)
+    put(path, content)
 
 
 def delete(folder, step, file, number):
@@ -75,9 +85,9 @@ def delete_folder(folder, step, file, number):
 def swap(folder, step, file, number):
     one = folder / name_of(step) / file
     other = folder / name_of(STEPS[number % 3]) / FILES[number % 4]
-    first, second = one.read_bytes(), other.read_bytes()
-    one.write_bytes(second)
-    other.write_bytes(first)
+    first, second = get(one), get(other)
+    put(one, second)
+    put(other, first)
 
 
 def swap_folders(folder, step, file, number):
@@ -95,13 +105,13 @@ def rename(folder, step, file, number):
 
 def other_json(folder, step, file, number):
     text = JSON[number % len(JSON)]
-    (folder / name_of(step) / file).write_bytes(text.encode("utf-8", "surrogatepass"))
+    put(folder / name_of(step) / file, text.encode("utf-8", "surrogatepass"))
 
 
 def wrong_state(folder, step, file, number):
     """A type that is never written, and hashes that fit."""
     path = folder / name_of(step)
-    state = json.loads((path / "state.json").read_text())
+    state = json.loads(get(path / "state.json"))
     keys = ("step", "progress", "loader", "recovery", "trackers", "val_loss", "identity")
     key, value = keys[number % len(keys)], WRONG[number % len(WRONG)]
     if key == "step" or (number % 2 and key == "progress"):
@@ -117,7 +127,7 @@ def wrong_state(folder, step, file, number):
 
 def wrong_manifest(folder, step, file, number):
     path = folder / name_of(step) / "manifest.json"
-    manifest, value = json.loads(path.read_text()), WRONG[number % len(WRONG)]
+    manifest, value = json.loads(get(path)), WRONG[number % len(WRONG)]
     places = (manifest, manifest["files"], manifest["files"].get(file, manifest))
     place = places[number % 3]
     place[sorted(place)[number % len(place)]] = value
@@ -127,7 +137,7 @@ def wrong_manifest(folder, step, file, number):
 def reseal(path, state):
     """Another state, with the hashes of it."""
     (path / "state.json").write_text(json.dumps(state))
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = json.loads(get(path / "manifest.json"))
     manifest["files"]["state.json"] = describe_file(path / "state.json")
     (path / "manifest.json").write_text(seal(manifest))
 
@@ -148,7 +158,7 @@ def link_file(folder, step, file, number):
     """To itself, to nowhere, to another checkpoint's, or to a copy of itself."""
     path = folder / name_of(step) / file
     copy = folder / "elsewhere"
-    copy.write_bytes(path.read_bytes())
+    copy.write_bytes(get(path))
     path.unlink()
     other = folder / name_of(STEPS[number % 3]) / file
     path.symlink_to((path, Path("nowhere"), other, copy)[number % 4])
@@ -218,7 +228,7 @@ def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
     for step in STEPS:
         tensors = {"model.a": torch.full((4, 3), float(step)), "optim.a.step": torch.tensor(step)}
-        Checkpoints(folder).save(step, tensors, STATE)
+        Checkpoints(folder).save(step, tensors, state_of(step))
     return folder
 
 
@@ -309,7 +319,7 @@ def check_script(folder, good):
 def check_saving(folder, pristine, good):
     run = Checkpoints(folder, Retention(last=2))
     run.clean()
-    run.save(9, {"model.a": torch.zeros(2)}, STATE)
+    run.save(9, {"model.a": torch.zeros(2)}, state_of(9))
     kept = dict(list(good.items())[-1:])
     assert whole(folder, pristine).items() >= kept.items(), "the newest good one stays"
     again = Checkpoints(folder)

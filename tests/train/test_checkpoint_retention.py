@@ -5,12 +5,15 @@ Oracle: the names of the folders that are left.
 
 import json
 import logging
+import os
 import shutil
+import signal
+import time
 
 import pytest
 import torch
 
-from train import checkpoint, checkpoint_retention, checkpoint_writer
+from train import checkpoint, checkpoint_reader, checkpoint_retention, checkpoint_writer
 from train.checkpoint import Checkpoints
 from train.checkpoint_files import step_of
 from train.checkpoint_hold import Hold
@@ -233,6 +236,29 @@ def test_held_checkpoint_stays_until_the_next_save(tmp_path, caplog):
         assert "step_00000001 is being read: it stays until the next save" in caplog.text
     run.save(3, tensors(3), {})
     assert steps_left(tmp_path) == [3]
+
+
+def test_readers_beside_a_run_that_saves_and_prunes_always_read_a_whole_one(tmp_path):
+    """FAULTS C4, with real processes: one checkpoint is kept, and each save removes the other."""
+    saves(tmp_path).save(1, tensors(1), {})
+    child = os.fork()
+    if not child:
+        run, step = saves(tmp_path, last=1), 1
+        while os.getppid() != 1:
+            run.save(step := step + 1, tensors(step), {})
+        os._exit(0)
+    try:
+        read = []
+        while len(set(read)) < 6:
+            with checkpoint.hold(str(tmp_path)) as found:
+                for name, tensor in checkpoint_reader.load_each(found.folder, ["model.a"]):
+                    time.sleep(0.05)  # long enough for a save
+                    assert tensor.eq(step_of(found.folder)).all(), name
+                assert checkpoint_reader.verify(found.folder)["step"] == step_of(found.folder)
+                read.append(step_of(found.folder))
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 30.0])

@@ -6,8 +6,13 @@ import sys
 import pytest
 import torch
 
+import scripts.checkpoints
 from scripts.checkpoints import main
+from train import folder_lock
 from train.checkpoint import Checkpoints
+from train.checkpoint_hold import Hold
+from train.checkpoint_retention import remove
+from train.folder_lock import owned
 
 
 def tensors(step):
@@ -97,6 +102,43 @@ def test_prune_says_what_it_would_do_and_then_does_it(run, tmp_path, capsys):
     assert len(run.published()) == 4
     assert main([*words, "--yes"]) == 0
     assert [p.name[-2:] for p in run.published()] == ["20", "30", "40"]
+
+
+def test_prune_is_refused_where_a_run_trains(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(folder_lock, "_PATIENCE", 0.0)
+    words = ["prune", str(tmp_path / "run"), "--last", "1"]
+    with owned(tmp_path / "run"):
+        assert main([*words, "--yes"]) == 2
+        assert "is in use by process" in capsys.readouterr().err
+        assert main(words) == 0, "looking is allowed"
+    assert len(run.published()) == 4
+
+
+def test_prune_leaves_what_is_being_read(run, tmp_path, capsys):
+    with Hold(run.path(20)):
+        assert main(["prune", str(run.folder), "--last", "1", "--yes"]) == 0
+    out = capsys.readouterr().out
+    assert f"being read, stays: {run.path(20)}" in out
+    assert "2 whole checkpoints stay" in out
+    assert [p.name[-2:] for p in run.published()] == ["20", "40"]
+
+
+@pytest.mark.parametrize("command", ["list", "verify"])
+def test_checkpoint_that_a_run_prunes_meanwhile_is_not_called_damaged(
+    run, tmp_path, capsys, monkeypatch, command
+):
+    found = scripts.checkpoints.checkpoints_of
+
+    def vanishing(folder):
+        paths = found(folder)
+        remove(paths[0])
+        return paths
+
+    monkeypatch.setattr(scripts.checkpoints, "checkpoints_of", vanishing)
+    assert main([command, str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "damaged" not in out.lower()
+    assert "step_00000010" not in out
 
 
 @pytest.mark.parametrize(

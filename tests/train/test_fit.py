@@ -10,6 +10,7 @@ from train.overrides import compose_run
 from train.stages import resolve
 
 ONE = ParallelConfig(dp_shard=1)
+NANO = ("model=v4_nano", "train.precision=bf16")
 
 
 def needs(*args: str) -> Needs:
@@ -33,13 +34,13 @@ def test_masters_and_gradients_are_four_bytes_a_parameter(name):
 
 
 def test_optimizer_states_are_one_value_under_muon_two_under_adamw():
-    weights = needs("model=v4_nano").peak(ONE, "cpu").weights
-    assert needs("model=v4_nano", "optim=adamw").peak(ONE, "cpu").optimizer == 2 * weights
-    muon = needs("model=v4_nano").peak(ONE, "cpu").optimizer
+    weights = needs(*NANO).peak(ONE, "cpu").weights
+    assert needs(*NANO, "optim=adamw").peak(ONE, "cpu").optimizer == 2 * weights
+    muon = needs(*NANO).peak(ONE, "cpu").optimizer
     assert weights < muon < 1.5 * weights  # embedding and head are AdamW's
-    half = needs("model=v4_nano", "optim.state_dtype=bf16").peak(ONE, "cpu").optimizer
+    half = needs(*NANO, "optim.state_dtype=bf16").peak(ONE, "cpu").optimizer
     assert half == muon / 2
-    averaged = needs("model=v4_nano", "train.ema_decay=0.9").peak(ONE, "cpu").optimizer
+    averaged = needs(*NANO, "train.ema_decay=0.9").peak(ONE, "cpu").optimizer
     assert averaged == muon + weights
 
 
@@ -118,7 +119,7 @@ def test_report_names_this_world():
 
 def test_recomputing_blocks_keeps_less():
     none, block = (
-        needs("model=v4_nano", f"train.activation_checkpoint={mode}").peak(ONE, "cpu").activations
+        needs(*NANO, f"train.activation_checkpoint={mode}").peak(ONE, "cpu").activations
         for mode in ("none", "block")
     )
     assert block < none / 2

@@ -26,7 +26,7 @@ from tests.integration.small_run import (
     small_run,
     write_corpus,
 )
-from train import run_folder
+from train import checkpoint_files, run_folder
 from train.build import build
 from train.checkpoint_files import MANIFEST, STATE, describe_file, open_manifest, seal
 from train.config import StageConfig, dump
@@ -124,29 +124,51 @@ def test_keys_that_a_config_lost_are_differences(run):
     refused(run, r"run_dir=.* holds a run with model\.\w+=.*, but now model\.")
 
 
+def test_config_cut_at_the_end_of_a_line_is_damaged(run):
+    """What is left of it can be read, and would have defaults for the rest."""
+    path = Path(run.run_dir, "config.yaml")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[: len(lines) // 2]))
+    refused(run, r"config\.yaml is damaged: it lacks \w+.*which identity\.json has")
+    with pytest.raises(UserError, match=r"config\.yaml is damaged: it lacks"):
+        read_run(Path(run.run_dir))
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at(monkeypatch, folder, name, record, config):
+    """Write record and config; be killed in the middle of one of them."""
+    write = checkpoint_files.write_durably
+
+    def cut_off(path, text):
+        if name in path.name:
+            path.write_text(text[:30])
+            raise Killed
+        write(path, text)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_files, "write_durably", cut_off)
+        with pytest.raises(Killed):
+            run_folder.write_identity(folder, record, config)
+
+
 @pytest.mark.parametrize("name", ["identity.json", "config.yaml"])
 def test_killed_while_it_writes_the_record(run, monkeypatch, name):
     """Nothing of the old file is lost, and the same command starts."""
+    folder = Path(run.run_dir)
+    before = content(folder)
+    kill_at(monkeypatch, folder, name, read_identity(folder), dump(run))
+    assert content(folder)[str(folder / name)] == before[str(folder / name)]
+    assert start(run).progress.step == 2
 
-    class Killed(BaseException):
-        pass
 
-    def write(path, text):
-        path.write_text(text[:30])
-        if name in path.name:
-            raise Killed
-
-    before = content(run.run_dir)
-    with monkeypatch.context() as patch:
-        patch.setattr(run_folder, "write_durably", write)
-        with pytest.raises(Killed):
-            run_folder.write_identity(
-                Path(run.run_dir), read_identity(Path(run.run_dir)), dump(run)
-            )
-    after = content(run.run_dir)
-    assert after[f"{run.run_dir}/{name}"] == before[f"{run.run_dir}/{name}"]
-    if name == "identity.json":
-        assert start(run).progress.step == 2
+@pytest.mark.parametrize("name", ["identity.json", "config.yaml"])
+def test_new_folder_of_a_start_that_was_killed_can_be_started_in(run, tmp_path, monkeypatch, name):
+    new = replace(run, run_dir=str(tmp_path / "new"))
+    kill_at(monkeypatch, tmp_path / "new", name, read_identity(Path(run.run_dir)), dump(new))
+    check_run_folder(new)
 
 
 def test_files_that_go_by_themselves_are_no_strangers(run, tmp_path):

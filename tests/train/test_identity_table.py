@@ -175,13 +175,6 @@ def test_what_is_not_known_is_not_compared():
     check(Use.resume, replace(record(), tokenizer=half), record(), "WHERE")
 
 
-def test_auto_asks_for_nothing():
-    auto = replace(record(), config={**config(), "train.precision": "auto"}, precision=None)
-    check(Use.resume, record(), auto, "WHERE")
-    with pytest.raises(UserError, match=r"rank 1 has train\.precision=auto"):
-        check_ranks([record(), auto])
-
-
 def test_origin_of_a_run_that_has_weights_of_its_own():
     """Not named: nothing asked for. Another one: asked for, and it would not be in effect."""
     began = replace(record(), config={**config(), "init_from": "A"})

@@ -36,7 +36,9 @@ from train.checkpoint import CheckpointFailedError
 from train.config import SampleConfig, StageConfig, WandbConfig, WandbMode
 from train.errors import ExitCode, UserError
 from train.metrics import read_metrics
+from train.reach import check_reach
 from train.run_folder import read_identity
+from train.stages import resolve
 
 
 @pytest.fixture(scope="module")
@@ -348,7 +350,7 @@ def test_profile_window_writes_a_trace(corpus, tmp_path):
     assert b"aten::mm" in (tmp_path / "run" / "profile" / "steps_4_4.json").read_bytes()
     assert "aten::mm" in (tmp_path / "run" / "profile" / "steps_4_4.txt").read_text()
     with pytest.raises(UserError, match=r"profile_start=5 and train\.profile_steps=1 end"):
-        build(replace(run, train=replace(run.train, profile_start=5)))
+        check_reach(replace(run, train=replace(run.train, profile_start=5)), resolve(run))
 
 
 def test_tensorboard_and_no_text(corpus, tmp_path):

@@ -5,6 +5,7 @@ Oracle: hand counts, and numpy-free float64 formulas written out here.
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -119,3 +120,24 @@ def test_broken_line_in_the_middle_is_named(tmp_path):
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics.jsonl: line 2 is damaged"):
         read_metrics(path)
+
+
+def test_cut_file_is_durable_before_it_takes_the_place(tmp_path, monkeypatch):
+    """A checkpoint counts on its lines: losing power in between must not lose them."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+    synced, replace, fsync = set(), os.replace, os.fsync
+
+    def note(descriptor):
+        synced.add((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def check(aside, final):
+        assert (os.stat(aside).st_ino, os.stat(aside).st_size) in synced
+        replace(aside, final)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", check)
+    assert MetricsFile(path).cut(1) == 1
+    assert os.stat(tmp_path).st_ino in {inode for inode, _ in synced}
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -109,19 +109,21 @@ class Stub:
 
 @pytest.mark.parametrize("code", list(ExitCode))
 def test_exit_code_of_the_trainer_is_that_of_the_process(code, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.build, "build", lambda run: Stub(code))
+    monkeypatch.setattr(train.build, "build", lambda run, precision: Stub(code))
     assert cli(["model=v4_tiny", f"run_dir={tmp_path}"]) == code
 
 
 def test_fault_of_ours_keeps_its_traceback(tmp_path, monkeypatch):
     """Only a ConfigError or UserError is the user's."""
-    monkeypatch.setattr(train.build, "build", lambda run: Stub(ValueError("shape mismatch")))
+    monkeypatch.setattr(
+        train.build, "build", lambda run, precision: Stub(ValueError("shape mismatch"))
+    )
     with pytest.raises(ValueError, match="shape mismatch"):
         cli(["model=v4_tiny", f"run_dir={tmp_path}"])
 
 
 def test_interrupt_before_the_first_step_is_resumable(tmp_path, monkeypatch, capsys):
-    def interrupt(run):
+    def interrupt(run, precision):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train.build, "build", interrupt)
@@ -132,7 +134,7 @@ def test_interrupt_before_the_first_step_is_resumable(tmp_path, monkeypatch, cap
 def test_signal_ends_the_jobs_of_a_sweep_that_follow(tmp_path, monkeypatch):
     begun = []
 
-    def build(run):
+    def build(run, precision):
         begun.append(run.seed)
         return Stub(ExitCode.resumable, signalled=run.seed == 1)
 

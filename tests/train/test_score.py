@@ -54,7 +54,7 @@ def test_scores_are_those_of_one_forward_pass(chunk, run):
 def test_nothing_and_one_token_have_no_score(run):
     assert token_nll(run[1], torch.empty(0, dtype=torch.int64)).shape == (0,)
     assert token_nll(run[1], torch.tensor([3])).isnan().all()
-    with pytest.raises(ValueError, match="token id 320 is not below vocab_size=320"):
+    with pytest.raises(ValueError, match="token id 320 is not one of the vocab_size=320"):
         token_nll(run[1], torch.tensor([1, 320]))
 
 
@@ -186,7 +186,7 @@ def test_a_character_is_streamed_whole(capsys):
         (score.main, ("{run}/run", "{run}/run/config.npy"), "config.npy cannot be read"),
         (generate.main, ("{run}/run",), "no prompt"),
         (generate.main, ("{run}/run", "--ids", "1,x"), "--ids 1,x"),
-        (generate.main, ("{run}/run", "--ids", "1,999"), "id 999 is not below vocab_size=320"),
+        (generate.main, ("{run}/run", "--ids", "1,999"), "id 999 is not one of the vocab_size=320"),
         (generate.main, ("{run}/run", "--prompt-file", "{run}/no"), "no is no file"),
         (generate.main, ("{run}/run", "--prompt-file", "{run}/tokens.npy"), "npy is not UTF-8"),
         (generate.main, ("{run}/run", "--prompt", "x", "--temperature", "nan"), "temperature=nan"),

@@ -1,4 +1,4 @@
-// Attention over a window and compressed entries (V4_SPEC B.3) on CPU, one query at a time, in fp32.
+// Attention over a window and compressed entries (reference B.3) on CPU, one query at a time, in fp32.
 //
 // Chosen entries are copied into tiles of the thread's own; window and ranges are read in place, their
 // edges masked.

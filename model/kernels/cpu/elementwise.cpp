@@ -1,4 +1,4 @@
-// RMSNorm, clamped SwiGLU and interleaved RoPE on CPU (V4_SPEC B.1, B.9, B.4): one pass over the data
+// RMSNorm, clamped SwiGLU and interleaved RoPE on CPU (reference B.1, B.9, B.4): one pass over the data
 // per call, fp32 inside. Rows are independent; sums over rows (the gradient of a norm's weight) are
 // taken over one contiguous part a thread, then over the parts.
 #include "vector.h"

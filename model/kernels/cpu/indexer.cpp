@@ -1,4 +1,4 @@
-// The lightning indexer (V4_SPEC B.7, B.8) on CPU, one query at a time, in fp32:
+// The lightning indexer (reference B.7, B.8) on CPU, one query at a time, in fp32:
 //   I[t, i] = sum_j w[t, j] * relu(q[t, j] . k[i])
 // top-k over the visible entries, and the KL loss over the chosen ones with all its gradients at once.
 //

@@ -1,4 +1,4 @@
-// mHC (V4_SPEC B.2) on CPU: one pass over the streams per call. Built once per number of streams
+// mHC (reference B.2) on CPU: one pass over the streams per call. Built once per number of streams
 // (-DSTREAMS=4). Work is split into contiguous parts of tiles of TILE tokens; a token's result does not
 // depend on the others, sums over tokens are taken over each part and then over the parts.
 //
