@@ -123,6 +123,7 @@ class Checkpoints:
             layout.complete(aside, reports, whole_state)
             for path in durable_first:
                 fsync(path)
+            fsync(self.folder.parent)  # so that they and this folder have their names
             self._publish(aside, self.path(step))
 
         self._running = RunningSave(

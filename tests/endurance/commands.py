@@ -32,7 +32,7 @@ _MODEL = (  # both compressed kinds, a hash router, a learned one; the MTP block
 _TRAIN = (
     f"train.seq_len={SEQ_LEN}", f"train.global_batch_tokens={ROWS * SEQ_LEN}", "train.device=cpu",
     f"train.eval_tokens={2 * SEQ_LEN}", "train.monitor_every=4", "train.log_samples=true",
-    "optim.muon.dtype=fp32", "sample.tokens=2",
+    "optim.muon.dtype=fp32", "sample.tokens=2", "optim.schedule.warmup_steps=1",
     # A horizon that is not the run's length, so that a longer run begins as a shorter one.
     f"train.stages=[{{name:all,until_tokens:{20 * ROWS * SEQ_LEN}}}]",
 )  # fmt: skip
@@ -117,7 +117,7 @@ def prepare(place: Path, faults: Sequence[Callable[[], None]] = ()) -> Commands:
 
     def run() -> int:
         shutil.rmtree(folder, ignore_errors=True)
-        return pretrain.cli([*words, *life.Start(steps=2, every=1).words(), f"run_dir={folder}"])
+        return pretrain.cli([*words, *life.Start(steps=4, every=1).words(), f"run_dir={folder}"])
 
     # The first run also prepares the text, by threads that would stay: so it gets a process.
     first = Process(lambda _: run(), place / "warm.log")

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from tests.endurance import checkpoints, life
+from tests.endurance.power import REAL, Volatile
 
 OPEN, FSYNC, RENAME, REMOVE, MKDIR = "open", "fsync", "rename", "remove", "mkdir"
 WRITE = life.WRITE
 _FILLS = (OPEN, WRITE, MKDIR)  # need room
 _LASTS = (3, 30, 10**9)  # failing calls until there is room again
 _STRIKES = (life.KILL, life.POWER, life.TERM, life.SECOND, life.EXPORT)
-_real_open, _real_os = io.open, {name: getattr(os, name) for name in dir(os)}
+_real_open = io.open
 
 
 class Disk:
@@ -50,8 +51,9 @@ class Disk:
         self.pinned = str(pinned) if pinned else None
         self.calls: Counter[str] = Counter()
         self._lock = threading.RLock()
-        self._synced: dict[tuple[int, int], int] = {}  # file that was written -> its durable bytes
+        self._volatile = Volatile(self.root) if event.name == life.POWER else None
         self._struck, self._failing = False, 0  # happened; calls that will still fail
+        self._off = False  # power
 
     def install(self) -> None:
         """From now on every call passes here."""
@@ -80,6 +82,8 @@ class Disk:
         Raises:
             OSError: the disk is full, read-only, or the path cannot be removed.
         """
+        if self._off:
+            return
         with self._lock:
             main = threading.current_thread() is threading.main_thread()
             counter = f"{life.MAIN if main else life.SAVE} {WRITE if kind == WRITE else life.OTHER}"
@@ -100,8 +104,9 @@ class Disk:
             self._failing = _LASTS[self.event.which % len(_LASTS)]
         if name in (life.KILL, life.POWER):
             half()
-            if name == life.POWER:
-                self._forget_unsynced()
+            if self._volatile:
+                self._off = True
+                self._volatile.lose()
             os.kill(os.getpid(), signal.SIGKILL)
         if name == life.TERM:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -132,27 +137,11 @@ class Disk:
         if step is not None and step == checkpoints.newest_good(folder):
             self.note(f"broken {kind} of {inside[0]}, which is the newest good checkpoint")
 
-    # ---- what power lost forgets -------------------------------------------------------------
-    def _key(self, descriptor: int) -> tuple[int, int]:
-        found = os.fstat(descriptor)
-        return found.st_dev, found.st_ino
-
     def writes(self, descriptor: int, anew: bool = False) -> None:
-        """Note that what comes behind the present end of a file is not on the disk yet."""
-        with self._lock:
-            key, size = self._key(descriptor), os.fstat(descriptor).st_size
-            if anew or key not in self._synced:
-                self._synced[key] = 0 if anew else size
-
-    def _forget_unsynced(self) -> None:
-        """Cut every file back to what was made durable; renames are kept, as file systems do."""
-        for folder, _, names in os.walk(self.root):
-            for name in names:
-                path = os.path.join(folder, name)
-                found = os.lstat(path)
-                durable = self._synced.get((found.st_dev, found.st_ino), found.st_size)
-                if durable < found.st_size:
-                    os.truncate(path, durable)
+        """Note that a file is about to be written."""
+        if self._volatile:
+            with self._lock:
+                self._volatile.writes(descriptor, anew)
 
     # ---- the calls ---------------------------------------------------------------------------
     def _open(
@@ -164,9 +153,12 @@ class Disk:
         if path is None or not self.covers(path) or not set(mode) & set("wax+"):
             return _real_open(file, mode, buffering, encoding, errors, newline, closefd, opener)
         raw_mode = mode.replace("b", "").replace("t", "")
+        new = not os.path.lexists(path)
         if not isinstance(file, int):
             self.before(OPEN, path)
         raw = _RawFile(self, path, file, raw_mode, closefd, opener)
+        if new and self._volatile:
+            self._volatile.made(path)
         if buffering == 0:
             return raw
         layer = io.BufferedRandom if "+" in mode else io.BufferedWriter
@@ -180,9 +172,14 @@ class Disk:
     def _os_open(self, path: Any, flags: int, mode: int = 0o777, *, dir_fd: Any = None) -> int:
         where = _path_of(path, dir_fd)
         writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+        new = False
         if where is not None and writes and self.covers(where):
             self.before(OPEN, where)
-        return _real_os["open"](path, flags, mode, dir_fd=dir_fd)
+            new = not os.path.lexists(where)
+        descriptor = REAL["open"](path, flags, mode, dir_fd=dir_fd)
+        if where is not None and new and self._volatile:
+            self._volatile.made(where)
+        return descriptor
 
     def _to_descriptor(self, name: str) -> Callable[..., Any]:
         def call(descriptor: int, *args: Any) -> Any:
@@ -190,7 +187,7 @@ class Disk:
             if path is not None and self.covers(path):
                 self.writes(descriptor)
                 self.before(WRITE, path)
-            return _real_os[name](descriptor, *args)
+            return REAL[name](descriptor, *args)
 
         return call
 
@@ -198,31 +195,44 @@ class Disk:
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
         path = _path_of(number)
         if path is None or not self.covers(path):
-            return _real_os["fsync"](number)
+            return REAL["fsync"](number)
         self.before(FSYNC, path)
-        _real_os["fsync"](number)
-        with self._lock:
-            self._synced.pop(self._key(number), None)
+        REAL["fsync"](number)
+        if self._volatile:
+            with self._lock:
+                self._volatile.synced(number, path)
         return None
 
     def _single(self, name: str, kind: str) -> Callable[..., None]:
         def call(path: Any, *args: Any, dir_fd: Any = None, **more: Any) -> None:
-            where = _path_of(path, dir_fd)
-            if where is not None and self.covers(where):
+            where, kept = _path_of(path, dir_fd), ""
+            mine = where is not None and self.covers(where)
+            if where is not None and mine:
                 self.before(kind, where)
-            _real_os[name](path, *args, dir_fd=dir_fd, **more)
+                kept = self._volatile.keep(where) if self._volatile and kind == REMOVE else ""
+            REAL[name](path, *args, dir_fd=dir_fd, **more)
+            if where is not None and mine and self._volatile:
+                if kind == REMOVE:
+                    self._volatile.removed(where, kept)
+                else:
+                    self._volatile.made(where)
 
         return call
 
     def _pair(self, name: str, kind: str) -> Callable[..., None]:
         def call(source: Any, target: Any, **more: Any) -> None:
-            places = (
-                _path_of(source, more.get("src_dir_fd")), _path_of(target, more.get("dst_dir_fd")),
-            )  # fmt: skip
-            mine = [place for place in places if place is not None and self.covers(place)]
+            old = _path_of(source, more.get("src_dir_fd"))
+            new = _path_of(target, more.get("dst_dir_fd"))
+            mine = [path for path in (old, new) if path is not None and self.covers(path)]
             if mine:
                 self.before(kind, mine[0])
-            _real_os[name](source, target, **more)
+            kept = self._volatile.keep(new) if self._volatile and len(mine) == 2 and new else ""
+            REAL[name](source, target, **more)
+            if self._volatile and old and new and len(mine) == 2:
+                if name in ("rename", "replace"):
+                    self._volatile.renamed(old, new, kept)
+                else:
+                    self._volatile.made(new)
 
         return call
 
@@ -250,7 +260,7 @@ class _RawFile(io.FileIO):
 
 def _write_half(descriptor: int, content: Any) -> None:
     view = memoryview(content).cast("B")
-    _real_os["write"](descriptor, view[: len(view) // 2])
+    REAL["write"](descriptor, view[: len(view) // 2])
 
 
 def _path_of(file: Any, dir_fd: int | None = None) -> str | None:

@@ -67,7 +67,7 @@ def pruning_is_part_of_saving() -> None:
         publish(self, aside, final)
         of_step = {step_of(path) or 0: path for path in self.published()}
         for path in self._pruner._superfluous(of_step, step_of(final) or 0):
-            path.rename(path.with_name(f".removing_{path.name}"))
+            remove(path)
 
     Checkpoints._publish = publish_and_prune
 

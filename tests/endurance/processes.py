@@ -21,6 +21,7 @@ from train.errors import ExitCode
 PATIENCE = 180.0  # seconds for one start; nothing in a life takes so long
 _GRACE = 1.0  # seconds that other ranks have to tell the same error
 _NOTICE = 60.0  # seconds in which they must have noticed that one is gone
+_TIDY = 5.0  # seconds until a process of a session that has ended is gone
 _LOOK = 0.003
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -83,6 +84,11 @@ class Process:
         if not self.look():
             os.kill(self.pid, number)
 
+    @property
+    def stands_still(self) -> bool:
+        """Whether it has stopped itself, as its event wants."""
+        return self.stopped and any(fact.startswith("struck") for fact in self.facts())
+
     def printed(self) -> str:
         """All that it printed."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -98,6 +104,19 @@ class Process:
         except ProcessLookupError:
             return False
         return True
+
+
+class _Waited:
+    """Seconds since the first question, without those in which this process was suspended."""
+
+    def __init__(self) -> None:
+        self._last, self._sum = 0.0, 0.0
+
+    def seconds(self) -> float:
+        now = time.monotonic()
+        self._sum += min(now - self._last, 0.5) if self._last else 0.0
+        self._last = now
+        return self._sum
 
 
 class Job:
@@ -126,19 +145,18 @@ class Job:
         Raises:
             BrokenError: they do not end.
         """
-        deadline, alone_since = time.monotonic() + PATIENCE, 0.0
+        waited, alone = _Waited(), _Waited()
         while not all([rank.look() for rank in self.ranks]):
-            if until_stopped and any(rank.stopped for rank in self.ranks):
+            if until_stopped and any(rank.stands_still for rank in self.ranks):
                 self._stop()
                 return False
             if any(rank.code for rank in self.ranks):
-                alone_since = alone_since or time.monotonic()
-                waited = time.monotonic() - alone_since
-                if waited > _GRACE and not self._must_leave():
+                seconds = alone.seconds()
+                if seconds > _GRACE and not self._must_leave():
                     self._end_others()
-                elif waited > _NOTICE:
+                elif seconds > _NOTICE:
                     self._give_up("though another left")
-            if time.monotonic() > deadline:
+            if waited.seconds() > PATIENCE:
                 self._give_up("at all")
             time.sleep(_LOOK)
         for rank in self.ranks:
@@ -197,9 +215,9 @@ class Job:
         raise BrokenError(f"rank(s) {running} did not end {because}", self.printed())
 
     def _expect_nothing_left(self, rank: Process) -> None:
-        deadline = time.monotonic() + 5.0
+        waited = _Waited()
         while rank.left_behind():
-            if time.monotonic() > deadline:
+            if waited.seconds() > _TIDY:
                 os.killpg(rank.pid, signal.SIGKILL)
                 raise BrokenError("a process was left behind", rank.printed())
             time.sleep(_LOOK)

@@ -156,6 +156,7 @@ def in_a_fork(body):
 )
 def test_power_takes_what_was_not_synced_and_a_kill_does_not(tmp_path, name, kept):
     def body():
+        (tmp_path / "log").touch()
         files = disk.Disk(tmp_path, event(name, 3, how=life.WRITE), None, lambda _: None)
         files.install()
         with (tmp_path / "log").open("a", buffering=1) as file:
@@ -169,3 +170,43 @@ def test_power_takes_what_was_not_synced_and_a_kill_does_not(tmp_path, name, kep
 
     assert in_a_fork(body) == -signal.SIGKILL
     assert (tmp_path / "log").read_text() == kept
+
+
+def test_power_takes_names_that_their_folder_was_not_synced_for(tmp_path):
+    """Made, renamed over another, removed, and a folder with what is in it."""
+    old = {"kept": "durable", "other": "durable", "gone": "durable"}
+    for name, text in old.items():
+        (tmp_path / name).write_text(text)
+
+    def change():
+        (tmp_path / "new").write_text("not durable")
+        (tmp_path / "new").rename(tmp_path / "kept")
+        (tmp_path / "gone").unlink()
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "inside").write_text("not durable")
+
+    def sync(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+    def body(also_sync):
+        files = disk.Disk(tmp_path, event(life.POWER, 10**9), None, lambda _: None)
+        files.install()
+        change()
+        if also_sync:
+            for name in ("kept", "folder/inside", "folder", ""):
+                sync(tmp_path / name)
+        files._strike("now", lambda: None)
+
+    assert in_a_fork(partial(body, False)) == -signal.SIGKILL
+    assert contents(tmp_path) == old
+    assert in_a_fork(partial(body, True)) == -signal.SIGKILL
+    assert contents(tmp_path) == {
+        "kept": "not durable", "other": "durable", "folder/inside": "not durable"
+    }  # fmt: skip
+
+
+def contents(folder):
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_text() for path in found}

@@ -62,6 +62,19 @@ def test_checkpoint_round_trip_is_bitwise(run):
     assert state == {**STATE, "step": 2}
 
 
+def test_saved_checkpoint_is_found_after_a_loss_of_power(tmp_path, monkeypatch):
+    """Every folder on the way to it has its name on the disk, the new ones too."""
+    synced, fsync = set(), os.fsync
+
+    def note(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    saved = Checkpoints(tmp_path / "checkpoints").save(1, tensors(1), STATE)
+    assert {path.stat().st_ino for path in (tmp_path, saved.parent, saved)} <= synced
+
+
 def test_checkpoint_names_and_retention(run):
     run.save(30, tensors(3), STATE)
     assert [p.name for p in run.folder.iterdir() if p.name.startswith("step")] == [
