@@ -242,7 +242,7 @@ def damaged(source, damages):
             try:
                 damage(folder, step, file, number)
                 event(damage.__name__)
-            except (OSError, ValueError, LookupError, AttributeError, TypeError):
+            except Exception:  # of what an earlier damage left
                 event(f"not done: {damage.__name__}")
         yield folder
         for path in (folder, *folder.rglob("*")):
