@@ -2,6 +2,7 @@
 #   make pretrain [ARGS="model=v4_micro train.steps=100"]     the main job
 #   make test                                                 all tests but the slow ones
 #   make quick                                                the most telling tests
+#   make matrix                                               the numeric tests as other CPUs run them
 #   make check                                                lint, format, types
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -9,23 +10,29 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 STAMP_DEV := $(VENV)/.installed-dev
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 WANDB_MODE=offline DS_ACCELERATOR=cpu $(BIN)/python -m pytest -q -n $(WORKERS)
+OFFLINE = HF_HUB_OFFLINE=1 WANDB_MODE=offline DS_ACCELERATOR=cpu
+PYTEST = OMP_NUM_THREADS=1 $(OFFLINE) $(BIN)/python -m pytest -q -n $(WORKERS)
+LEVELS = $(OFFLINE) $(BIN)/python -m tests.cpu_levels
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: pretrain test quick slow check format
+.PHONY: pretrain test quick slow matrix check format
 
 pretrain: $(STAMP)
 	$(BIN)/python train/pretrain.py $(ARGS)
 
 test: $(STAMP_DEV)
 	$(PYTEST) -m "not slow" $(ARGS)
+	$(if $(ARGS),,$(LEVELS) --core --jobs $(WORKERS))
 
 quick: $(STAMP_DEV)
 	$(PYTEST) -m "core and not slow" $(ARGS)
 
 slow: $(STAMP_DEV)
 	$(PYTEST) -m slow $(ARGS)
+
+matrix: $(STAMP_DEV)
+	$(LEVELS) --jobs $(WORKERS) $(ARGS)
 
 check: $(STAMP_DEV)
 	$(BIN)/ruff check .

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model.kernels.gather import take_rows
+
 LinearOp = Callable[[Tensor, Tensor], Tensor]
 GroupedLinearOp = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -34,8 +36,7 @@ def grouped_linear_reference(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> 
     """
     row_N = torch.arange(x_NI.shape[0], device=x_NI.device)
     expert_N = torch.bucketize(row_N, offsets_E, right=True, out_int32=True)
-    # index_select: the backward of advanced indexing adds in thread order
-    w_NIO = w_EOI.to(x_NI.dtype).transpose(-2, -1).index_select(0, expert_N)
+    w_NIO = take_rows(w_EOI.to(x_NI.dtype).transpose(-2, -1), expert_N)
     return torch.bmm(x_NI[:, None, :], w_NIO)[:, 0]
 
 

@@ -1,8 +1,8 @@
 """The numeric tests as other CPUs run them: instruction sets of torch, oneDNN, MKL and our C++.
 
-    python -m tests.cpu_levels --core          the core numeric tests under each level (make test)
-    python -m tests.cpu_levels                 all of them, on 1 and 2 threads (make matrix)
-    TEST_CPU_LEVEL=avx2 pytest tests/quant     one level by hand
+    python -m tests.cpu_levels --core        the most telling ones under three levels (make test)
+    python -m tests.cpu_levels               all under every level, 1 and 2 threads (make matrix)
+    TEST_CPU_LEVEL=avx2 pytest tests/quant   one level by hand
 
 ``tests/conftest.py`` puts the level in ``TEST_CPU_LEVEL`` into effect before torch is imported, and
 fails where torch did not take it. A level that this CPU does not have is told and left out.
@@ -16,11 +16,23 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 NUMERIC = ("tests/model", "tests/quant", "tests/optim", "tests/parity")
-THREADS = (1, 2)
+# Of these, what `make test` has time for under every level: our C++, formats, and the whole model
+# against its oracle.
+CORE = (
+    "tests/model/kernels",
+    "tests/model/attention",
+    "tests/model/test_generate.py::test_quantised_cache_matches_the_forward_with_its_casts",
+    "tests/quant/test_formats.py",
+    "tests/optim/test_newton_schulz.py",
+    "tests/parity/test_oracle.py",
+)
+CORE_LEVELS = ("default", "avx2", "avx512")
 
 
 class Level(NamedTuple):
@@ -72,41 +84,45 @@ def available(level: Level) -> bool:
     return platform.machine() == "x86_64" and set(level.needs) <= set(flags)
 
 
-def run(name: str, threads: int, arguments: list[str]) -> bool:
+def run(name: str, threads: int, arguments: Sequence[str]) -> bool:
     """Run pytest under one level; True where it passed."""
     chosen = os.environ | {"TEST_CPU_LEVEL": name, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "pytest", "-q", *arguments]
     start = time.perf_counter()
-    passed = subprocess.run(command, env=chosen, check=False).returncode == 0
+    done = subprocess.run(command, env=chosen, capture_output=True, text=True, check=False)
     seconds = time.perf_counter() - start
-    _say(f"level {name}, {threads} thread(s): {'passed' if passed else 'FAILED'}, {seconds:.0f} s")
-    return passed
+    if done.returncode:
+        _say(done.stdout + done.stderr)
+    verdict = "passed" if done.returncode == 0 else f"FAILED ({done.returncode})"
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    _say(f"== level {name}, {threads} thread(s): {verdict}, {last}, {seconds:.0f} s in all")
+    return done.returncode == 0
 
 
 def main() -> int:
     """Run the levels that this CPU has; 1 where a test failed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--core", action="store_true", help="core tests only, one thread")
-    parser.add_argument("--levels", nargs="+", choices=LEVELS, default=list(LEVELS))
-    parser.add_argument("--threads", nargs="+", type=int, help=f"default: {THREADS}; --core: 1")
-    parser.add_argument("--paths", nargs="+", default=NUMERIC, help=f"default: {NUMERIC}")
+    parser.add_argument("--core", action="store_true", help="the most telling ones, on one thread")
+    parser.add_argument("--levels", nargs="+", choices=LEVELS, help="default: all; --core: three")
+    parser.add_argument("--threads", nargs="+", type=int, help="default: 1 and 2; --core: 1")
+    parser.add_argument("--paths", nargs="+", help="default: all numeric tests")
+    parser.add_argument("--jobs", type=int, default=2, help="at the same time")
     given = parser.parse_args()
     marks = "core and not slow" if given.core else "not slow"
-    failed = []
-    for name in given.levels:
-        if not available(LEVELS[name]):
-            _say(f"level {name}: NOT RUN, this CPU lacks one of {LEVELS[name].needs}")
-            continue
-        for threads in given.threads or (THREADS[:1] if given.core else THREADS):
-            if not run(name, threads, ["-m", marks, *given.paths]):
-                failed.append(f"{name} on {threads} thread(s)")
-    if failed:
-        _say(f"failed: {', '.join(failed)}")
-    return int(bool(failed))
+    arguments = ["-m", marks, *(given.paths or (CORE if given.core else NUMERIC))]
+    jobs = []
+    for name in given.levels or (CORE_LEVELS if given.core else LEVELS):
+        if available(LEVELS[name]):
+            jobs += [(name, n) for n in given.threads or ((1,) if given.core else (1, 2))]
+        else:
+            _say(f"== level {name}: NOT RUN, this CPU lacks one of {LEVELS[name].needs}")
+    with ThreadPoolExecutor(given.jobs) as pool:
+        passed = list(pool.map(lambda job: run(*job, arguments), jobs))
+    return int(not all(passed))
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(f"== {text}\n")
+    sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 

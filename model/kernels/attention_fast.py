@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.attention import AttentionResult, EntrySet
+from model.kernels.gather import add_rows_
 from model.kernels.indexer import IndexerInputs, ranked
 
 # Elements of one chunk's score tensor: 2^18 fp32 = 1 MiB, about a core's L2 cache. Measured: 2^16
@@ -110,7 +111,7 @@ def _accumulate(grad_BEK: Tensor, keys: _Keys, p_BCHG: Tensor, x_BCHK: Tensor) -
     part = torch.matmul(p_BCHG.transpose(-1, -2), x_BCHK).to(grad_BEK.dtype)
     E, K = grad_BEK.shape[1:]
     flat = keys.index_BCG + torch.arange(B, device=grad_BEK.device)[:, None, None] * E
-    grad_BEK.view(B * E, K).index_add_(0, flat.flatten(), part.view(-1, K))
+    add_rows_(grad_BEK.view(B * E, K), flat.flatten(), part.view(-1, K))
 
 
 def _score(q_BCHK: Tensor, keys: Tensor, mask_BCG: Tensor) -> Tensor:

@@ -1,6 +1,10 @@
-"""Row gathers whose backward pass is a gather too: no scatter-add, deterministic, one pass."""
+"""Row gathers whose backward pass is a gather too: no scatter-add, deterministic, one pass.
 
-# Legend: B rows, T tokens, N gathered rows, C channels, K experts per token
+Where the places that take a row are not known beforehand, :func:`add_rows_` sums in a fixed order.
+No other file adds floats to places that may meet (tests/arch/test_sums.py).
+"""
+
+# Legend: B rows, T tokens, N gathered rows, M rows that may repeat, C channels, K experts per token
 from __future__ import annotations
 
 from typing import Any
@@ -15,6 +19,39 @@ def _rows(x_BTC: Tensor, index_BN: Tensor) -> Tensor:
     flat = index_BN.clamp(max=T - 1) + torch.arange(B, device=x_BTC.device)[:, None] * T
     out = x_BTC.reshape(B * T, C).index_select(0, flat.flatten()).view(B, -1, C)
     return out.masked_fill_((index_BN == T)[..., None], 0)
+
+
+def add_rows_(table_NC: Tensor, index_M: Tensor, rows_MC: Tensor) -> None:
+    """``table[index[m]] += rows[m]``; rows that meet are added in one order: equal bits each time.
+
+    Each device has one op that keeps an order: ``index_put_`` sorts on CUDA, where ``index_add_``
+    adds atomically; on a CPU ``index_add_`` goes through the rows in turn, where ``index_put_``
+    adds atomically.
+    """
+    if table_NC.device.type == "cpu":
+        table_NC.index_add_(0, index_M, rows_MC)
+    else:
+        table_NC.index_put_((index_M,), rows_MC, accumulate=True)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, table_NC: Tensor, index_M: Tensor) -> Tensor:
+        ctx.save_for_backward(index_M)
+        ctx.shape = table_NC.shape
+        return table_NC.index_select(0, index_M)
+
+    @staticmethod
+    def backward(ctx: Any, grad_MC: Tensor) -> tuple[Tensor, None]:
+        (index_M,) = ctx.saved_tensors
+        grad_NC = grad_MC.new_zeros(ctx.shape)
+        add_rows_(grad_NC, index_M, grad_MC)
+        return grad_NC, None
+
+
+def take_rows(table_NC: Tensor, index_M: Tensor) -> Tensor:
+    """``table[index]`` along the first dim; gradients meet as in :func:`add_rows_`."""
+    return _Take.apply(table_NC, index_M)
 
 
 class _Injective(torch.autograd.Function):

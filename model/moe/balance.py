@@ -12,8 +12,8 @@ from model.sequence_plan import SequencePlan
 
 def expert_load(index_NK: Tensor, valid_N: Tensor, num_experts: int) -> Tensor:
     """Tokens routed to every expert [E], fp32, padding left out."""
-    weights = valid_N[:, None].expand_as(index_NK).float()
-    return torch.bincount(index_NK.flatten(), weights.flatten(), minlength=num_experts).float()
+    counted_NK = torch.where(valid_N[:, None], index_NK, num_experts)  # padding has its own place
+    return torch.bincount(counted_NK.flatten(), minlength=num_experts + 1)[:-1].float()
 
 
 def balance_loss(routing: Routing, plan: SequencePlan) -> Tensor:

@@ -80,6 +80,7 @@ DECAY = {"optim.schedule.decay_start": 0.5}
 STAGES = {"train.stages": [StageConfig(until_tokens=256), StageConfig(until_tokens=512)]}
 QAT = {"quant.recipe": Recipe.fp4_qat}
 OFFLINE = {"wandb.mode": WandbMode.offline}
+HELD_OUT = {"data__validation__bytes": 600, "data__validation__max_fraction": 0.5}
 HELD = {"data.validation.bytes": 600, "train.eval_every": 1}
 SAVES = {"train.checkpoint_every": 1}
 BACK = {
@@ -157,7 +158,8 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     # ---- data
     "data.tokenizer": row("bpe", data, data__vocab_size=512),
     "data.vocab_size": row(513, data, data__tokenizer="bpe", data__vocab_size=512),
-    "data.cache_dir": row("cache/other", handed("data.prepare.cache_root", lambda r: data(r, Path()))),
+    "data.cache_dir": row(
+        "cache/other", handed("data.prepare.cache_root", lambda r: data(r, Path()))),
     "data.sources": row({}, handed("data.corpus.package_versions", lambda r: data(r, Path()))),
     "data.sources.kind": row(SourceKind.text, data),
     "data.sources.path": row("other.jsonl", data),
@@ -178,10 +180,10 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "data.packing.pool_documents": row(2, data),
     "data.validation.bytes": row(900, data),
     "data.validation.max_fraction": row(0.05, data, data__validation__bytes=2000),
-    "data.validation.seed": row(1, data, data__validation__bytes=600, data__validation__max_fraction=0.5),
-    "data.validation.ngram": row(1, data, data__validation__bytes=600, data__validation__max_fraction=0.5),
-    "data.validation.max_overlap": row(0.0, data, data__validation__bytes=600, data__validation__max_fraction=0.5,
-                                       data__validation__ngram=2),
+    "data.validation.seed": row(1, data, **HELD_OUT),
+    "data.validation.ngram": row(1, data, **HELD_OUT),
+    "data.validation.max_overlap": row(
+        0.0, data, data__validation__ngram=2, **HELD_OUT),
     # ---- optim
     "optim.name": row(OptimizerName.adamw, params),
     "optim.lr": row(1e-3, plan),
@@ -257,10 +259,10 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "train.balance_loss_weight": row(0.2, plan),
     "train.bias_update_speed": row(0.2, plan),
     "train.bias_stops_at_decay": row(True, plan, **DECAY),
-    "train.eval_every": row(1, outcome, data__validation__bytes=600, data__validation__max_fraction=0.5),
+    "train.eval_every": row(1, outcome, **HELD_OUT),
     "train.eval_only": row(True, "train.eval_only=true has nothing to evaluate"),
     "train.eval_tokens": row(64, outcome, **HELD),
-    "train.final_eval_tokens": row(64, outcome, data__validation__bytes=600, data__validation__max_fraction=0.5),
+    "train.final_eval_tokens": row(64, outcome, **HELD_OUT),
     "train.checkpoint_every": row(1, outcome),
     "train.async_checkpoint": row(True, checkpoints),
     "train.keep_checkpoints": row(1, outcome, **SAVES),
