@@ -49,15 +49,15 @@ def owned(folder: Path) -> Iterator[None]:
         UserError: another run does; on all ranks.
     """
     lock, problem = FolderLock(folder), ""
-    if is_main():
-        try:
-            lock.acquire()
-        except UserError as error:
-            problem = str(error)
-    problem = same_everywhere(problem)
-    if problem:
-        raise UserError(problem)
     try:
+        if is_main():
+            try:
+                lock.acquire()
+            except UserError as error:
+                problem = str(error)
+        problem = same_everywhere(problem)
+        if problem:
+            raise UserError(problem)
         yield
     finally:
         lock.release()
@@ -98,7 +98,8 @@ class FolderLock:
         if self._descriptor < 0:  # a fork of the holder has closed it
             return
         self._released.set()
-        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            self._thread.join(_PATIENCE)
         with contextlib.suppress(OSError):
             if _read(self._path) == self._record:
                 self._path.unlink()
@@ -112,6 +113,10 @@ class FolderLock:
             problem = "is in use"
             try:
                 problem = self._write_name(descriptor, fresh)
+            except BaseException:  # a signal that ends this start too
+                if fresh:
+                    self._path.unlink(missing_ok=True)
+                raise
             finally:
                 if problem:
                     os.close(descriptor)

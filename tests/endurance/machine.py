@@ -19,6 +19,7 @@ from tests.endurance.checks import (
     FINISHED,
     KILLED,
     REFUSED,
+    RESUMABLE,
     Checks,
     Outcome,
     check_refusal,
@@ -121,6 +122,9 @@ class Living:
         struck = any(fact.startswith("struck") for fact in job.facts())
         outcome = Outcome(start, job, newest, struck)
         self.counts[name] += struck or name in (life.END, life.LOCKED) or bool(other)
+        if why and struck and outcome.code in (KILLED, RESUMABLE):  # before it was refused
+            self._repair()
+            return
         may = name in (life.FULL, life.READ_ONLY, life.SECOND) and struck
         if why or (outcome.code == REFUSED and may):
             printed = job.ranks[0].printed()
@@ -212,6 +216,8 @@ class Living:
         # The first one had not come so far as to own the folder.
         both = trained(first.printed()) and trained(printed)
         expect(not both, "two starts trained in one folder at once", first.printed())
+        # What the second one did, the first one may have begun behind.
+        self._lineage[newest:] = [start.layout] * (life.MOST_STEPS - newest)
         return newest_now
 
     def _export(self, start: life.Start, job: Job, newest: int) -> None:
