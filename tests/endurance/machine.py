@@ -237,7 +237,7 @@ class Living:
             alone.go_on()
             alone.wait()
         printed = exporter.printed()
-        if exporter.code == REFUSED and not good:
+        if exporter.code == REFUSED and (self._config or not good):  # damaged, as the start is told
             return
         expect(
             exporter.code == FINISHED, f"an export of a run that trains left with {exporter.code}",
