@@ -2,7 +2,7 @@
 
 A token store is known by the checksums in its manifest. A stream is not read before it is trained
 on: its files are known by size and samples of their bytes, a hub's repository by its revision.
-Goes into the identity of a run (train/identity.py).
+Goes into the identity of a run (train/run_folder/identity.py).
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class Loader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where a checkpoint of the same data stood (train/identity.py compares it)."""
+        """Continue where a checkpoint stood; of the same data: train/run_folder/identity.py."""
         if self.mixture.start and not state.get("cursors"):
             raise ConfigError(
                 "data.sources: the checkpoint is of an older version, which mixed weighted sources"

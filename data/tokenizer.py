@@ -297,6 +297,11 @@ def load_tokenizer(name: str) -> Tokenizer:
     return tokenizer
 
 
+def folder_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer of a model folder, if it has one."""
+    return load_tokenizer(str(folder)) if (folder / "tokenizer.json").is_file() else None
+
+
 def _is_ours(path: Path) -> bool:
     """Whether a file was written by :meth:`Tokenizer.serialise`, as those in token stores are."""
     with path.open("rb") as file:

@@ -179,6 +179,15 @@ class ModelConfig:
         return self.hc_mult if Residual(self.residual) is Residual.mhc else 1
 
     @property
+    def split_counts(self) -> dict[str, int]:
+        """Sizes by which a Muon split may cut the rows of a matrix."""
+        return {
+            "o_groups": self.o_groups,
+            "num_attention_heads": self.num_attention_heads,
+            "index_n_heads": self.index_n_heads,
+        }
+
+    @property
     def ratios(self) -> tuple[int, ...]:
         """Distinct compression ratios in use, ascending."""
         return tuple(sorted({self.ratio(i) for i in range(self.num_hidden_layers)} - {0}))

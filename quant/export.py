@@ -1,8 +1,8 @@
 """The released checkpoint's layout (reference E.1): which tensor is stored how, and the writer.
 
 :func:`quantise_official` turns official tensors into stored ones, one at a time, which
-``train/export.py`` writes shard by shard. The way back is ``quant/importing.py``, which shares no
-code with this file.
+``train/exchange/export.py`` writes shard by shard. The way back is ``quant/importing.py``, which
+shares no code with this file.
 """
 
 # Legend: R rows, C columns

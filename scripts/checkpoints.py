@@ -21,19 +21,21 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import Tensor
 
-from scripts.command import command, tell
-from train import checkpoint, checkpoint_reader
-from train.checkpoint_files import MANIFEST, DamagedCheckpointError, open_manifest, step_of
-from train.checkpoint_hold import Hold
-from train.checkpoint_retention import Retention, published, remove
+from scripts.cli.command import command, tell
+from train.checkpoint import manager as checkpoint
+from train.checkpoint import reader as checkpoint_reader
+from train.checkpoint.files import MANIFEST, DamagedCheckpointError, open_manifest, step_of
+from train.checkpoint.hold import Hold
+from train.checkpoint.retention import Retention, published, remove
 from train.errors import ExitCode, UserError, one_line
-from train.folder_lock import owned
-from train.run_folder import CHECKPOINTS
+from train.run_folder.folder import CHECKPOINTS
+from train.run_folder.lock import owned
 
 
 @command()

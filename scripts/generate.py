@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.tokenizer import Tokenizer
 from model.flops import kv_cache_bytes
@@ -25,11 +25,11 @@ from quant.config import QuantConfig
 from quant.indexer import IndexerCast
 from quant.kv import KVCast
 from quant.probe import QuantProbe
-from scripts.command import command
-from scripts.model_options import add_model_options, open_model
-from train.config import is_text
+from scripts.cli.command import command
+from scripts.cli.model_options import add_model_options, open_model
+from train.config.schema import is_text
 from train.errors import TrainingFailedError, UserError, one_line
-from train.sample import encode_prompt
+from train.record.sample import encode_prompt
 
 EPILOG = """examples:
   scripts/generate.py runs/nano --prompt "The function returns" --temperature 0.7
@@ -39,12 +39,12 @@ EPILOG = """examples:
 
 
 @command()
-def main(arguments: list[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Generate."""
-    write(parse(arguments))
+    write(parse(words))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from tqdm import tqdm
 
-from scripts.command import command
-from scripts.model_options import add_weights_option
-from train.config import Weights
-from train.exchange import open_source
-from train.import_model import import_checkpoint
+from scripts.cli.command import command
+from scripts.cli.model_options import add_weights_option
+from train.config.schema import Weights
+from train.exchange.import_model import import_checkpoint
+from train.exchange.open import open_source
 
 EPILOG = """example:
   scripts/import_hf.py downloads/v4 models/v4
@@ -30,12 +30,12 @@ EPILOG = """example:
 
 
 @command()
-def main(arguments: list[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Import."""
-    import_folder(parse(arguments))
+    import_folder(parse(words))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -35,32 +35,35 @@ import json
 import math
 import os
 import platform
-import random
-import socket
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
-    sys.path.insert(0, ROOT)
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from parallel.config import SCHEDULES
-from parallel.mesh import check_layout, leave_process_group
-from scripts.command import command
-from scripts.layout_trials import Reference, last_loss, reference, trials
+from parallel.mesh import leave_process_group
+from scripts.cli.command import command
+from scripts.layout_trials.asked import (
+    Layout,
+    add_run_options,
+    compose,
+    free_port,
+    join,
+    parse,
+    write_corpus,
+)  # fmt: skip
+from scripts.layout_trials.trials import Reference, last_loss, reference, trials
 from train.build import build_layout
-from train.config import RunConfig
 from train.errors import UserError
-from train.overrides import compose_run
-from train.receipt import source_hash
-from train.stages import check_rows, check_schedule, resolve
+from train.record.receipt import source_hash
 
 DEFAULT = (
     "dp_shard=1 micro=4", "dp_shard=1 micro=2",
@@ -83,83 +86,6 @@ BOUNDS: dict[str, tuple[str, float | None]] = {
     "path": ("free_weights", None),
     "bf16": ("bf16", 2e-2),
 }
-_DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What was asked for: ``parallel`` keys, and rows of a microbatch (0: default)."""
-
-    text: str
-    keys: dict[str, str]
-    micro: int
-
-    @property
-    def ranks(self) -> int:
-        """Processes it takes."""
-        degrees = {key: int(self.keys.get(key, "1")) for key in _DEGREES}
-        return degrees["pp"] * degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
-
-
-def parse(text: str) -> Layout:
-    """Read ``"dp_shard=4 ep=2 micro=1"``.
-
-    Raises:
-        ValueError: a word that is no degree, schedule or microbatch.
-    """
-    keys, micro = {"dp_shard": "1"}, 0
-    for word in text.split():
-        key, _, value = word.partition("=")
-        if key == "schedule" and value in SCHEDULES:
-            keys[key] = value
-        elif key in _DEGREES and value.isdigit() and int(value):
-            keys[key] = value
-        elif key == "micro" and value.isdigit() and int(value):
-            micro = int(value)
-        else:
-            raise UserError(
-                f"layout {text!r}: {word!r} is none of {'=N, '.join((*_DEGREES, 'micro'))}=N,"
-                f" schedule={'|'.join(SCHEDULES)}"
-            )
-    return Layout(text, keys, micro)
-
-
-def compose(layout: Layout, args: argparse.Namespace, corpus: str, *more: str) -> RunConfig:
-    """The run of a layout.
-
-    Raises:
-        ValueError: it cannot be; names the keys.
-    """
-    rows = args.rows // (int(layout.keys["dp_shard"]) * int(layout.keys.get("dp_replicate", "1")))
-    micro = layout.micro or max(
-        1, rows // (2 * int(layout.keys.get("pp", "1")) if "pp" in layout.keys else 1)
-    )
-    run = compose_run(
-        [
-            f"model={args.model}", "data=jsonl", f"data.sources.jsonl.path={corpus}/text.jsonl",
-            f"data.cache_dir={corpus}/cache", "data.tokenizer=byte", "data.validation.bytes=0",
-            f"train.steps={args.steps}", f"train.seq_len={args.seq_len}", "train.monitor_every=0",
-            f"train.global_batch_tokens={args.rows * args.seq_len}", "train.precision=fp32",
-            f"train.micro_batch_size={micro}", f"train.device={args.device}",
-            "optim.muon.dtype=fp32", f"run_dir={corpus}/run", *args.set,
-            *(f"parallel.{key}={value}" for key, value in layout.keys.items()), *more,
-        ]
-    )  # fmt: skip
-    resolved = run.parallel.resolve(layout.ranks)
-    check_layout(resolved, run.model)
-    check_rows(resolve(run), resolved.row_degree)
-    check_schedule(resolve(run), resolved)
-    return run
-
-
-def write_corpus(folder: str) -> None:
-    """Documents of 5 to 400 words over a small alphabet, the same everywhere."""
-    rng = random.Random(0)
-    vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 8))) for _ in range(80)]
-    with Path(folder, "text.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(200):
-            text = " ".join(rng.choices(vocabulary, k=rng.choice((5, 20, 60, 400))))
-            file.write(json.dumps({"text": text}, allow_nan=False) + "\n")
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -175,22 +101,6 @@ def measure(
         )
         out["bf16"] = abs(low - ref.losses[-1]["loss"]) / ref.losses[-1]["loss"]
     return out
-
-
-def join(rank: int, port: int, ranks: int) -> None:
-    """Make this process one of ``ranks`` on this machine, as torchrun would."""
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
-        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
-
-
-def free_port() -> int:
-    """A port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        return probe.getsockname()[1]
 
 
 def on_rank(rank: int, port: int, layout: Layout, args: argparse.Namespace, corpus: str) -> None:
@@ -323,9 +233,9 @@ def show(cells: list[str], width: int) -> None:
 
 
 @command()
-def main(argv: list[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Measure and print; the exit code."""
-    args = options().parse_args(argv)
+    args = options().parse_args(words)
     torch.set_num_threads(1)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as corpus:
@@ -437,17 +347,6 @@ def markdown(lines: list[list[str]], notes: list[str]) -> str:
             "", "Columns" + legend.rstrip().replace("\n\n", "\n\n```text\n", 1), "```", "",
         ]
     )  # fmt: skip
-
-
-def add_run_options(parser: argparse.ArgumentParser, layouts: Sequence[str], steps: int) -> None:
-    """Options that say what is run; ``scripts/step_parts.py`` has them too."""
-    parser.add_argument("layouts", nargs="*", default=layouts, help="degrees of each layout")
-    parser.add_argument("--model", default="v4_tiny", help="of conf/model")
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--rows", type=int, default=8, help="of a global batch")
-    parser.add_argument("--seq-len", type=int, default=64, help="tokens of a row")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other config")
 
 
 def options() -> argparse.ArgumentParser:

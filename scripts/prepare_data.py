@@ -9,18 +9,18 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.cache import build_once
 from data.config import DataConfig, OnBadLine, SourceConfig, SourceKind, TextUnit, ValidationConfig
 from data.prepare import Corpus, build_tokenizer
 from data.token_store import TokenStore
 from data.tokenise import SHARD_BYTES, StoreJob, write_store
-from scripts.command import command
+from scripts.cli.command import command
 from train.errors import UserError
 
 EPILOG = """examples:
@@ -35,9 +35,9 @@ then train on it:
 
 
 @command(logging.INFO)
-def main(arguments: list[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Make or verify a store."""
-    options = parse(arguments)
+    options = parse(words)
     if options.verify:
         store = TokenStore(options.verify, f"--verify {options.verify}")
         store.verify()
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> None:
     report(store)
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     v = ValidationConfig()
     parser = argparse.ArgumentParser(

@@ -15,24 +15,24 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
-    sys.path.insert(0, ROOT)
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.command import command
-from scripts.report_document import Document, Picture, Table
-from scripts.run_differences import differences, explain
-from scripts.study_config import load_study
-from scripts.study_plots import draw_runs
-from scripts.study_protocol import Protocol, from_root
-from scripts.study_report import write_study_report
-from scripts.study_store import FinishedRun, Store, read_run
-from train.errors import UserError
+from scripts.cli.command import command
+from scripts.studies.config import load_study
+from scripts.studies.differences import differences, explain
+from scripts.studies.document import Document, Picture, Table
+from scripts.studies.plots import draw_runs
+from scripts.studies.protocol import Protocol, from_root
+from scripts.studies.report import write_study_report
+from scripts.studies.store import FinishedRun, Store, read_run
+from train.errors import ROOT, UserError
 
 
 @command()
-def main(argv: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Parse, read, write."""
-    args = _parse(argv)
+    args = _parse(words)
     path = _study(args) if args.what[0].startswith("study=") else _runs(args)
     print(path.read_text(encoding="utf-8").split("\n## ")[0])
     print(f"report: {path} and {path.with_suffix('.html').name}")
@@ -53,7 +53,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _study(args: argparse.Namespace) -> Path:
-    root = Path(ROOT)
+    root = ROOT
     folders = args.runs or [root / "runs" / "studies", root / "docs" / "studies" / "runs"]
     name = args.what[0].partition("=")[2]
     study = load_study(name, args.what[1:])
@@ -66,7 +66,7 @@ def _runs(args: argparse.Namespace) -> Path:
     if len(folders) < 2:
         raise UserError(f"{folders[0]}: give at least two run folders, or study=NAME")
     runs = [read_run(folder) for folder in folders]
-    return comparison(runs).write(args.out or Path(ROOT) / "runs" / "comparison")
+    return comparison(runs).write(args.out or ROOT / "runs" / "comparison")
 
 
 def comparison(runs: Sequence[FinishedRun]) -> Document:

@@ -18,16 +18,17 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.global_batch import Sample
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
-from scripts.command import command
+from scripts.cli.command import command
 from train.errors import ExitCode, UserError
-from train.metrics import Record, StepLines
-from train.run_folder import ABANDONED, CONFIG, SAMPLES, read_run
-from train.sample_log import data_hash
+from train.record.metrics import Record, StepLines
+from train.record.sample_log import data_hash
+from train.run_folder.folder import ABANDONED, CONFIG, SAMPLES, read_run
 
 _BEGINNING = 60  # characters of a text in a line
 

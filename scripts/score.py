@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import json
 import math
@@ -27,11 +27,11 @@ import torch
 from tqdm import tqdm
 
 from data.tokenizer import Tokenizer
-from scripts.command import command
-from scripts.model_options import add_model_options, open_model
+from scripts.cli.command import command
+from scripts.cli.model_options import add_model_options, open_model
 from train.errors import UserError, one_line
-from train.output_files import replacing
-from train.score import Totals, check_document, documents, token_nll
+from train.exchange.output_files import replacing
+from train.exchange.score import Totals, check_document, documents, token_nll
 
 EPILOG = """the NPZ holds
   ids        int64 [N]    token ids
@@ -45,12 +45,12 @@ examples:
 
 
 @command()
-def main(arguments: list[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Score."""
-    score(parse(arguments))
+    score(parse(words))
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter

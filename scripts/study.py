@@ -9,7 +9,7 @@ Every arm first gets its learning rate from a search on a seed of its own; then 
 each arm on the same data order. The same command goes on where it was stopped, finished runs are
 passed over (same config, same code), runs that studies share are trained once. The report lies in
 docs/studies/NAME; runs are made below runs/studies. KEY=VALUE changes a key of conf/study/NAME.yaml
-(steps, seeds, search.fraction, arms.NAME.lr, ...): see scripts/study_config.py.
+(steps, seeds, search.fraction, arms.NAME.lr, ...): see scripts/studies/config.py.
 
 Exit codes: 0 all runs are finished, 2 input that cannot be, 75 stopped and resumable, 1 otherwise.
 """
@@ -28,25 +28,25 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
-    sys.path.insert(0, ROOT)
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.command import command
-from scripts.study_config import StudyConfig, load_study, study_names
-from scripts.study_estimate import Estimate
-from scripts.study_protocol import Batch, Protocol, from_root
-from scripts.study_report import write_study_report
-from scripts.study_store import Store, archive
-from train.errors import ExitCode, UserError
-from train.receipt import source_hash
+from scripts.cli.command import command
+from scripts.studies.config import StudyConfig, load_study, study_names
+from scripts.studies.estimate import Estimate
+from scripts.studies.protocol import Batch, Protocol, from_root
+from scripts.studies.report import write_study_report
+from scripts.studies.store import Store, archive
+from train.errors import ROOT, ExitCode, UserError
+from train.record.receipt import source_hash
 
 OUT, ARCHIVE, RUNS = "runs/studies", "docs/studies", "runs"
 
 
 @command(logging.INFO)
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Plan, run, report."""
-    args = _parse(argv)
+    args = _parse(words)
     name, study = _study(args.words)
     return _run(name, study, args)
 
@@ -60,9 +60,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("words", nargs="*", metavar="study=NAME KEY=VALUE")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and leave")
     parser.add_argument("--report-only", action="store_true", help="no runs, only the report")
-    parser.add_argument("--out", type=Path, default=Path(ROOT) / OUT, help="where runs are made")
+    parser.add_argument("--out", type=Path, default=ROOT / OUT, help="where runs are made")
     parser.add_argument(
-        "--archive", type=Path, default=Path(ROOT) / ARCHIVE, help="receipts, metrics, reports"
+        "--archive", type=Path, default=ROOT / ARCHIVE, help="receipts, metrics, reports"
     )
     parser.add_argument(
         "--launcher", default="", help="Hydra's: joblib, submitit_slurm, ... (default: in turn)"
@@ -137,7 +137,7 @@ def _start(protocol: Protocol, batch: Batch, launcher: str, lock: int) -> ExitCo
     """Run a batch by the trainer's own entry; signals go on to it."""
     words = protocol.command(batch, [f"hydra/launcher={launcher}"] if launcher else [])
     print(f"\n== {batch.title}: python train/pretrain.py {' '.join(words)}", flush=True)
-    command = [sys.executable, str(Path(ROOT) / "train" / "pretrain.py"), *words]
+    command = [sys.executable, str(ROOT / "train" / "pretrain.py"), *words]
     # The child holds the lock too, so that nobody writes to its folders should we be killed.
     process = subprocess.Popen(command, cwd=ROOT, pass_fds=[lock])
 

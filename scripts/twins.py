@@ -14,17 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-if (ROOT := str(Path(__file__).resolve().parents[1])) not in sys.path:
-    sys.path.insert(0, ROOT)
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from model.config import Attention, ModelConfig, Residual, Router
 from model.flops import parameter_counts, training_flops
-from scripts.command import command
-from scripts.model_yaml import load_model_config
+from scripts.cli.command import command
+from scripts.cli.model_yaml import load_model_config
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def print_table(title: str, twins: list[Twin]) -> None:
 
 
 @command()
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Parse, compute, print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=4096, help="tokens of a row")
     parser.add_argument("--phase", choices=("full", "warmup", "sparse"), default="sparse")
     parser.add_argument("--json", type=Path, help="also write the table there")
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     config = load_model_config(args.model, args.overrides)
     twins = compare(config, args.seq_len, args.phase)
     print_table(f"{config.name}, rows of {args.seq_len} tokens, indexer phase {args.phase}", twins)

@@ -29,35 +29,35 @@ from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_stage import ModelPart
 from parallel.plan import build_sharded_model
 from quant.apply import reads_master
-from train.anticipation import Anticipation
-from train.audit import Audit
-from train.auto_precision import PrecisionChoice
-from train.checkpoint import Checkpoints
-from train.checkpoint_retention import Retention
-from train.config import Device, Precision, RunConfig, WandbMode, dump
-from train.config_reads import ConfigReads
-from train.ema import WeightAverage
+from train.audit.audit import Audit
+from train.audit.config_reads import ConfigReads
+from train.checkpoint.average import WeightAverage
+from train.checkpoint.manager import Checkpoints
+from train.checkpoint.retention import Retention
+from train.config.flat import flat_config
+from train.config.schema import Device, Precision, RunConfig, WandbMode, dump
 from train.errors import UserError
-from train.evaluate import Evaluator
-from train.flat_config import flat_config
-from train.identity import RunIdentity
 from train.loop import Trainer, restore
-from train.metrics import MetricsFile, read_metrics
-from train.mfu import measured_matmul_rate, times_slower_than_fp32
-from train.origin import agree_on_ranks
-from train.params_table import split_counts, table_rows, write_params_table
 from train.phase import PhaseSwitch
-from train.profiling import PROFILE, ProfilerWindow
-from train.receipt import code_version, plain
-from train.recovery import Recovery
-from train.report import RunReport
-from train.run_folder import CHECKPOINTS, METRICS, holds_run, write_identity
-from train.sample import check_prompt
-from train.sample_log import SampleLog, data_hash
+from train.preflight.matmul_rate import measured_matmul_rate, times_slower_than_fp32
+from train.preflight.precision import PrecisionChoice
+from train.record.evaluation import Evaluator
+from train.record.metrics import MetricsFile, read_metrics
+from train.record.params_table import table_rows, write_params_table
+from train.record.profiling import PROFILE, ProfilerWindow
+from train.record.receipt import code_version, plain
+from train.record.report import RunReport
+from train.record.sample import check_prompt
+from train.record.sample_log import SampleLog, data_hash
+from train.record.trackers import Console, TensorBoardTracker, Tracker
+from train.record.wandb_tracker import WandbTracker
+from train.recovery.anticipation import Anticipation
+from train.recovery.judge import Recovery
+from train.recovery.stop import StopRequest
+from train.run_folder.folder import CHECKPOINTS, METRICS, holds_run, write_identity
+from train.run_folder.identity import RunIdentity
+from train.run_folder.origin import agree_on_ranks
 from train.stages import Plan, resolve
-from train.stop import StopRequest
-from train.trackers import Console, TensorBoardTracker, Tracker
-from train.wandb_tracker import WandbTracker
 
 PARAMS = "params.csv"
 log = logging.getLogger(__name__)
@@ -226,7 +226,7 @@ def build_engine(run: RunConfig, model: DeepSeekV4, mesh: Mesh | None) -> Engine
     """The engine of this world, with the optimizer."""
     device, group = compute_device(run.train.device), mesh.data.get_group() if mesh else None
     optimizer = build_optimizer(
-        model.named_parameters(), run.optim, split_counts=split_counts(run.model), group=group,
+        model.named_parameters(), run.optim, split_counts=run.model.split_counts, group=group,
         shapes=parameter_shapes(run.model),
     )  # fmt: skip
     if mesh is None:

@@ -23,36 +23,36 @@ from data.tokenizer import Tokenizer
 from model.config import LayerKind, ModelConfig
 from model.flops import training_flops
 from parallel.engine import Engine
-from train import checkpoint_reader
-from train.anticipation import Anticipation, RoutedRows
-from train.audit import Audit
-from train.checkpoint import Checkpoints, hold, read_held
-from train.checkpoint_files import STATE, DamagedCheckpointError, step_of
-from train.checkpoint_hold import Hold
-from train.config import RunConfig, Weights
-from train.ema import WeightAverage, require, saved_model
+from train.audit.audit import Audit
+from train.checkpoint import reader as checkpoint_reader
+from train.checkpoint.average import WeightAverage, require, saved_model
+from train.checkpoint.files import STATE, DamagedCheckpointError, step_of
+from train.checkpoint.finite import first_not_finite
+from train.checkpoint.hold import Hold
+from train.checkpoint.manager import Checkpoints, hold, read_held
+from train.config.recovery import Remedy
+from train.config.schema import RunConfig, Weights
 from train.errors import USER_ERRORS, ExitCode, TrainingFailedError, UserError, one_line
-from train.evaluate import Evaluator
-from train.finite import first_not_finite
-from train.identity import RunIdentity, Use
-from train.metrics import (
+from train.phase import PhaseSwitch
+from train.record.evaluation import Evaluator
+from train.record.metrics import (
     MetricsFile,
     Record,
     load_values,
     monitor_values,
     peak_memory_bytes,
 )
-from train.origin import check_origin, check_steps
-from train.phase import PhaseSwitch
-from train.profiling import ProfilerWindow
-from train.recovery import Recovery, Verdict
-from train.recovery_config import Remedy
-from train.report import FinalEvaluation, RunReport
-from train.sample_log import SampleLog
+from train.record.profiling import ProfilerWindow
+from train.record.report import FinalEvaluation, RunReport
+from train.record.sample_log import SampleLog
+from train.record.trackers import Tracker
+from train.recovery.anticipation import Anticipation, RoutedRows
+from train.recovery.judge import Recovery, Verdict
+from train.recovery.stop import StopRequest
+from train.run_folder.identity import RunIdentity, Use
+from train.run_folder.origin import check_origin, check_steps
 from train.stages import Plan
 from train.step import StepPlan, StepResult, plan_step, train_step
-from train.stop import StopRequest
-from train.trackers import Tracker
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: the repository root, not train/, must be first
     _here = Path(__file__).resolve().parent
     sys.path[:] = [str(_here.parent), *(p for p in sys.path if Path(p).resolve() != _here)]
-    from train.stop import leave_on_signal
+    from train.recovery.stop import leave_on_signal
 
     leave_on_signal()  # a signal during the imports below is answered too
 
@@ -32,7 +32,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from parallel.launch import check_launch, launched_rank
-from train.config import RunConfig, load
+from train.config.command_line import CONF, normalise, sweeps
+from train.config.schema import RunConfig, load
+from train.config.sweep import forget_refused, in_own_folder
 from train.errors import (
     FAILURES,
     USER_ERRORS,
@@ -41,15 +43,13 @@ from train.errors import (
     UserError,
     one_line,
 )
-from train.overrides import CONF, normalise, sweeps
-from train.reach import check_reach
-from train.run_folder import check_run_folder, make_writable, untouched_if_refused
+from train.preflight.reach import check_reach
+from train.recovery.stop import Stopped, stop_with_launcher
+from train.run_folder.folder import check_run_folder, make_writable, untouched_if_refused
 from train.stages import check_rows, check_schedule, refuse_unbuilt, resolve
-from train.stop import Stopped, stop_with_launcher
-from train.sweep import forget_refused, in_own_folder
 
 if TYPE_CHECKING:
-    from train.auto_precision import Measure, PrecisionChoice
+    from train.preflight.precision import Measure, PrecisionChoice
 
 log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds that a rank with a user error waits for rank 0 to have told it
@@ -77,7 +77,7 @@ def checked(
 
     Args:
         cfg: as Hydra composed it.
-        measure: see :func:`train.auto_precision.settle`.
+        measure: see :func:`train.preflight.precision.settle`.
 
     Returns:
         The run, and why it computes in this precision; None where that was asked for.
@@ -88,8 +88,8 @@ def checked(
     run = load(cfg)
     plan = resolve(run)
     from parallel.mesh import check_layout  # noqa: PLC0415  torch takes seconds, which no typo
-    from train import fit  # noqa: PLC0415                   should cost
-    from train.auto_precision import settle  # noqa: PLC0415
+    from train.preflight import fit  # noqa: PLC0415                   should cost
+    from train.preflight.precision import settle  # noqa: PLC0415
 
     world = fit.this_world(run.train.device)
     run, choice = settle(run, world, measure)
@@ -109,7 +109,7 @@ def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
     from model.kernels.allocator import keep_freed_memory  # noqa: PLC0415
     from parallel.lost_rank import lost_rank_ends_the_job  # noqa: PLC0415
     from train.build import build, join_ranks  # noqa: PLC0415
-    from train.folder_lock import owned  # noqa: PLC0415
+    from train.run_folder.lock import owned  # noqa: PLC0415
 
     keep_freed_memory()
     with lost_rank_ends_the_job(run.parallel.timeout_seconds):
@@ -242,9 +242,14 @@ def _composition_error(error: Exception) -> str:
     return f"{text}: {str(cause).splitlines()[0]}"
 
 
-if __name__ == "__main__":
+def command(words: Sequence[str]) -> int:
+    """The whole command in this process: what ``v4 pretrain`` and this file, run, do."""
     logging.basicConfig(
         level=logging.INFO if launched_rank() == 0 else logging.WARNING, format="%(message)s"
     )
     stop_with_launcher()
-    sys.exit(cli(sys.argv[1:]))
+    return cli(words)
+
+
+if __name__ == "__main__":
+    sys.exit(command(sys.argv[1:]))

@@ -15,13 +15,13 @@ from dataclasses import dataclass
 from model.config import LayerKind, ModelConfig
 from parallel.config import ParallelConfig
 from parallel.pipeline_split import check_microbatches
-from train.config import IndexerPhase, RunConfig, StageConfig, TrainConfig
+from train.config.schema import IndexerPhase, RunConfig, StageConfig, TrainConfig
 from train.errors import UserError
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage with every value filled in; fields as in :class:`train.config.StageConfig`."""
+    """A stage with every value filled in; fields as in :class:`train.config.schema.StageConfig`."""
 
     name: str
     start_tokens: int

@@ -19,7 +19,7 @@ from model.loss import Objective
 from optim.config import OptimConfig
 from optim.schedule import decay_started, learning_rate
 from parallel.engine import Engine, Shares, Update
-from train.config import TrainConfig
+from train.config.schema import TrainConfig
 from train.stages import LossWeights, Plan, Stage, loss_weights
 
 
@@ -77,7 +77,7 @@ class StepObserver(Protocol):
 
 
 class Judge(Protocol):
-    """Has a say before the update (``train/recovery.py``); decides alike on all ranks."""
+    """Has a say before the update (``train/recovery/judge.py``); decides alike on all ranks."""
 
     def accepts(self, step: StepPlan, shares: Shares) -> bool:
         """Whether a finite update may be applied."""

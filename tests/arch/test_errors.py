@@ -28,8 +28,8 @@ MISUSE = {
     "quant/formats.py": "shapes and dtypes that blocks cannot have",
     "quant/indexer.py": "a Hadamard matrix that does not exist",
     "quant/linear.py": "a weight that is not the master",
-    "scripts/bench_transformers.py": "a model that has no twin there",
-    "scripts/step_parts.py": "a trace that it did not write",
+    "scripts/benchmarks/peer.py": "a model that has no twin there",
+    "scripts/layout_trials/step_parts.py": "a trace that it did not write",
 }
 
 

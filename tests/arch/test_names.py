@@ -40,7 +40,7 @@ def test_yaml_lines_are_short():
 
 def test_files_have_snake_case_names_and_no_utils():
     for path in SOURCES:
-        assert re.fullmatch(r"(__init__|[a-z][a-z0-9_]*)", path.stem), path
+        assert re.fullmatch(r"(__init__|__main__|[a-z][a-z0-9_]*)", path.stem), path
         assert path.stem not in ("utils", "util", "helpers", "misc", "common"), path
 
 
@@ -49,14 +49,14 @@ def test_nothing_that_runs_as_a_file_shadows_a_module():
     taken = set(sys.stdlib_module_names) | set(PACKAGES) | {"torch", "numpy", "hydra", "yaml"}
     for folder in ("train", "scripts"):
         for path in (ROOT / folder).iterdir():
-            assert path.stem == "__init__" or path.stem not in taken, path
+            assert path.stem.startswith("__") or path.stem not in taken, path
 
 
 def test_packages_are_listed_for_the_installer():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = [
         str(path.parent.relative_to(ROOT)).replace("/", ".")
-        for package in PACKAGES
+        for package in (*PACKAGES, "scripts")
         for path in (ROOT / package).rglob("__init__.py")
     ]
     assert sorted(listed) == sorted(found)

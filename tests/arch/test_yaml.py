@@ -6,7 +6,7 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from train.overrides import CONF, compose_run, groups, options
+from train.config.command_line import CONF, compose_run, groups, options
 from train.stages import refuse_unbuilt, resolve
 
 CHOICES = [(group, option) for group in groups() for option in options(group)]

@@ -10,9 +10,9 @@ import pytest
 from conf.ranges import Range, number, out_of_range
 from data.config import SourceConfig, SourceKind
 from optim.config import NewtonSchulzStage
-from train.config import RunConfig, StageConfig, validate
+from train.config.command_line import compose_run
+from train.config.schema import RunConfig, StageConfig, validate
 from train.errors import USER_ERRORS
-from train.overrides import compose_run
 
 pytestmark = pytest.mark.core
 

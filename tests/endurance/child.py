@@ -26,10 +26,11 @@ import train.loop
 from parallel import lost_rank
 from parallel.collectives import local
 from tests.endurance import disk, life
-from train import folder_lock, pretrain
-from train.checkpoint import Checkpoints
-from train.overrides import CONF
-from train.stop import leave_on_signal
+from train import pretrain
+from train.checkpoint.manager import Checkpoints
+from train.config.command_line import CONF
+from train.recovery.stop import leave_on_signal
+from train.run_folder import lock as folder_lock
 
 DAY = 86400.0
 

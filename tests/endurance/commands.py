@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from scripts.layouts import free_port
+from scripts.layout_trials.asked import free_port
 from tests.endurance import child, life
 from tests.endurance.processes import Job, Process
 from train import pretrain

@@ -28,7 +28,7 @@ from tests.endurance.checks import (
 from tests.endurance.commands import Commands
 from tests.endurance.processes import Job, Process
 from tests.endurance.references import References
-from train.run_folder import LOCK
+from train.run_folder.folder import LOCK
 
 _TORN = ('{"step": 3, "lo', "\n", '{"step": 3, "lo\n')
 _READS = 60  # files of checkpoints that an export has opened when it is stopped, at most

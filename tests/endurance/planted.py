@@ -11,14 +11,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import train.checkpoint
-import train.checkpoint_retention
-import train.folder_lock
+import train.checkpoint.manager
+import train.checkpoint.retention
 import train.loop
-from train.checkpoint import Checkpoints
-from train.checkpoint_files import step_of
-from train.checkpoint_retention import Pruner, published, remove
-from train.checkpoint_writer import Snapshot
+import train.run_folder.lock
+from train.checkpoint.files import step_of
+from train.checkpoint.manager import Checkpoints
+from train.checkpoint.retention import Pruner, published, remove
+from train.checkpoint.writer import Snapshot
 from train.loop import Trainer
 
 
@@ -56,7 +56,7 @@ def nobody_owns_a_folder() -> None:
     def owned(_: Path) -> Iterator[None]:
         yield
 
-    train.folder_lock.owned = owned
+    train.run_folder.lock.owned = owned
 
 
 def pruning_is_part_of_saving() -> None:
@@ -79,7 +79,7 @@ def readers_hold_nothing() -> None:
     def unheld(_: Path) -> Iterator[bool]:
         yield True
 
-    train.checkpoint_retention.unheld = train.checkpoint.unheld = unheld
+    train.checkpoint.retention.unheld = train.checkpoint.manager.unheld = unheld
 
 
 def buffers_grow() -> None:
@@ -97,8 +97,8 @@ def buffers_grow() -> None:
 
 def metrics_are_not_durable() -> None:
     """No line of FAULTS: a checkpoint appears before the metrics that it counts on."""
-    fsync = train.checkpoint.fsync
-    train.checkpoint.fsync = lambda path: fsync(path) if path.is_dir() else None
+    fsync = train.checkpoint.manager.fsync
+    train.checkpoint.manager.fsync = lambda path: fsync(path) if path.is_dir() else None
 
 
 FAULTS: dict[str, Callable[[], None]] = {

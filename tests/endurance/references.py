@@ -26,7 +26,7 @@ from tests.endurance import checkpoints, child, life
 from tests.endurance.broken import expect
 from tests.endurance.commands import Commands
 from tests.endurance.processes import Job, Process
-from train.metrics import unmeasured
+from train.record.metrics import unmeasured
 
 Lineage = tuple[str, ...]  # layout of each step
 WHOLE = life.Start(steps=life.MOST_STEPS, every=1, last=0, best=1)  # best: evaluates every step

@@ -18,7 +18,7 @@ from tests.endurance import commands, life
 from tests.endurance.broken import BrokenError
 from tests.endurance.machine import Living
 from tests.endurance.references import References
-from train.receipt import source_hash
+from train.record.receipt import source_hash
 
 Record = dict[str, Any]
 

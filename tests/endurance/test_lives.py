@@ -12,9 +12,8 @@ import sys
 import pytest
 
 from tests.endurance import planted
-from tests.helpers import ROOT
 
-COMMAND = [sys.executable, str(ROOT / "scripts" / "endurance.py")]
+COMMAND = [sys.executable, "-m", "tests.endurance"]
 
 
 def live(out, *words, seconds):

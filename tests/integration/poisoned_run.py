@@ -15,8 +15,8 @@ from typing import Any
 from data.config import PackingConfig, SourceConfig, SourceKind, ValidationConfig
 from optim.config import MatmulDtype
 from tests.integration.small_run import small_run
-from train.config import RunConfig
-from train.recovery_config import RecoveryConfig, Remedy
+from train.config.recovery import RecoveryConfig, Remedy
+from train.config.schema import RunConfig
 
 STEPS, EVERY = 16, 4
 FIRST_SPIKE = 9  # two documents are held out, the third is the first step's

@@ -13,11 +13,12 @@ import torch
 from data.config import DataConfig, PackingConfig, SourceConfig, SourceKind, ValidationConfig
 from optim.config import OptimConfig, ScheduleConfig
 from tests.helpers import small_config
-from train import checkpoint, checkpoint_reader
 from train.build import build
-from train.config import Device, Precision, RunConfig, SampleConfig, TrainConfig
+from train.checkpoint import manager as checkpoint
+from train.checkpoint import reader as checkpoint_reader
+from train.config.schema import Device, Precision, RunConfig, SampleConfig, TrainConfig
 from train.loop import Trainer
-from train.metrics import Record, read_metrics, unmeasured
+from train.record.metrics import Record, read_metrics, unmeasured
 
 SEQ_LEN, ROWS = 48, 4
 

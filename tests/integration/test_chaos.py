@@ -24,8 +24,8 @@ from tests.parallel.torchrun import (
     words,
     worker_of,
 )
-from train.config import RunConfig
-from train.metrics import read_metrics
+from train.config.schema import RunConfig
+from train.record.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

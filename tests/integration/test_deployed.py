@@ -16,9 +16,9 @@ from quant.config import QuantConfig, Recipe
 from quant.linear import QuantOp
 from scripts import export_hf, import_hf
 from tests.integration.small_run import fit, small_run, write_corpus
-from train.config import StageConfig
-from train.exchange import load_model
-from train.metrics import read_metrics
+from train.config.schema import StageConfig
+from train.exchange.open import load_model
+from train.record.metrics import read_metrics
 
 FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 SEQ_TOKENS = 192  # of a step

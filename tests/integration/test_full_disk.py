@@ -17,8 +17,8 @@ from tests.integration.small_run import (
     small_run,
     write_corpus,
 )
-from train import checkpoint_reader
 from train.build import build
+from train.checkpoint import reader as checkpoint_reader
 from train.errors import ExitCode
 
 

@@ -14,9 +14,9 @@ import pytest
 from tests.helpers import tiny_config
 from tests.integration.small_run import KillAfter, small_run, write_corpus
 from train.build import build
-from train.config import SampleConfig
+from train.config.recovery import Anticipatory, RecoveryConfig
+from train.config.schema import SampleConfig
 from train.errors import ExitCode
-from train.recovery_config import Anticipatory, RecoveryConfig
 
 log = logging.getLogger(__name__)
 STEPS, EVERY, SETTLED = 1000, 100, 300

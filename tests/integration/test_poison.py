@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 from tests.integration.small_run import fit, metrics_of
+from train.config.command_line import compose_run
 from train.errors import ExitCode
-from train.overrides import compose_run
 
 STEPS, DOCUMENTS, BYTES = 120, 200, 500
 POISON = range(70, 77)

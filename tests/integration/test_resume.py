@@ -32,9 +32,9 @@ from tests.integration.small_run import (
 )
 from train import pretrain
 from train.build import build
-from train.config import IndexerPhase, Precision, StageConfig
+from train.config.schema import IndexerPhase, Precision, StageConfig
 from train.errors import ExitCode
-from train.metrics import read_metrics
+from train.record.metrics import read_metrics
 
 STEPS, TOKENS = 6, ROWS * SEQ_LEN
 

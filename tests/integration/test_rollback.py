@@ -33,11 +33,12 @@ from tests.integration.small_run import (
     metrics_of,
 )
 from tests.train.samples import read_samples
-from train import checkpoint, checkpoint_reader
 from train.build import build
+from train.checkpoint import manager as checkpoint
+from train.checkpoint import reader as checkpoint_reader
+from train.config.recovery import Anticipatory, Remedy
 from train.errors import ExitCode, TrainingFailedError
-from train.plots import rollbacks
-from train.recovery_config import Anticipatory, Remedy
+from train.record.plots import rollbacks
 
 TARGET = FIRST_SPIKE - 1  # the checkpoint before it
 COUNTERS = ("loss_spikes", "rollbacks", "abandoned_steps")

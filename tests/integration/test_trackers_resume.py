@@ -20,12 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.integration.poisoned_run import FIRST_SPIKE, poisoned_run, write_poisoned
 from tests.integration.small_run import KillAfter, fit, metrics_of, small_run, write_corpus
-from train import checkpoint
 from train.build import build
-from train.checkpoint_files import STATE
-from train.config import SampleConfig, WandbConfig, WandbMode
+from train.checkpoint import manager as checkpoint
+from train.checkpoint.files import STATE
+from train.config.schema import SampleConfig, WandbConfig, WandbMode
 from train.errors import ExitCode
-from train.wandb_tracker import last_step, logged_steps
+from train.record.wandb_tracker import last_step, logged_steps
 
 STEPS, EVERY, KILLED_AFTER = 8, 3, 5
 

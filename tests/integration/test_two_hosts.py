@@ -16,7 +16,7 @@ import pytest
 
 from tests.integration.small_run import differing, final_tensors, write_corpus
 from tests.parallel.torchrun import ENTRY, steps_of, wait_for_line, words
-from train.config import RunConfig
+from train.config.schema import RunConfig
 
 STEPS, TIMEOUT = 10, 20.0
 PORT = 29511

@@ -7,7 +7,7 @@ import torch
 
 from optim.build import build_optimizer
 from optim.config import MatmulDtype, NewtonSchulzStage, OptimConfig
-from scripts.bench_optim import (
+from scripts.benchmarks.optim import (
     LR,
     build_peer,
     main,
@@ -48,11 +48,10 @@ def test_peer_takes_the_same_first_step():
     assert len(rest) == sum(not r.num_matrices for r in ours.table)
 
 
-def test_report_is_written(tmp_path, monkeypatch, capsys):
+def test_report_is_written(tmp_path, capsys):
     path = tmp_path / "bench.json"
     arguments = ["--model", "v4_tiny", "--repeats", "1", "--warmup", "0", "--json", str(path)]
-    monkeypatch.setattr("sys.argv", ["bench_optim.py", *arguments])
-    main()
+    main(arguments)
     report = json.loads(path.read_text())
     assert report["ratio"] == pytest.approx(report["peer_seconds"] / report["ours_seconds"])
     assert report["floor_seconds"] * report["matmul_flops_per_second"] == pytest.approx(

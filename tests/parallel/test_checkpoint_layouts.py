@@ -10,8 +10,8 @@ import torch.distributed as dist
 from parallel.collectives import whole
 from tests.helpers import random_rows, run_distributed
 from tests.parallel.ranks import SEQ_LEN, alone, forward_backward, spread
-from train import checkpoint_reader
-from train.checkpoint import Checkpoints
+from train.checkpoint import reader as checkpoint_reader
+from train.checkpoint.manager import Checkpoints
 
 ROWS = 8
 

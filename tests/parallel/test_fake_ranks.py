@@ -1,15 +1,15 @@
 """Large layouts are built by one process: placements, and bytes per rank against the fit table.
 
-Bound: 1 % of ``train/fit.py``'s weights and optimizer states, which count shards as even.
+Bound: 1 % of ``train/preflight/fit.py``'s weights and optimizer states, which count shards as even.
 """
 
 import csv
 
 import pytest
 
-from scripts.fake_ranks import build_rank, main
+from scripts.layout_trials.fake_ranks import build_rank, main
 from tests.helpers import ROOT
-from train.overrides import compose_run
+from train.config.command_line import compose_run
 
 SMALL = ["v4_small", "--parallel", "single", "--set", "parallel.dp_shard=4", "parallel.ep=2"]
 

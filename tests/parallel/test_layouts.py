@@ -19,7 +19,7 @@ from tests.parallel.ranks import (
     spread,
     worst_gradient,
 )
-from train.ema import WeightAverage
+from train.checkpoint.average import WeightAverage
 from train.step import microbatches
 
 ROWS = 8

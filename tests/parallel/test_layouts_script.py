@@ -1,4 +1,4 @@
-"""``scripts/layouts.py`` and ``scripts/step_parts.py``: what they measure, and that bounds bite."""
+"""``scripts/layouts.py`` and ``bench.py step_parts``: what they measure, and that bounds bite."""
 
 import json
 
@@ -6,10 +6,11 @@ import pytest
 
 from parallel.config import SCHEDULES
 from scripts import layouts
-from scripts.layout_trials import Reference
-from scripts.layouts import BOUNDS, failures, main, parse
-from scripts.step_parts import PARTS, Collective, Span, Trace, parts_of
-from scripts.step_parts import main as step_parts
+from scripts.layout_trials.asked import parse
+from scripts.layout_trials.step_parts import PARTS, Collective, Span, Trace, parts_of
+from scripts.layout_trials.step_parts import main as step_parts
+from scripts.layout_trials.trials import Reference
+from scripts.layouts import BOUNDS, failures, main
 from tests.parallel.torchrun import SMALL_MODEL
 
 SMALL = ["--set", *SMALL_MODEL[1:], "--rows", "4", "--device", "cpu"]

@@ -22,8 +22,8 @@ from tests.parallel.ranks import (
     spread,
     worst_gradient,
 )
-from train import checkpoint_reader
-from train.checkpoint import Checkpoints
+from train.checkpoint import reader as checkpoint_reader
+from train.checkpoint.manager import Checkpoints
 from train.step import microbatches
 
 ROWS = 16

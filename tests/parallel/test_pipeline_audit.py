@@ -1,6 +1,6 @@
 """Faults planted on one pipeline stage stop the run on every rank and are named with their rank.
 
-As tests/train/test_audit.py, in one spawn of two ranks: nothing of the audit itself is touched.
+As tests/train/audit/test_audit.py, in one spawn of two ranks: nothing of the audit is touched.
 """
 
 import os
@@ -16,9 +16,9 @@ from parallel.config import ParallelConfig
 from quant.config import QuantConfig, Recipe
 from tests.helpers import run_distributed
 from tests.integration.small_run import small_run, write_corpus
-from train.audit import AuditError
+from train.audit.audit import AuditError
 from train.build import build
-from train.config import ActivationCheckpoint
+from train.config.schema import ActivationCheckpoint
 
 LAST = 1  # rank of the last stage
 

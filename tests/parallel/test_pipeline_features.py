@@ -34,10 +34,10 @@ from tests.integration.small_run import (
     write_corpus,
 )
 from train.build import build
-from train.config import IndexerPhase, Precision, SampleConfig, StageConfig
+from train.config.recovery import Anticipatory, RecoveryConfig
+from train.config.schema import IndexerPhase, Precision, SampleConfig, StageConfig
 from train.errors import ExitCode
-from train.mfu import measured_matmul_rate
-from train.recovery_config import Anticipatory, RecoveryConfig
+from train.preflight.matmul_rate import measured_matmul_rate
 
 BATCH = ROWS * SEQ_LEN
 DECAY = 0.9

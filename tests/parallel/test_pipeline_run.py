@@ -23,10 +23,10 @@ from tests.integration.small_run import (
     write_corpus,
 )
 from tests.parallel.torchrun import kill_rank, launch, steps_of, words
-from train.audit import AUDITED_STEPS
-from train.config import ActivationCheckpoint, RunConfig
+from train.audit.audit import AUDITED_STEPS
+from train.config.schema import ActivationCheckpoint, RunConfig
 from train.errors import ExitCode
-from train.params_table import COLUMNS
+from train.record.params_table import COLUMNS
 
 
 def config(folder, corpus):

@@ -32,8 +32,8 @@ from tests.parallel.ranks import (
     worst_gradient,
 )
 from train.build import build
-from train.config import Precision
-from train.metrics import read_metrics
+from train.config.schema import Precision
+from train.record.metrics import read_metrics
 
 ROWS = 8
 QAT = QuantConfig(recipe=Recipe.fp4_qat)

@@ -16,7 +16,7 @@ from tests.integration.poisoned_run import EVERY, FIRST_SPIKE, poisoned_run, wri
 from tests.integration.small_run import SignalAfter, differing, fit, metrics_of
 from tests.train.samples import read_samples
 from train.build import build
-from train.config import SampleConfig
+from train.config.schema import SampleConfig
 from train.errors import ExitCode
 
 TOLD = ("step", "loss_spikes", "rollbacks", "abandoned_steps", "anticipated", "skipped_steps")

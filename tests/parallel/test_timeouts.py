@@ -15,7 +15,7 @@ from parallel.mesh import build_mesh
 from tests.helpers import run_distributed
 from tests.integration.small_run import small_run, write_corpus
 from train.build import build
-from train.config import SampleConfig
+from train.config.schema import SampleConfig
 from train.errors import ExitCode
 
 SECONDS = 47.0

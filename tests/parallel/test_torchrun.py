@@ -23,8 +23,8 @@ from tests.parallel.torchrun import (
     words,
 )
 from tests.train.samples import every_token_once, read_samples
-from train.checkpoint import Checkpoints
-from train.config import RunConfig
+from train.checkpoint.manager import Checkpoints
+from train.config.schema import RunConfig
 
 STEPS = 6
 

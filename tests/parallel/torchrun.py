@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 
-from scripts.layouts import free_port
+from scripts.layout_trials.asked import free_port
 from tests.helpers import ROOT
-from train.metrics import read_metrics, unmeasured
+from train.record.metrics import read_metrics, unmeasured
 
 # torchrun sets it where it starts several ranks and leaves it where it starts one.
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from train.config import RunConfig, dump
-from train.receipt import config_hash, plain
+from train.config.schema import RunConfig, dump
+from train.record.receipt import config_hash, plain
 
 CODE = "c" * 64
 

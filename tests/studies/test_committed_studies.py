@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from scripts.study_config import load_study
-from scripts.study_protocol import Protocol
-from scripts.study_report import study_document
-from scripts.study_results import gather
-from scripts.study_store import Store
+from scripts.studies.config import load_study
+from scripts.studies.protocol import Protocol
+from scripts.studies.report import study_document
+from scripts.studies.results import gather
+from scripts.studies.store import Store
 from tests.helpers import ROOT
 
 DOCS = ROOT / "docs" / "studies"

@@ -13,12 +13,11 @@ import pytest
 
 from optim.groups import build_table
 from scripts import study
-from scripts.study_config import AGAIN, load_study, study_names
-from scripts.study_protocol import Cell, Protocol, choose
-from scripts.study_store import Store, archive, identity_of, read_run
+from scripts.studies.config import AGAIN, load_study, study_names
+from scripts.studies.protocol import Cell, Protocol, choose
+from scripts.studies.store import Store, archive, identity_of, read_run
 from tests.studies.folders import CODE, leave_run
 from train.errors import ExitCode, UserError
-from train.params_table import split_counts
 from train.stages import refuse_unbuilt, resolve
 
 SMALL = ["steps=10", "seeds=[1,2]", "search.fraction=0.5", "evaluations=2"]
@@ -200,7 +199,7 @@ def test_constants_of_muon_are_study_parameters(tmp_path):
         "layers.1.attn.wq_b.weight": (128, 64),
         "layers.1.attn.indexer.wq_b.weight": (512, 64),
     }
-    rows = [build_table(shapes, r.optim, split_counts(r.model)) for r in (split, run["rms_25"])]
+    rows = [build_table(shapes, r.optim, r.model.split_counts) for r in (split, run["rms_25"])]
     heads, index_heads = split.model.num_attention_heads, split.model.index_n_heads
     assert [[r.num_matrices for r in table] for table in rows] == [[heads, index_heads], [1, 1]]
 

@@ -13,13 +13,13 @@ from itertools import product
 import pytest
 
 from scripts import report
-from scripts.run_differences import differences, explain, parting_step
-from scripts.study_config import AGAIN, load_study
-from scripts.study_protocol import Cell, Protocol
-from scripts.study_report import study_document, write_study_report
-from scripts.study_results import gather
-from scripts.study_statistics import Verdict, judge, paired
-from scripts.study_store import Store, read_run
+from scripts.studies.config import AGAIN, load_study
+from scripts.studies.differences import differences, explain, parting_step
+from scripts.studies.protocol import Cell, Protocol
+from scripts.studies.report import study_document, write_study_report
+from scripts.studies.results import gather
+from scripts.studies.statistics import Verdict, judge, paired
+from scripts.studies.store import Store, read_run
 from tests.helpers import ROOT
 from tests.studies.folders import CODE, leave_run
 from train.errors import UserError

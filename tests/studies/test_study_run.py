@@ -17,8 +17,8 @@ from importlib.util import find_spec
 import pytest
 
 from scripts import study
-from scripts.study_report import MEASURED
-from scripts.study_store import read_run
+from scripts.studies.report import MEASURED
+from scripts.studies.store import read_run
 from tests.helpers import ROOT
 from tests.integration.small_run import write_corpus
 

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from scripts.study_statistics import (
+from scripts.studies.statistics import (
     Crossing,
     Verdict,
     holm,

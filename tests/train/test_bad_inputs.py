@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from train.config import dump
+from train.config.command_line import compose_run
+from train.config.schema import dump
 from train.errors import ROOT, ExitCode
-from train.overrides import compose_run
 from train.pretrain import PATIENCE, cli
 
 # (what, arguments, what the line must say)

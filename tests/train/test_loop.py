@@ -30,14 +30,14 @@ from tests.integration.small_run import (
     small_run,
     write_corpus,
 )
-from train import checkpoint_reader
 from train.build import build
-from train.checkpoint import CheckpointFailedError
-from train.config import SampleConfig, StageConfig, WandbConfig, WandbMode
+from train.checkpoint import reader as checkpoint_reader
+from train.checkpoint.manager import CheckpointFailedError
+from train.config.schema import SampleConfig, StageConfig, WandbConfig, WandbMode
 from train.errors import ExitCode, UserError
-from train.metrics import read_metrics
-from train.reach import check_reach
-from train.run_folder import read_identity
+from train.preflight.reach import check_reach
+from train.record.metrics import read_metrics
+from train.run_folder.folder import read_identity
 from train.stages import resolve
 
 

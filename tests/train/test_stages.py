@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from model.config import ModelConfig
-from train.config import IndexerPhase, StageConfig, TrainConfig
+from train.config.schema import IndexerPhase, StageConfig, TrainConfig
 from train.stages import check_rows, loss_weights, refuse_unbuilt, resolve, trains
 
 pytestmark = pytest.mark.core

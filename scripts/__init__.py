@@ -1,0 +1,1 @@
+"""Commands: one file each; ``v4 --help`` lists them."""

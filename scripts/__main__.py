@@ -1,0 +1,67 @@
+"""Every command: ``v4 COMMAND ...`` once installed, or ``python scripts COMMAND ...``.
+
+    v4                                     the list
+    v4 pretrain model=v4_tiny              the same as python train/pretrain.py model=v4_tiny
+    v4 score runs/v4_nano --text book.txt  the same as python scripts/score.py ...
+    v4 COMMAND --help                      what a command takes
+
+Several ranks need a launcher: ``torchrun train/pretrain.py ...``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # run as a folder
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from scripts.cli.group import listing, run_command
+
+MOVED = {  # old script -> how it is called now
+    "bench_step": "bench step",
+    "bench_optim": "bench optim",
+    "bench_quant": "bench quant",
+    "bench_checkpoint": "bench checkpoint",
+    "bench_recovery": "bench recovery",
+    "efficiency": "bench efficiency",
+    "step_parts": "bench step_parts",
+    "fake_ranks": "bench fake_ranks",
+    "pipeline_timeline": "bench timeline",
+}
+COMMANDS = {
+    "pretrain": "train.pretrain:command",
+    "prepare_data": "scripts.prepare_data",
+    "score": "scripts.score",
+    "generate": "scripts.generate",
+    "export_hf": "scripts.export_hf",
+    "import_hf": "scripts.import_hf",
+    "checkpoints": "scripts.checkpoints",
+    "samples": "scripts.samples",
+    "report": "scripts.report",
+    "study": "scripts.study",
+    "layouts": "scripts.layouts",
+    "twins": "scripts.twins",
+    "bench": "scripts.bench",
+}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names.
+
+    Args:
+        words: the command line; None: of this process.
+
+    Returns:
+        Its exit code; 2: there is no such command.
+    """
+    name, *rest = list(sys.argv[1:] if words is None else words) or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"{(__doc__ or '').strip()}\n\ncommands:\n{listing(COMMANDS)}")
+        return 0
+    return run_command("v4", COMMANDS, MOVED, name, rest)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

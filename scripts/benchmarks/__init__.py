@@ -1,0 +1,1 @@
+"""What ``scripts/bench.py`` runs: one benchmark a file."""

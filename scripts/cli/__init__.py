@@ -1,0 +1,1 @@
+"""What commands share: how they end, the options that name a model."""

@@ -1,0 +1,64 @@
+"""What the scripts that run a model have in common: options and loading."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from data.tokenizer import Tokenizer
+from model.transformer import DeepSeekV4
+from quant.config import Recipe
+from train.config.schema import Weights
+from train.errors import UserError
+from train.exchange.open import load_model
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """The model, and how it computes."""
+    parser.add_argument(
+        "model", type=Path, help="run folder, checkpoint, transformers folder or official folder"
+    )
+    parser.add_argument(
+        "--quant", choices=[r.value for r in Recipe],
+        help="casts of the forward pass (default: those that it was trained with, as far as the"
+        " folder says)",
+    )  # fmt: skip
+    add_weights_option(parser)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of matmuls")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--chunk-tokens", type=int, default=512, help="of text read at once")
+
+
+def add_weights_option(parser: argparse.ArgumentParser) -> None:
+    """Which weights of a run."""
+    parser.add_argument(
+        "--weights", choices=[w.value for w in Weights], default=Weights.model.value,
+        help="of a run: those that it trained, or their average (train.ema_decay)",
+    )  # fmt: skip
+
+
+def open_model(options: argparse.Namespace) -> tuple[DeepSeekV4, Tokenizer | None]:
+    """The model that the options name, ready to compute.
+
+    Raises:
+        ValueError: it cannot be read, or there is no such device.
+    """
+    if options.chunk_tokens < 1:
+        raise UserError(f"--chunk-tokens {options.chunk_tokens} must be at least 1")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device")
+    on_gpu = options.device != "cpu" and torch.cuda.is_available()
+    recipe = Recipe(options.quant) if options.quant else None
+    model, tokenizer = load_model(
+        options.model, "cuda" if on_gpu else "cpu", recipe, Weights(options.weights)
+    )
+    if options.precision == "bf16":
+        model.compute_dtype = torch.bfloat16
+    if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{options.model}: its tokenizer has {tokenizer.vocab_size} ids, its model"
+            f" vocab_size={model.config.vocab_size}"
+        )
+    return model, tokenizer

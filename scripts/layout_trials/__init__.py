@@ -1,0 +1,1 @@
+"""Layouts tried on processes of this machine: against one process, in parts, over time."""

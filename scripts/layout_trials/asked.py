@@ -1,0 +1,126 @@
+"""What a trial of a layout is asked: degrees, the run that they make, its text, its processes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from parallel.config import SCHEDULES
+from parallel.mesh import check_layout
+from train.config.command_line import compose_run
+from train.config.schema import RunConfig
+from train.errors import UserError
+from train.stages import check_rows, check_schedule, resolve
+
+_DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What was asked for: ``parallel`` keys, and rows of a microbatch (0: default)."""
+
+    text: str
+    keys: dict[str, str]
+    micro: int
+
+    @property
+    def ranks(self) -> int:
+        """Processes it takes."""
+        degrees = {key: int(self.keys.get(key, "1")) for key in _DEGREES}
+        return degrees["pp"] * degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
+
+
+def parse(text: str) -> Layout:
+    """Read ``"dp_shard=4 ep=2 micro=1"``.
+
+    Raises:
+        ValueError: a word that is no degree, schedule or microbatch.
+    """
+    keys, micro = {"dp_shard": "1"}, 0
+    for word in text.split():
+        key, _, value = word.partition("=")
+        if key == "schedule" and value in SCHEDULES:
+            keys[key] = value
+        elif key in _DEGREES and value.isdigit() and int(value):
+            keys[key] = value
+        elif key == "micro" and value.isdigit() and int(value):
+            micro = int(value)
+        else:
+            raise UserError(
+                f"layout {text!r}: {word!r} is none of {'=N, '.join((*_DEGREES, 'micro'))}=N,"
+                f" schedule={'|'.join(SCHEDULES)}"
+            )
+    return Layout(text, keys, micro)
+
+
+def compose(layout: Layout, args: argparse.Namespace, corpus: str, *more: str) -> RunConfig:
+    """The run of a layout.
+
+    Raises:
+        ValueError: it cannot be; names the keys.
+    """
+    rows = args.rows // (int(layout.keys["dp_shard"]) * int(layout.keys.get("dp_replicate", "1")))
+    micro = layout.micro or max(
+        1, rows // (2 * int(layout.keys.get("pp", "1")) if "pp" in layout.keys else 1)
+    )
+    run = compose_run(
+        [
+            f"model={args.model}", "data=jsonl", f"data.sources.jsonl.path={corpus}/text.jsonl",
+            f"data.cache_dir={corpus}/cache", "data.tokenizer=byte", "data.validation.bytes=0",
+            f"train.steps={args.steps}", f"train.seq_len={args.seq_len}", "train.monitor_every=0",
+            f"train.global_batch_tokens={args.rows * args.seq_len}", "train.precision=fp32",
+            f"train.micro_batch_size={micro}", f"train.device={args.device}",
+            "optim.muon.dtype=fp32", f"run_dir={corpus}/run", *args.set,
+            *(f"parallel.{key}={value}" for key, value in layout.keys.items()), *more,
+        ]
+    )  # fmt: skip
+    resolved = run.parallel.resolve(layout.ranks)
+    check_layout(resolved, run.model)
+    check_rows(resolve(run), resolved.row_degree)
+    check_schedule(resolve(run), resolved)
+    return run
+
+
+def write_corpus(folder: str) -> None:
+    """Documents of 5 to 400 words over a small alphabet, the same everywhere."""
+    rng = random.Random(0)
+    vocabulary = ["".join(rng.choices("etaoinshrdlu", k=rng.randint(2, 8))) for _ in range(80)]
+    with Path(folder, "text.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(200):
+            text = " ".join(rng.choices(vocabulary, k=rng.choice((5, 20, 60, 400))))
+            file.write(json.dumps({"text": text}, allow_nan=False) + "\n")
+
+
+def join(rank: int, port: int, ranks: int) -> None:
+    """Make this process one of ``ranks`` on this machine, as torchrun would."""
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def add_run_options(parser: argparse.ArgumentParser, layouts: Sequence[str], steps: int) -> None:
+    """Options that say what is run; ``scripts/layout_trials/step_parts.py`` has them too."""
+    parser.add_argument("layouts", nargs="*", default=layouts, help="degrees of each layout")
+    parser.add_argument("--model", default="v4_tiny", help="of conf/model")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--rows", type=int, default=8, help="of a global batch")
+    parser.add_argument("--seq-len", type=int, default=64, help="tokens of a row")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other config")

@@ -1,0 +1,222 @@
+"""What a study is: ``conf/study/NAME.yaml`` as typed sections, checked when it is read.
+
+A study asks one question of several *arms*, each a list of overrides of ``train/pretrain.py``. All
+arms share model, data, tokens, decay horizon and seeds (``conf/study/budget``); each has a grid of
+learning rates of its own, since the best one of another arm would be a handicap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train.config.command_line import CONF
+from train.config.schema import describe
+from train.errors import UserError, one_line
+
+STUDIES = CONF / "study"
+AGAIN = "again"  # the arm that repeats the baseline from another initialisation (A/A)
+
+
+@dataclass
+class ArmConfig:
+    """One side of a comparison.
+
+    Attributes:
+        overrides: of ``train/pretrain.py``, on top of the study's ``base``.
+        lr: learning rates that the search tries first, ascending; empty: those of the baseline.
+        evaluates: another arm, whose trained weights this arm evaluates and does not train.
+        fraction: of the study's steps that this arm trains for, with its own decay.
+    """
+
+    overrides: list[str] = field(default_factory=list)
+    lr: list[float] = field(default_factory=list)
+    evaluates: str = ""
+    fraction: float = 1.0
+
+
+@dataclass
+class SearchConfig:
+    """The choice of each arm's learning rate.
+
+    Attributes:
+        seed: of all its runs; must not be among the study's.
+        fraction: of the study's steps that a run of the search takes, with its own decay.
+        factor: between a new learning rate and the edge of the grid that was best.
+        extensions: how often a grid may grow before the study gives up.
+    """
+
+    seed: int = 0
+    fraction: float = 1.0
+    factor: float = 2.0
+    extensions: int = 3
+
+
+@dataclass
+class CatchUpConfig:
+    """How many steps one arm needs for another arm's final loss.
+
+    Attributes:
+        arm: that is also trained for fewer steps; empty: the question is not asked.
+        to: the arm whose final loss is to be reached.
+        fractions: of the study's steps, ascending, below 1; each run has its own whole decay.
+    """
+
+    arm: str = ""
+    to: str = ""
+    fractions: list[float] = field(default_factory=list)
+
+
+@dataclass
+class StudyConfig:
+    """Everything that fixes a study.
+
+    Attributes:
+        question: in one line.
+        base: overrides of every run.
+        arms: by name.
+        baseline: the arm that every other is compared with.
+        steps: optimizer steps of a run.
+        evaluations: how often a run is evaluated, spread evenly; the last is the result.
+        seeds: of data order and initialisation, the same in every arm.
+        search: the choice of learning rates.
+        catch_up: steps to another arm's loss.
+        again: also run the baseline from other initial weights (A/A, the noise floor).
+        level: of the two-sided test, a fraction.
+    """
+
+    question: str = ""
+    base: list[str] = field(default_factory=list)
+    arms: dict[str, ArmConfig] = field(default_factory=dict)
+    baseline: str = ""
+    steps: int = 0
+    evaluations: int = 4
+    seeds: list[int] = field(default_factory=list)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    catch_up: CatchUpConfig = field(default_factory=CatchUpConfig)
+    again: bool = True
+    level: float = 0.05
+
+    def validate(self) -> None:
+        """Refuse what cannot give an answer.
+
+        Raises:
+            UserError: names the keys and their values.
+        """
+        for ok, message in (*self._basic_checks(), *self._arm_checks(), *self._catch_up_checks()):
+            if not ok:
+                raise UserError(message)
+
+    def _basic_checks(self) -> list[tuple[bool, str]]:
+        search = self.search
+        return [
+            (self.steps > 0, f"steps={self.steps} must be above 0"),
+            (
+                0 < self.evaluations <= self.steps,
+                f"evaluations={self.evaluations} must lie in 1 .. steps={self.steps}",
+            ),
+            (len(self.seeds) >= 2, f"seeds={self.seeds}: a test needs at least 2"),
+            (len({*self.seeds}) == len(self.seeds), f"seeds={self.seeds} repeat themselves"),
+            (
+                search.seed not in self.seeds,
+                f"search.seed={search.seed} is among seeds={self.seeds}: the runs that choose a"
+                " learning rate must not judge it",
+            ),
+            (0 < search.fraction <= 1, f"search.fraction={search.fraction} must lie in (0, 1]"),
+            (search.factor > 1, f"search.factor={search.factor} must be above 1"),
+            (search.extensions >= 0, f"search.extensions={search.extensions} must be 0 or more"),
+            (0 < self.level < 1, f"level={self.level} must lie in (0, 1)"),
+        ]
+
+    def _arm_checks(self) -> list[tuple[bool, str]]:
+        names = list(self.arms)
+        checks = [
+            (self.baseline in names, f"baseline={self.baseline} must be one of arms={names}"),
+            (AGAIN not in names, f"arms.{AGAIN} is the name of the repeated baseline"),
+        ]
+        for name, arm in self.arms.items():
+            checks += [
+                (
+                    arm.evaluates in ("", *names) and arm.evaluates != name,
+                    f"arms.{name}.evaluates={arm.evaluates} must be another of arms={names}",
+                ),
+                (
+                    0 < arm.fraction <= 1,
+                    f"arms.{name}.fraction={arm.fraction} must lie in (0, 1]",
+                ),
+                (
+                    bool(arm.evaluates) or len(self.grid(name)) >= 3,
+                    f"arms.{name}.lr={self.grid(name)} needs 3 values: a best one between others",
+                ),
+                (
+                    self.grid(name) == sorted({*self.grid(name)}),
+                    f"arms.{name}.lr={self.grid(name)} must ascend",
+                ),
+            ]
+        return checks
+
+    def _catch_up_checks(self) -> list[tuple[bool, str]]:
+        ask, names = self.catch_up, list(self.arms)
+        if not ask.arm:
+            return []
+        return [
+            (ask.arm in names, f"catch_up.arm={ask.arm} must be one of arms={names}"),
+            (ask.to in names, f"catch_up.to={ask.to} must be one of arms={names}"),
+            (
+                ask.fractions == sorted({*ask.fractions})
+                and all(0 < f < 1 for f in ask.fractions)
+                and bool(ask.fractions),
+                f"catch_up.fractions={ask.fractions} must ascend inside (0, 1)",
+            ),
+        ]
+
+    def grid(self, arm: str) -> list[float]:
+        """First learning rates of an arm's search."""
+        own = self.arms.get(arm, ArmConfig()).lr
+        return list(own or self.arms.get(self.baseline, ArmConfig()).lr)
+
+
+ConfigStore.instance().store("study_schema", StudyConfig)
+
+
+def study_names() -> list[str]:
+    """Every study that ``conf/study`` holds."""
+    return sorted(path.stem for path in STUDIES.glob("*.yaml"))
+
+
+def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
+    """Read a study.
+
+    Args:
+        name: of a file in ``conf/study``.
+        overrides: keys of :class:`StudyConfig`, such as ``steps=200``.
+
+    Raises:
+        UserError: there is no such study, an unknown key, or values that cannot be.
+    """
+    if name not in study_names():
+        raise UserError(f"study={name}: conf/study has {', '.join(study_names())}")
+    try:
+        with initialize_config_dir(str(STUDIES), version_base=None):
+            cfg = compose(name, list(overrides))
+        study = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(StudyConfig), _own(cfg)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"study={name}: {describe(error)}") from error
+    except HydraException as error:
+        cause = error.__cause__
+        text = one_line(cause) if cause is not None else str(error).splitlines()[0]
+        raise UserError(f"study={name}: {text}") from error
+    assert isinstance(study, StudyConfig)
+    study.validate()
+    return study
+
+
+def _own(cfg: DictConfig) -> DictConfig:
+    """Without what Hydra adds."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])

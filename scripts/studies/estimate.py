@@ -1,0 +1,65 @@
+"""How long runs may take: from runs that were measured, else from FLOPs."""
+
+from __future__ import annotations
+
+import statistics
+
+import torch
+
+from model.flops import training_flops
+from scripts.studies.protocol import Cell, Protocol
+from scripts.studies.store import FinishedRun
+from train.config.schema import RunConfig
+from train.preflight.matmul_rate import measured_matmul_rate
+
+START_SECONDS = 15.0  # imports, corpus, audit, evaluations
+_UNMEASURED_MFU = 0.2  # of a small model on a CPU
+
+
+class Estimate:
+    """Seconds of a study's runs.
+
+    Args:
+        protocol: whose store may hold runs of the same kind.
+
+    Attributes:
+        basis: what the estimate rests on.
+    """
+
+    def __init__(self, protocol: Protocol) -> None:
+        self._protocol = protocol
+        measured = [run for run in protocol.store.runs.values() if run.records]
+        self._per_flop, self.basis = _seconds_per_flop(protocol, measured)
+
+    def seconds(self, cell: Cell) -> float:
+        """Wall-clock of one run."""
+        run = self._protocol.config(cell)
+        if run.train.eval_only:
+            return START_SECONDS
+        tokens = cell.steps * run.train.global_batch_tokens
+        return START_SECONDS + tokens * flops_per_token(run) * self._per_flop
+
+
+def flops_per_token(run: RunConfig) -> float:
+    """Forward and backward, per position."""
+    train = run.train
+    sparse = train.indexer_phase.value
+    with_loss = train.indexer_loss_weight > 0
+    return training_flops(run.model, train.seq_len, sparse, indexer_loss=with_loss).total
+
+
+def _seconds_per_flop(protocol: Protocol, measured: list[FinishedRun]) -> tuple[float, str]:
+    if measured:
+        costs = [
+            statistics.mean(record["step_seconds"] for record in found.records)
+            / (found.run.train.global_batch_tokens * flops_per_token(found.run))
+            for found in measured
+        ]
+        return statistics.median(costs), f"as {len(measured)} finished runs took"
+    example = next(iter(protocol.plan()))[1]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[
+        protocol.config(example).train.precision.value
+    ]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rate = measured_matmul_rate(device, dtype)
+    return 1 / (rate * _UNMEASURED_MFU), f"assuming {_UNMEASURED_MFU:.0%} of this machine's matmuls"

@@ -1,0 +1,138 @@
+"""Figures of a study: curves with bands, learning rates, paired differences, steps to a loss."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from scripts.studies.results import ArmResult, CatchUp, StudyResults, curve_of
+from scripts.studies.statistics import Paired
+from scripts.studies.store import FinishedRun
+
+_COLOURS = ("#1f5fbf", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa6", "#5b6770")
+
+
+def _axes(title: str, x: str, y: str, height: float = 4.2) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, height), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(alpha=0.3)
+    return figure, axes
+
+
+def draw_curves(arms: Iterable[ArmResult]) -> Figure:
+    """Validation loss over steps: mean and range over seeds, training loss behind it."""
+    figure, axes = _axes("mean over seeds, band: lowest to highest seed", "step", "nats per token")
+    for colour, arm in zip(_COLOURS, arms, strict=False):
+        if not arm.trained:
+            continue
+        train = _by_step(
+            {r["step"]: r["loss"] for r in run.records if r["loss"] is not None}
+            for run in arm.trained
+        )
+        steps, means = list(train), [statistics.fmean(v) for v in train.values()]
+        axes.plot(steps, _smooth(means), color=colour, alpha=0.35, linewidth=1)
+        points = _by_step(curve_of(run) for run in arm.trained)
+        steps = list(points)
+        means = [statistics.fmean(v) for v in points.values()]
+        axes.plot(steps, means, color=colour, marker="o", markersize=4, label=arm.name)
+        lowest, highest = ([pick(v) for v in points.values()] for pick in (min, max))
+        axes.fill_between(steps, lowest, highest, color=colour, alpha=0.2)
+    axes.plot([], [], color="grey", alpha=0.5, linewidth=1, label="training loss, smoothed")
+    drawn = (float(v) for line in axes.lines for v in np.asarray(line.get_ydata()))
+    finite = [v for v in drawn if math.isfinite(v)]
+    if finite:
+        axes.set_ylim(min(finite) - 0.05, statistics.quantiles(finite, n=20)[-2])
+    axes.legend()
+    return figure
+
+
+def draw_runs(runs: Mapping[str, FinishedRun]) -> Figure:
+    """Training and validation loss of single runs, by name."""
+    figure, axes = _axes("line: training loss, smoothed; dots: validation", "step", "nats")
+    for colour, (name, run) in zip(_COLOURS, runs.items(), strict=False):
+        points = {r["step"]: r["loss"] for r in run.records if r["loss"] is not None}
+        axes.plot(list(points), _smooth(list(points.values())), color=colour, label=name)
+        curve = curve_of(run)
+        axes.plot(list(curve), list(curve.values()), "o", color=colour)
+    axes.legend()
+    return figure
+
+
+def draw_search(arms: Iterable[ArmResult], steps: int) -> Figure:
+    """Validation loss of the search over the learning rate; the chosen one is ringed."""
+    figure, axes = _axes(f"search, {steps} steps, one seed", "learning rate", "validation loss")
+    for colour, arm in zip(_COLOURS, arms, strict=False):
+        tried = {rate: loss for rate, loss in arm.choice.tried.items() if math.isfinite(loss)}
+        axes.plot(list(tried), list(tried.values()), color=colour, marker="o", label=arm.name)
+        best = arm.choice.best
+        if best in tried:
+            axes.plot([best], [tried[best]], "o", markersize=14, mfc="none", color=colour)
+    axes.set_xscale("log")
+    axes.legend()
+    return figure
+
+
+def draw_differences(results: StudyResults) -> Figure:
+    """Each seed's difference to the baseline, the mean and its confidence interval."""
+    tests = [(c.arm, c.test) for c in results.comparisons]
+    rows: list[tuple[str, Paired]] = [(name, test) for name, test in tests if test is not None]
+    if results.again_test is not None:
+        rows.append(("A/A", results.again_test))
+    figure, axes = _axes(
+        f"paired by seed; bar: {1 - results.study.level:.0%} interval",
+        f"validation loss minus that of {results.study.baseline} (nats per token)",
+        "",
+        height=1.6 + 0.7 * len(rows),
+    )
+    for place, (name, test) in enumerate(rows):
+        colour = "grey" if name == "A/A" else _COLOURS[(place + 1) % len(_COLOURS)]
+        axes.plot(list(test.differences.values()), [place] * len(test.differences), "o",
+                  color=colour, alpha=0.5, markersize=5)  # fmt: skip
+        axes.errorbar(test.mean, place, xerr=test.half_width, fmt="D", color=colour, capsize=4)
+    axes.axvline(0, color="black", linewidth=1)
+    if results.floor:
+        axes.axvspan(-results.floor, results.floor, color="grey", alpha=0.15, label="noise floor")
+        axes.legend()
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    return figure
+
+
+def draw_catch_up(found: CatchUp, arm: ArmResult, to: ArmResult) -> Figure:
+    """Final losses of runs of several lengths, beside the loss to reach."""
+    figure, axes = _axes("final loss of runs with their own decay", "steps of the run", "nats")
+    points = {n: list(losses.values()) for n, losses in found.final.items() if losses}
+    means = [statistics.fmean(v) for v in points.values()]
+    axes.plot(list(points), means, color=_COLOURS[0], marker="o", label=arm.name)
+    for steps, losses in points.items():
+        axes.plot([steps] * len(losses), losses, ".", color=_COLOURS[0], alpha=0.5)
+    target = list(found.target.values())
+    axes.axhline(statistics.fmean(target), color=_COLOURS[1], label=f"{to.name}, full length")
+    axes.axhspan(min(target), max(target), color=_COLOURS[1], alpha=0.15)
+    axes.legend()
+    return figure
+
+
+def _by_step(curves: Iterable[Mapping[int, float]]) -> dict[int, list[float]]:
+    """Step -> values of all curves that have it, in order of steps."""
+    found: dict[int, list[float]] = {}
+    for curve in curves:
+        for step, value in curve.items():
+            found.setdefault(step, []).append(value)
+    return dict(sorted(found.items()))
+
+
+def _smooth(values: Sequence[float], keep: float = 0.8) -> list[float]:
+    """Exponential average, started at the first value."""
+    out: list[float] = []
+    for value in values:
+        out.append(value if not out else keep * out[-1] + (1 - keep) * value)
+    return out

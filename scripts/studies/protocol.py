@@ -1,0 +1,323 @@
+"""A study's runs in order: search of learning rates, then fresh seeds, then the side questions.
+
+Nothing is remembered between starts: every decision is a function of the study and of the finished
+runs, so a study that was killed goes on where it was. Runs are started by ``train/pretrain.py``, a
+batch of them (one arm, one thing swept) by Hydra's ``-m`` and its launcher, which names their
+folders. The folder is the same whether one or several runs of a batch are left to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from scripts.studies.config import AGAIN, StudyConfig
+from scripts.studies.store import FinishedRun, Store, identity_of
+from train.config.command_line import compose_run
+from train.config.schema import Precision, RunConfig
+from train.errors import ROOT, UserError
+
+AGAIN_OFFSET = 1_000_003  # init_seed_offset of the A/A arm
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study.
+
+    Attributes:
+        arm: it belongs to.
+        steps: optimizer steps.
+        lr: learning rate.
+        seed: of data order and initialisation.
+        source: folder of the weights that it evaluates; empty: it trains.
+    """
+
+    arm: str
+    steps: int
+    lr: float
+    seed: int
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Runs of one arm that differ in one thing: one call of ``train/pretrain.py``.
+
+    Attributes:
+        title: for the plan.
+        cells: the runs.
+        swept: ``seed`` or ``optim.lr``.
+    """
+
+    title: str
+    cells: tuple[Cell, ...]
+    swept: str
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the search found for an arm.
+
+    Attributes:
+        tried: learning rate -> validation loss of the search's run, ascending; only finished ones.
+        missing: learning rates still to run, given what is known.
+        best: the chosen one; None while runs are missing or where there is no answer.
+        reason: why there is no answer.
+    """
+
+    tried: Mapping[float, float]
+    missing: tuple[float, ...] = ()
+    best: float | None = None
+    reason: str = ""
+
+
+def from_root(path: Path) -> str:
+    """A path as a config holds it: from the repository's root where it lies below it."""
+    absolute = path.resolve()
+    return str(absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute)
+
+
+def choose(
+    grid: Sequence[float], loss_of: Mapping[float, float], factor: float, extensions: int
+) -> Choice:
+    """Choose a learning rate that lies between others, extending the grid where the edge is best.
+
+    Args:
+        grid: ascending.
+        loss_of: validation loss of what has been run; infinite for a run that diverged.
+        factor: between a new learning rate and the edge.
+        extensions: how many may be added.
+    """
+    rates = list(grid)
+    while True:
+        tried = {rate: loss_of[rate] for rate in rates if rate in loss_of}
+        missing = tuple(rate for rate in rates if rate not in loss_of)
+        if missing:
+            return Choice(tried, missing)
+        best = min(rates, key=lambda rate: loss_of[rate])
+        if not math.isfinite(loss_of[best]):
+            return Choice(tried, reason="every run of the search diverged")
+        if best not in (rates[0], rates[-1]):
+            return Choice(tried, best=best)
+        if len(rates) - len(grid) >= extensions:
+            side = "lowest" if best == rates[0] else "highest"
+            return Choice(
+                tried,
+                reason=f"the best learning rate, {best:g}, is the {side} of {len(rates)} tried"
+                f" ({rates[0]:g} to {rates[-1]:g})",
+            )
+        new = best / factor if best == rates[0] else best * factor
+        rates = sorted([*rates, float(f"{new:.6g}")])
+
+
+@dataclass
+class Protocol:
+    """The runs of one study.
+
+    Args:
+        study: the config.
+        store: finished runs.
+        out: folder below which runs are made.
+    """
+
+    study: StudyConfig
+    store: Store
+    out: Path
+    _configs: dict[str, RunConfig] = field(default_factory=dict)
+    _identities: dict[tuple[str, int, float, int], str] = field(default_factory=dict)
+
+    # ---- what to run -------------------------------------------------------------------------
+    @property
+    def search_steps(self) -> int:
+        """Steps of a run of the baseline's search."""
+        return self.shortened(self.study.search.fraction)
+
+    def steps_of(self, arm: str) -> int:
+        """Steps of an arm's runs."""
+        config = self.study.arms[self.study.baseline if arm == AGAIN else arm]
+        trained = self.study.arms[config.evaluates] if config.evaluates else config
+        return self.shortened(trained.fraction)
+
+    @property
+    def trained_arms(self) -> list[str]:
+        """Arms that train, the baseline first."""
+        names = [name for name, arm in self.study.arms.items() if not arm.evaluates]
+        return sorted(names, key=lambda name: name != self.study.baseline)
+
+    def choice(self, arm: str) -> Choice:
+        """Where the search of an arm stands."""
+        arm = self.study.baseline if arm == AGAIN else self.study.arms[arm].evaluates or arm
+        search = self.study.search
+        losses = {}
+        grid = self.study.grid(arm)
+        while True:
+            choice = choose(grid, losses, search.factor, search.extensions)
+            found = {
+                rate: run
+                for rate in choice.missing
+                if (run := self.find(self._search_cell(arm, rate))) is not None
+            }
+            if not found:
+                return choice
+            losses |= {rate: run.val_loss for rate, run in found.items()}
+
+    def batches(self) -> Iterator[Batch]:
+        """Runs that can be started now and are not finished, in order; empty when all is done.
+
+        Later ones depend on the results of earlier ones: ask again after each.
+        """
+        yield from self._search()
+        if any(self.choice(arm).best is None for arm in self.trained_arms):
+            return
+        yield from self._seeds()
+
+    def results(self, arm: str, steps: int = 0) -> dict[int, FinishedRun]:
+        """Seed -> finished run of an arm at its chosen learning rate.
+
+        Args:
+            arm: its name, or :data:`AGAIN`.
+            steps: of the runs; 0: the arm's own.
+        """
+        rate = self.choice(arm).best
+        if rate is None:
+            return {}
+        cells = [Cell(arm, steps or self.steps_of(arm), rate, seed) for seed in self.study.seeds]
+        found = {cell.seed: self.find(cell) for cell in cells}
+        return {seed: run for seed, run in found.items() if run is not None}
+
+    def _search_cell(self, arm: str, rate: float) -> Cell:
+        steps = max(1, round(self.steps_of(arm) * self.study.search.fraction))
+        return Cell(arm, steps, rate, self.study.search.seed)
+
+    def _search(self) -> Iterator[Batch]:
+        for arm in self.trained_arms:
+            missing = self.choice(arm).missing
+            cells = tuple(self._search_cell(arm, rate) for rate in missing)
+            if cells:
+                yield Batch(f"search, {arm}", cells, "optim.lr")
+
+    def _wanted(self) -> list[tuple[str, int]]:
+        """Arm and steps of everything that trains on the study's seeds, in order."""
+        study, ask = self.study, self.study.catch_up
+        wanted = [(arm, self.steps_of(arm)) for arm in self.trained_arms]
+        wanted += [(ask.arm, self.shortened(f)) for f in ask.fractions if ask.arm]
+        return wanted + ([(AGAIN, self.steps_of(AGAIN))] if study.again else [])
+
+    def _seeds(self) -> Iterator[Batch]:
+        study = self.study
+        for arm, steps in self._wanted():
+            rate = self.choice(arm).best
+            assert rate is not None
+            cells = [Cell(arm, steps, rate, seed) for seed in study.seeds]
+            cells = [cell for cell in cells if not self._is_done(cell)]
+            if cells:
+                short = "" if steps == self.steps_of(arm) else f", {steps} steps"
+                yield Batch(f"seeds, {arm}{short}", tuple(cells), "seed")
+        yield from self._evaluations()
+
+    def _evaluations(self) -> Iterator[Batch]:
+        for name, arm in self.study.arms.items():
+            if not arm.evaluates:
+                continue
+            for seed, source in self.results(arm.evaluates).items():
+                rate = source.run.optim.lr
+                cell = Cell(name, self.steps_of(name), rate, seed, from_root(source.folder))
+                if self.find(cell) is None and source.has_weights:
+                    yield Batch(f"evaluation, {name}, seed {seed}", (cell,), "seed")
+
+    def plan(self) -> Iterator[tuple[str, Cell, int, int]]:
+        """Title, an example, how many runs are wanted and how many are finished, in order.
+
+        What depends on a learning rate that is not chosen yet is shown at the grid's middle.
+        """
+        study = self.study
+        for arm in self.trained_arms:
+            choice, grid = self.choice(arm), study.grid(arm)
+            wanted = len(choice.tried) + len(choice.missing)
+            example = self._search_cell(arm, grid[len(grid) // 2])
+            yield f"search, {arm}", example, wanted, len(choice.tried)
+        evaluated = [(arm, self.steps_of(arm)) for arm in study.arms if self._evaluates(arm)]
+        for arm, steps in [*self._wanted(), *evaluated]:
+            grid = study.grid(study.baseline if arm == AGAIN else arm)
+            rate = self.choice(arm).best or grid[len(grid) // 2]
+            done = len(self.results(arm, steps))
+            yield f"seeds, {arm}", Cell(arm, steps, rate, study.seeds[0]), len(study.seeds), done
+
+    def _is_done(self, cell: Cell) -> bool:
+        """A run whose weights an arm still has to evaluate must have left them."""
+        found = self.find(cell)
+        if found is None or found.has_weights or cell.steps != self.steps_of(cell.arm):
+            return found is not None
+        evaluated_by = [n for n, arm in self.study.arms.items() if arm.evaluates == cell.arm]
+        return all(self.find(replace(cell, arm=name)) is not None for name in evaluated_by)
+
+    def shortened(self, fraction: float) -> int:
+        """Steps of a run that takes this fraction of the study's."""
+        return max(1, round(self.study.steps * fraction))
+
+    # ---- a run's config ----------------------------------------------------------------------
+    def find(self, cell: Cell) -> FinishedRun | None:
+        """The finished run of a cell, or None."""
+        key = (cell.arm, cell.steps, cell.lr, cell.seed)
+        if key not in self._identities:
+            self._identities[key] = identity_of(self.config(cell), self._evaluates(cell.arm))
+        return self.store.runs.get(self._identities[key])
+
+    def config(self, cell: Cell) -> RunConfig:
+        """The config of a cell, up to its folder."""
+        if cell.arm not in self._configs:
+            run = self._configs[cell.arm] = compose_run(self.overrides(cell))
+            if Precision.auto in (run.train.precision, run.train.head_precision):
+                raise UserError(
+                    f"base: train.precision={run.train.precision.value},"
+                    f" train.head_precision={run.train.head_precision.value} depend on the machine;"
+                    " a study compares runs in one precision: give fp32 or bf16"
+                )
+        run = self._configs[cell.arm]
+        train = replace(run.train, steps=cell.steps, eval_every=self._eval_every(cell))
+        return replace(run, seed=cell.seed, optim=replace(run.optim, lr=cell.lr), train=train)
+
+    def _eval_every(self, cell: Cell) -> int:
+        return math.ceil(cell.steps / min(cell.steps, self.study.evaluations))
+
+    def overrides(self, cell: Cell) -> list[str]:
+        """Everything that the command line of a cell says but its folder."""
+        study = self.study
+        again = cell.arm == AGAIN
+        arm = study.arms[study.baseline if again else cell.arm]
+        own = [*study.base, *arm.overrides]
+        own += [f"train.steps={cell.steps}", f"train.eval_every={self._eval_every(cell)}"]
+        own += [f"optim.lr={cell.lr!r}", f"seed={cell.seed}"]
+        own += [f"init_seed_offset={AGAIN_OFFSET}"] if again else []
+        # on the rows of the others' last evaluation
+        own += ["train.eval_only=true", "train.final_eval_tokens=null"] if arm.evaluates else []
+        own += [f"init_from='{cell.source}'"] if cell.source else []
+        return own
+
+    def command(self, batch: Batch, launcher: Sequence[str] = ()) -> list[str]:
+        """Arguments of ``train/pretrain.py`` for what a batch lacks.
+
+        Args:
+            batch: its runs.
+            launcher: overrides that choose Hydra's launcher; empty: in turn.
+        """
+        first, swept = batch.cells[0], batch.swept
+        fixed = [word for word in self.overrides(first) if not word.startswith(f"{swept}=")]
+        stem = self._stem(first, swept)
+        values = [repr(cell.lr if swept == "optim.lr" else cell.seed) for cell in batch.cells]
+        if len(values) == 1:
+            return [*fixed, f"{swept}={values[0]}", f"run_dir='{stem}_sweep/{swept}={values[0]}'"]
+        return ["-m", *launcher, *fixed, f"{swept}={','.join(values)}", f"run_dir='{stem}'"]
+
+    def _stem(self, cell: Cell, swept: str) -> Path:
+        """Folder of a batch, named by what its runs share."""
+        shared = replace(self.config(cell), seed=0)
+        shared = replace(shared, optim=replace(shared.optim, lr=1.0))
+        name = f"{cell.arm}_{cell.steps}_{identity_of(shared, self._evaluates(cell.arm))}"
+        fixed = f"seed{cell.seed}" if swept == "optim.lr" else f"lr{cell.lr!r}"
+        return self.out / name / fixed
+
+    def _evaluates(self, arm: str) -> bool:
+        return arm != AGAIN and bool(self.study.arms[arm].evaluates)

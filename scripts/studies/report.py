@@ -1,0 +1,362 @@
+"""A study's results in words, tables and figures: ``report.md``, ``report.html``, ``results.json``.
+
+Everything that equal runs share stands first; what a machine measured (seconds) stands in one
+section of its own, so that a study which was interrupted reads the same but for that section.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from scripts.studies.document import Document, Picture, Table
+from scripts.studies.plots import draw_catch_up, draw_curves, draw_differences, draw_search
+from scripts.studies.protocol import Protocol
+from scripts.studies.results import ACTS, ArmResult, CatchUp, Comparison, StudyResults, gather
+from scripts.studies.statistics import Crossing, Paired, Spread, Verdict, spread
+from train.record.receipt import plain, write_json
+
+MEASURED = "Measured on this machine"
+_WORDS = {Verdict.below: "a lower loss than", Verdict.above: "a higher loss than"}
+
+
+def write_study_report(name: str, protocol: Protocol, root: Path) -> Path:
+    """Write a study's report to ``root/NAME``; returns the Markdown's path."""
+    results = gather(name, protocol)
+    folder = root / name
+    path = study_document(results).write(folder)
+    write_json(folder / "results.json", as_json(results))
+    return path
+
+
+def study_document(results: StudyResults) -> Document:
+    """The report."""
+    document = Document(f"Study {results.name}", lead(results))
+    document.add("Question", results.study.question, _design(results))
+    document.add("Comparisons", *_comparisons(results))
+    if results.catch_up is not None:
+        document.add("Steps to the other arm's loss", *_catch_up(results, results.catch_up))
+    document.add("Curves", _picture("curves", "validation loss of each arm", results))
+    document.add("Learning rates", _search_table(results), _search_picture(results))
+    document.add("Arms", _arms(results), _acts(results))
+    document.add("Configs and receipts", *_receipts(results))
+    document.add(MEASURED, *_measured(results))
+    return document
+
+
+# ---- the answer ----------------------------------------------------------------------------------
+def lead(results: StudyResults) -> str:
+    """The verdict in one line."""
+    blocked = [arm for arm in results.arms.values() if arm.choice.reason]
+    if blocked:
+        return f"No answer: {blocked[0].name}: {blocked[0].choice.reason}."
+    parts = [_verdict(results, comparison) for comparison in results.comparisons]
+    if not parts and results.again_test is not None:
+        test = results.again_test
+        said = "differs from" if test.p < results.study.level else "no verdict, as it must be:"
+        parts = [f"A/A: the repeated arm {said} itself ({_number(test.mean)} nats, p {test.p:.2g})"]
+    if (text := _catch_up_line(results)) is not None:
+        parts.append(text)
+    unfinished = f" {results.missing} runs are still to do." if results.missing else ""
+    return f"{'; '.join(parts) or 'nothing is finished yet'}.{unfinished}"
+
+
+def _verdict(results: StudyResults, found: Comparison) -> str:
+    base, test = results.study.baseline, found.test
+    if test is None:
+        return f"{found.arm} against {base}: no runs to compare yet"
+    effect = f"{_number(test.mean)} +- {test.half_width:.3f} nats, p {test.p:.2g}"
+    if found.verdict is Verdict.none:
+        return f"{found.arm} against {base}: no verdict ({effect}{_waiting(results, test)})"
+    text = f"{found.arm} has {_WORDS[found.verdict]} {base} ({effect}"
+    if len(results.comparisons) > 1 and found.corrected_p >= results.study.level:
+        text += f"; not after Holm's correction, p {found.corrected_p:.2g}"
+    return text + ")"
+
+
+def _waiting(results: StudyResults, test: Paired) -> str:
+    """What a verdict still waits for."""
+    seeds = len(results.study.seeds)
+    if len(test.differences) < seeds:
+        return f", {len(test.differences)} of {seeds} seeds"
+    if results.study.again and not results.again_is_complete:
+        return ", the A/A pair is not there yet"
+    return ""
+
+
+def _catch_up_line(results: StudyResults) -> str | None:
+    found, ask = results.catch_up, results.study.catch_up
+    if found is None or not found.own_decay:
+        return None
+    ratios = _ratios(found.own_decay, results.study.steps)
+    return (
+        f"{ask.arm} needs {_ratio_text(found.own_decay, ratios)} of {ask.to}'s steps for its loss"
+    )
+
+
+# ---- sections ------------------------------------------------------------------------------------
+def _design(results: StudyResults) -> str:
+    study = results.study
+    run = next((r.run for r in results.runs), None)
+    tokens = f" of {run.train.global_batch_tokens:,} tokens" if run is not None else ""
+    length = "the same length" if results.search_steps == study.steps else "a shorter length"
+    return (
+        f"Each arm: {study.steps} steps{tokens}, seeds {_list(study.seeds)}; a seed fixes data"
+        " order and initial weights, so arms are paired by it. Learning rates come from a search"
+        f" of {length} ({results.search_steps} steps, with its own decay) on seed"
+        f" {study.search.seed}, which judges nothing; a best one at the edge of the grid is no"
+        f" answer. Test: Student's t on paired differences, two-sided at {study.level:.0%}; a"
+        " verdict also needs a mean difference above the noise floor of the A/A pair (the"
+        f" baseline from other initial weights on the same data): {_floor(results)}."
+    )
+
+
+def _floor(results: StudyResults) -> str:
+    if results.again_test is None:
+        return "not measured"
+    return f"{results.floor:.4f} nats" if results.floor else "nothing to hold it against"
+
+
+def _comparisons(results: StudyResults) -> list[Table | Picture | str]:
+    rows, level = [], results.study.level
+    for found in results.comparisons:
+        verdict = _WORDS.get(found.verdict, found.verdict.value).removesuffix(" than")
+        rows.append(_test_row(found.arm, found.test, verdict, found))
+    if results.again_test is not None:
+        verdict = "no verdict" if results.again_test.p >= level else "differs: beware"
+        rows.append(_test_row("A/A", results.again_test, verdict, None))
+    head = [
+        "arm", f"minus {results.study.baseline} (nats)", f"{1 - level:.0%} interval", "sigma of a"
+        " pair", "p", "p (Holm)", "seeds", "parameters", "FLOPs", "verdict",
+    ]  # fmt: skip
+    blocks: list[Table | Picture | str] = [Table(head, rows)]
+    if any(c.test for c in results.comparisons) or results.again_test is not None:
+        caption = "differences to the baseline by seed"
+        blocks.append(Picture("differences", caption, draw_differences(results)))
+    unequal = [c.arm for c in results.comparisons if not c.equal_cost]
+    if unequal:
+        blocks.append(
+            f"Not equal in parameters or FLOPs per token (by more than 2 %): {', '.join(unequal)}."
+            " All arms see the same tokens."
+        )
+    return blocks
+
+
+def _test_row(name: str, test: Paired | None, verdict: str, found: Comparison | None) -> list[str]:
+    if test is None:
+        values = ["", "", "", "", "", "0"]
+    else:
+        corrected = f"{found.corrected_p:.2g}" if found is not None else ""
+        values = [
+            _number(test.mean), f"+- {test.half_width:.4f}", f"{test.deviation:.4f}",
+            f"{test.p:.2g}", corrected, str(len(test.differences)),
+        ]  # fmt: skip
+    costs = ["1", "1"] if found is None else [f"{found.parameters:.3f}", f"{found.flops:.3f}"]
+    return [name, *values, *costs, verdict]
+
+
+def _catch_up(results: StudyResults, found: CatchUp) -> list[Table | Picture | str]:
+    ask, steps = results.study.catch_up, results.study.steps
+    rows = []
+    readings = (
+        ("runs of several lengths, each with its own decay (fair)", found.own_decay),
+        ("the full-length curve, still at a high rate there", found.one_curve),
+    )
+    for title, crossings in readings:
+        if crossings:
+            text = _ratio_text(crossings, _ratios(crossings, steps))
+            by_seed = ", ".join(f"{s}: {c.bound}{c.steps:.0f}" for s, c in crossings.items())
+            rows.append([title, text, by_seed])
+    blocks: list[Table | Picture | str] = [
+        f"Steps at which {ask.arm} reaches the final loss of {ask.to} with the same seed, over the"
+        f" {steps} steps of {ask.to}; between run lengths by interpolation in log(steps). The"
+        " learning rate of the full length is kept for the shorter ones.",
+        Table(["reading", f"ratio, +- {1 - results.study.level:.0%} interval", "by seed"], rows),
+    ]
+    if found.own_decay:
+        figure = draw_catch_up(found, results.arms[ask.arm], results.arms[ask.to])
+        blocks.append(Picture("catch_up", "final loss over the length of a run", figure))
+    return blocks
+
+
+def _ratios(crossings: dict[int, Crossing] | Any, steps: int) -> Spread:
+    return spread([crossing.steps / steps for crossing in crossings.values()], 0.05)
+
+
+def _ratio_text(crossings: Any, ratios: Spread) -> str:
+    bounds = {c.bound for c in crossings.values() if c.bound}
+    text = f"{ratios.mean:.3f}"
+    if len(crossings) > 1 and ratios.deviation:
+        text += f" +- {ratios.half_width:.3f} (sigma {ratios.deviation:.3f})"
+    if bounds == {"<"}:
+        return f"at most {text}"
+    if bounds == {">"}:
+        return f"at least {text}"
+    return f"{text}, some seeds outside the measured range" if bounds else text
+
+
+def _picture(name: str, caption: str, results: StudyResults) -> Picture | str:
+    arms = [arm for arm in results.arms.values() if arm.trained]
+    return Picture(name, caption, draw_curves(arms)) if arms else "No run has finished yet."
+
+
+def _search_table(results: StudyResults) -> Table:
+    rows = []
+    for arm in _searched(results):
+        tried = ", ".join(f"{rate:g}: {_loss(loss)}" for rate, loss in arm.choice.tried.items())
+        best = "no answer" if arm.choice.reason else "not known yet"
+        best = best if arm.choice.best is None else f"{arm.choice.best:g}"
+        rows.append([arm.name, best, tried])
+    return Table(["arm", "chosen", "validation loss by learning rate"], rows)
+
+
+def _search_picture(results: StudyResults) -> Picture | None:
+    arms = [arm for arm in _searched(results) if arm.choice.tried]
+    if not arms:
+        return None
+    caption = "validation loss over the learning rate; ringed: chosen"
+    return Picture("learning_rates", caption, draw_search(arms, results.search_steps))
+
+
+def _searched(results: StudyResults) -> list[ArmResult]:
+    own = results.study.arms
+    return [arm for arm in results.arms.values() if not own[arm.name].evaluates]
+
+
+def _arms(results: StudyResults) -> Table:
+    rows = []
+    for arm in [*results.arms.values(), *([results.again] if results.again else [])]:
+        losses = [loss for loss in arm.losses.values() if math.isfinite(loss)]
+        bits = [r.bits_per_byte for r in arm.runs.values() if r.bits_per_byte is not None]
+        rows.append([
+            arm.name, f"{statistics.fmean(losses):.4f}" if losses else "",
+            f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "",
+            f"{statistics.fmean(bits):.4f}" if bits else "",
+            f"{arm.parameters:,}", f"{arm.active:,}", f"{arm.flops / 1e6:.2f}",
+        ])  # fmt: skip
+    head = [
+        "arm", "validation loss (nats)", "sigma of seeds", "bits per byte", "parameters", "active",
+        "MFLOPs per token",
+    ]  # fmt: skip
+    return Table(head, rows)
+
+
+def _acts(results: StudyResults) -> Table | None:
+    """How far the parts under study acted."""
+    keys = [key for key in ACTS if any(key in arm.acts() for arm in results.arms.values())]
+    if not keys:
+        return None
+    rows = [
+        [arm.name, *(f"{arm.acts()[key]:.3f}" if key in arm.acts() else "" for key in keys)]
+        for arm in results.arms.values()
+        if arm.trained
+    ]
+    return Table(["share of", *(ACTS[key] for key in keys)], rows)
+
+
+def _receipts(results: StudyResults) -> list[Table | str]:
+    base = " ".join(f"`{word}`" for word in results.study.base)
+    arms = [[arm.name, " ".join(f"`{word}`" for word in arm.overrides)]
+            for arm in results.arms.values()]  # fmt: skip
+    rows = [
+        [arm.name, str(seed), f"{run.run.optim.lr:g}", f"`{run.name}`", f"`{run.code[:12]}`",
+         _loss(run.val_loss)]
+        for arm in [*results.arms.values(), *([results.again] if results.again else [])]
+        for seed, run in arm.runs.items()
+    ]  # fmt: skip
+    codes = {run.code for run in results.runs}
+    data = {_data_hash(run.receipt) for run in results.runs}
+    notes = [f"Every run: {base}"]
+    if len(codes) > 1:
+        notes.append(f"**Runs of {len(codes)} code versions are mixed here.**")
+    if len(data) > 1:
+        notes.append(f"**Runs on {len(data)} different corpora are mixed here.**")
+    return [
+        *notes, Table(["arm", "overrides"], arms),
+        Table(["arm", "seed", "learning rate", "run", "code", "validation loss"], rows),
+    ]  # fmt: skip
+
+
+def _measured(results: StudyResults) -> list[Table | str]:
+    level, rows = results.study.level, []
+    for arm in [*results.arms.values(), *([results.again] if results.again else [])]:
+        medians = [arm.step_seconds(key) for key in ("step_cpu_seconds", "step_seconds")]
+        if all(medians):
+            spreads = [spread([*seconds.values()], level) for seconds in medians]
+            rows.append([arm.name, *(f"{s.mean:.3f} +- {s.deviation:.3f}" for s in spreads)])
+    blocks: list[Table | str] = [
+        "Median of a run's steps; mean and sigma over runs. Wall-clock is only worth something on"
+        " a machine that does nothing else; CPU seconds hold better beside other work.",
+        Table(["arm", "CPU seconds a step", "wall-clock seconds a step"], rows),
+    ]
+    if results.catch_up is not None:
+        blocks += _time_to_catch_up(results, results.catch_up)
+    return blocks
+
+
+def _time_to_catch_up(results: StudyResults, found: CatchUp) -> list[Table]:
+    """Tokens and seconds that one arm needs for the other's final loss, over that one's."""
+    ask, steps = results.study.catch_up, results.study.steps
+    ratios = {"tokens": {seed: c.steps / steps for seed, c in found.own_decay.items()}}
+    for title, key in (("CPU seconds", "step_cpu_seconds"), ("wall-clock", "step_seconds")):
+        mine, theirs = (results.arms[arm].step_seconds(key) for arm in (ask.arm, ask.to))
+        ratios[title] = {
+            seed: ratio * mine[seed] / theirs[seed]
+            for seed, ratio in ratios["tokens"].items()
+            if seed in mine and seed in theirs
+        }
+    head = [f"{ask.arm} over {ask.to}, to the same loss", "ratio, sigma over seeds", "by seed"]
+    rows = []
+    for title, by_seed in ratios.items():
+        if by_seed:
+            mean = spread([*by_seed.values()], results.study.level)
+            listed = ", ".join(f"{seed}: {ratio:.3f}" for seed, ratio in by_seed.items())
+            rows.append([title, f"{mean.mean:.3f} +- {mean.deviation:.3f}", listed])
+    return [Table(head, rows)] if rows else []
+
+
+def _data_hash(receipt: Any) -> str:
+    sources = receipt["data"]["sources"]
+    return "+".join(str(sources[name].get("store")) for name in sorted(sources))
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+def _number(value: float) -> str:
+    return f"{value:+.4f}"
+
+
+def _loss(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "diverged"
+
+
+def _list(values: Iterable[Any]) -> str:
+    return ", ".join(str(value) for value in values)
+
+
+def as_json(results: StudyResults) -> dict[str, Any]:
+    """The figures of a report, for other programs."""
+    return {
+        "study": {"name": results.name, **plain(results.study)},
+        "lead": lead(results),
+        "missing": results.missing,
+        "noise_floor": results.floor,
+        "arms": {
+            arm.name: {
+                "lr": arm.choice.best,
+                "reason": arm.choice.reason,
+                "search": {str(k): v for k, v in arm.choice.tried.items()},
+                "val_loss": {str(k): v for k, v in arm.losses.items()},
+                "runs": {str(k): v.name for k, v in arm.runs.items()},
+                "parameters": arm.parameters,
+                "flops_per_token": arm.flops,
+                "acts": arm.acts(),
+            }
+            for arm in [*results.arms.values(), *([results.again] if results.again else [])]
+        },
+        "comparisons": [plain(c) for c in results.comparisons],
+        "again": plain(results.again_test) if results.again_test else None,
+        "catch_up": plain(results.catch_up) if results.catch_up else None,
+    }

@@ -1,0 +1,261 @@
+"""What a study's finished runs say: arms, comparisons, steps to a loss, how far the parts acted."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from model.flops import parameter_counts
+from scripts.studies.config import AGAIN, StudyConfig
+from scripts.studies.estimate import flops_per_token
+from scripts.studies.protocol import Choice, Protocol
+from scripts.studies.statistics import (
+    Crossing,
+    Paired,
+    Verdict,
+    holm,
+    judge,
+    noise_floor,
+    paired,
+    steps_to_reach,
+)
+from scripts.studies.store import FinishedRun
+from train.errors import UserError
+
+ACTS = {
+    "indexer_leaves_out": "queries whose top-k leaves entries out",
+    "indexer_captured_mass": "teacher's mass inside the top-k",
+    "past_window": "tokens whose document begins before the window",
+    "past_hca_block": "tokens behind their document's first HCA block",
+}
+ALIKE = 0.02  # costs within this fraction count as equal
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """What came of one arm.
+
+    Attributes:
+        name: of the arm.
+        overrides: that make it.
+        choice: of its learning rate.
+        runs: seed -> finished run.
+        parameters: of everything.
+        active: that one token uses.
+        flops: forward and backward, per token.
+    """
+
+    name: str
+    overrides: list[str]
+    choice: Choice
+    runs: Mapping[int, FinishedRun]
+    parameters: int
+    active: int
+    flops: float
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """Seed -> validation loss after the last step."""
+        return {seed: run.val_loss for seed, run in self.runs.items()}
+
+    @property
+    def trained(self) -> list[FinishedRun]:
+        """Runs with a curve."""
+        return [run for run in self.runs.values() if run.records]
+
+    def acts(self) -> dict[str, float]:
+        """How far the parts under study acted: means over the steps that looked, of all runs."""
+        found = {}
+        for key in ACTS:
+            values = [r[key] for run in self.trained for r in run.records if key in r]
+            if values:
+                found[key] = statistics.fmean(values)
+        return found
+
+    def step_seconds(self, field_name: str) -> dict[int, float]:
+        """Seed -> median over a run's steps of ``step_cpu_seconds`` or ``step_seconds``."""
+        values = {
+            seed: [record[field_name] for record in run.records if field_name in record]
+            for seed, run in self.runs.items()
+        }
+        return {seed: statistics.median(seconds) for seed, seconds in values.items() if seconds}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One arm beside the baseline.
+
+    Attributes:
+        arm: its name.
+        test: None with fewer than two pairs.
+        verdict: at the study's level.
+        corrected_p: Holm's, over the study's comparisons.
+        parameters: the arm's over the baseline's.
+        flops: the same per token.
+    """
+
+    arm: str
+    test: Paired | None
+    verdict: Verdict
+    corrected_p: float
+    parameters: float
+    flops: float
+
+    @property
+    def equal_cost(self) -> bool:
+        """Whether parameters and FLOPs agree within :data:`ALIKE`."""
+        return abs(self.parameters - 1) <= ALIKE and abs(self.flops - 1) <= ALIKE
+
+
+@dataclass(frozen=True)
+class CatchUp:
+    """Steps that one arm needs to reach another's final loss, as a fraction of that one's steps.
+
+    Attributes:
+        own_decay: seed -> crossing among runs that each decayed to their own end.
+        one_curve: seed -> crossing of the full run's own curve, whose learning rate was still high.
+        final: steps -> losses by seed, of the runs behind ``own_decay``.
+        target: seed -> loss to reach.
+    """
+
+    own_decay: Mapping[int, Crossing]
+    one_curve: Mapping[int, Crossing]
+    final: Mapping[int, Mapping[int, float]]
+    target: Mapping[int, float]
+
+
+@dataclass
+class StudyResults:
+    """Everything a report shows.
+
+    Attributes:
+        name: of the study.
+        study: its config.
+        arms: by name, the baseline first.
+        again: the A/A arm.
+        comparisons: of every other arm with the baseline.
+        again_test: A/A pairs.
+        floor: of the noise, nats; 0 where A/A was not run.
+        catch_up: None where it is not asked or not there yet.
+        search_steps: of a run of the search.
+        missing: runs still to do.
+    """
+
+    name: str
+    study: StudyConfig
+    arms: dict[str, ArmResult]
+    again: ArmResult | None
+    comparisons: list[Comparison] = field(default_factory=list)
+    again_test: Paired | None = None
+    floor: float = 0.0
+    catch_up: CatchUp | None = None
+    search_steps: int = 0
+    missing: int = 0
+
+    @property
+    def baseline(self) -> ArmResult:
+        """What the others are compared with."""
+        return self.arms[self.study.baseline]
+
+    @property
+    def again_is_complete(self) -> bool:
+        """Whether the noise floor stands on all seeds; no verdict is given before."""
+        test = self.again_test
+        return test is not None and len(test.differences) == len(self.study.seeds)
+
+    @property
+    def runs(self) -> list[FinishedRun]:
+        """All finished runs of the seeds."""
+        arms = [*self.arms.values(), *([self.again] if self.again else [])]
+        return [run for arm in arms for run in arm.runs.values()]
+
+
+def gather(name: str, protocol: Protocol) -> StudyResults:
+    """Read everything that is finished.
+
+    Raises:
+        UserError: two runs were evaluated on different text.
+    """
+    study = protocol.study
+    names = [study.baseline, *(arm for arm in study.arms if arm != study.baseline)]
+    arms = {arm: _arm(protocol, arm) for arm in names}
+    again = _arm(protocol, AGAIN) if study.again else None
+    results = StudyResults(name, study, arms, again, search_steps=protocol.search_steps)
+    _check_same_text(results.runs)
+    base = results.baseline
+    if again is not None:
+        results.again_test = paired(again.losses, base.losses, study.level)
+    results.comparisons = _compare(results)
+    if study.catch_up.arm:
+        results.catch_up = _catch_up(protocol, arms)
+    results.missing = sum(wanted - done for _, _, wanted, done in protocol.plan())
+    return results
+
+
+def _check_same_text(runs: list[FinishedRun]) -> None:
+    """Losses of other rows are no comparison, however alike they look."""
+    known = [(run, rows) for run in runs if (rows := run.rows_evaluated) is not None]
+    for run, rows in known[1:]:
+        first, wanted = known[0]
+        if not math.isclose(rows, wanted, rel_tol=1e-4):
+            raise UserError(
+                f"{run.folder} was evaluated on other text than {first.folder}: {rows:.4f} and"
+                f" {wanted:.4f} tokens per byte"
+            )
+
+
+def _arm(protocol: Protocol, name: str) -> ArmResult:
+    study = protocol.study
+    config = study.arms[study.baseline if name == AGAIN else name]
+    example = next(cell for _, cell, _, _ in protocol.plan() if cell.arm == name)
+    run = protocol.config(example)
+    counts = parameter_counts(run.model)
+    overrides = [*config.overrides, *(["other initial weights"] if name == AGAIN else [])]
+    return ArmResult(
+        name, overrides, protocol.choice(name), protocol.results(name), counts.total,
+        counts.active, flops_per_token(run),
+    )  # fmt: skip
+
+
+def _compare(results: StudyResults) -> list[Comparison]:
+    study, base, again = results.study, results.baseline, results.again_test
+    others = [arm for arm in results.arms.values() if arm is not base]
+    tests = [paired(arm.losses, base.losses, study.level) for arm in others]
+    corrected = iter(holm([test.p for test in tests if test is not None]))
+    found = []
+    for arm, test in zip(others, tests, strict=True):
+        floor, p = 0.0, math.nan
+        if test is not None:
+            p = next(corrected)
+            if again is not None:
+                floor = noise_floor(again, len(test.differences), study.level)
+                results.floor = max(results.floor, floor)
+        complete = test is not None and len(test.differences) == len(study.seeds)
+        complete = complete and (not study.again or results.again_is_complete)
+        verdict = judge(test, study.level, floor) if test and complete else Verdict.none
+        ratios = arm.parameters / base.parameters, arm.flops / base.flops
+        found.append(Comparison(arm.name, test, verdict, p, *ratios))
+    return found
+
+
+def _catch_up(protocol: Protocol, arms: Mapping[str, ArmResult]) -> CatchUp | None:
+    study, ask = protocol.study, protocol.study.catch_up
+    target = {s: loss for s, loss in arms[ask.to].losses.items() if math.isfinite(loss)}
+    lengths = [*(protocol.shortened(f) for f in ask.fractions), study.steps]
+    final = {n: {s: r.val_loss for s, r in protocol.results(ask.arm, n).items()} for n in lengths}
+    own_decay, one_curve = {}, {}
+    for seed, loss in target.items():
+        points = {n: losses[seed] for n, losses in final.items() if seed in losses}
+        if len(points) == len(lengths):
+            own_decay[seed] = steps_to_reach(points, loss)
+        if seed in arms[ask.arm].runs:
+            curve = curve_of(arms[ask.arm].runs[seed])
+            one_curve[seed] = steps_to_reach(curve, loss)
+    return CatchUp(own_decay, one_curve, final, target) if own_decay or one_curve else None
+
+
+def curve_of(run: FinishedRun) -> dict[int, float]:
+    """Steps -> validation loss of one run."""
+    return {r["step"]: r["val_loss"] for r in run.records if r.get("val_loss") is not None}

@@ -1,0 +1,382 @@
+"""The audit stops a run that does not do what was asked, by name, and lets honest variants pass.
+
+Each fault is planted in a run that was really built; nothing of the audit itself is touched. The
+run has one step, so that the audit's window ends with it.
+"""
+
+import math
+import re
+from contextlib import ExitStack
+from dataclasses import replace
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from data.batch import IGNORE
+from model.context import build_context
+from optim.build import build_optimizer
+from optim.config import OptimConfig, OptimizerName
+from quant.config import ExpertFormat, QuantConfig, Recipe
+from tests.helpers import small_config
+from tests.integration.small_run import final_tensors, small_run, write_corpus
+from train.audit import audit
+from train.audit.audit import AuditError, longest_document
+from train.build import build
+from train.config.schema import ActivationCheckpoint, IndexerPhase, Precision
+
+QAT = QuantConfig(recipe=Recipe.fp4_qat)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+def one_step(folder, corpus, quant=None, **train):
+    run = small_run(folder, corpus, steps=1, eval_every=0, **train)
+    if quant is not None:
+        run.quant = quant
+    return run
+
+
+def step(trainer):
+    """One audited step, without what comes after the last one."""
+    with trainer.stop:
+        trainer._next_step()
+
+
+# ---- planted faults: fn(trainer, stack) -------------------------------------------------------
+def frozen_indexer(trainer, stack):
+    enter = trainer.engine.set_trainable
+
+    def but_indexers(trains):
+        enter(trains)
+        for name, parameter in trainer.engine.model.named_parameters():
+            parameter.requires_grad_(trains(name) and ".indexer." not in name)
+
+    trainer.engine.set_trainable = but_indexers
+
+
+def no_indexer_loss(trainer, stack):
+    layer = trainer.engine.model.layers["1"].attn
+    layer._indexer_loss = lambda *args, **kwargs: args[1].sum() * 0.0
+
+
+def no_table_line(trainer, stack):
+    trainer.engine.optimizer.table.pop(7)
+
+
+def parameter_in_no_group(trainer, stack):
+    optimizer = trainer.engine.optimizer
+    set_trainable = optimizer.set_trainable
+
+    def all_but_one(trains):
+        set_trainable(trains)
+        optimizer._active.remove("layers.1.attn.wq_a.weight")
+
+    optimizer.set_trainable = all_but_one
+
+
+def adamw_where_muon_was_asked(trainer, stack):
+    trainer.engine.optimizer = build_optimizer(
+        trainer.engine.model.named_parameters(),
+        OptimConfig(name=OptimizerName.adamw, lr=3e-3),
+        split_counts=trainer.run.model.split_counts,
+    )
+
+
+def sign_descent_called_muon(trainer, stack):
+    stack.enter_context(patch("optim.muon.newton_schulz", lambda x, *_, **__: x.sign()))
+
+
+def weights_decay_twice(trainer, stack):
+    optimizer_step = trainer.engine.optimizer.step
+
+    def more_decay(lr):
+        optimizer_step(lr)
+        trainer.engine.model.norm.weight.data.mul_(0.99)
+
+    trainer.engine.optimizer.step = more_decay
+
+
+def quantisation_not_applied(trainer, stack):
+    trainer.phase.quantise(False)
+    trainer.phase.quantise = lambda on: None
+
+
+def fp8_where_fp4_was_asked(trainer, stack):
+    trainer.phase.quantise(False)
+    trainer.phase._quant = replace(QAT, experts=ExpertFormat.fp8)
+
+
+def identity_kv_cast(trainer, stack):
+    cast = trainer.engine.model.layers["2"].attn.kv_cast
+    cast.forward = lambda x: x
+
+
+def constant_hash_table(trainer, stack):
+    trainer.engine.model.layers["0"].ffn.gate.tid2eid.zero_()
+
+
+def repeated_expert_in_hash_table(trainer, stack):
+    table = trainer.engine.model.layers["0"].ffn.gate.tid2eid
+    table[5, 1] = table[5, 0]
+
+
+def balance_loss_zero(trainer, stack):
+    stack.enter_context(
+        patch("model.moe.layer.balance_loss", lambda routing, plan: routing.score_NE.sum() * 0)
+    )
+
+
+def rewritten(trainer, batch=lambda b: b, objective=lambda o: o):
+    forward = trainer.engine._forward
+    trainer.engine._forward = lambda b, o: forward(batch(b), objective(o))
+
+
+def mtp_labels_dropped(trainer, stack):
+    def drop(batch):
+        batch.labels_BTK[..., 1:] = IGNORE
+        return batch
+
+    rewritten(trainer, batch=drop)
+
+
+def mtp_left_out_of_the_objective(trainer, stack):
+    rewritten(trainer, objective=lambda o: replace(o, mtp_weight=0.0))
+
+
+def indexer_loss_weighted_twice(trainer, stack):
+    rewritten(trainer, objective=lambda o: replace(o, indexer_weight=2 * o.indexer_weight))
+
+
+def bias_never_updated(trainer, stack):
+    trainer.engine.update_biases = lambda load, speed: None
+
+
+def bias_in_the_wrong_direction(trainer, stack):
+    update = trainer.engine.update_biases
+    trainer.engine.update_biases = lambda load, speed: update(load, -speed)
+
+
+def key_read_by_nothing(trainer, stack):
+    trainer.audit._reads.read.remove("train.log_every")
+
+
+def parameter_without_gradient(trainer, stack):
+    sink = trainer.engine.model.layers["0"].attn.attn_sink
+    sink.register_hook(torch.zeros_like)
+
+
+def expert_without_gradient(trainer, stack):
+    keep = torch.tensor([1.0, 1.0, 0.0, 1.0])[:, None, None]
+    weight = trainer.engine.model.layers["1"].ffn.experts.w2.weight
+    weight.register_hook(lambda grad: grad * keep)
+
+
+def frozen_weight_moves(trainer, stack):
+    update = trainer.engine.optimizer_step
+
+    def and_decay(lr, finite):
+        trainer.engine.model.head.weight.data.mul_(1 - lr)
+        return update(lr, finite)
+
+    trainer.engine.optimizer_step = and_decay
+
+
+def documents_seen_as_one(trainer, stack):
+    model = trainer.engine.model
+    model.context = lambda ids_BT: build_context(model.config, torch.zeros_like(ids_BT), True)
+
+
+def fp32_where_bf16_was_asked(trainer, stack):
+    trainer.engine.model.compute_dtype = torch.float32
+
+
+def nothing_recomputed(trainer, stack):
+    for block in trainer.engine.model.modules():
+        block.__dict__.pop("forward", None)
+
+
+RECOMPUTED = {"activation_checkpoint": ActivationCheckpoint.block}
+BF16, WARMUP = {"precision": Precision.bf16}, {"indexer_phase": IndexerPhase.warmup}
+# fault -> (the audit's name for it, words of its line, how the run differs from the plain one)
+FAULTS = {
+    frozen_indexer: ("tracked", "indexer.wq_b.weight should train", {}),
+    no_indexer_loss: ("indexer", "the indexer loss is 0.0 with weight 0.01", {}),
+    no_table_line: ("owner", "stands in the optimizer's table 0 times", {}),
+    parameter_in_no_group: ("owner", "wq_a.weight received a gradient but did not move", {}),
+    adamw_where_muon_was_asked: ("owner", "belongs to adamw, muon was asked", {}),
+    sign_descent_called_muon: (
+        "algorithm",
+        "of the update's energy is off an",
+        {},
+    ),
+    weights_decay_twice: ("algorithm", "norm.weight: adamw was asked for", {}),
+    quantisation_not_applied: ("quant", "quant.experts: layers.0.ffn.experts", {"quant": QAT}),
+    fp8_where_fp4_was_asked: ("quant", "quant.experts: layers.0.ffn.experts", {"quant": QAT}),
+    identity_kv_cast: ("quant", "quant.kv: layers.2.attn.kv_cast left its values", {"quant": QAT}),
+    constant_hash_table: ("hash_table", "layers.0.ffn.gate.tid2eid is constant", {}),
+    repeated_expert_in_hash_table: ("hash_table", "names an expert twice", {}),
+    balance_loss_zero: ("balance", "the balance loss is 0.0", {}),
+    mtp_labels_dropped: ("mtp", "the MTP loss is 0.0 with weight 0.3", {}),
+    mtp_left_out_of_the_objective: ("objective", "0.3 * loss_mtp", {}),
+    indexer_loss_weighted_twice: ("objective", "0.01 * loss_indexer", {}),
+    bias_never_updated: ("bias", "moved by 0, train.bias_update_speed asks for 0.001", {}),
+    bias_in_the_wrong_direction: ("bias", "layers.1.ffn.gate.bias moved by 0.001", {}),
+    key_read_by_nothing: ("config", "train.log_every was read by nothing", {}),
+    parameter_without_gradient: ("gradient", "layers.0.attn.attn_sink received no gradient", {}),
+    expert_without_gradient: ("gradient", "w2.weight had no gradient for expert 2", {}),
+    frozen_weight_moves: ("frozen", "head.weight is frozen in this phase but moved", WARMUP),
+    documents_seen_as_one: ("isolation", "reaches the one before it", {}),
+    nothing_recomputed: ("recompute", "layers.0 ran 2 times in 2 microbatches", RECOMPUTED),
+    fp32_where_bf16_was_asked: ("precision", "multiplied in torch.float32", BF16),
+}
+
+
+@pytest.mark.parametrize("plant", FAULTS, ids=lambda f: f.__name__)
+def test_planted_fault_stops_the_run_by_name(tmp_path, corpus, plant):
+    name, words, changes = FAULTS[plant]
+    trainer = build(one_step(tmp_path / "run", corpus, **changes))
+    with ExitStack() as stack:
+        plant(trainer, stack)
+        with pytest.raises(AuditError) as error:
+            step(trainer)
+    lines = [line.strip() for line in str(error.value).splitlines()[1:]]
+    assert any(line.startswith(f"{name}:") and words in line for line in lines), lines
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+# ---- steps that are not finite belong to train.recovery --------------------------------------
+def poison(trainer, number):
+    """Step ``number`` has losses and gradients that are not finite, as after an overflow."""
+    forward_backward = trainer.engine.forward_backward
+
+    def poisoned(batches, objective):
+        shares = forward_backward(batches, objective)
+        if trainer.progress.step + 1 != number:
+            return shares
+        for parameter in trainer.engine.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.fill_(math.nan)
+        losses = {name: value * math.nan for name, value in shares.losses.items()}
+        return replace(shares, total=shares.total * math.nan, losses=losses)
+
+    trainer.engine.forward_backward = poisoned
+    return trainer
+
+
+def test_step_that_is_not_finite_is_skipped_alike_in_and_outside_the_audits_window(
+    tmp_path, corpus
+):
+    """The fifth step is far from the undisturbed run's start, and the first of the resumed one."""
+    runs = [small_run(tmp_path / n, corpus, steps=8, checkpoint_every=4) for n in ("whole", "two")]
+    assert poison(build(runs[0]), 5).fit() == 0
+    stopped = build(runs[1])
+    forward_backward = stopped.engine.forward_backward
+
+    def then_stop(batches, objective):
+        if stopped.progress.step + 1 == 4:
+            stopped.stop.ask("the test")
+        return forward_backward(batches, objective)
+
+    stopped.engine.forward_backward = then_stop
+    assert stopped.fit() == 75
+    resumed = poison(build(runs[1]), 5)
+    assert resumed.fit() == 0
+    assert resumed.audit.result()["steps"] == [6, 7, 8]
+    assert resumed.progress.skipped_steps == 1
+    a, b = (final_tensors(run) for run in runs)
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_first_step_that_is_not_finite_does_not_end_the_run(tmp_path, corpus):
+    trainer = poison(build(small_run(tmp_path / "run", corpus, steps=5, eval_every=0)), 1)
+    assert trainer.fit() == 0
+    assert trainer.audit.result()["steps"] == [2, 3, 4]
+
+
+# ---- large models: one layer of each kind --------------------------------------------------
+def test_large_model_has_one_layer_of_each_kind_judged_and_all_seen_to_move(tmp_path, corpus):
+    with patch.object(audit, "JUDGED_BYTES", 0):
+        trainer = build(one_step(tmp_path / "run", corpus))
+        trained = {name for name, _ in trainer.engine.model.named_parameters()}
+        step(trainer)
+        assert audit.one_of_each_kind(trained, 1) == trainer.audit._judged
+        kinds = [re.sub(r"\d+", "*", name) for name in trainer.audit._judged]
+        assert sorted(kinds) == sorted({re.sub(r"\d+", "*", name) for name in trained})
+        assert trainer.audit.result()["steps"] == [1]
+        trainer = build(one_step(tmp_path / "other", corpus))
+        with ExitStack() as stack:
+            parameter_in_no_group(trainer, stack)
+            with pytest.raises(AuditError, match=r"wq_a\.weight received a gradient but did"):
+                step(trainer)
+
+
+# ---- what must pass -----------------------------------------------------------------------------
+def model(**changes):
+    return {"model": small_config(vocab_size=260, **changes)}
+
+
+HONEST = {
+    "plain": {},
+    "plain residual": model(residual="plain"),
+    "csa only": model(attention="csa"),
+    "hca only": model(attention="hca"),
+    "window only": model(attention="swa"),
+    "dense": model(attention="dense"),
+    "no shared expert": model(n_shared_experts=0),
+    "no mtp": model(num_nextn_predict_layers=0, compress_ratios=[0, 4, 8]),
+    "two mtp depths": model(num_nextn_predict_layers=2, compress_ratios=[0, 4, 8, 0, 0]),
+    "all learned": model(num_hash_layers=0),
+    "gamma": model(hc_gamma=True),
+    "adamw": {"optim": OptimConfig(name=OptimizerName.adamw, lr=3e-3)},
+    "bf16": {"train": BF16},
+    "fp4 qat in bf16": {"quant": QAT, "train": BF16},
+    "deployed": {"quant": QuantConfig(recipe=Recipe.deployed), "train": BF16},
+    "fp8": {"quant": QuantConfig(recipe=Recipe.fp8)},
+    "dense phase": {"train": {"indexer_phase": IndexerPhase.full}},
+    "warm-up phase": {"train": WARMUP},
+    "no side losses": {
+        "train": {
+            "mtp_loss_weight": 0.0,
+            "indexer_loss_weight": 0.0,
+            "balance_loss_weight": 0.0,
+            "bias_update_speed": 0.0,
+        }
+    },
+    "recomputed": {"train": RECOMPUTED},
+    "partly recomputed": {"train": {"activation_checkpoint": ActivationCheckpoint.selective}},
+}
+
+
+@pytest.mark.parametrize("name", HONEST)
+def test_honest_variant_passes(tmp_path, corpus, name):
+    changes = dict(HONEST[name])
+    run = one_step(tmp_path / "run", corpus, **changes.pop("train", {}))
+    trainer = build(replace(run, **changes))
+    step(trainer)
+    assert trainer.audit.result()["steps"] == [1]
+
+
+def test_audit_leaves_the_model_as_it_was(tmp_path, corpus):
+    """Same bits with and without: hooks, wrapped ops and the probe of isolation leave no trace."""
+    runs = [one_step(tmp_path / name, corpus, QAT) for name in ("with", "without")]
+    trainers = [build(run) for run in runs]
+    with patch.object(audit, "AUDITED_STEPS", 0):
+        trainers[1].audit._is_due = lambda step: False
+        step(trainers[1])
+    step(trainers[0])
+    a, b = (trainer.engine.state() for trainer in trainers)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    ops = [m.op for m in trainers[0].engine.model.modules() if hasattr(m, "op")]
+    assert not any("watched" in getattr(op, "__name__", "") for op in ops)
+
+
+def test_longest_document_counts_runs():
+    ids = torch.tensor([[0, 0, 1, 1, 1, -1, -1, -1], [0, 1, 1, 2, 2, 2, 2, 3]])
+    assert longest_document(ids) == 4
+    assert longest_document(ids[:1]) == 3
+    assert longest_document(torch.full((1, 4), -1)) == 0

@@ -1,0 +1,144 @@
+"""Bytes per rank from the config alone, against counts, sharding rules and real saved tensors."""
+
+import pytest
+
+from model.flops import parameter_counts
+from parallel.config import ParallelConfig
+from train.config.command_line import compose_run
+from train.errors import DoesNotFitError
+from train.preflight.fit import GB, Needs, World, check, report, smallest_layouts
+from train.stages import resolve
+
+ONE = ParallelConfig(dp_shard=1)
+NANO = ("model=v4_nano", "train.precision=bf16")
+
+
+def needs(*args: str) -> Needs:
+    run = compose_run(args)
+    return Needs(run, resolve(run))
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["v4_tiny", "v4_flash", "v4_pro"])
+def test_masters_and_gradients_are_four_bytes_a_parameter(name):
+    run = compose_run([f"model={name}"])
+    memory = Needs(run, resolve(run)).peak(ONE, "cpu")
+    counts = parameter_counts(run.model)
+    biases = sum(
+        run.model.n_routed_experts
+        for i in range(run.model.num_hidden_layers)
+        if run.model.router(i).value == "learned"
+    )
+    biases += run.model.n_routed_experts * run.model.num_nextn_predict_layers
+    assert memory.weights == memory.gradients == 4 * (counts.total - biases)
+
+
+def test_optimizer_states_are_one_value_under_muon_two_under_adamw():
+    weights = needs(*NANO).peak(ONE, "cpu").weights
+    assert needs(*NANO, "optim=adamw").peak(ONE, "cpu").optimizer == 2 * weights
+    muon = needs(*NANO).peak(ONE, "cpu").optimizer
+    assert weights < muon < 1.5 * weights  # embedding and head are AdamW's
+    half = needs(*NANO, "optim.state_dtype=bf16").peak(ONE, "cpu").optimizer
+    assert half == muon / 2
+    averaged = needs(*NANO, "train.ema_decay=0.9").peak(ONE, "cpu").optimizer
+    assert averaged == muon + weights
+
+
+def test_sharding_divides_what_it_should():
+    n = needs("model=v4_flash")
+    one, eight = n.peak(ONE, "cuda"), n.peak(ParallelConfig(dp_shard=8, ep=8), "cuda")
+    assert eight.weights == pytest.approx(one.weights / 8, rel=1e-6)
+    assert eight.optimizer == pytest.approx(one.optimizer / 8, rel=1e-6)
+    wide = n.peak(ParallelConfig(dp_shard=8, ep=1), "cuda")
+    assert wide.gathered > 5 * eight.gathered  # experts are gathered whole without ep
+    halves = n.peak(ParallelConfig(dp_shard=1, pp=2), "cuda")
+    assert 0.5 < halves.weights / one.weights < 0.56
+
+
+@pytest.mark.parametrize(("name", "limit"), [("gpu_8gb", 7.5), ("gpu_24gb", 22.0)])
+def test_gpu_presets_predict_a_peak_below_their_card(name, limit):
+    peak = needs(f"experiment={name}").peak(ONE, "cuda").total / GB
+    assert 0.5 * limit < peak < limit
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("name", ["v4_flash", "v4_pro"])
+def test_paper_models_are_refused_with_a_table(name):
+    run = compose_run([f"model={name}"])
+    plan = resolve(run)
+    with pytest.raises(DoesNotFitError, match=rf"model.name={name} needs [\d,.]+ GB") as caught:
+        check(run, plan, World(1, "cpu", 16 * 10**9))
+    table = caught.value.table
+    assert f"{parameter_counts(run.model).total:,} parameters" in table
+    for kind in ("weights", "gradients", "optimizer", "activations", "temporary", "total"):
+        assert f"\n{kind} " in table
+    found = smallest_layouts(run, plan, "cuda", 80 * GB)
+    assert found
+    for layout, memory in found:
+        assert memory.total <= 80 * GB
+        assert f"parallel.pp={layout.pp} parallel.dp_shard={layout.dp_shard}" in table
+    ranks = found[0][0].world_size
+    assert 64 <= ranks <= 2048
+
+
+def test_smallest_layout_is_smallest_and_is_one_rank_when_that_fits():
+    run = compose_run(["model=v4_small"])
+    plan = resolve(run)
+    ((layout, _),) = smallest_layouts(run, plan, "cuda", 80 * GB)
+    assert layout.world_size == 1
+    tight = Needs(run, plan).peak(ONE, "cuda").total * 0.8
+    found = smallest_layouts(run, plan, "cuda", tight)
+    assert found[0][0].world_size == 2
+
+
+def test_run_that_fits_passes_and_a_layout_that_mismatches_does_not():
+    run = compose_run(["model=v4_tiny"])
+    check(run, resolve(run), World(1, "cpu", 4 * 10**9))
+    run = compose_run(["model=v4_tiny", "parallel.dp_shard=3"])
+    with pytest.raises(ValueError, match="= 3 ranks, but the world size is 1"):
+        check(run, resolve(run), World(1, "cpu", 4 * 10**9))
+
+
+def test_large_layout_on_a_small_machine_still_gives_the_table():
+    run = compose_run(["experiment=v4_pro"])
+    with pytest.raises(DoesNotFitError, match="on 1 cpu rank"):
+        check(run, resolve(run), World(1, "cpu", 16 * 10**9))
+
+
+def test_cuda_asked_for_and_missing_says_so_and_shows_the_need():
+    run = compose_run(["experiment=gpu_8gb"])
+    with pytest.raises(DoesNotFitError, match=r"train.device=cuda, but this machine has no"):
+        check(run, resolve(run), World(1, "cuda", 0))
+
+
+def test_report_names_this_world():
+    run = compose_run(["model=v4_mini"])
+    text = report(run, resolve(run), ONE, World(1, "cpu", 10**9))
+    assert "this world: 1 cpu rank(s) of 1.0 GB" in text
+
+
+def test_recomputing_blocks_keeps_less():
+    none, block = (
+        needs(*NANO, f"train.activation_checkpoint={mode}").peak(ONE, "cpu").activations
+        for mode in ("none", "block")
+    )
+    assert block < none / 2
+
+
+def test_pipeline_stages_hold_several_microbatches():
+    n = needs("model=v4_mini", "train.activation_checkpoint=none")
+    layouts = [ParallelConfig(dp_shard=1, pp=4, schedule=s) for s in ("1f1b", "gpipe")]
+    in_order, all_at_once = (n.peak(layout, "cuda").activations for layout in layouts)
+    assert in_order == pytest.approx(n.peak(ONE, "cuda").activations, rel=0.4)  # 4 of a quarter
+    assert all_at_once > 3 * in_order  # 16 microbatches
+
+
+@pytest.mark.parametrize("name", ["v4_flash", "v4_pro"])
+def test_layouts_of_the_paper_presets_fit_80_gb(name):
+    n = needs(f"experiment={name}")
+    layout = n.run.parallel
+    assert n.peak(layout, "cuda").total < 80 * GB
+    assert all(
+        stage.quantum_tokens // stage.seq_len % (layout.row_degree // stage.cp or 1) == 0
+        for stage in n.stages
+    )

@@ -1,0 +1,1 @@
+"""The audit: what ran is what was asked for."""

@@ -1,0 +1,454 @@
+"""The audit: a run that does not do what it was asked to stops in its first steps.
+
+reference P.2, Honest. It goes by what ran, not by what the config says: gradients, bits before
+and after an update, outputs of the seams. Before the first audited step it checks owners, hash
+tables and the isolation of documents; then it holds the first steps of every stage (and of every
+start) against ``train/audit/checks.py``; then it asks what never showed: parameters without a
+gradient, config keys that nothing read. A resumed run is audited again: another machine may do
+otherwise.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from data.batch import IGNORE, Batch
+from model.config import LayerKind
+from model.flops import parameter_shapes
+from model.loss import Objective
+from model.moe.router import Gate
+from model.transformer import DeepSeekV4
+from optim.groups import build_table
+from parallel.collectives import local
+from parallel.engine import Engine, Shares, Update
+from parallel.pieces import fingerprint, norms_of
+from parallel.pipeline_engine import PipelineEngine
+from train.audit.checks import (
+    AFTER_UPDATE,
+    BEFORE_UPDATE,
+    JUDGED_BYTES,
+    Check,
+    Evidence,
+    lr_to_judge,
+)
+from train.audit.config_reads import ConfigReads
+from train.audit.inactive_keys import needed
+from train.audit.seam_watch import watch_seams
+from train.config.schema import RunConfig
+from train.stages import Plan, Stage, trains
+from train.step import GlobalBatch, StepObserver, StepPlan
+
+log = logging.getLogger(__name__)
+
+AUDITED_STEPS = 3  # at the beginning of every stage and of every start
+_FEW_TOKENS = 16  # an expert that got fewer may have met none whose loss reaches it
+
+
+_OTHER_CHECKS = ("isolation", "hash_table", "sharding", "gradient", "config")
+
+
+class AuditError(RuntimeError):
+    """The run does not do what it was asked to; one line a fault, each with the check's name."""
+
+
+class Audit:
+    """Watches the first steps of a run.
+
+    Args:
+        run: what was asked for.
+        plan: its stages.
+        engine: what runs.
+        reads: which config keys were read so far.
+    """
+
+    def __init__(self, run: RunConfig, plan: Plan, engine: Engine, reads: ConfigReads) -> None:
+        assert isinstance(engine.model, DeepSeekV4)
+        self._run, self._plan, self._engine, self._reads = run, plan, engine, reads
+        self._model = engine.model
+        here = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
+        shapes = {**parameter_shapes(run.model), **here}
+        table = build_table(shapes, run.optim, run.model.split_counts)
+        self._records = {record.name: record for record in table if record.name in here}
+        self._stage: Stage | None = None
+        self._steps = 0
+        self._gradients: dict[str, Tensor] = {}
+        self._loads: dict[str, Tensor] = {}
+        self._longest = 0
+        self._targets_K: list[float] = []
+        self._judged: set[str] = set()
+        self._unjudged: set[str] = set()
+        self._some_unjudged, self._judging_lr = True, 0.0  # of any rank
+        self._checked = False
+        self._result: dict[str, Any] = {"steps": [], "checks": [], "not_exercised": []}
+
+    def result(self) -> dict[str, Any]:
+        """What was audited, for the receipt; a fault never gets this far."""
+        return self._result
+
+    @contextmanager
+    def watching(self, step: StepPlan, rows: GlobalBatch) -> Iterator[StepObserver | None]:
+        """Audit ``step`` if it is one of those to be audited.
+
+        Raises:
+            AuditError: something is not as asked.
+        """
+        if step.stage is not self._stage:
+            self._enter_stage(step)
+        if not self._is_due(step):
+            yield None
+            return
+        if not self._checked:
+            faults = [*self._owners(), *self._holders(), *self._shards(), *hash_tables(self._model)]
+            _refuse(self._engine, [*faults, *isolation(self._engine)])
+            self._checked = True
+        observer = _Observer(self._evidence(step, rows), self._engine)
+        observer.before_step()
+        with watch_seams(self._model) as observer.evidence.seams:
+            yield observer
+        self._judge(observer.evidence)
+
+    def _enter_stage(self, step: StepPlan) -> None:
+        self._stage, self._steps = step.stage, 0
+        self._gradients, self._loads, self._longest = {}, {}, 0
+        self._targets_K = [0.0] * (1 + self._run.model.num_nextn_predict_layers)
+        trained, weights = self._trained(step), dict(self._model.named_parameters())
+        copied = self._engine.largest(sum(local(weights[name]).nbytes for name in trained))
+        self._judged = trained
+        if copied > JUDGED_BYTES:
+            self._judged = one_of_each_kind(trained, step.number)
+        self._unjudged = set(self._judged)
+
+    def _is_due(self, step: StepPlan) -> bool:
+        """The first steps, and the first whose learning rate shows what the first ones hid."""
+        if self._steps < AUDITED_STEPS:
+            return True
+        return self._some_unjudged and step.lr >= self._judging_lr
+
+    def _trained(self, step: StepPlan) -> set[str]:
+        return {name for name in self._records if trains(name, step.stage, step.weights)}
+
+    def _evidence(self, step: StepPlan, rows: GlobalBatch) -> Evidence:
+        trained = self._trained(step)
+        kept = self._judged | {f"{name}.bias" for name in _gates(self._model)}
+        return Evidence(
+            run=self._run,
+            step=step,
+            model=self._model,
+            trained=trained,
+            records=self._records,
+            before={
+                name: tensor.detach().clone()
+                for name, tensor in self._model.state_dict().items()
+                if name in kept
+            },
+            num_microbatches=-(
+                -step.num_rows // self._engine.data_degree // step.stage.micro_batch_size
+            ),
+            longest_document=longest_document(rows.batch(0, step.num_rows).document_ids_BT),
+            targets_K=tuple(rows.counts.targets_K),
+            pipeline=self._engine.pipeline if isinstance(self._engine, PipelineEngine) else None,
+        )
+
+    def _judge(self, e: Evidence) -> None:
+        _refuse(self._engine, _faults(AFTER_UPDATE, e))
+        if not e.update.applied:
+            return  # nothing moved; the next step will show
+        self._steps += 1
+        self._result["steps"].append(e.step.number)
+        self._result["checks"] = [*BEFORE_UPDATE, *AFTER_UPDATE, *_OTHER_CHECKS]
+        for name, norms in e.grad_norms.items():
+            self._gradients[name] = self._gradients.get(name, torch.zeros_like(norms)) + norms
+        for name, load_E in e.shares.expert_load.items():
+            self._loads[name] = self._loads.get(name, torch.zeros_like(load_E)) + load_E
+        self._longest = max(self._longest, e.longest_document)
+        self._targets_K = [a + b for a, b in zip(self._targets_K, e.targets_K, strict=True)]
+        hidden = {name: lr_to_judge(e, name) for name in sorted(self._unjudged)}
+        self._unjudged = {name for name, lr in hidden.items() if lr > e.step.lr}
+        self._some_unjudged = self._engine.agree(bool(self._unjudged))  # stages hold other names
+        self._judging_lr = self._engine.largest(max(hidden.values(), default=0.0))
+        if self._steps == AUDITED_STEPS or e.step.number == self._plan.steps:
+            self._end_window(e)
+
+    def _end_window(self, e: Evidence) -> None:
+        faults: list[str] = []
+        for name in sorted(e.trained):
+            problem, excuse = self._missing_gradient(name)
+            if problem and not excuse:
+                faults.append(f"gradient: {name} {problem} in {self._steps} step(s)")
+            elif problem:
+                self._result["not_exercised"].append(f"{name}: {excuse}")
+        readers = self._engine.gather(self._reads.unread())  # the head may live elsewhere
+        faults += [
+            f"config: {key} was read by nothing"
+            for key in readers[0]
+            if needed(self._run, key) and all(key in unread for unread in readers)
+        ]
+        self._reads.stop()
+        _refuse(self._engine, faults)
+        log.info(
+            "audit: stage %s is as asked for (%d parameters, %d checks, steps %s)",
+            e.step.stage.name,
+            len(e.trained),
+            len(self._result["checks"]),
+            self._result["steps"],
+        )
+
+    def _missing_gradient(self, name: str) -> tuple[str, str]:
+        """What is wrong with a parameter's gradient so far, and what excuses it; empty: nothing."""
+        norms = self._gradients.get(name)
+        if ".ffn.experts." in name:
+            load_E = self._loads[f"{name.partition('.experts.')[0]}.gate"]
+            labelled_E = load_E - self._unlabelled(name, load_E)
+            silent = torch.ones_like(load_E) if norms is None else (norms == 0)
+            for expert in silent.nonzero().flatten().tolist():
+                if labelled_E[expert] >= _FEW_TOKENS:
+                    return f"had no gradient for expert {expert}, which got tokens", ""
+            count = int(silent.sum())
+            few = f"{count} experts got, for sure, fewer than {_FEW_TOKENS} tokens with a label"
+            return ("had no gradient", few) if count else ("", "")
+        if norms is not None and bool((norms > 0).any()):
+            return "", ""
+        least = self._least_document(name)
+        if self._longest < least:
+            return "had no gradient", f"no document of {least} tokens (longest {self._longest})"
+        if self._weighs_one_entry(name):
+            return "had no gradient", "windows of one token: there is nothing to weigh"
+        return "received no gradient", ""
+
+    def _unlabelled(self, name: str, load_E: Tensor) -> float:
+        """Tokens among those of a gate that no loss is taken of: the ends of documents.
+
+        In the trunk a token without a next one, in the MTP block of depth k one without a token
+        2 + k places ahead. Nothing reads such a token, since attention is causal.
+        """
+        depth = 1 + int(name.split(".")[1]) if name.startswith("mtp.") else 0
+        tokens = float(load_E.sum()) / self._run.model.num_experts_per_tok
+        return tokens - self._targets_K[depth]
+
+    def _weighs_one_entry(self, name: str) -> bool:
+        """Whether a parameter weighs the tokens of a compressed entry that has but one."""
+        if not name.startswith("layers.") or ".attn.compressor." not in name:
+            return False
+        layer, model = int(name.split(".")[1]), self._run.model
+        alone = model.kind(layer) is LayerKind.hca and model.ratio(layer) == 1
+        return alone and name.endswith((".ape", ".wgate.weight"))
+
+    def _least_document(self, name: str) -> int:
+        """Tokens that a document needs before a parameter can matter to a loss."""
+        parts = name.split(".")
+        if parts[0] == "mtp":
+            return 3 + int(parts[1])
+        if parts[0] != "layers":
+            return 2
+        ratio = self._run.model.ratio(int(parts[1]))
+        if ".indexer." in name:
+            return 2 * ratio + 1
+        return ratio + 2 if ".compressor." in name else 2
+
+    def _owners(self) -> list[str]:
+        """Every parameter stands in the optimizer's table once, under the owner asked for."""
+        table = Counter(record.name for record in self._engine.optimizer.table)
+        owners = {record.name: record.owner for record in self._engine.optimizer.table}
+        faults = []
+        for name, record in self._records.items():
+            if table[name] != 1:
+                faults.append(f"owner: {name} stands in the optimizer's table {table[name]} times")
+            elif owners[name] is not record.owner:
+                faults.append(
+                    f"owner: {name} belongs to {owners[name].value}, {record.owner.value} was asked"
+                )
+        unknown = sorted(set(table) - set(self._records))
+        return faults + [f"owner: {name} is no parameter of the model" for name in unknown]
+
+    def _holders(self) -> list[str]:
+        """Every parameter of the model lives on exactly one pipeline stage."""
+        ranks = self._engine.gather((self._engine.data_rank, list(self._records)))
+        held = Counter(name for data_rank, names in ranks if data_rank == 0 for name in names)
+        return [
+            f"owner: {name} lives on {held[name]} pipeline stages"
+            for name in parameter_shapes(self._run.model)
+            if held[name] != 1
+        ]
+
+    def _shards(self) -> list[str]:
+        """Every parameter is in FSDP's hands, and its shards make as many copies as asked for."""
+        if not self._engine.sharded:
+            return []
+        shapes, faults = parameter_shapes(self._run.model), []
+        here = dict(self._model.named_parameters())
+        ranks = self._engine.gather({name: local(p).numel() for name, p in here.items()})
+        layout = self._run.parallel.resolve(len(ranks))
+        in_ep = layout.ep // math.gcd(layout.ep, layout.dp_shard)  # replicas that share experts
+        for name, parameter in here.items():
+            copies = layout.dp_replicate // (in_ep if ".ffn.experts." in name else 1)
+            held = sum(sizes.get(name, 0) for sizes in ranks) / math.prod(shapes[name])
+            if not isinstance(parameter, DTensor):
+                faults.append(f"sharding: {name} is left out: its gradient is not reduced")
+            elif held != copies:
+                faults.append(
+                    f"sharding: {name} is held {held:g} times, {layout} asks for {copies}"
+                )
+        return faults
+
+
+class _Observer:
+    """Collects the evidence of one step."""
+
+    def __init__(self, evidence: Evidence, engine: Engine) -> None:
+        self.evidence, self._engine = evidence, engine
+        self._weights: dict[str, tuple[int, int]] = {}
+        self._states: dict[str, tuple[int, int]] = {}
+
+    def before_step(self) -> None:
+        """Note the bits of what may move and of what must not."""
+        self._weights, self._states = self._bits()
+
+    def after_backward(self, shares: Shares) -> None:
+        """Note gradients and losses, and judge them before anything moves.
+
+        Losses that are not finite are not judged: ``train.recovery`` says what becomes of such a
+        step, in an audited step as in any other.
+        """
+        e = self.evidence
+        e.shares = shares
+        for name, parameter in e.model.named_parameters():
+            if parameter.requires_grad:
+                e.requires_grad.add(name)
+            if parameter.grad is not None:
+                e.grad_norms[name] = norms_of(parameter.grad, ".ffn.experts." in name)
+        e.seams.settle()
+        assert shares.total is not None
+        if math.isfinite(float(shares.total)):
+            _refuse(self._engine, _faults(BEFORE_UPDATE, e))
+
+    def after_update(self, update: Update) -> None:
+        """Note what moved; frozen parameters keep their state objects, so both are compared."""
+        e = self.evidence
+        e.update = update
+        e.optimizer_after = self._engine.optimizer.state_dict()
+        e.moved = dict(self._engine.optimizer.moved)
+        weights, states = self._bits()
+        e.changed = self._changed(self._weights, weights)
+        e.changed_states = self._changed(self._states, states)
+
+    def _bits(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
+        weights = {name: fingerprint(p) for name, p in self.evidence.model.named_parameters()}
+        states = {
+            f"{name}.{key}": fingerprint(tensor)
+            for name, tensors in self._engine.optimizer.state_dict().items()
+            if name not in self.evidence.trained
+            for key, tensor in tensors.items()
+        }
+        return weights, states
+
+    def _changed(
+        self, before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]
+    ) -> set[str]:
+        """Names that changed on any rank."""
+        mine = [name for name, bits in before.items() if after[name] != bits]
+        return {name for names in self._engine.gather(mine) for name in names}
+
+
+def one_of_each_kind(names: Set[str], seed: int) -> set[str]:
+    """One layer's parameter of each kind, chosen by ``seed``: other starts look at other layers.
+
+    Of a large model the form of these updates alone is judged, since it takes a copy of the weights
+    from before the step. That parameters move, and by whom, is seen of all.
+    """
+    of_kind: dict[str, list[str]] = {}
+    for name in sorted(names):
+        of_kind.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return {alike[seed % len(alike)] for alike in of_kind.values()}
+
+
+def _gates(model: DeepSeekV4) -> Iterator[str]:
+    return (name for name, module in model.named_modules() if isinstance(module, Gate))
+
+
+def _faults(checks: dict[str, Check], e: Evidence) -> list[str]:
+    return [f"{name}: {line}" for name, check in checks.items() for line in check(e)]
+
+
+def _refuse(engine: Engine, faults: list[str]) -> None:
+    """Every rank raises what any has found, and names which where not all have."""
+    ranks = engine.gather(faults)
+    found = {
+        line: [r for r, lines in enumerate(ranks) if line in lines] for f in ranks for line in f
+    }
+    if not found:
+        return
+    told = [
+        line if len(holders) == len(ranks) else f"{line} (rank {', '.join(map(str, holders))})"
+        for line, holders in found.items()
+    ]
+    shown = told[:20] + ([f"... and {len(told) - 20} more"] if len(told) > 20 else [])
+    raise AuditError(
+        "the run does not do what it was asked to:\n" + "\n".join(f"  {f}" for f in shown)
+    )
+
+
+# ---- before the first step ----------------------------------------------------------------------
+def hash_tables(model: DeepSeekV4) -> list[str]:
+    """Faults of hash-routed layers: a constant table, or a row that names an expert twice."""
+    faults = []
+    for name, table_VK in model.named_buffers():
+        if not name.endswith(".tid2eid"):
+            continue
+        config = model.config
+        if config.n_routed_experts == config.num_experts_per_tok:
+            continue  # there is nothing to choose
+        if bool((table_VK == table_VK[0]).all()):
+            faults.append(f"hash_table: {name} is constant: every token goes to the same experts")
+        elif table_VK.shape[1] > 1 and bool((table_VK.sort(dim=1).values.diff(dim=1) == 0).any()):
+            faults.append(f"hash_table: {name} names an expert twice for one token")
+        elif len(table_VK.unique()) < min(config.n_routed_experts, table_VK.numel()):
+            faults.append(f"hash_table: {name} leaves experts out")
+    return faults
+
+
+def isolation(engine: Engine) -> list[str]:
+    """Faults of packing: the gradient of one document's loss with respect to another's embeddings.
+
+    It must be exactly zero whatever the precision. Values would only be equal up to rounding, since
+    the experts' products depend on how many rows each gets.
+    """
+    assert isinstance(engine.model, DeepSeekV4)
+    config = engine.model.config
+    length = 2 * max((1, *config.ratios)) + 2
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(config.vocab_size, (1, 2 * length), generator=generator)
+    documents_BT = torch.arange(2 * length).ge(length).long()[None]
+    depths = 1 + config.num_nextn_predict_layers
+    labels_BTK = torch.full((1, 2 * length, depths), IGNORE)
+    for k in range(depths):
+        labels_BTK[0, length : 2 * length - 1 - k, k] = ids_BT[0, length + 1 + k :]
+    objective = Objective((1.0,) * depths, 1.0, 1.0, indexer_weight=0.0, balance_weight=0.0)
+    grad_BTD = engine.embedding_gradient(Batch(ids_BT, documents_BT, labels_BTK), objective)
+    if grad_BTD is None:
+        return []  # another pipeline stage holds the embedding, and judges
+    if not bool(grad_BTD.isfinite().all()):
+        return []  # says nothing of isolation; train.recovery judges steps that are not finite
+    leak, own = float(grad_BTD[:, :length].abs().max()), float(grad_BTD[:, length:].abs().max())
+    if leak > 0:
+        return [f"isolation: a document's loss reaches the one before it (gradient {leak:.2g})"]
+    return [] if own > 0 else ["isolation: a document's loss does not reach its own tokens"]
+
+
+def longest_document(document_ids_BT: Tensor) -> int:
+    """Tokens of the longest piece of a batch."""
+    positions = torch.arange(document_ids_BT.shape[1])
+    ids_BT = document_ids_BT.cpu()
+    begins_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = ids_BT[:, 1:] != ids_BT[:, :-1]
+    start_BT = torch.where(begins_BT, positions, 0).cummax(dim=1).values
+    return int(((positions - start_BT + 1) * (ids_BT >= 0)).max())

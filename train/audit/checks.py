@@ -1,0 +1,421 @@
+"""What the audit holds against what was asked for (reference P.2, Honest).
+
+Each check looks at the evidence of one step, which is what ran: gradients, bits before and after
+the update, outputs of the seams beside those of the plain ops. It yields one line a fault. To add a
+check, write it and add a line to one of the two tables at the end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.config import LayerKind, Router
+from model.moe.router import Gate
+from model.precision import precision_of
+from model.transformer import DeepSeekV4
+from optim.groups import Owner, ParamRecord
+from parallel.collectives import local
+from parallel.engine import Shares, Update
+from parallel.pieces import largest_of, rows_of, total_of
+from parallel.pipeline import Pipeline
+from parallel.pipeline_split import splits_backward
+from quant.config import ExpertFormat
+from train.audit.seam_watch import SeamReading
+from train.config.schema import ActivationCheckpoint, IndexerPhase, RunConfig
+from train.step import StepPlan
+
+# Share that U - U U^T U has of the energy of U: (1 - s^2)^2 for a singular value s. Five steps of
+# Newton-Schulz leave s in 0.7 .. 1.2, which gives 0.26 at most; 0.5 and 1.5 give 0.56 and 1.6.
+_FLAT = 0.5
+JUDGED_BYTES = 1 << 29  # of weights on a rank, up to which the form of every update is judged
+_LOST_DIGITS = 0.02  # rounding of W beside its update, above which an update cannot be judged
+_EPS = torch.finfo(torch.float32).eps
+_LEAST_SQUARE = 1e-35  # fp32 and bf16 lose digits below 1e-38
+_CHUNK = 1 << 22  # elements compared at once, in float64
+
+
+@dataclass
+class Evidence:
+    """One audited step.
+
+    Attributes:
+        run: what was asked for.
+        step: what the step was to do.
+        model: after the step.
+        trained: parameters that the phase trains, by the config.
+        records: owner, split and decay of every parameter, by the config.
+        before: of the step: the parameters whose update is judged by its form (all of a small
+            model's), and the expert biases.
+        changed: parameters of which any bit changed, on any rank.
+        changed_states: the same of optimizer state, as ``name.key``; frozen parameters only.
+        optimizer_after: optimizer state of all parameters after the step.
+        requires_grad: names of the parameters that autograd tracked.
+        moved: parameter -> algorithm that the optimizer says it ran.
+        grad_norms: parameter -> norm of its gradient, per expert for stacked ones; none: absent.
+        shares: losses and loads.
+        update: whether it was applied.
+        seams: what the replaceable ops and casts did.
+        longest_document: tokens of the longest piece of the batch.
+        targets_K: labels of the batch, for the main head and every MTP depth.
+        num_microbatches: of this process.
+        pipeline: what ran its stages; None without a pipeline.
+    """
+
+    run: RunConfig
+    step: StepPlan
+    model: DeepSeekV4
+    trained: set[str]
+    records: dict[str, ParamRecord]
+    before: dict[str, Tensor]
+    changed: set[str] = field(default_factory=set)
+    changed_states: set[str] = field(default_factory=set)
+    optimizer_after: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    requires_grad: set[str] = field(default_factory=set)
+    moved: dict[str, str] = field(default_factory=dict)
+    grad_norms: dict[str, Tensor] = field(default_factory=dict)
+    shares: Shares = field(default_factory=Shares)
+    update: Update = field(default_factory=lambda: Update(0.0, False))
+    seams: SeamReading = field(default_factory=SeamReading)
+    longest_document: int = 0
+    targets_K: tuple[float, ...] = ()
+    num_microbatches: int = 1
+    pipeline: Pipeline | None = None
+
+    @property
+    def applied(self) -> bool:
+        """Whether the step can have moved anything."""
+        return self.update.applied and self.step.lr > 0
+
+    def has_gradient(self, name: str) -> bool:
+        """Whether any element of the parameter's gradient is not zero."""
+        return name in self.grad_norms and bool((self.grad_norms[name] > 0).any())
+
+    def csa_layers(self) -> list[int]:
+        """Layers whose indexer can learn from this batch: it must see two entries to prefer one."""
+        config = self.run.model
+        return [
+            layer
+            for layer in range(config.num_hidden_layers)
+            if config.kind(layer) is LayerKind.csa
+            and self.longest_document > 2 * config.ratio(layer)
+        ]
+
+    def learned_gate_names(self) -> list[str]:
+        """Gates that run and whose choice is learned, as the config lists them."""
+        config = self.run.model
+        names = [
+            f"layers.{layer}.ffn.gate"
+            for layer in range(config.num_hidden_layers)
+            if config.router(layer) is Router.learned
+        ]
+        return names + [f"mtp.{k}.ffn.gate" for k in range(config.num_nextn_predict_layers)]
+
+    def learned_gates(self) -> dict[str, Gate]:
+        """Those of them that live here."""
+        modules = dict(self.model.named_modules())
+        found = {name: modules.get(name) for name in self.learned_gate_names()}
+        return {name: gate for name, gate in found.items() if isinstance(gate, Gate)}
+
+
+Check = Callable[[Evidence], Iterator[str]]
+
+
+# ---- who moves what -----------------------------------------------------------------------------
+def tracked(e: Evidence) -> Iterator[str]:
+    """Autograd tracks what trains, and nothing else."""
+    for name, _ in e.model.named_parameters():
+        if name in e.trained and name not in e.requires_grad:
+            yield f"{name} should train in this phase but is frozen (requires_grad=False)"
+        if name not in e.trained and name in e.grad_norms:
+            yield f"{name} is frozen in this phase but received a gradient"
+
+
+def frozen(e: Evidence) -> Iterator[str]:
+    """Frozen parameters keep every bit, optimizer state included."""
+    for name, _ in e.model.named_parameters():
+        if name not in e.trained and name in e.changed:
+            yield f"{name} is frozen in this phase but moved"
+    for state in sorted(e.changed_states):
+        name, _, key = state.rpartition(".")
+        yield f"{name} is frozen in this phase but its optimizer state {key} moved"
+
+
+def owner(e: Evidence) -> Iterator[str]:
+    """Every trained parameter was moved, by the algorithm that was asked for."""
+    if not e.applied:
+        return
+    weights = dict(e.model.named_parameters())
+    for name in sorted(e.trained):
+        if e.has_gradient(name) and name not in e.changed:
+            if e.step.lr * _largest_update(e, name) <= _EPS * largest_of(weights[name]):
+                continue  # rounded away, as at the first steps of a long warm-up
+            yield f"{name} received a gradient but did not move: no optimizer owns it"
+            continue
+        asked = e.records[name].owner.value
+        ran = e.moved.get(name, "nothing")
+        if ran != asked:
+            yield f"{name}: {ran} moved it, but {asked} was asked for"
+
+
+def algorithm(e: Evidence) -> Iterator[str]:
+    """The update itself has the form of the algorithm: orthogonal for Muon, AdamW's formula."""
+    if not e.applied:
+        return
+    weights = dict(e.model.named_parameters())
+    for name in sorted(e.trained & e.before.keys()):
+        if e.has_gradient(name) and e.step.lr >= lr_to_judge(e, name):
+            form = _muon_form if e.records[name].owner is Owner.muon else _adamw_form
+            yield from form(e, name, weights[name])
+
+
+def lr_to_judge(e: Evidence, name: str) -> float:
+    """Learning rate from which an update stands out of the rounding of the weight itself."""
+    muon = e.records[name].owner is Owner.muon
+    scale = e.run.optim.muon.rms if muon else 1.0
+    return _EPS * largest_of(e.before[name]) / (_LOST_DIGITS * scale)
+
+
+def _largest_update(e: Evidence, name: str) -> float:
+    """About the largest element of the update just done, as a multiple of the learning rate."""
+    if e.records[name].owner is Owner.muon:
+        return e.run.optim.muon.rms
+    config, state = e.run.optim.adamw, e.optimizer_after[name]
+    steps = float(local(state["step"]))
+    first = state["exp_avg"].float() / (1 - config.betas[0] ** steps)
+    second = state["exp_avg_sq"].float() / (1 - config.betas[1] ** steps)
+    return largest_of(first / (second.sqrt() + config.eps))
+
+
+def _muon_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
+    record, lr, norms = e.records[name], e.step.lr, e.grad_norms[name]
+    which = int(norms.argmax()) if len(norms) == record.num_matrices else 0
+    rows = after.shape[0] // record.num_matrices
+    old, new = (
+        rows_of(w, which * rows, (which + 1) * rows).flatten(0, -2).double()
+        for w in (e.before[name], after)
+    )
+    update = (old * (1 - lr * record.weight_decay) - new) / (lr * e.run.optim.muon.rms)
+    energy, off = distance_from_orthogonal(update.float() / max(update.shape) ** 0.5)
+    if not (energy > 0 and off <= _FLAT):
+        yield (
+            f"{name}: muon was asked for, but {off:.2g} of the update's energy is off an orthogonal"
+            f" matrix (at most {_FLAT})"
+        )
+
+
+def distance_from_orthogonal(update_RC: Tensor) -> tuple[float, float]:
+    """Energy of U, and the share that U - U U^T U has of it: 0 where singular values are 0 or 1."""
+    tall = update_RC if update_RC.shape[0] >= update_RC.shape[1] else update_RC.T
+    off = tall - tall @ (tall.T @ tall)
+    energy = float(tall.double().square().sum())
+    return energy, float(off.double().square().sum()) / max(energy, 1e-30)
+
+
+def _adamw_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
+    """Every rank compares the part that it holds."""
+    config = e.run.optim.adamw
+    state = {key: local(tensor) for key, tensor in e.optimizer_after[name].items()}
+    if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
+        yield f"{name}: adamw was asked for, but its state holds {sorted(state)}"
+        return
+    lr, decay, steps = e.step.lr, e.records[name].weight_decay, float(state["step"])
+    tensors = (local(e.before[name]), local(after), state["exp_avg"], state["exp_avg_sq"])
+    squares = torch.zeros(3, dtype=torch.float64, device=after.device)
+    for old, new, exp_avg, exp_avg_sq in zip(
+        *(tensor.detach().reshape(-1).split(_CHUNK) for tensor in tensors), strict=True
+    ):
+        first = exp_avg.double() / (1 - config.betas[0] ** steps)
+        second = exp_avg_sq.double() / (1 - config.betas[1] ** steps)
+        expected = first / (second.sqrt() + config.eps)
+        got = (old.double() * (1 - lr * decay) - new.double()) / lr
+        # A gradient near 0 has a square that storage cannot hold; the update knew it in full.
+        lost = (exp_avg_sq < _LEAST_SQUARE) & (exp_avg != 0)
+        squares += torch.stack(
+            [t.masked_fill(lost, 0.0).square().sum() for t in (got - expected, expected, old)]
+        )
+    off, size, weight = total_of(after, squares).sqrt().tolist()
+    error = max(0.0, off - _EPS * weight / lr) / max(size, 1e-30)  # less what rounding W may give
+    if not error <= 0.1:  # bf16 state: 1e-2
+        yield f"{name}: adamw was asked for, but the update is {error:.2g} off its formula"
+
+
+# ---- the objective ------------------------------------------------------------------------------
+def objective(e: Evidence) -> Iterator[str]:
+    """The total that was minimised is the sum of its parts under the weights asked for."""
+    losses, weights = e.shares.losses, e.step.weights
+    config = e.run.model
+    csa = sum(config.kind(i) is LayerKind.csa for i in range(config.num_hidden_layers))
+    parts = {
+        "loss": (1.0, losses["loss"]),
+        "loss_mtp": (weights.mtp, losses["loss_mtp"]),
+        "loss_indexer": (weights.indexer * csa, losses["loss_indexer"]),
+        "loss_balance": (weights.balance * len(e.learned_gate_names()), losses["loss_balance"]),
+    }
+    assert e.shares.total is not None
+    expected = sum(weight * float(value) for weight, value in parts.values())
+    total = float(e.shares.total)
+    if not abs(total - expected) <= 5e-6 * abs(expected):
+        shown = " + ".join(f"{w:g} * {name} {float(v):.6g}" for name, (w, v) in parts.items())
+        yield f"the objective is {total:.7g}, but {shown} = {expected:.7g}"
+
+
+def mtp(e: Evidence) -> Iterator[str]:
+    """MTP has a loss where it was asked for."""
+    depths = e.run.model.num_nextn_predict_layers
+    if not (depths and e.step.weights.mtp > 0 and e.longest_document > 2):
+        return
+    if len(e.model.mtp) != depths and e.pipeline is None:
+        yield f"model.num_nextn_predict_layers={depths}, but the model has {len(e.model.mtp)}"
+    if not float(e.shares.losses["loss_mtp"]) > 0:
+        loss = float(e.shares.losses["loss_mtp"])
+        yield f"the MTP loss is {loss} with weight {e.step.weights.mtp}"
+
+
+def indexer(e: Evidence) -> Iterator[str]:
+    """The indexers have a loss where it was asked for."""
+    loss = float(e.shares.losses["loss_indexer"])
+    if e.step.weights.indexer > 0 and e.csa_layers() and not loss > 0:
+        yield f"the indexer loss is {loss} with weight {e.step.weights.indexer}"
+
+
+def balance(e: Evidence) -> Iterator[str]:
+    """The balance loss is there where it was asked for; 1 at perfect balance, never 0."""
+    loss = float(e.shares.losses["loss_balance"])
+    if e.step.weights.balance > 0 and e.learned_gate_names() and not loss > 0:
+        yield f"the balance loss is {loss} with weight {e.step.weights.balance}"
+
+
+def bias(e: Evidence) -> Iterator[str]:
+    """Every learned gate's bias moved by the speed asked for, against the load."""
+    speed = e.step.weights.bias_update_speed if e.update.applied else 0.0
+    for name, gate in e.learned_gates().items():
+        load_E = e.shares.expert_load.get(name)
+        if load_E is None:
+            yield f"{name} reported no expert load"
+            continue
+        expected = e.before[f"{name}.bias"]
+        if speed:
+            expected = expected + speed * torch.sign(load_E.mean() - load_E)
+        if not torch.allclose(gate.bias, expected, rtol=0, atol=1e-3 * speed):
+            moved = float((gate.bias - e.before[f"{name}.bias"]).abs().max())
+            yield f"{name}.bias moved by {moved:g}, train.bias_update_speed asks for {speed:g}"
+
+
+# ---- precision and quantisation -----------------------------------------------------------------
+def precision(e: Evidence) -> Iterator[str]:
+    """The large matmuls ran in the dtype asked for."""
+    asked = e.run.train.precision.value
+    for name, dtype in e.seams.input_dtypes.items():
+        compute = precision_of(f"{name}.weight", asked).compute
+        if dtype != compute and (compute != torch.float32 or asked == "fp32"):
+            yield f"{name} multiplied in {dtype}, train.precision={asked} asks for {compute}"
+
+
+_OP_ERROR = {"fp4": (0.05, 0.4), "fp8": (0.01, 0.05)}  # relative error of a product of its format
+
+
+def quant(e: Evidence) -> Iterator[str]:
+    """Each part of the quant section acted on every module that it names, and nothing else did."""
+    parts = e.run.quant.parts()
+    on = e.step.stage.quantised
+    fp8_inputs = parts.activations  # their error adds to the weights'
+    for name, error in e.seams.op_errors.items():
+        part = _part_of(name)
+        wanted = getattr(parts, part) if part and on else False
+        if part == "experts" and on:
+            wanted = parts.experts.value if parts.experts is not ExpertFormat.none else False
+        low, high = _OP_ERROR["fp4" if wanted == "fp4" else "fp8"]
+        if wanted and not low < error < (0.5 if fp8_inputs else high):
+            yield f"quant.{part}: {name} gave products {error:.2g} off the plain ones"
+        if not wanted and error > _OP_ERROR["fp8"][0]:
+            yield f"{name} gave products {error:.2g} off the plain ones, unasked by quant"
+    for name, error in e.seams.cast_errors.items():
+        part = "indexer" if ".indexer." in name else "kv"
+        wanted = on and getattr(parts, part)
+        if wanted and not error > 5e-3:
+            yield f"quant.{part}: {name} left its values as they were (relative {error:.2g})"
+        if not wanted and error > 0:
+            yield f"{name} changed its values by {error:.2g}, which quant.{part} did not ask for"
+    for name, rounded in e.seams.rounded_weights.items():
+        if rounded != (on and parts.stored):
+            is_read = "rounded to bf16" if rounded else "in full"
+            yield f"quant.stored={parts.stored}: {name}.weight is read {is_read}"
+
+
+def recompute(e: Evidence) -> Iterator[str]:
+    """Blocks ran once more for each backward pass where recomputation was asked for."""
+    asked = e.run.train.activation_checkpoint
+    if e.step.stage.indexer_phase is IndexerPhase.warmup:
+        return  # most blocks have no backward pass
+    for name, passes in e.seams.passes.items():
+        again = e.num_microbatches if e.pipeline is None else e.pipeline.backward_passes(name)
+        wanted = e.num_microbatches + (0 if asked is ActivationCheckpoint.none else again)
+        if passes != wanted:
+            yield (
+                f"{name} ran {passes} times in {e.num_microbatches} microbatches,"
+                f" train.activation_checkpoint={asked.value} asks for {wanted}"
+            )
+
+
+def pipeline(e: Evidence) -> Iterator[str]:
+    """The schedule asked for ran every microbatch once forward and once backward on each stage."""
+    if e.pipeline is None:
+        return
+    asked = e.run.parallel.schedule
+    ran = e.pipeline.schedule_name
+    if ran.lower() != f"schedule{asked}":
+        yield f"{ran} ran, parallel.schedule={asked} was asked for"
+    done = Counter((action.stage, action.kind, action.microbatch) for action in e.pipeline.actions)
+    for stage in e.pipeline.stages:
+        index = stage.parts.index
+        for microbatch in range(e.num_microbatches):
+            forward, whole, inputs, weights = (done[index, kind, microbatch] for kind in "FBIW")
+            if forward != 1 or whole + weights != 1 or inputs != weights:
+                yield (
+                    f"stage {index} ran microbatch {microbatch} {forward} times forward, {whole}"
+                    f" times backward, {inputs} and {weights} times by inputs and weights"
+                )
+    apart = any(kind == "W" for _, kind, _ in done)
+    if apart != splits_backward(asked):
+        yield (
+            f"the backward pass ran {'in two parts' if apart else 'whole'},"
+            f" not as parallel.schedule={asked} asks"
+        )
+
+
+def _part_of(module: str) -> str:
+    """Part of the quant section that names a linear; empty: none does."""
+    leaf = module.rpartition(".")[2]
+    if ".experts." in module:
+        return "experts"
+    if ".shared_experts." in module:
+        return "shared_experts"
+    if leaf in ("e_proj", "h_proj"):
+        return "mtp"
+    if leaf in ("wq_a", "wq_b", "wo_a", "wo_b") or module.endswith(".attn.wkv"):
+        return "attention"
+    return ""
+
+
+BEFORE_UPDATE: dict[str, Check] = {
+    "tracked": tracked,
+    "objective": objective,
+    "mtp": mtp,
+    "indexer": indexer,
+    "balance": balance,
+    "precision": precision,
+    "quant": quant,
+    "recompute": recompute,
+    "pipeline": pipeline,
+}
+AFTER_UPDATE: dict[str, Check] = {
+    "frozen": frozen,
+    "owner": owner,
+    "algorithm": algorithm,
+    "bias": bias,
+}

@@ -1,0 +1,1 @@
+"""A run's config: its schema, how it is read, and how it stands in files."""

@@ -1,0 +1,244 @@
+"""The command line before Hydra reads it: groups, keys and flags, checked with nearest match.
+
+Hydra takes ``+model=x`` only for groups that do not stand in the defaults list and ``model=x`` only
+for those that do; here both work, since the ``+`` is taken off. ``+foo=1`` would add a key
+silently, a misspelt option of an optional group would be dropped silently; both are refused here,
+and everything else is left to Hydra's own composition.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from train.config.schema import RunConfig, load, unknown_key
+from train.errors import ROOT, UserError
+
+CONF = ROOT / "conf"
+_FLAGS = (
+    "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p",
+    "--run", "-r", "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc",
+    "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun",
+)  # fmt: skip
+_WITH_VALUE = (
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
+    "--config-dir", "-cd", "--experimental-rerun",
+)  # fmt: skip
+_FOREIGN = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
+
+
+def groups(conf: Path = CONF) -> list[str]:
+    """Groups that stand in the defaults list of ``conf/config.yaml``."""
+    config = yaml.safe_load((conf / "config.yaml").read_text())
+    entries = [entry for entry in config["defaults"] if isinstance(entry, dict)]
+    keys = [str(key).split() for entry in entries for key in entry]
+    return [key[-1] for key in keys if key[0] != "override"]
+
+
+def options(group: str, conf: Path = CONF) -> list[str]:
+    """Options of a group: its files without their suffix."""
+    return sorted(path.stem for path in (conf / group).glob("*.yaml"))
+
+
+def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
+    """Check arguments and return them as Hydra wants them: flags first, groups without ``+``.
+
+    Args:
+        args: the command line without the program.
+        conf: folder of the groups.
+
+    Raises:
+        UserError: an unknown flag, group option or key; names the nearest match.
+    """
+    known = groups(conf)
+    plus = re.compile(rf"^\++(?=({'|'.join(known)})=)")
+    cleaned = [plus.sub("", arg) for arg in args]
+    flags, overrides = _split(cleaned)
+    own_conf = not any(flag.split("=")[0] in _FOREIGN for flag in flags)
+    for arg in overrides:
+        _check_override(arg, known, conf if own_conf else None)
+    return [*flags, *_gather_items(overrides, sweeps(flags))]
+
+
+def sweeps(args: Sequence[str]) -> bool:
+    """Whether the command line asks for several jobs."""
+    return "-m" in args or "--multirun" in args
+
+
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra reads them.
+
+    Args:
+        overrides: as :func:`normalise` returned them; flags are passed over.
+    """
+    return OverridesParser.create().parse_overrides(_split(overrides)[1])
+
+
+def compose_run(args: Sequence[str] = (), conf: Path = CONF) -> RunConfig:
+    """The validated run that a command line describes, for scripts and tests.
+
+    Args:
+        args: groups and keys as on the command line, without flags.
+        conf: folder of the groups.
+
+    Raises:
+        ValueError: as :func:`normalise` and :func:`train.config.schema.load`.
+    """
+    with initialize_config_dir(str(conf), version_base=None):
+        return load(compose("config", normalise(args, conf)))
+
+
+def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Flags with their values, and overrides; Hydra itself takes overrides only in one block."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    awaits_value = False
+    for arg in args:
+        if arg.startswith("-"):
+            flag = arg.split("=")[0]
+            if flag not in _FLAGS:
+                raise UserError(f"unknown flag {flag}: {_hint(flag, _FLAGS, 'see --help')}")
+            flags.append("--info=all" if arg in ("--info", "-i") else arg)
+            awaits_value = "=" not in arg and flag in _WITH_VALUE
+        elif awaits_value:
+            flags.append(arg)
+            awaits_value = False
+        else:
+            overrides.append(arg)
+    return flags, overrides
+
+
+def _gather_items(overrides: Sequence[str], sweep: bool) -> list[str]:
+    """Join keys of named items (``data.sources.NAME.KEY=...``) into one override of their dict.
+
+    Hydra cannot add an item by one of its keys. As a whole (``++data.sources={NAME:{KEY:...}}``)
+    items are added, or merged into those that are there. Where keys are swept the dict is.
+    """
+    out: list[str] = []
+    items: dict[str, dict[str, list[list[str]]]] = {}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        parts = key.split(".")
+        depth = _item_depth(parts)
+        if override.startswith("~") or depth is None or not depth <= len(parts) <= depth + 1:
+            out.append(override)
+            continue
+        keys = items.setdefault(".".join(parts[: depth - 1]), {}).setdefault(parts[depth - 1], [])
+        if len(parts) > depth:
+            keys.append([f"{parts[-1]}:{choice}" for choice in _choices(override, value, sweep)])
+        else:
+            keys.append([value.strip().removeprefix("{").removesuffix("}")])
+    for path, named in items.items():
+        dicts = []
+        for chosen in itertools.product(*(itertools.product(*keys) for keys in named.values())):
+            inner = (f"{name}:{{{','.join(k)}}}" for name, k in zip(named, chosen, strict=True))
+            dicts.append(f"{{{','.join(inner)}}}")
+        out.append(f"++{path}={','.join(dicts)}")  # the dict is closed to plain overrides
+    return out
+
+
+def _choices(override: str, value: str, sweep: bool) -> list[str]:
+    """Values of an item's key, each as Hydra's grammar writes it; several under ``-m`` alone."""
+    parsed = OverridesParser.create().parse_override(override)
+    if not parsed.is_sweep_override():
+        return [value]
+    if not sweep:
+        raise UserError(
+            f"{override}: several values need -m; one value with a comma is quoted,"
+            f" {override.partition('=')[0]}='\"{value}\"'"
+        )
+    return list(parsed.sweep_string_iterator())
+
+
+def _item_depth(parts: Sequence[str]) -> int | None:
+    """How many parts name an item of a dict of sections, if the key leads into one."""
+    schema: Any = RunConfig
+    for depth, part in enumerate(parts):
+        if get_origin(schema) is dict:
+            return depth + 1 if is_dataclass(get_args(schema)[1]) else None
+        if not is_dataclass(schema):
+            return None
+        schema = get_type_hints(schema).get(part)
+    return None
+
+
+def _check_override(arg: str, known: Sequence[str], conf: Path | None) -> None:
+    try:
+        override = OverridesParser.create().parse_override(arg)
+    except HydraException as error:
+        near = [group for group in known if conf and arg in options(group, conf)]
+        hint = f"did you mean {near[0]}={arg}?" if near else "give GROUP=OPTION or KEY=VALUE"
+        if not near and (good := _quoted(arg)):
+            hint = f"such a text is quoted, for the shell and in it: {good}"
+        raise UserError(f"cannot read the argument {arg!r}: {hint}") from error
+    key = override.key_or_group
+    found = override.value()
+    if isinstance(found, int | float) and str(found) != arg.partition("=")[2]:
+        if good := _quoted(arg):
+            raise UserError(f"{arg} would be read as {found}: a text is quoted, {good}")
+    if key.split(".")[0].split("/")[0] == "hydra":
+        return
+    if key in known:
+        if conf is not None:
+            _check_option(key, arg.partition("=")[2], conf)
+        return
+    problem = unknown_key(key.split("."), RunConfig, known)
+    if problem is not None:
+        raise UserError(f"unknown config key {arg.lstrip('+~')}: {problem}")
+
+
+def _quoted(arg: str) -> str | None:
+    """The argument as one types it where its value is a text; None where its key holds none."""
+    key, _, value = arg.partition("=")
+    if not _holds_text(key.lstrip("+").split(".")):
+        return None
+    for mark in ('"', "'"):
+        typed = f"{key}={mark}{value.replace(mark, chr(92) + mark)}{mark}"
+        try:
+            if OverridesParser.create().parse_override(typed).value() == value:
+                return shlex.quote(typed)
+        except HydraException:
+            continue
+    return None
+
+
+def _holds_text(parts: Sequence[str]) -> bool:
+    """Whether a key of the config is a text, as paths and prompts are."""
+    schema: Any = RunConfig
+    for part in parts:
+        if get_origin(schema) is dict:
+            schema = get_args(schema)[1]
+        elif is_dataclass(schema):
+            schema = get_type_hints(schema).get(part)
+        else:
+            return False
+    return schema is str
+
+
+def _check_option(group: str, value: str, conf: Path) -> None:
+    """Every option named in a plain or comma-separated value must be a file of the group."""
+    if not re.fullmatch(r"[\w.,\- ]*", value) or value == "null":
+        return  # a Hydra function such as glob(...); composition will judge
+    have = options(group, conf)
+    for option in (part.strip() for part in value.split(",")):
+        if option not in have:
+            raise UserError(
+                f"{group}={option}: conf/{group} has no such file; {_hint(option, have)}"
+            )
+
+
+def _hint(word: str, known: Sequence[str], otherwise: str = "") -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {near[0]}?" if near else otherwise or f"there are: {', '.join(known)}"

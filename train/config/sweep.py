@@ -1,0 +1,102 @@
+"""Sweeps (``-m``): each job has a folder of its own, named by what differs between the jobs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from train.config.command_line import CONF, parse
+
+log = logging.getLogger(__name__)
+
+_LONGEST = 200  # bytes of a folder's name, of the 255 that file systems take
+_RECORD = "multirun.yaml"  # Hydra's own record of a sweep
+
+
+def in_own_folder(cfg: DictConfig, args: Sequence[str]) -> DictConfig:
+    """The config of a job; of a sweep's job with the folder that is its own on every rank.
+
+    Args:
+        cfg: as Hydra composed it.
+        args: the command line as :func:`train.config.command_line.normalise` returned it.
+    """
+    hydra_cfg = HydraConfig.get()
+    if hydra_cfg.mode != RunMode.MULTIRUN:
+        return cfg
+    differing = swept(hydra_cfg.overrides.task, args)
+    if differing and not any(o.startswith("run_dir=") for o in differing):
+        cfg = cfg.copy()
+        cfg.run_dir = f"{cfg.run_dir}_sweep/{folder_name(differing)}"
+    log.info("job %d: %s", hydra_cfg.job.num, cfg.run_dir)
+    return cfg
+
+
+def swept(task: Sequence[str], args: Sequence[str]) -> list[str]:
+    """What a job of a sweep has that others have not, as ``key=value``.
+
+    Args:
+        task: the job's overrides.
+        args: the command line as :func:`train.config.command_line.normalise` returned it.
+    """
+    asked = {o.key_or_group: o for o in parse(args)}
+    out: list[str] = []
+    for text, override in zip(task, parse(task), strict=True):
+        key = override.key_or_group
+        if key not in asked:  # of hydra.sweeper.params
+            out.append(text)
+        elif asked[key].is_sweep_override():
+            out += _differing(text, override, asked[key])
+    return out
+
+
+def folder_name(differing: Sequence[str]) -> str:
+    """Name of a job's folder; a long one ends in a hash of all of it."""
+    name = ",".join(differing).replace("/", "_")
+    encoded = name.encode()
+    if len(encoded) <= _LONGEST:
+        return name
+    kept = encoded[: _LONGEST - 17].decode(errors="ignore")
+    return f"{kept}-{hashlib.sha256(encoded).hexdigest()[:16]}"
+
+
+def forget_refused(args: Sequence[str]) -> None:
+    """Remove the folder of a sweep none of whose jobs began: it holds Hydra's record alone."""
+    fixed = [o.input_line for o in parse(args) if not o.is_sweep_override()]
+    with contextlib.suppress(Exception), initialize_config_dir(str(CONF), version_base=None):
+        cfg = compose("config", [o for o in fixed if o], return_hydra_config=True)
+        folder = Path(cfg.hydra.sweep.dir)
+        if folder.is_dir() and [path.name for path in folder.iterdir()] == [_RECORD]:
+            (folder / _RECORD).unlink()
+            folder.rmdir()
+
+
+def _differing(text: str, override: Override, asked: Override) -> list[str]:
+    """Of a swept dict the leaves whose values differ between its choices."""
+    value = override.value()
+    if not isinstance(value, dict):
+        return [text]
+    dicts = [choice for choice in asked.sweep_iterator() if isinstance(choice, dict)]
+    choices = [dict(_leaves(choice)) for choice in dicts]
+    return [
+        f"{override.key_or_group}.{key}={leaf}"
+        for key, leaf in _leaves(value)
+        if len({str(choice.get(key)) for choice in choices}) > 1
+    ]
+
+
+def _leaves(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

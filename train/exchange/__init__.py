@@ -1,0 +1,1 @@
+"""Models on disk: opened, exported, imported, scored. No training run imports this."""

@@ -1,0 +1,477 @@
+"""Does the model fit this world? Answered from the config alone, before anything is allocated.
+
+Bytes of the fullest rank by kind, what a rank has here, and the smallest layouts that would fit,
+as a table. Parameters, gradients and optimizer states are exact for a given layout; activations
+are the closed form of ``model/activation_memory.py``.
+
+Layouts are sharded as ``parallel`` does it: every parameter over dp_shard (and cp) of its pipeline
+stage, experts over ep first; masters and gradients fp32; a layer is gathered whole in its compute
+dtype when it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import psutil
+import torch
+
+from model.activation_memory import block_activation_bytes, head_bytes, mtp_bytes
+from model.config import LayerKind, ModelConfig
+from model.flops import parameter_counts, parameter_shapes
+from model.precision import precision_of
+from optim.config import StateDtype
+from optim.groups import Owner, build_table
+from optim.muon import CHUNK_ELEMENTS
+from parallel.config import ParallelConfig
+from parallel.launch import launched_world_size
+from parallel.pipeline_split import (
+    StageParts,
+    check_pipeline,
+    in_flight,
+    rank_of_stage,
+    split_stages,
+    stages_per_rank,
+)
+from train.audit.checks import JUDGED_BYTES
+from train.config.schema import ActivationCheckpoint, Device, Precision, RunConfig
+from train.errors import USER_ERRORS, DoesNotFitError, UserError
+from train.stages import Plan, Stage, check_schedule
+
+GB = 1e9
+_RUNTIME = {"cpu": 1.2e9, "cuda": 0.8e9}  # interpreter and libraries, CUDA context
+# Bytes an element that Newton-Schulz holds beside its chunk: fp32 direction, two buffers and three
+# small squares in the compute dtype.
+_NEWTON_SCHULZ_BYTES = 14
+_CLUSTER_GPU = 80e9  # bytes of the GPU that large layouts are also searched for
+_MAX_RANKS = 2**16
+
+
+@dataclass(frozen=True)
+class World:
+    """What the process group was started on.
+
+    Attributes:
+        ranks: processes.
+        device: cpu or cuda.
+        bytes_per_rank: memory that one of them may use; 0 where CUDA is asked for and missing.
+    """
+
+    ranks: int
+    device: str
+    bytes_per_rank: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its peak, by kind.
+
+    Attributes:
+        weights: fp32 masters.
+        gradients: fp32.
+        optimizer: momentum and moments, and the averaged weights where they are kept.
+        gathered: weights in their compute dtype, whole, while they are used.
+        activations: kept from the forward for the backward pass.
+        temporary: the largest that is alive beside the rest: logits of a chunk, whole gradients of
+            a layer, or the workspace of Newton-Schulz where it exceeds activations.
+        audit: of the weights as they were before each of the first steps, those that are judged.
+        runtime: interpreter, libraries, CUDA context.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    temporary: int
+    audit: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        """All kinds together."""
+        return sum(vars(self).values())
+
+
+def this_world(device: Device) -> World:
+    """Ranks from torchrun's variables, memory from the machine.
+
+    Raises:
+        UserError: more ranks on this machine than CUDA devices.
+    """
+    ranks = launched_world_size()
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available() if device != Device.cpu else False
+    if device == Device.cuda and not cuda:
+        return World(ranks, "cuda", 0)
+    if not cuda:
+        return World(ranks, "cpu", _machine_memory() // local)
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"{local} ranks on this machine, but it has {torch.cuda.device_count()} CUDA device(s)"
+        )
+    return World(ranks, "cuda", torch.cuda.get_device_properties(index).total_memory)
+
+
+def check(run: RunConfig, plan: Plan, world: World) -> None:
+    """Refuse a run that cannot fit.
+
+    Raises:
+        DoesNotFitError: names the model, what a rank needs and has; carries the table.
+        UserError: the layout does not match the number of ranks.
+    """
+    mismatch = None
+    try:
+        layout = run.parallel.resolve(world.ranks)
+    except USER_ERRORS as error:  # a large preset on a small machine: the table says more
+        mismatch, layout = error, ParallelConfig(dp_shard=world.ranks)
+    need = Needs(run, plan).peak(layout, world.device).total
+    if need <= world.bytes_per_rank:
+        if mismatch is not None:
+            raise mismatch
+        return
+    if not world.bytes_per_rank:
+        message = "train.device=cuda, but this machine has no CUDA device (train.device=auto, cpu)"
+    else:
+        message = (
+            f"model.name={run.model.name} needs {_gb(need)} a rank on {world.ranks}"
+            f" {world.device} rank(s), which have {_gb(world.bytes_per_rank)}"
+        )
+    raise DoesNotFitError(message, report(run, plan, layout, world))
+
+
+def smallest_layouts(
+    run: RunConfig, plan: Plan, device: str, bytes_per_rank: float, count: int = 3
+) -> list[tuple[ParallelConfig, Memory]]:
+    """The layouts with the fewest ranks, powers of two, that fit; fewest pipeline stages first.
+
+    Args:
+        run: the config; its batch must split over the data ranks.
+        plan: its stages.
+        device: cpu or cuda.
+        bytes_per_rank: what a rank may use.
+        count: how many to return, all with the same number of ranks.
+    """
+    needs, ranks = Needs(run, plan), 1
+    while ranks <= _MAX_RANKS:
+        tried = ((layout, needs.peak(layout, device)) for layout in _layouts(run, plan, ranks))
+        found = [(layout, memory) for layout, memory in tried if memory.total <= bytes_per_rank]
+        if found:
+            return sorted(found, key=lambda f: (f[0].pp, f[1].total))[:count]
+        ranks *= 2
+    return []
+
+
+def report(run: RunConfig, plan: Plan, layout: ParallelConfig, world: World) -> str:
+    """The fit table as text.
+
+    Args:
+        run: the config.
+        plan: its stages.
+        layout: the layout that was asked for, resolved.
+        world: what there is.
+    """
+    counts = parameter_counts(run.model)
+    columns = [("here", layout, Needs(run, plan).peak(layout, world.device))]
+    targets = [(world.device, float(world.bytes_per_rank))] if world.bytes_per_rank else []
+    if world.device == "cpu" or world.bytes_per_rank < 0.9 * _CLUSTER_GPU:
+        targets.append(("cuda", _CLUSTER_GPU))
+    fits = [(d, size, smallest_layouts(run, plan, d, size)) for d, size in targets]
+    for device, size, found in fits:
+        for candidate, memory in found[:1]:
+            columns.append(
+                (f"{candidate.world_size} x {size / GB:.0f} {device}", candidate, memory)
+            )
+    lines = [
+        f"{run.model.name}: {counts.total:,} parameters, {counts.active:,} active a token",
+        "GB per rank".ljust(22) + "".join(name.rjust(18) for name, _, _ in columns),
+    ]
+    for kind in (*vars(columns[0][2]), "total"):
+        cells = [getattr(memory, kind) / GB for _, _, memory in columns]
+        lines.append(kind.ljust(22) + "".join(f"{cell:18,.2f}" for cell in cells))
+    lines.append(
+        f"this world: {world.ranks} {world.device} rank(s) of {_gb(world.bytes_per_rank)}, {layout}"
+    )
+    lines.append("smallest layouts that would fit:")
+    for device, size, found in fits:
+        if not found:
+            lines.append(f"  {device} ranks of {size / GB:.0f} GB: none up to {_MAX_RANKS} ranks")
+        for candidate, memory in found:
+            lines.append(
+                f"  {candidate.world_size:5} {device} rank(s) of {size / GB:.0f} GB:"
+                f" {_flags(candidate)} ({_gb(memory.total)} a rank)"
+            )
+    return "\n".join(lines)
+
+
+@dataclass
+class _Block:
+    """Numbers of one position of the network: a block, the embedding, or norm and head.
+
+    Attributes:
+        elements: parameters; ``[0]`` all but routed experts, ``[1]`` routed experts.
+        states: optimizer values that go with them.
+        gathered: bytes of both in their compute dtype, where it is not fp32.
+        fp32: bytes of those that compute in fp32.
+    """
+
+    elements: list[float]
+    states: list[float]
+    gathered: list[float]
+    fp32: list[float]
+
+
+class Needs:
+    """Memory of a run under any layout; the parameters are walked through once.
+
+    Args:
+        run: the config.
+        plan: its stages; those that are reached count.
+    """
+
+    def __init__(self, run: RunConfig, plan: Plan) -> None:
+        self.run, self.stages = run, plan.reached()
+        model = run.model
+        self.blocks = {
+            position: _Block([0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, 0.0])
+            for position in range(-1, _num_blocks(model) + 1)
+        }
+        self.largest_matrix = 0.0
+        self._splits: dict[tuple[int, str], list[StageParts]] = {}
+        counts = {
+            key: getattr(model, key) for key in ("o_groups", "index_n_heads", "num_attention_heads")
+        }
+        for record in build_table(parameter_shapes(model), run.optim, counts):
+            block = self.blocks[_position(record.name, model)]
+            which, size = int(".experts." in record.name), float(math.prod(record.shape))
+            muon = record.owner is Owner.muon
+            compute = precision_of(record.name, run.train.precision.value).compute.itemsize
+            block.elements[which] += size
+            block.states[which] += size * (1 if muon else 2)
+            (block.gathered if compute < 4 else block.fp32)[which] += size * compute
+            if muon:
+                self.largest_matrix = max(self.largest_matrix, size / record.num_matrices)
+
+    def peak(self, layout: ParallelConfig, device: str) -> Memory:
+        """The fullest rank over pipeline stages and the plan's stages.
+
+        Args:
+            layout: resolved degrees.
+            device: cpu or cuda.
+        """
+        memories = [
+            self._rank(stage, layout, device, pipeline_stage)
+            for pipeline_stage in range(layout.pp)
+            for stage in self.stages
+        ]
+        return max(memories, key=lambda memory: memory.total)
+
+    def _rank(self, stage: Stage, layout: ParallelConfig, device: str, part: int) -> Memory:
+        run, model = self.run, self.run.model
+        here, copies = self._held(layout, part)
+        shards = layout.dp_shard * layout.cp
+        split = (shards, max(layout.ep, shards))
+
+        def local(values: list[float]) -> float:
+            return sum(value / n for value, n in zip(values, split, strict=True))
+
+        weights = 4 * sum(local(self.blocks[i].elements) for i in [*here, *copies])
+        state_bytes = 2 if run.optim.state_dtype == StateDtype.bf16 else 4
+        states = state_bytes * sum(local(self.blocks[i].states) for i in here)
+        if run.train.ema_decay:
+            states += weights
+        activations = self._activations(stage, layout, part, here)
+        newton_schulz = _NEWTON_SCHULZ_BYTES * max(self.largest_matrix, CHUNK_ELEMENTS[device])
+        temporary = max(
+            self._largest_gradient(layout, [*here, *copies]),
+            self._logits(stage) if _num_blocks(model) in here else 0.0,
+            newton_schulz - activations if self.largest_matrix else 0.0,
+        )
+        return Memory(
+            weights=round(weights),
+            gradients=round(weights),
+            optimizer=round(states),
+            gathered=round(self._gathered(layout, [*here, *copies])),
+            activations=round(activations),
+            temporary=round(temporary),
+            audit=round(self._audit(weights, layout, here)),
+            runtime=round(_RUNTIME[device]),
+        )
+
+    def _held(self, layout: ParallelConfig, rank: int) -> tuple[list[int], list[int]]:
+        """Positions on a rank of the pp axis, and those of which it holds a second copy."""
+        model, here = self.run.model, []
+        if layout.pp == 1:
+            return list(self.blocks), []
+        key = (layout.pp, layout.schedule)
+        if key not in self._splits:
+            seq_len = max(stage.seq_len for stage in self.stages)
+            self._splits[key] = split_stages(model, layout, seq_len)
+        copies: list[int] = []
+        for parts in self._splits[key]:
+            if rank_of_stage(parts.index, layout.pp, layout.schedule) != rank:
+                continue
+            here += [-1] * parts.first + list(parts.layers)
+            if parts.last:
+                here += range(model.num_hidden_layers, _num_blocks(model) + 1)
+                copies += [-1] * bool(model.num_nextn_predict_layers)  # MTP reads the embedding
+        return here, copies
+
+    def _activations(
+        self, stage: Stage, layout: ParallelConfig, part: int, here: list[int]
+    ) -> float:
+        """Bytes kept by the positions ``here``, of the running block, and between stages.
+
+        What follows the main blocks goes back at once, except under gpipe.
+        """
+        model, mode = self.run.model, self.run.train.activation_checkpoint.value
+        tokens = stage.micro_batch_size * stage.seq_len / max(stage.cp, layout.cp)
+        compute = 4 if self.run.train.precision == Precision.fp32 else 2
+        held = _in_flight(layout, stage, part)
+        at_the_end = held if layout.schedule == "gpipe" else 1
+        kept = running = 0.0
+        for i in here:
+            if 0 <= i < _num_blocks(model):
+                main = i < model.num_hidden_layers
+                kind, ratio = (model.kind(i), model.ratio(i)) if main else (LayerKind.swa, 0)
+                block = block_activation_bytes(model, kind, ratio, compute, mode)
+                kept += block.kept * (held if main else at_the_end)
+                running = max(running, block.running)
+            if i >= model.num_hidden_layers:
+                kept += head_bytes(model, compute) * at_the_end
+                kept += mtp_bytes(model, compute) * at_the_end if i < _num_blocks(model) else 0.0
+        if layout.pp > 1:  # an output that is being sent, a gradient that was received
+            streams = model.num_streams * model.hidden_size * compute
+            kept += 2 * stages_per_rank(layout.schedule) * streams
+        return (kept + running) * tokens
+
+    def _gathered(self, layout: ParallelConfig, here: list[int]) -> float:
+        """Whole weights in their compute dtype: of two blocks when sharded (one is prefetched).
+
+        A pipeline stage stays gathered for the whole step.
+        """
+        sharded = layout.dp_shard * layout.cp > 1 or layout.pp > 1
+        sizes = []
+        for i in here:
+            block = self.blocks[i]
+            parts = [block.gathered[w] + (block.fp32[w] if sharded else 0.0) for w in range(2)]
+            sizes.append(parts[0] + parts[1] / layout.ep)
+        recomputed = self.run.train.activation_checkpoint != ActivationCheckpoint.none
+        if layout.pp > 1 or not (sharded or recomputed):
+            return sum(sizes)  # where nothing is sharded every cast lives until its backward
+        return sum(sorted(sizes)[-2:])
+
+    def _largest_gradient(self, layout: ParallelConfig, here: list[int]) -> float:
+        """fp32 gradients of the largest block before they are scattered; alone they stay.
+
+        Those of a pipeline stage add up whole over its microbatches.
+        """
+        sizes = [rest + experts / layout.ep for rest, experts in
+                 (self.blocks[i].elements for i in here)]  # fmt: skip
+        if layout.pp > 1:
+            return 4 * sum(sizes)
+        return 4 * max(sizes) if layout.dp_shard * layout.cp > 1 else 0.0
+
+    def _audit(self, weights: float, layout: ParallelConfig, here: list[int]) -> float:
+        """What the audit copies: all weights of a small model, one layer of each kind of a large.
+
+        Kinds of layers share most names, so two layers are a bound.
+        """
+        if weights <= JUDGED_BYTES:
+            return weights
+        shards = layout.dp_shard * layout.cp
+        split = (shards, max(layout.ep, shards))
+        sizes = {
+            i: 4 * sum(n / parts for n, parts in zip(self.blocks[i].elements, split, strict=True))
+            for i in here
+        }
+        blocks = [size for i, size in sizes.items() if 0 <= i < _num_blocks(self.run.model)]
+        return min(weights, sum(sizes.values()) - sum(blocks) + 2 * max(blocks, default=0.0))
+
+    def _logits(self, stage: Stage) -> float:
+        """Logits of a chunk, their softmax and its gradient, fp32."""
+        model = self.run.model
+        tokens = min(model.loss_chunk_tokens, stage.micro_batch_size * stage.seq_len)
+        return 3 * 4.0 * tokens * model.vocab_size
+
+
+def _position(name: str, model: ModelConfig) -> int:
+    """Position of a parameter in the order of the network; embedding before, head after all."""
+    part = name.split(".")
+    if part[0] == "layers":
+        return int(part[1])
+    if part[0] == "mtp":
+        return model.num_hidden_layers + int(part[1])
+    return -1 if part[0] == "embed" else _num_blocks(model)
+
+
+def _num_blocks(model: ModelConfig) -> int:
+    return model.num_hidden_layers + model.num_nextn_predict_layers
+
+
+def _in_flight(layout: ParallelConfig, stage: Stage, rank: int) -> float:
+    """Microbatches whose activations a rank of the pp axis holds at once, per stage of it."""
+    return 1 if layout.pp == 1 else in_flight(layout, rank, _microbatches(layout, stage))
+
+
+def _microbatches(layout: ParallelConfig, stage: Stage) -> int:
+    """Of the largest batch, on each data rank."""
+    rows = stage.global_batch_tokens // stage.seq_len
+    groups = max(1, layout.row_degree // stage.cp)
+    return max(1, rows // (stage.micro_batch_size * groups))
+
+
+def _layouts(run: RunConfig, plan: Plan, ranks: int) -> Iterator[ParallelConfig]:
+    """Powers of two of pp and ep on ``ranks`` ranks over which every batch splits."""
+    pp = 1
+    while pp <= min(ranks, run.model.num_hidden_layers):
+        shard, ep = ranks // pp, 1
+        while ep <= shard and run.model.n_routed_experts % ep == 0:
+            if all(_splits(stage, shard) for stage in plan.reached()):
+                # the schedule asked for, or the one that admits any number of microbatches
+                schedules = (run.parallel.schedule, "zbvzerobubble") if pp > 1 else ("1f1b",)
+                tried = (ParallelConfig(1, shard, ep, pp, schedule=s) for s in schedules)
+                yield from islice((t for t in tried if _admits(t, run.model, plan)), 1)
+            ep *= 2
+        pp *= 2
+
+
+def _splits(stage: Stage, shard: int) -> bool:
+    """Whether every batch of a stage is whole microbatches on each group of ``cp`` ranks."""
+    rows, groups = stage.quantum_tokens // stage.seq_len, shard // stage.cp
+    return shard % stage.cp == 0 and rows % (groups * stage.micro_batch_size) == 0
+
+
+def _admits(layout: ParallelConfig, model: ModelConfig, plan: Plan) -> bool:
+    """Whether there are layers and microbatches enough for the pipeline."""
+    try:
+        check_pipeline(layout, model)
+        check_schedule(plan, layout)
+    except USER_ERRORS:
+        return False
+    return True
+
+
+def _flags(layout: ParallelConfig) -> str:
+    flags = f"parallel.pp={layout.pp} parallel.dp_shard={layout.dp_shard} parallel.ep={layout.ep}"
+    return flags + (f" parallel.schedule={layout.schedule}" if layout.pp > 1 else "")
+
+
+def _gb(size: float) -> str:
+    return f"{size / GB:,.1f} GB"
+
+
+def _machine_memory() -> int:
+    """Bytes of RAM, or of this container where it is limited to less."""
+    total = psutil.virtual_memory().total
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        limit = Path("/sys/fs/cgroup") / name
+        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+            total = min(total, int(text))
+    return total

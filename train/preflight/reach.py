@@ -1,0 +1,96 @@
+"""Whether a run comes to what it asks for: schedules, profile, evaluations within its steps.
+
+What cannot happen is refused. What does less than its name says, or belongs to a longer run whose
+beginning this is, is told in a line.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+
+from optim.config import ScheduleKind
+from optim.schedule import check_run_length, decay_start
+from parallel.launch import launched_rank
+from train.config.recovery import Anticipatory, Remedy
+from train.config.schema import RunConfig
+from train.errors import UserError
+from train.stages import Plan
+
+log = logging.getLogger(__name__)
+
+_LONG_WARMUP = 1 / 3  # of the run's steps
+_EVERY = (
+    "eval_every", "checkpoint_every", "keep_checkpoints_every", "monitor_every", "log_every",
+)  # fmt: skip
+
+
+def check_reach(run: RunConfig, plan: Plan) -> None:
+    """Refuse what cannot happen within the plan, and tell what does not.
+
+    Raises:
+        UserError: names the key, its value and the length of the run.
+    """
+    check_run_length(run.optim.schedule, plan.total_tokens)
+    for problem in _impossible(run, plan):
+        raise UserError(problem)
+    if launched_rank() == 0:
+        for line in warnings(run, plan):
+            log.warning("%s", line)
+        absent = list(never(run, plan))
+        if absent:
+            log.info("never within the run's %d steps: %s", plan.steps, ", ".join(absent))
+
+
+def _impossible(run: RunConfig, plan: Plan) -> Iterator[str]:
+    train, recovery = run.train, run.train.recovery
+    last = train.profile_start + train.profile_steps - 1
+    if train.profile_steps and last > plan.steps:
+        yield (
+            f"train.profile_start={train.profile_start} and train.profile_steps="
+            f"{train.profile_steps} end behind the run's {plan.steps} steps"
+        )
+    if recovery.anticipatory is Anticipatory.always and recovery.anticipatory_lag >= plan.steps:
+        yield (
+            f"train.recovery.anticipatory_lag={recovery.anticipatory_lag} leaves no step of the"
+            f" run's {plan.steps} to be routed by earlier weights"
+        )
+
+
+def warnings(run: RunConfig, plan: Plan) -> Iterator[str]:
+    """What is there and does little, in one line each."""
+    schedule, recovery = run.optim.schedule, run.train.recovery
+    if schedule.warmup_steps > _LONG_WARMUP * plan.steps:
+        reached = min(1.0, plan.steps / schedule.warmup_steps)
+        yield (
+            f"optim.schedule.warmup_steps={schedule.warmup_steps} takes more than a third of the"
+            f" run's {plan.steps} steps: the learning rate reaches {reached:.1%} of"
+            f" optim.lr={run.optim.lr:g} at most"
+        )
+    longest = max(
+        min(plan.steps, plan.step_at(s.until_tokens)) - plan.step_at(s.start_tokens)
+        for s in plan.reached()
+    )
+    if recovery.on_spike is not Remedy.none and longest <= recovery.window:
+        yield (
+            f"train.recovery.on_spike={recovery.on_spike.value} never acts: a loss is compared with"
+            f" train.recovery.window={recovery.window} before it, and no stage has more than"
+            f" {longest} steps"
+        )
+
+
+def never(run: RunConfig, plan: Plan) -> Iterator[str]:
+    """What a longer run would come to."""
+    train, schedule = run.train, run.optim.schedule
+    reached = plan.reached()
+    yield from (f"stage {stage.name}" for stage in plan.stages if stage not in reached)
+    for key in _EVERY:
+        if getattr(train, key) > plan.steps:
+            yield f"train.{key}={getattr(train, key)}"
+    kept, saved = train.keep_checkpoints_every, train.checkpoint_every
+    if kept and saved and math.lcm(kept, saved) > plan.steps >= kept:
+        yield f"train.keep_checkpoints_every={kept} among train.checkpoint_every={saved}"
+    decays = schedule.kind is not ScheduleKind.constant
+    if decays and decay_start(schedule, plan.total_tokens) >= plan.end_tokens:
+        yield "the decay of the learning rate"

@@ -1,0 +1,152 @@
+"""What a run leaves behind besides checkpoints and metrics: receipt, curve, text, comparison."""
+
+from __future__ import annotations
+
+import logging
+import lzma
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.tokenizer import Tokenizer
+from model.transformer import DeepSeekV4
+from parallel.engine import Engine
+from train.config.schema import RunConfig, Weights
+from train.preflight.precision import PrecisionChoice
+from train.record.metrics import MetricsFile, read_metrics
+from train.record.plots import draw_losses
+from train.record.receipt import config_hash, environment, plain, write_json
+from train.record.sample import continue_text
+from train.run_folder.identity import RunIdentity
+
+log = logging.getLogger(__name__)
+
+CURVE, TEXT, RECEIPT, EVALUATION = "loss.png", "sample.txt", "receipt.json", "evaluation.json"
+
+
+@dataclass(frozen=True)
+class FinalEvaluation:
+    """What the evaluation after the last step gave.
+
+    Attributes:
+        values: metrics; empty where no text is held out.
+        text: the bytes that were scored.
+    """
+
+    values: Mapping[str, Any]
+    text: bytes
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every number is."""
+        return all(math.isfinite(value) for value in self.values.values())
+
+
+class RunReport:
+    """Writes the last files of a run folder: rank 0 does, the others help to write the sample.
+
+    Args:
+        run: the config.
+        engine: holds the model.
+        tokenizer: of the run.
+        metrics: of the run.
+        identity: what the run is; the receipt quotes it.
+        precision: what ``train.precision=auto`` became and why, where that was asked.
+    """
+
+    def __init__(
+        self,
+        run: RunConfig,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        metrics: MetricsFile,
+        identity: RunIdentity,
+        precision: PrecisionChoice | None = None,
+    ) -> None:
+        self._folder, self._seed = Path(run.run_dir), run.seed
+        self._title = f"{run.model.name}, {run.optim.name.value}, {run.train.precision.value}"
+        self._sample = (run.sample.prompt, run.sample.tokens, run.sample.temperature)
+        self._facts = {
+            "config_sha256": config_hash(run),
+            "data": {"tokenizer": identity.tokenizer, "sources": identity.sources},
+            "layout": identity.layout,
+            "code": identity.code,
+            "environment": environment(engine.device),
+        }
+        if precision is not None:
+            self._facts["precision"] = plain(precision)
+        self._engine, self._tokenizer = engine, tokenizer
+        self._metrics = metrics
+
+    def write(
+        self,
+        progress: Mapping[str, Any],
+        audit: Mapping[str, Any],
+        validation: FinalEvaluation | None,
+    ) -> None:
+        """Write curve and receipt; of a finished run also a sample and the comparison with xz.
+
+        Args:
+            progress: steps, tokens, skipped steps.
+            audit: what the audit saw.
+            validation: of a finished run, None of one that stopped early.
+        """
+        if validation is not None and validation.is_finite:
+            self._write_text()
+        if self._engine.rank:
+            return
+        records = read_metrics(self._metrics.path)
+        draw_losses(records, self._folder / CURVE, self._title)
+        receipt = {
+            **self._facts,
+            "finished": validation is not None and validation.is_finite,
+            "progress": dict(progress),
+            "audit": dict(audit),
+            "final_metrics": records[-1] if records else {},
+        }
+        if validation is not None:
+            receipt["validation"] = compare_with_xz(validation)
+        write_json(self._folder / RECEIPT, receipt)
+
+    def write_evaluation(self, values: Mapping[str, Any], weights: Weights) -> None:
+        """Write what an evaluation without training gave, and of which weights."""
+        found = {**self._facts, "weights": weights.value, "metrics": dict(values)}
+        write_json(self._folder / EVALUATION, found)
+        shown = " ".join(f"{name} {value:.5g}" for name, value in values.items())
+        log.info("evaluation (%s weights): %s", weights.value, shown)
+
+    def _write_text(self) -> None:
+        prompt, tokens, temperature = self._sample
+        if not tokens:
+            return
+        assert isinstance(self._engine.model, DeepSeekV4)
+        text = continue_text(
+            self._engine.model, self._tokenizer, prompt, tokens, temperature, self._seed,
+            self._engine.device, self._engine.same_everywhere,
+        )  # fmt: skip
+        if self._engine.rank:
+            return
+        (self._folder / TEXT).write_text(text + "\n", encoding="utf-8")
+        log.info("sample (%s):\n%s", self._folder / TEXT, text)
+
+
+def compare_with_xz(validation: FinalEvaluation) -> dict[str, Any]:
+    """Bits per byte of the evaluated text: the model's beside those of ``xz -9e``."""
+    text = validation.text
+    if not text:
+        return {}
+    xz = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    bits = validation.values["val_bits_per_byte"]
+    log.info(
+        "validation text, %d bytes: %.4f bits per byte under the model, %.4f under xz -9e",
+        len(text),
+        bits,
+        xz,
+    )
+    found = {"bytes": len(text), "xz_bits_per_byte": xz}
+    for metric, value in validation.values.items():
+        if metric.startswith("val_"):
+            found[metric.removeprefix("val_")] = value
+    return found

@@ -1,0 +1,1 @@
+"""Steps that fail, and leaving early."""

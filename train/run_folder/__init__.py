@@ -1,0 +1,1 @@
+"""The folder of a run: who owns it, and what run it holds."""
