@@ -26,7 +26,7 @@ from data.errors import ConfigError
 from data.global_batch import DocumentName, GlobalBatch, PackedRow, Sample, count
 from data.mixture import Mixture, StoreSource
 from data.packing import Row
-from data.pool import Cursor, Fim, Pool, Source
+from data.pool import Cursor, DocumentSource, Fim, Pool
 from data.position import Position, rows_of
 from data.prepare import cached_stores, open_store
 from data.sources import DocumentStream
@@ -302,7 +302,7 @@ def _weights(cfg: DataConfig) -> list[float] | None:
 
 def _sources(
     cfg: DataConfig, stores: dict[str, TokenStore], streams: dict[str, StreamSource], seed: int
-) -> list[Source]:
+) -> list[DocumentSource]:
     """One for each weighted source; all stores as one where there are no weights."""
     names = list(cfg.named_sources())
     if _weights(cfg) is None and not streams:

@@ -22,7 +22,7 @@ import numpy as np
 from data.errors import ConfigError
 from data.global_batch import DocumentName
 from data.keyed import mix, permute
-from data.pool import Cursor, Drawn, Fim, Pool, Source, as_trained
+from data.pool import Cursor, DocumentSource, Drawn, Fim, Pool, as_trained
 from data.shares import Turns
 from data.token_store import StoredDocuments
 
@@ -102,7 +102,7 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Sequence[Source],
+        sources: Sequence[DocumentSource],
         weights: Sequence[float] | None,
         pool_documents: int,
         fim: Fim,

@@ -24,7 +24,7 @@ class Drawn:
     name: DocumentName
 
 
-class Source(Protocol):
+class DocumentSource(Protocol):
     """What pools draw from.
 
     Attributes:

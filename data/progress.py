@@ -13,16 +13,16 @@ from typing import TypeVar
 from tqdm import tqdm
 
 Item = TypeVar("Item")
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 def progress_map(
-    job: Callable[[Item], Result],
+    job: Callable[[Item], T],
     items: Sequence[Item],
     sizes: Sequence[int],
     workers: int,
     what: str,
-) -> list[Result]:
+) -> list[T]:
     """Results of a job over items, in order.
 
     Args:
@@ -33,10 +33,10 @@ def progress_map(
         workers: processes; 1 = this one.
         what: text of the bar.
     """
-    out: list[Result] = []
+    out: list[T] = []
     with tqdm(total=sum(sizes), desc=what, unit="B", unit_scale=True, disable=None) as bar:
 
-        def collect(results: Iterable[Result]) -> None:
+        def collect(results: Iterable[T]) -> None:
             for size, result in zip(sizes, results, strict=True):
                 out.append(result)
                 bar.update(size)

@@ -52,7 +52,7 @@ class Place(NamedTuple):
     number: int = 1
 
 
-class Row(NamedTuple):
+class RawDocument(NamedTuple):
     """A document, or a line that is none.
 
     Attributes:
@@ -68,7 +68,7 @@ class Row(NamedTuple):
     fault: str = ""
 
 
-def text_rows(path: str, unit: TextUnit, start: Place) -> Iterator[Row]:
+def text_rows(path: str, unit: TextUnit, start: Place) -> Iterator[RawDocument]:
     """Documents of a text file.
 
     Args:
@@ -86,11 +86,11 @@ def text_rows(path: str, unit: TextUnit, start: Place) -> Iterator[Row]:
             row = _row(raw, number, after)
             if "\0" in row.text:
                 line = number + row.text[: row.text.index("\0")].count("\n")
-                row = Row("", line, after, "a NUL character: is this text?")
+                row = RawDocument("", line, after, "a NUL character: is this text?")
             yield row
 
 
-def json_rows(path: str, column: str, start: Place) -> Iterator[Row]:
+def json_rows(path: str, column: str, start: Place) -> Iterator[RawDocument]:
     """Documents of a file of JSON lines; blank lines are passed over.
 
     Args:
@@ -109,7 +109,7 @@ def json_rows(path: str, column: str, start: Place) -> Iterator[Row]:
             yield row if row.fault else _json_row(row, column)
 
 
-def parquet_rows(path: str, column: str, start: Place) -> Iterator[Row]:
+def parquet_rows(path: str, column: str, start: Place) -> Iterator[RawDocument]:
     """Documents of a Parquet file.
 
     Args:
@@ -213,19 +213,19 @@ def _skip(file: BinaryIO, count: int) -> None:
         count -= read
 
 
-def _row(raw: bytes, number: int, after: Place) -> Row:
+def _row(raw: bytes, number: int, after: Place) -> RawDocument:
     """A row of UTF-8 bytes that begin at a line."""
     try:
-        return Row(raw.decode(), number, after)
+        return RawDocument(raw.decode(), number, after)
     except UnicodeDecodeError as error:
         hint = (
             ": is it UTF-16?" if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else ""
         )
         line = number + raw.count(b"\n", 0, error.start)
-        return Row("", line, after, f"byte 0x{raw[error.start]:02x} is not UTF-8{hint}")
+        return RawDocument("", line, after, f"byte 0x{raw[error.start]:02x} is not UTF-8{hint}")
 
 
-def _json_row(row: Row, column: str) -> Row:
+def _json_row(row: RawDocument, column: str) -> RawDocument:
     """The text in the object that a line holds."""
     try:
         found: Any = _DECODER.decode(row.text)

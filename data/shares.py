@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from data.packing import Span
-from data.pool import Cursor, Document, Fim, Source, as_trained
+from data.pool import Cursor, Document, DocumentSource, Fim, as_trained
 
 CHUNK = 32  # documents drawn at a time
 
@@ -45,7 +45,9 @@ class Turns:
         fim: fill-in-the-middle.
     """
 
-    def __init__(self, sources: Sequence[Source], weights: Sequence[float], fim: Fim) -> None:
+    def __init__(
+        self, sources: Sequence[DocumentSource], weights: Sequence[float], fim: Fim
+    ) -> None:
         self._sources = list(zip(sources, weights, strict=True))
         self._fim = fim
         self._queues = [_Queue(s, w, fim, Cursor()) for s, w in self._sources]
@@ -87,7 +89,7 @@ class Turns:
 class _Queue:
     """The documents to come of one source."""
 
-    def __init__(self, source: Source, weight: float, fim: Fim, cursor: Cursor) -> None:
+    def __init__(self, source: DocumentSource, weight: float, fim: Fim, cursor: Cursor) -> None:
         self._source = source
         self._weight = weight
         self._fim = fim

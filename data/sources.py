@@ -25,7 +25,7 @@ from data.errors import ConfigError
 from data.files import FoundFiles, find_files, shown
 from data.hub import HubDocuments, HubRows
 from data.progress import progress_map
-from data.readers import Place, Row, UnreadableFile, json_rows, parquet_rows, text_rows
+from data.readers import Place, RawDocument, UnreadableFile, json_rows, parquet_rows, text_rows
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class FileRows:
                 self.without_documents.append(path)
             self._file, self._place = self._file + 1, Place()
 
-    def _read(self, path: str) -> Iterator[Row]:
+    def _read(self, path: str) -> Iterator[RawDocument]:
         source = self._source
         try:
             if source.kind is SourceKind.text:
@@ -150,7 +150,7 @@ class FileRows:
                 f"{self._key}: {shown(path)} cannot be read as {kind}: {error}"
             ) from error
 
-    def _bad(self, path: str, row: Row) -> None:
+    def _bad(self, path: str, row: RawDocument) -> None:
         what = "row" if self._source.kind is SourceKind.parquet else "line"
         problem = f"{self._key}: {shown(path)} {what} {row.number}: {row.fault}"
         if not self._skips:

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import ATTENTION
+from model.attention.core import Aux
 from model.config import LayerKind, ModelConfig, Residual, Router
 from model.context import ForwardContext
 from model.hyper_connections import HyperConnection, PlainResidual
 from model.moe.layer import MoE
 from model.norm import RMSNorm
-
-Aux = dict[str, Tensor]
 
 
 class Block(nn.Module):

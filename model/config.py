@@ -15,6 +15,14 @@ from conf.ranges import number, out_of_range
 from model.errors import ConfigError
 
 
+class IndexerPhase(StrEnum):
+    """How CSA layers attend and what trains the indexer (reference B.8, C.2)."""
+
+    full = "full"  # every visible entry is attended; a run adds no indexer loss
+    warmup = "warmup"  # every visible entry is attended; only the indexer trains, over all
+    sparse = "sparse"  # the indexer's top-k is attended; it learns over that set
+
+
 class LayerKind(StrEnum):
     """What a main layer attends to besides the sliding window."""
 

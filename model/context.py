@@ -4,24 +4,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from model.config import LayerKind, ModelConfig
+from model.config import IndexerPhase, LayerKind, ModelConfig
 from model.rope import rope_frequencies, rope_tables
 from model.sequence_plan import SequencePlan, build_sequence_plan
 
 RopeTable = tuple[Tensor, Tensor]
-
-
-class IndexerPhase(StrEnum):
-    """How CSA layers attend and what trains the indexer (reference B.8, C.2)."""
-
-    full = "full"  # every visible entry is attended; the indexer learns over all of them
-    warmup = "warmup"  # as full, everything but the indexer frozen
-    sparse = "sparse"  # the indexer's top-k is attended; it learns over that set
 
 
 class Past(Protocol):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.context import IndexerPhase
+from model.config import IndexerPhase
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ PRECISIONS = ("fp32", "bf16")  # values of train.precision
 
 
 @dataclass(frozen=True)
-class Precision:
+class ParameterDtypes:
     """Dtypes of one parameter.
 
     Attributes:
@@ -34,11 +34,11 @@ class Precision:
     reduce: torch.dtype
 
 
-_ALWAYS_FP32 = Precision(torch.float32, torch.float32, torch.float32)
-_BF16_MATMUL = Precision(torch.float32, torch.bfloat16, torch.float32)
+_ALWAYS_FP32 = ParameterDtypes(torch.float32, torch.float32, torch.float32)
+_BF16_MATMUL = ParameterDtypes(torch.float32, torch.bfloat16, torch.float32)
 
 # Regular expression over the whole name -> dtypes under bf16. Every parameter matches exactly one.
-TABLE: tuple[tuple[str, Precision], ...] = (
+TABLE: tuple[tuple[str, ParameterDtypes], ...] = (
     (r"embed\.weight", _BF16_MATMUL),
     (r"head\.weight", _ALWAYS_FP32),
     (r".*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight", _BF16_MATMUL),
@@ -54,7 +54,7 @@ TABLE: tuple[tuple[str, Precision], ...] = (
 )
 
 
-def precision_of(fqn: str, precision: str, head: str = "fp32") -> Precision:
+def precision_of(fqn: str, precision: str, head: str = "fp32") -> ParameterDtypes:
     """Dtypes of a parameter under ``train.precision``.
 
     Args:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.block import Aux, Block
-from model.config import ModelConfig, Residual
-from model.context import ForwardContext, IndexerPhase, build_context
+from model.config import IndexerPhase, ModelConfig, Residual
+from model.context import ForwardContext, build_context
 from model.hyper_connections import HyperHead, PlainHead
 from model.linear import Linear
 from model.loss import ModelOutput, Objective, cross_entropy_sum, project

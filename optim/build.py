@@ -25,7 +25,7 @@ from optim.muon_distributed import ShardedMuon
 State = dict[str, dict[str, Tensor]]
 
 
-class Engine(Protocol):
+class GroupOptimizer(Protocol):
     """One algorithm over the parameters that it owns."""
 
     state: State
@@ -49,7 +49,7 @@ class Optimizer:
         self,
         parameters: Mapping[str, Parameter],
         table: list[ParamRecord],
-        engines: Mapping[Owner, Engine],
+        engines: Mapping[Owner, GroupOptimizer],
         trainable: Callable[[str], bool] | None = None,
     ) -> None:
         self.table = table
@@ -170,7 +170,7 @@ def _build_muon(
     table: list[ParamRecord],
     config: OptimConfig,
     group: ProcessGroup | None,
-) -> Engine:
+) -> GroupOptimizer:
     entries = [
         MuonEntry(r.name, parameters[r.name], r.num_matrices, r.weight_decay)
         for r in table
@@ -194,7 +194,7 @@ def _build_adamw(
     table: list[ParamRecord],
     config: OptimConfig,
     _: ProcessGroup | None,
-) -> Engine:
+) -> GroupOptimizer:
     entries = [
         AdamWEntry(r.name, parameters[r.name], r.weight_decay)
         for r in table

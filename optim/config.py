@@ -48,7 +48,7 @@ class StateDtype(StrEnum):
 
 
 @dataclass
-class NewtonSchulzStage:
+class NewtonSchulzIterations:
     """``steps`` iterations ``X <- a X + b (X X^T) X + c (X X^T)^2 X``."""
 
     steps: int = number(1, least=1, most=100)
@@ -57,8 +57,11 @@ class NewtonSchulzStage:
     c: float = number(0.5)
 
 
-def _hybrid() -> list[NewtonSchulzStage]:
-    return [NewtonSchulzStage(8, 3.4445, -4.7750, 2.0315), NewtonSchulzStage(2, 2.0, -1.5, 0.5)]
+def _hybrid() -> list[NewtonSchulzIterations]:
+    return [
+        NewtonSchulzIterations(8, 3.4445, -4.7750, 2.0315),
+        NewtonSchulzIterations(2, 2.0, -1.5, 0.5),
+    ]
 
 
 @dataclass
@@ -81,7 +84,7 @@ class MuonConfig:
 
     momentum: float = number(0.95, least=0, below=1)
     nesterov: bool = True
-    newton_schulz: list[NewtonSchulzStage] = field(default_factory=_hybrid)
+    newton_schulz: list[NewtonSchulzIterations] = field(default_factory=_hybrid)
     rms: float = number(
         0.18, least=1e-4, most=10
     )  # root mean square of the update before the learning rate
@@ -179,7 +182,7 @@ def _muon_checks(c: MuonConfig, p: str) -> Checks:
 _SINGULAR_VALUES = (0.02, 0.1, 0.3, 1.0)
 
 
-def _iterated(stages: list[NewtonSchulzStage], singular: float) -> float:
+def _iterated(stages: list[NewtonSchulzIterations], singular: float) -> float:
     """What the iterations make of a singular value; inf where they run away."""
     s = singular
     for stage in stages:

@@ -1,4 +1,4 @@
-"""Pipeline schedules of ``torch.distributed.pipelining`` over :class:`StageModel`, and a relay.
+"""Pipeline schedules of ``torch.distributed.pipelining`` over pipeline stages, and a relay.
 
 A step runs a schedule: every rank calls :meth:`Pipeline.step` with its data rank's microbatches.
 What has no backward pass, or a shape of its own (evaluation, sampling, the audit's probe), goes
@@ -28,7 +28,7 @@ from torch.distributed.pipelining.schedules import (
 from data.batch import Batch
 from parallel.mesh import Mesh
 from parallel.pipeline_split import rank_of_stage, stages_per_rank
-from parallel.pipeline_stage import StageModel
+from parallel.pipeline_stage import PipelineStageModel
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Action:
     stop: float
 
 
-class RecordedStage(PipelineStage):
+class RecordedPipelineStage(PipelineStage):
     """Notes what ran and when: the audit and the drawn timeline go by it.
 
     The base class holds receive buffers for all microbatches of a step at once, which of V4-Pro's
@@ -63,7 +63,7 @@ class RecordedStage(PipelineStage):
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
         """As in the base class."""
-        assert isinstance(self.submod, StageModel)
+        assert isinstance(self.submod, PipelineStageModel)
         self.submod.routing = self.routings[fwd_chunk_id]  # not a keyword: it would be cut
         with self._noting("F", fwd_chunk_id):
             out = super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
@@ -163,7 +163,7 @@ class Pipeline:
         schedule_name: class of the schedule that ran it.
     """
 
-    def __init__(self, stages: list[StageModel], mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, stages: list[PipelineStageModel], mesh: Mesh, device: torch.device) -> None:
         self.stages = stages
         self.actions: list[Action] = []
         self.schedule_name = ""
@@ -172,7 +172,7 @@ class Pipeline:
         self._rank = mesh.pipeline.get_local_rank()
         self._count = self._size * stages_per_rank(self._schedule)
         self._built: tuple[tuple[int, ...], Any] = ((), None)
-        self._runners: list[RecordedStage] = []
+        self._runners: list[RecordedPipelineStage] = []
 
     def holder(self, index: int) -> int:
         """Global rank that holds a stage, in this process's pipeline."""
@@ -224,7 +224,7 @@ class Pipeline:
         total = torch.zeros((), device=self._device).requires_grad_()
         self._runners = stages = []
         for model in self.stages:
-            stage = RecordedStage(
+            stage = RecordedPipelineStage(
                 model, model.parts.index, self._count, self._device,
                 input_args=() if model.parts.first else (x_BTSD,),
                 output_args=(total if model.parts.last else x_BTSD,),
@@ -242,7 +242,7 @@ class Pipeline:
         return rows, seq_len, config.num_streams, config.hidden_size
 
     def relay(
-        self, rows: int, seq_len: int, run: Callable[[StageModel, Tensor | None], Tensor]
+        self, rows: int, seq_len: int, run: Callable[[PipelineStageModel, Tensor | None], Tensor]
     ) -> Tensor | None:
         """Send one microbatch through all stages, forward alone.
 
@@ -263,7 +263,10 @@ class Pipeline:
         return out if self.stages[-1].parts.last else None
 
     def relay_back(
-        self, rows: int, seq_len: int, grad_of: Callable[[StageModel, Tensor | None], Tensor]
+        self,
+        rows: int,
+        seq_len: int,
+        grad_of: Callable[[PipelineStageModel, Tensor | None], Tensor],
     ) -> Tensor | None:
         """Send a gradient back through all stages.
 
@@ -287,7 +290,7 @@ class Pipeline:
         """Logits [B, T, V], on every rank."""
         rows, seq_len = input_ids_BT.shape
 
-        def run(stage: StageModel, x_BTSD: Tensor | None) -> Tensor:
+        def run(stage: PipelineStageModel, x_BTSD: Tensor | None) -> Tensor:
             return stage.advance(x_BTSD, input_ids_BT, document_ids_BT)
 
         logits = self.relay(rows, seq_len, run)

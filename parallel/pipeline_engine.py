@@ -24,7 +24,7 @@ from parallel.distributed import DistributedEngine, flat_shares, named_shares
 from parallel.engine import Shares, Update
 from parallel.mesh import Mesh
 from parallel.pipeline import Pipeline
-from parallel.pipeline_stage import ModelPart, StageModel
+from parallel.pipeline_stage import ModelPart, PipelineStageModel
 
 
 class PipelineEngine(DistributedEngine):
@@ -91,7 +91,7 @@ class PipelineEngine(DistributedEngine):
         inputs = self._inputs(batch)
         ran: dict[int, tuple[Tensor | None, Tensor]] = {}
 
-        def forward(stage: StageModel, x_BTSD: Tensor | None) -> Tensor:
+        def forward(stage: PipelineStageModel, x_BTSD: Tensor | None) -> Tensor:
             x_BTSD = None if x_BTSD is None else x_BTSD.detach().requires_grad_()
             if stage.parts.first:
                 with self._embedding_as_leaf(stage) as leaves:
@@ -102,7 +102,7 @@ class PipelineEngine(DistributedEngine):
             ran[stage.parts.index] = x_BTSD, out
             return out.detach()
 
-        def backward(stage: StageModel, grad: Tensor | None) -> Tensor:
+        def backward(stage: PipelineStageModel, grad: Tensor | None) -> Tensor:
             x, out = ran.pop(stage.parts.index)
             assert x is not None
             return torch.autograd.grad(out, x, grad)[0]

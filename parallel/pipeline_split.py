@@ -23,7 +23,7 @@ _SPLIT_BACKWARD = ("interleavedzerobubble", *_V_SCHEDULES)
 
 
 @dataclass(frozen=True)
-class StageParts:
+class PipelineStageParts:
     """What one pipeline stage holds.
 
     Attributes:
@@ -135,7 +135,9 @@ def check_microbatches(
         )
 
 
-def split_stages(model: ModelConfig, layout: ParallelConfig, seq_len: int) -> list[StageParts]:
+def split_stages(
+    model: ModelConfig, layout: ParallelConfig, seq_len: int
+) -> list[PipelineStageParts]:
     """Cut the network into consecutive stages: the costliest rank, then stage, as cheap as can be.
 
     Args:
@@ -151,7 +153,7 @@ def split_stages(model: ModelConfig, layout: ParallelConfig, seq_len: int) -> li
     edges = _improved(_cuts(layers, tail, count), layers, tail, ranks)
     costs = _costs(edges, layers, tail)
     return [
-        StageParts(index, count, range(edges[index], edges[index + 1]), costs[index])
+        PipelineStageParts(index, count, range(edges[index], edges[index + 1]), costs[index])
         for index in range(count)
     ]
 

@@ -24,10 +24,10 @@ from model.config import ModelConfig
 from model.loss import ModelOutput, Objective
 from model.transformer import DeepSeekV4
 from parallel.engine import Shares
-from parallel.pipeline_split import StageParts
+from parallel.pipeline_split import PipelineStageParts
 
 
-class StageModel(DeepSeekV4):
+class PipelineStageModel(DeepSeekV4):
     """What one stage computes.
 
     Args:
@@ -43,7 +43,9 @@ class StageModel(DeepSeekV4):
         shares: what the microbatches since :meth:`begin` gave.
     """
 
-    def __init__(self, config: ModelConfig, parts: StageParts, recomputes: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, parts: PipelineStageParts, recomputes: bool = False
+    ) -> None:
         super().__init__(config)
         self.parts, self.recomputes = parts, recomputes
         self.objective: Objective | None = None
@@ -159,7 +161,7 @@ class ModelPart(DeepSeekV4):
         stages: of this rank, in order.
     """
 
-    def __init__(self, config: ModelConfig, stages: list[StageModel]) -> None:
+    def __init__(self, config: ModelConfig, stages: list[PipelineStageModel]) -> None:
         nn.Module.__init__(self)
         object.__setattr__(self, "stages", stages)  # not as submodules: names stay global
         self.config = config
@@ -172,7 +174,7 @@ class ModelPart(DeepSeekV4):
         self.layers = nn.ModuleDict({n: b for s in stages for n, b in s.layers.items()})
         self.mtp = nn.ModuleDict({n: b for s in stages for n, b in s.mtp.items()})
 
-    stages: list[StageModel]
+    stages: list[PipelineStageModel]
     run_logits: Callable[[Tensor, Tensor], Tensor] | None = None  # set by the engine
 
     def logits(self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:

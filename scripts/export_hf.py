@@ -22,7 +22,7 @@ from scripts.cli.command import command
 from scripts.cli.model_options import add_weights_option
 from train.config.schema import Weights
 from train.errors import UserError
-from train.exchange.export import ExportJob, FloatType, Layout, export_folder
+from train.exchange.export import ExportFormat, ExportJob, FloatType, export_folder
 from train.exchange.open import open_source
 
 EPILOG = """examples:
@@ -45,7 +45,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("source", type=Path, help="run folder, checkpoint, or model folder")
     parser.add_argument("target", type=Path, help="folder to write; empty, or a stopped export")
-    layouts, dtypes = [layout.value for layout in Layout], [dtype.value for dtype in FloatType]
+    layouts, dtypes = (
+        [layout.value for layout in ExportFormat],
+        [dtype.value for dtype in FloatType],
+    )
     parser.add_argument("--to", choices=layouts, default="transformers",
                         help="layout (default: %(default)s)")  # fmt: skip
     parser.add_argument("--dtype", choices=dtypes, default="bf16",
@@ -69,7 +72,7 @@ def export(options: argparse.Namespace) -> None:
     if options.source.resolve() == options.target.resolve():
         raise UserError(f"source and target are the same folder, {options.source}")
     job = ExportJob(
-        layout=Layout(options.to),
+        layout=ExportFormat(options.to),
         dtype=FloatType(options.dtype),
         experts=Stored(options.experts),
         shard_bytes=int(options.shard_gb * 2**30),

@@ -29,7 +29,7 @@ from scripts.cli.command import command
 from scripts.cli.model_options import add_model_options, open_model
 from train.config.schema import is_text
 from train.errors import TrainingFailedError, UserError, one_line
-from train.record.sample import encode_prompt
+from train.record.continuation import encode_prompt
 
 EPILOG = """examples:
   scripts/generate.py runs/nano --prompt "The function returns" --temperature 0.7

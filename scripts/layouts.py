@@ -52,7 +52,7 @@ from parallel.config import SCHEDULES
 from parallel.mesh import leave_process_group
 from scripts.cli.command import command
 from scripts.layout_trials.asked import (
-    Layout,
+    TrialLayout,
     add_run_options,
     compose,
     free_port,
@@ -90,7 +90,7 @@ BOUNDS: dict[str, tuple[str, float | None]] = {
 
 # ---- processes -----------------------------------------------------------------------------------
 def measure(
-    layout: Layout, args: argparse.Namespace, corpus: str, ref: Reference
+    layout: TrialLayout, args: argparse.Namespace, corpus: str, ref: Reference
 ) -> dict[str, Any]:
     """All trials of a layout in this process, which is one of its ranks."""
     out = trials(compose(layout, args, corpus), ref, args.trials)
@@ -103,7 +103,9 @@ def measure(
     return out
 
 
-def on_rank(rank: int, port: int, layout: Layout, args: argparse.Namespace, corpus: str) -> None:
+def on_rank(
+    rank: int, port: int, layout: TrialLayout, args: argparse.Namespace, corpus: str
+) -> None:
     """One process of a layout on this machine; rank 0 writes the result."""
     join(rank, port, layout.ranks)
     ref = torch.load(f"{corpus}/reference.pt", weights_only=False)
@@ -115,7 +117,7 @@ def on_rank(rank: int, port: int, layout: Layout, args: argparse.Namespace, corp
     leave_process_group()
 
 
-def spawn(layout: Layout, args: argparse.Namespace, corpus: str) -> dict[str, Any]:
+def spawn(layout: TrialLayout, args: argparse.Namespace, corpus: str) -> dict[str, Any]:
     """Run a layout in processes of its own; one that dies says so in its result."""
     try:
         mp.spawn(on_rank, (free_port(), layout, args, corpus), nprocs=layout.ranks)
@@ -148,7 +150,7 @@ def own_reference(args: argparse.Namespace, corpus: str) -> Reference:
         if of != asked:
             raise UserError(f"--reference {file} was computed with {of}, now it is {asked}")
         return ref
-    layout = Layout("one process", {"dp_shard": "1"}, args.rows)
+    layout = TrialLayout("one process", {"dp_shard": "1"}, args.rows)
     ref = reference(compose(layout, args, corpus), args.steps, args.orders)
     if file is not None:
         torch.save((asked, ref), file)
@@ -167,7 +169,7 @@ def measured_for(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measured_before(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Layout -> result, from the file of an earlier call with the same options and sources.
+    """TrialLayout -> result, from the file of an earlier call with the same options and sources.
 
     Raises:
         UserError: the file holds results of others.
@@ -205,7 +207,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def row(layout: Layout, result: dict[str, Any], broken: list[str]) -> list[str]:
+def row(layout: TrialLayout, result: dict[str, Any], broken: list[str]) -> list[str]:
     """Cells of a layout."""
 
     def number(key: str) -> str:
@@ -256,7 +258,9 @@ def main(words: Sequence[str] | None = None) -> int:
             leave_process_group()
 
 
-def compare(layouts: list[Layout], args: argparse.Namespace, corpus: str, launched: int) -> int:
+def compare(
+    layouts: list[TrialLayout], args: argparse.Namespace, corpus: str, launched: int
+) -> int:
     """One line a layout, then what one process does to itself; the exit code."""
     before = measured_before(args)
     ref = shared_reference(args, corpus, launched)

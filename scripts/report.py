@@ -21,7 +21,7 @@ if not __package__:  # run as a file
 from scripts.cli.command import command
 from scripts.studies.config import load_study
 from scripts.studies.differences import differences, explain
-from scripts.studies.document import Document, Picture, Table
+from scripts.studies.document import Picture, ReportDocument, Table
 from scripts.studies.plots import draw_runs
 from scripts.studies.protocol import Protocol, from_root
 from scripts.studies.report import write_study_report
@@ -69,10 +69,10 @@ def _runs(args: argparse.Namespace) -> Path:
     return comparison(runs).write(args.out or ROOT / "runs" / "comparison")
 
 
-def comparison(runs: Sequence[FinishedRun]) -> Document:
+def comparison(runs: Sequence[FinishedRun]) -> ReportDocument:
     """Runs side by side."""
     names = _names(runs)
-    document = Document("Comparison of runs", f"{' | '.join(names)}: {explain(runs)}.")
+    document = ReportDocument("Comparison of runs", f"{' | '.join(names)}: {explain(runs)}.")
     found = differences(runs)
     for aspect in dict.fromkeys(d.aspect for d in found):
         rows = [[f"`{d.key}`", *d.values] for d in found if d.aspect == aspect]

@@ -34,7 +34,7 @@ if not __package__:  # run as a file
 from scripts.cli.command import command
 from scripts.studies.config import StudyConfig, load_study, study_names
 from scripts.studies.estimate import Estimate
-from scripts.studies.protocol import Batch, Protocol, from_root
+from scripts.studies.protocol import Protocol, Sweep, from_root
 from scripts.studies.report import write_study_report
 from scripts.studies.store import Store, archive
 from train.errors import ROOT, ExitCode, UserError
@@ -133,7 +133,7 @@ def print_plan(name: str, protocol: Protocol) -> None:
         print(f"{other} finished runs are of another code version (--any-code counts them)")
 
 
-def _start(protocol: Protocol, batch: Batch, launcher: str, lock: int) -> ExitCode:
+def _start(protocol: Protocol, batch: Sweep, launcher: str, lock: int) -> ExitCode:
     """Run a batch by the trainer's own entry; signals go on to it."""
     words = protocol.command(batch, [f"hydra/launcher={launcher}"] if launcher else [])
     print(f"\n== {batch.title}: python train/pretrain.py {' '.join(words)}", flush=True)
@@ -161,7 +161,7 @@ def _start(protocol: Protocol, batch: Batch, launcher: str, lock: int) -> ExitCo
     return ExitCode(code) if code in list(ExitCode) else ExitCode.failure
 
 
-def _collect(protocol: Protocol, batch: Batch, archived: Path) -> int:
+def _collect(protocol: Protocol, batch: Sweep, archived: Path) -> int:
     """Archive what a batch has finished; returns how many of its runs have not."""
     protocol.store.scan()
     missing = 0

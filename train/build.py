@@ -27,7 +27,7 @@ from parallel.lost_rank import all_ready
 from parallel.mesh import Mesh, build_mesh, init_process_group
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_stage import ModelPart
-from parallel.plan import build_sharded_model
+from parallel.sharded_model import build_sharded_model
 from quant.apply import reads_master
 from train.audit.audit import Audit
 from train.audit.config_reads import ConfigReads
@@ -41,13 +41,13 @@ from train.loop import Trainer, restore
 from train.phase import PhaseSwitch
 from train.preflight.matmul_rate import measured_matmul_rate, times_slower_than_fp32
 from train.preflight.precision import PrecisionChoice
+from train.record.continuation import check_prompt
 from train.record.evaluation import Evaluator
 from train.record.metrics import MetricsFile, read_metrics
 from train.record.params_table import table_rows, write_params_table
 from train.record.profiling import PROFILE, ProfilerWindow
 from train.record.receipt import code_version, plain
 from train.record.report import RunReport
-from train.record.sample import check_prompt
 from train.record.sample_log import SampleLog, data_hash
 from train.record.trackers import Console, TensorBoardTracker, Tracker
 from train.record.wandb_tracker import WandbTracker
@@ -57,7 +57,7 @@ from train.recovery.stop import StopRequest
 from train.run_folder.folder import CHECKPOINTS, METRICS, holds_run, write_identity
 from train.run_folder.identity import RunIdentity
 from train.run_folder.origin import agree_on_ranks
-from train.stages import Plan, resolve
+from train.stages import StagePlan, resolve
 
 PARAMS = "params.csv"
 log = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def build_checkpoints(run: RunConfig) -> Checkpoints:
     return Checkpoints(Path(run.run_dir) / CHECKPOINTS, retention, train.async_checkpoint)
 
 
-def build_profiler(run: RunConfig, plan: Plan, engine: Engine, done: int) -> ProfilerWindow:
+def build_profiler(run: RunConfig, plan: StagePlan, engine: Engine, done: int) -> ProfilerWindow:
     """The profiler's window; one that begins before this start, and was not written, is moved.
 
     Args:
@@ -276,7 +276,7 @@ def build_profiler(run: RunConfig, plan: Plan, engine: Engine, done: int) -> Pro
 
 def build_trackers(
     run: RunConfig,
-    plan: Plan,
+    plan: StagePlan,
     engine: Engine,
     metrics: MetricsFile,
     done: int,
@@ -314,7 +314,7 @@ def open_folder(
     config_yaml: str,
     identity: RunIdentity,
     run: RunConfig,
-    plan: Plan,
+    plan: StagePlan,
     engine: Engine,
     phase: PhaseSwitch,
     evaluator: Evaluator,

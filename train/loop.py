@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from torch import Tensor
 
-from data.global_batch import GlobalBatch as PackedBatch
+from data.global_batch import GlobalBatch
 from data.loader import Loader
 from data.tokenizer import Tokenizer
 from model.config import LayerKind, ModelConfig
@@ -51,7 +51,7 @@ from train.recovery.judge import Recovery, Verdict
 from train.recovery.stop import StopRequest
 from train.run_folder.identity import RunIdentity, Use
 from train.run_folder.origin import check_origin, check_steps
-from train.stages import Plan
+from train.stages import StagePlan
 from train.step import StepPlan, StepResult, plan_step, train_step
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class Trainer:
     """
 
     run: RunConfig
-    plan: Plan
+    plan: StagePlan
     identity: RunIdentity
     engine: Engine
     loader: Loader
@@ -194,7 +194,7 @@ class Trainer:
             self._save()
 
     def _record(
-        self, step: StepPlan, rows: PackedBatch, result: StepResult, seconds: float
+        self, step: StepPlan, rows: GlobalBatch, result: StepResult, seconds: float
     ) -> Record:
         engine, shares = self.engine, result.shares
         seconds = engine.largest(seconds)
@@ -382,7 +382,7 @@ class Restored:
 
 def restore(
     run: RunConfig,
-    plan: Plan,
+    plan: StagePlan,
     identity: RunIdentity,
     engine: Engine,
     loader: Loader,
@@ -527,7 +527,7 @@ def flops_per_token(config: ModelConfig, step: StepPlan) -> float:
     return flops.total
 
 
-def reach(rows: PackedBatch, config: ModelConfig) -> Record:
+def reach(rows: GlobalBatch, config: ModelConfig) -> Record:
     """How many tokens the compressed branches can matter for: what the window does not hold."""
     found = {"past_window": rows.share_past(config.sliding_window)}
     blocks = [

@@ -12,10 +12,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from model.config import LayerKind, ModelConfig
+from model.config import IndexerPhase, LayerKind, ModelConfig
 from parallel.config import ParallelConfig
 from parallel.pipeline_split import check_microbatches
-from train.config.schema import IndexerPhase, RunConfig, StageConfig, TrainConfig
+from train.config.schema import RunConfig, StageConfig, TrainConfig
 from train.errors import UserError
 
 
@@ -72,7 +72,7 @@ class LossWeights:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagePlan:
     """The whole run.
 
     Attributes:
@@ -117,7 +117,7 @@ class Plan:
         return _count(self.stages, self.stages[-1].until_tokens, step)[1]
 
 
-def resolve(run: RunConfig) -> Plan:
+def resolve(run: RunConfig) -> StagePlan:
     """Fill in the stages of a run and count its steps.
 
     Raises:
@@ -130,7 +130,7 @@ def resolve(run: RunConfig) -> Plan:
         _check_stage(stage, _label(train, index), run)
     total = stages[-1].until_tokens
     steps, end = _count(stages, total, train.steps or None)
-    plan = Plan(stages, steps, end, total)
+    plan = StagePlan(stages, steps, end, total)
     for index, stage in enumerate(plan.reached()):
         before = plan.step_at(stage.start_tokens)
         if plan.step_at(stage.until_tokens) == before:
@@ -141,7 +141,7 @@ def resolve(run: RunConfig) -> Plan:
     return plan
 
 
-def refuse_unbuilt(plan: Plan, train: TrainConfig) -> None:
+def refuse_unbuilt(plan: StagePlan, train: TrainConfig) -> None:
     """Refuse a plan that reaches a stage which this code cannot run yet.
 
     Raises:
@@ -186,7 +186,7 @@ def trains(name: str, stage: Stage, weights: LossWeights) -> bool:
     return weights.mtp > 0 or not name.startswith("mtp.")
 
 
-def check_rows(plan: Plan, row_degree: int) -> None:
+def check_rows(plan: StagePlan, row_degree: int) -> None:
     """Check that every batch that is reached splits into whole microbatches on each rank.
 
     Args:
@@ -207,7 +207,7 @@ def check_rows(plan: Plan, row_degree: int) -> None:
             )
 
 
-def check_schedule(plan: Plan, layout: ParallelConfig) -> None:
+def check_schedule(plan: StagePlan, layout: ParallelConfig) -> None:
     """Check that the pipeline's schedule admits the number of microbatches of every step.
 
     Args:

@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from data.batch import Batch, BatchCounts
-from model.context import IndexerPhase
 from model.loss import Objective
 from optim.config import OptimConfig
 from optim.schedule import decay_started, learning_rate
 from parallel.engine import Engine, Shares, Update
 from train.config.schema import TrainConfig
-from train.stages import LossWeights, Plan, Stage, loss_weights
+from train.stages import LossWeights, Stage, StagePlan, loss_weights
 
 
-class GlobalBatch(Protocol):
+class StepRows(Protocol):
     """The rows of one step, planned but not yet made into tensors (``data/loader.py``)."""
 
     @property
@@ -98,7 +97,7 @@ class StepResult:
 
 
 def plan_step(
-    number: int, tokens: int, plan: Plan, train: TrainConfig, optim: OptimConfig
+    number: int, tokens: int, plan: StagePlan, train: TrainConfig, optim: OptimConfig
 ) -> StepPlan:
     """Look up what the step that begins at position ``tokens`` does.
 
@@ -131,13 +130,13 @@ def objective_of(step: StepPlan, counts: BatchCounts) -> Objective:
         mtp_weight=step.weights.mtp,
         indexer_weight=step.weights.indexer,
         balance_weight=step.weights.balance,
-        indexer_phase=IndexerPhase(step.stage.indexer_phase.value),
+        indexer_phase=step.stage.indexer_phase,
         monitors=step.monitors,
     )
 
 
 def microbatches(
-    rows: GlobalBatch, num_rows: int, micro_batch_size: int, rank: int = 0, degree: int = 1
+    rows: StepRows, num_rows: int, micro_batch_size: int, rank: int = 0, degree: int = 1
 ) -> Iterator[Batch]:
     """Cut one data rank's share of the rows into microbatches, in order.
 
@@ -157,7 +156,7 @@ def microbatches(
 
 def train_step(
     engine: Engine,
-    rows: GlobalBatch,
+    rows: StepRows,
     step: StepPlan,
     observer: StepObserver | None = None,
     judge: Judge | None = None,

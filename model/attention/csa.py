@@ -13,8 +13,8 @@ from torch import Tensor
 from model.attention.compressor import Compressor
 from model.attention.core import Aux, Entries, Finish, WindowAttention
 from model.attention.indexer import LightningIndexer
-from model.config import LayerKind, ModelConfig
-from model.context import ForwardContext, IndexerPhase, RopeTable
+from model.config import IndexerPhase, LayerKind, ModelConfig
+from model.context import ForwardContext, RopeTable
 from model.kernels.attention import AttentionResult, EntrySet
 from model.kernels.indexer import IndexerInputs, indexer_monitors
 from model.kernels.select import select

@@ -15,14 +15,21 @@ from typing import Any
 import torch
 
 from model.kernels.allocator import keep_freed_memory
-from scripts.benchmarks.models import BENCHMARK, Contestant, Step, build_dense, build_ours, tokens
+from scripts.benchmarks.models import (
+    BENCHMARK,
+    Contestant,
+    StepFunction,
+    build_dense,
+    build_ours,
+    tokens,
+)
 from scripts.cli.model_yaml import load_model_config
 from train.preflight.matmul_rate import measured_matmul_rate
 
-Result = dict[str, Any]
+_Measured = dict[str, Any]
 
 
-def measure(spec: Result) -> Result:
+def measure(spec: _Measured) -> _Measured:
     """Build one contestant, run it, and say what it took."""
     if spec["keep_memory"] == "all" or spec["contestant"].startswith("ours"):
         keep_freed_memory()  # our launcher does; others only where that is asked for
@@ -60,7 +67,7 @@ def measure(spec: Result) -> Result:
     }
 
 
-def build(spec: Result, device: torch.device, dtype: torch.dtype) -> Contestant:
+def build(spec: _Measured, device: torch.device, dtype: torch.dtype) -> Contestant:
     """The contestant that a measurement names."""
     named = spec["model"]
     config = BENCHMARK if named == "benchmark" else load_model_config(named)
@@ -100,7 +107,7 @@ def memory_bytes(device: torch.device, field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def profile(step: Step, device: torch.device) -> str:
+def profile(step: StepFunction, device: torch.device) -> str:
     """Where the time of one step goes, by operation."""
     step()
     kinds = [torch.profiler.ProfilerActivity.CPU]

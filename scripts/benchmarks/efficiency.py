@@ -35,10 +35,10 @@ from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 
 CONTEXTS = (4096, 16384, 65536, 131072, 262144, 524288, 1000000)
-Report = dict[str, Any]
+Figures = dict[str, Any]
 
 
-def model_report(config: ModelConfig, contexts: list[int]) -> Report:
+def model_report(config: ModelConfig, contexts: list[int]) -> Figures:
     """Everything about one model; ratios are fractions."""
     counts = parameter_counts(config)
     rows = []
@@ -80,7 +80,7 @@ def flops_report(flops: DecodingFlops) -> dict[str, float]:
     }
 
 
-def reference_report(contexts: list[int]) -> list[Report]:
+def reference_report(contexts: list[int]) -> list[Figures]:
     """DeepSeek-V3.2 at the same contexts."""
     return [
         {
@@ -92,7 +92,7 @@ def reference_report(contexts: list[int]) -> list[Report]:
     ]
 
 
-def print_report(models: dict[str, Report], v32: list[Report]) -> None:
+def print_report(models: dict[str, Figures], v32: list[Figures]) -> None:
     """One block of parameters, one table of contexts a model."""
     print("Parameters          total              without MTP        active   w/o embedding")
     for name, report in models.items():
@@ -124,7 +124,7 @@ def print_report(models: dict[str, Report], v32: list[Report]) -> None:
         )
 
 
-def draw(models: dict[str, Report], v32: list[Report], path: Path) -> None:
+def draw(models: dict[str, Figures], v32: list[Figures], path: Path) -> None:
     """KV cache, raw and FP8-equivalent FLOPs over the context length."""
     figure = Figure(figsize=(16, 5), layout="constrained")
     cache, raw, fp8 = figure.subplots(1, 3)

@@ -33,7 +33,7 @@ BENCHMARK = ModelConfig(
     num_hash_layers=1, num_nextn_predict_layers=0,
 )  # fmt: skip
 
-Step = Callable[[], Tensor]
+StepFunction = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Contestant:
         parameters: all, and those one token uses.
     """
 
-    step: Step
+    step: StepFunction
     flops: dict[torch.dtype, float]
     parameters: tuple[int, int]
 

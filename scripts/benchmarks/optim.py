@@ -39,7 +39,7 @@ SIZE = 1024  # rows and columns of the matmul whose rate bounds the step
 
 
 @dataclass
-class Report:
+class OptimizerTimes:
     """What the benchmark found; seconds are medians of one step."""
 
     model: str
@@ -185,7 +185,7 @@ def summarise(
     pairs: list[tuple[float, float]],
     rate: float,
     device: torch.device,
-) -> Report:
+) -> OptimizerTimes:
     """Medians, ratios and floors."""
     muon = [r for r in table if r.owner is Owner.muon]
     num_steps = len(expand(config.muon))
@@ -195,7 +195,7 @@ def summarise(
         for r in muon
     )
     ours, peer = (statistics.median(times) for times in zip(*pairs, strict=True))
-    return Report(
+    return OptimizerTimes(
         model=model,
         parameters=sum(_size(r) for r in table),
         matrices=sum(r.num_matrices for r in muon),
@@ -221,7 +221,7 @@ def _size(record: ParamRecord) -> int:
     return size
 
 
-def render(r: Report) -> str:
+def render(r: OptimizerTimes) -> str:
     """The report in a few lines."""
     return "\n".join(
         [

@@ -51,14 +51,14 @@ from train.step import objective_of, plan_step
 
 Run = Callable[[], object]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Times = dict[str, list[float]]
+_Times = dict[str, list[float]]
 COPY, FAKE, STORE = "copy", f"fake_quant {MXFP4.name}", f"quantise {MXFP4.name}"
 PEERS = {"torchao fake_quant": FAKE, "torchao quantise": STORE}  # what stands beside what
 
 
-def in_turn(runs: dict[str, Run], clock: Callable[[], float], rounds: int, calls: int) -> Times:
+def in_turn(runs: dict[str, Run], clock: Callable[[], float], rounds: int, calls: int) -> _Times:
     """Seconds a call of each run in every round, after one round to warm up."""
-    times: Times = {name: [] for name in runs}
+    times: _Times = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
             start = clock()
@@ -125,7 +125,7 @@ def check_equal(
 
 
 # ---- steps --------------------------------------------------------------------------------------
-class Step:
+class FirstSteps:
     """The first steps of a run, on one batch of random tokens.
 
     Args:
@@ -162,7 +162,7 @@ class Step:
         self.engine.optimizer_step(self.plan.lr, finite=True)
 
 
-def step_runs(step: Step) -> dict[str, Run]:
+def step_runs(step: FirstSteps) -> dict[str, Run]:
     """The step under every recipe; swapping seams in and out takes no measurable time."""
     probe = QuantProbe()
 
@@ -189,7 +189,7 @@ def ratios(ours: list[float], theirs: list[float]) -> list[float]:
     return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
-def show_casts(times: Times, num_bytes: int) -> None:
+def show_casts(times: _Times, num_bytes: int) -> None:
     """GB/s, and torchao's seconds over ours."""
     for name, seconds in times.items():
         rate = num_bytes / statistics.median(seconds) / 1e9
@@ -201,7 +201,7 @@ def show_casts(times: Times, num_bytes: int) -> None:
         print(line)
 
 
-def show_steps(times: Times) -> None:
+def show_steps(times: _Times) -> None:
     """Seconds, and the share that a recipe adds."""
     for name, seconds in times.items():
         found = sorted(ratio - 1 for ratio in ratios(seconds, times[Recipe.none.value]))
@@ -237,7 +237,9 @@ def main(words: Sequence[str] | None = None) -> None:
     world = World(1, torch.device(args.device).type, 1)
     run, _ = settle(compose_run([f"model={args.model}"]), world)
     print(f"\n{args.model}, a step of {run.train.global_batch_tokens} tokens")
-    steps = in_turn(step_runs(Step(run, torch.device(args.device))), clock, args.rounds, calls=1)
+    steps = in_turn(
+        step_runs(FirstSteps(run, torch.device(args.device))), clock, args.rounds, calls=1
+    )
     show_steps(steps)
     if args.json:
         found = {"conditions": conditions, "cast_bytes": x.nbytes, "cast_seconds": casts,

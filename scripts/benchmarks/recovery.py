@@ -39,7 +39,7 @@ SETTINGS = {
     "armed": ["train.recovery.on_spike=rollback", "train.recovery.anticipatory=after_rollback"],
     "anticipating": ["train.recovery.on_spike=none", "train.recovery.anticipatory=always"],
 }
-Times = dict[str, list[float]]
+_Times = dict[str, list[float]]
 
 
 @command()
@@ -89,10 +89,10 @@ def trainer(folder: Path, model: str, rounds: int, overrides: list[str]) -> Trai
     return build(*settle(run, this_world(run.train.device)))
 
 
-def measure(trainers: dict[str, Trainer], rounds: int) -> tuple[Times, Times]:
+def measure(trainers: dict[str, Trainer], rounds: int) -> tuple[_Times, _Times]:
     """CPU and wall seconds of every step that counts, of the runs in turn."""
-    cpu: Times = {name: [] for name in trainers}
-    wall: Times = {name: [] for name in trainers}
+    cpu: _Times = {name: [] for name in trainers}
+    wall: _Times = {name: [] for name in trainers}
     for number in range(AUDITED + rounds):
         for name, one in trainers.items():
             began, cpu_began = time.perf_counter(), time.process_time()
@@ -103,7 +103,7 @@ def measure(trainers: dict[str, Trainer], rounds: int) -> tuple[Times, Times]:
     return cpu, wall
 
 
-def ratios(times: Times) -> dict[str, dict[str, float]]:
+def ratios(times: _Times) -> dict[str, dict[str, float]]:
     """Quartiles of each run's seconds over those of "disabled" in the same round."""
     out = {}
     for name in list(times)[1:]:
@@ -113,7 +113,7 @@ def ratios(times: Times) -> dict[str, dict[str, float]]:
     return out
 
 
-def show(clock: str, times: Times) -> None:
+def show(clock: str, times: _Times) -> None:
     """Print one table."""
     print(f"{clock + ' seconds':16} {'median':>8} {'over disabled':>14} {'quartiles':>13}")
     over = ratios(times)

@@ -33,14 +33,14 @@ from matplotlib.figure import Figure
 from scripts.cli.command import command
 
 CHILD = Path(__file__).resolve().with_name("child.py")
-Result = dict[str, Any]
+_Measured = dict[str, Any]
 CONTESTANTS = ("ours", "ours_lm", "hf", "dense")
 
 
 # ---- the driver -------------------------------------------------------------------------------
 
 
-def run_child(spec: Result, timeout: float) -> Result:
+def run_child(spec: _Measured, timeout: float) -> _Measured:
     """Measure in a fresh process; a failure becomes a result that says why."""
     words = [sys.executable, str(CHILD), json.dumps(spec, allow_nan=False)]
     try:
@@ -54,7 +54,7 @@ def run_child(spec: Result, timeout: float) -> Result:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def environment(args: argparse.Namespace) -> Result:
+def environment(args: argparse.Namespace) -> _Measured:
     """What the numbers depend on; results of another environment are not mixed in."""
     versions = "import json, torch; print(json.dumps([torch.__version__, torch.get_num_threads()]))"
     found = subprocess.run([sys.executable, "-c", versions], capture_output=True, text=True)
@@ -71,7 +71,7 @@ def environment(args: argparse.Namespace) -> Result:
     }
 
 
-def plan(args: argparse.Namespace) -> list[Result]:
+def plan(args: argparse.Namespace) -> list[_Measured]:
     """All measurements in order: round by round, contestants in turn."""
     skipped = {tuple(item.split(":", 1)) for item in args.skip}
     specs = []
@@ -104,15 +104,15 @@ def plan(args: argparse.Namespace) -> list[Result]:
     return specs
 
 
-def key_of(spec: Result) -> str:
+def key_of(spec: _Measured) -> str:
     """Name of a measurement in the file of results."""
     return f"{spec['dtype']} {spec['case']} {spec['contestant']} {spec['round']}"
 
 
-def run_all(args: argparse.Namespace, document: Result) -> None:
+def run_all(args: argparse.Namespace, document: _Measured) -> None:
     """Run what has no result yet, writing after each."""
     specs = plan(args)
-    results: dict[str, Result] = document["results"]
+    results: dict[str, _Measured] = document["results"]
     for number, spec in enumerate(specs, 1):
         key = key_of(spec)
         if "tokens_per_second" not in results.get(key, {}):
@@ -125,9 +125,9 @@ def run_all(args: argparse.Namespace, document: Result) -> None:
         print(f"[{number}/{len(specs)}] {key}: {text}", flush=True)
 
 
-def summary(document: Result) -> list[Result]:
+def summary(document: _Measured) -> list[_Measured]:
     """One line a case and dtype: medians over rounds, ratios within rounds."""
-    groups: dict[tuple[str, str], dict[str, dict[int, Result]]] = {}
+    groups: dict[tuple[str, str], dict[str, dict[int, _Measured]]] = {}
     for key, result in document["results"].items():
         dtype, case, contestant, round_number = key.split()
         found = groups.setdefault((dtype, case), {}).setdefault(contestant, {})
@@ -135,7 +135,7 @@ def summary(document: Result) -> list[Result]:
             found[int(round_number)] = result
     lines = []
     for (dtype, case), by_name in groups.items():
-        line: Result = {"dtype": dtype, "case": case}
+        line: _Measured = {"dtype": dtype, "case": case}
         for name, rounds in by_name.items():
             if rounds:
                 line[name] = {
@@ -160,7 +160,7 @@ def summary(document: Result) -> list[Result]:
     return lines
 
 
-def print_summary(lines: list[Result]) -> None:
+def print_summary(lines: list[_Measured]) -> None:
     """A table of speed, memory, ratios and the share of the machine's limit."""
     print(
         f"\n{'dtype':<6}{'case':>14} {'contestant':<10}{'tokens/s':>11}{'peak GB':>9}"
@@ -184,7 +184,7 @@ def print_summary(lines: list[Result]) -> None:
                 )
 
 
-def draw(lines: list[Result], path: Path) -> None:
+def draw(lines: list[_Measured], path: Path) -> None:
     """Bars of tokens/s and peak memory by case, one column a dtype."""
     dtypes = sorted({line["dtype"] for line in lines})
     figure = Figure(figsize=(7 * len(dtypes), 8), layout="constrained")
@@ -261,7 +261,7 @@ def main(words: Sequence[str] | None = None) -> None:
             print(f"{key_of(spec)}\n{result.get('profile') or result['failed']}")
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    document: Result = {"environment": environment(args), "results": {}}
+    document: _Measured = {"environment": environment(args), "results": {}}
     if args.out.exists() and not args.fresh:
         earlier = json.loads(args.out.read_text())
         if earlier["environment"] != document["environment"]:

@@ -24,7 +24,7 @@ _DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
 
 
 @dataclass(frozen=True)
-class Layout:
+class TrialLayout:
     """What was asked for: ``parallel`` keys, and rows of a microbatch (0: default)."""
 
     text: str
@@ -38,7 +38,7 @@ class Layout:
         return degrees["pp"] * degrees["dp_replicate"] * degrees["dp_shard"] * degrees["cp"]
 
 
-def parse(text: str) -> Layout:
+def parse(text: str) -> TrialLayout:
     """Read ``"dp_shard=4 ep=2 micro=1"``.
 
     Raises:
@@ -58,10 +58,10 @@ def parse(text: str) -> Layout:
                 f"layout {text!r}: {word!r} is none of {'=N, '.join((*_DEGREES, 'micro'))}=N,"
                 f" schedule={'|'.join(SCHEDULES)}"
             )
-    return Layout(text, keys, micro)
+    return TrialLayout(text, keys, micro)
 
 
-def compose(layout: Layout, args: argparse.Namespace, corpus: str, *more: str) -> RunConfig:
+def compose(layout: TrialLayout, args: argparse.Namespace, corpus: str, *more: str) -> RunConfig:
     """The run of a layout.
 
     Raises:

@@ -39,7 +39,7 @@ from optim.build import Optimizer, build_optimizer
 from optim.muon_distributed import ShardedMuon
 from parallel.mesh import Mesh, build_mesh, check_layout
 from parallel.pipeline_stage import ModelPart
-from parallel.plan import build_sharded_model
+from parallel.sharded_model import build_sharded_model
 from quant.apply import reads_master
 from scripts.cli.command import command
 from train.config.command_line import compose_run

@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from parallel.mesh import leave_process_group
 from scripts.cli.command import command
 from scripts.layout_trials.asked import (
-    Layout,
+    TrialLayout,
     add_run_options,
     compose,
     free_port,
@@ -60,7 +60,7 @@ _ISSUES = "_c10d_functional::all_to_all_single"  # does not wait: its wait_tenso
 
 # ---- measuring -----------------------------------------------------------------------------------
 def on_rank(
-    rank: int, port: int, layout: Layout, args: argparse.Namespace, corpus: str, out: str
+    rank: int, port: int, layout: TrialLayout, args: argparse.Namespace, corpus: str, out: str
 ) -> None:
     """Profile one rank; its trace goes to ``out``."""
     join(rank, port, layout.ranks)
@@ -86,7 +86,7 @@ def on_rank(
 
 # ---- reading traces ------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Span:
+class TraceEvent:
     """An event of the main thread.
 
     Attributes:
@@ -99,7 +99,7 @@ class Span:
     start: float
     stop: float
 
-    def holds(self, other: Span) -> bool:
+    def holds(self, other: TraceEvent) -> bool:
         """Whether ``other`` lies inside."""
         return self.start <= other.start and other.stop <= self.stop
 
@@ -114,7 +114,7 @@ class Collective:
         begun: when this rank began it; before ``span`` where it was issued earlier.
     """
 
-    span: Span
+    span: TraceEvent
     number: int
     begun: float
 
@@ -123,8 +123,8 @@ class Collective:
 class Trace:
     """One rank's profiled steps."""
 
-    steps: list[Span]
-    optimizer: list[Span]
+    steps: list[TraceEvent]
+    optimizer: list[TraceEvent]
     collectives: list[Collective]
 
 
@@ -141,7 +141,7 @@ def read_trace(path: Path) -> Trace:
     thread = step_events[0]["tid"]
     spans = sorted(
         (
-            Span(e["name"], float(e["ts"]), float(e["ts"]) + float(e["dur"]))
+            TraceEvent(e["name"], float(e["ts"]), float(e["ts"]) + float(e["dur"]))
             for e in events
             if e["tid"] == thread and e.get("cat") in ("cpu_op", "user_annotation")
         ),
@@ -154,7 +154,7 @@ def read_trace(path: Path) -> Trace:
     )
 
 
-def _collectives(spans: list[Span]) -> Iterator[Collective]:
+def _collectives(spans: list[TraceEvent]) -> Iterator[Collective]:
     """In order; a wait belongs to the earliest collective that was issued and not waited for."""
     issued: list[tuple[int, float]] = []
     issuing_until, number = 0.0, 0

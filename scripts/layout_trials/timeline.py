@@ -37,7 +37,7 @@ from parallel.pipeline import Action
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_split import check_microbatches, describe_split, stages_per_rank
 from parallel.pipeline_stage import ModelPart
-from parallel.plan import build_sharded_model
+from parallel.sharded_model import build_sharded_model
 from scripts.cli.command import command
 from train.errors import ROOT
 

@@ -38,7 +38,7 @@ from parallel.launch import launched_world_size
 from train.build import build_engine, build_layout, build_model
 from train.config.schema import RunConfig
 from train.phase import PhaseSwitch
-from train.stages import Plan, check_rows, resolve
+from train.stages import StagePlan, check_rows, resolve
 from train.step import StepPlan, microbatches, objective_of, plan_step, train_step
 
 Tensors = dict[str, Tensor]
@@ -52,7 +52,7 @@ class Bench:
     """A run's engine and data in this process."""
 
     run: RunConfig
-    plan: Plan
+    plan: StagePlan
     engine: Engine
     loader: Loader
     phase: PhaseSwitch

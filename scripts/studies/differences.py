@@ -15,7 +15,7 @@ _ASPECTS = ("code", "data", "layout", "environment")
 
 
 @dataclass(frozen=True)
-class Difference:
+class RunDifference:
     """One thing in which runs differ.
 
     Attributes:
@@ -29,7 +29,7 @@ class Difference:
     values: tuple[str, ...]
 
 
-def differences(runs: Sequence[FinishedRun]) -> list[Difference]:
+def differences(runs: Sequence[FinishedRun]) -> list[RunDifference]:
     """Everything in which some run differs from another, the config first."""
     found = _differing("config", [plain(run.run) for run in runs])
     found = [d for d in found if not d.key.startswith(_OF_NO_EFFECT)]
@@ -67,14 +67,14 @@ def explain(runs: Sequence[FinishedRun]) -> str:
     return said + where
 
 
-def _differing(aspect: str, trees: Sequence[Any]) -> list[Difference]:
+def _differing(aspect: str, trees: Sequence[Any]) -> list[RunDifference]:
     flat = [dict(flatten(tree)) for tree in trees]
     keys = {key: None for tree in flat for key in tree}  # in order, each once
     found = []
     for key in keys:
         values = [tree.get(key, "absent") for tree in flat]
         if any(value != values[0] for value in values):
-            found.append(Difference(aspect, key, tuple(str(value) for value in values)))
+            found.append(RunDifference(aspect, key, tuple(str(value) for value in values)))
     return found
 
 

@@ -43,11 +43,11 @@ class Picture:
     figure: Figure
 
 
-Block = str | Table | Picture
+ReportPart = str | Table | Picture
 
 
 @dataclass
-class Document:
+class ReportDocument:
     """What a report says, in order.
 
     Attributes:
@@ -58,9 +58,9 @@ class Document:
 
     title: str
     lead: str
-    sections: dict[str, list[Block]] = field(default_factory=dict)
+    sections: dict[str, list[ReportPart]] = field(default_factory=dict)
 
-    def add(self, heading: str, *blocks: Block | None) -> None:
+    def add(self, heading: str, *blocks: ReportPart | None) -> None:
         """Append blocks to a section; None is left out."""
         self.sections.setdefault(heading, []).extend(b for b in blocks if b is not None)
 
@@ -108,7 +108,7 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _markdown(block: Block) -> str:
+def _markdown(block: ReportPart) -> str:
     if isinstance(block, str):
         return block
     if isinstance(block, Picture):
@@ -117,7 +117,7 @@ def _markdown(block: Block) -> str:
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in lines)
 
 
-def _html(block: Block, images: dict[str, bytes]) -> str:
+def _html(block: ReportPart, images: dict[str, bytes]) -> str:
     if isinstance(block, str):
         return f"<p>{_inline(block)}</p>"
     if isinstance(block, Picture):

@@ -42,7 +42,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Batch:
+class Sweep:
     """Runs of one arm that differ in one thing: one call of ``train/pretrain.py``.
 
     Attributes:
@@ -163,7 +163,7 @@ class Protocol:
                 return choice
             losses |= {rate: run.val_loss for rate, run in found.items()}
 
-    def batches(self) -> Iterator[Batch]:
+    def batches(self) -> Iterator[Sweep]:
         """Runs that can be started now and are not finished, in order; empty when all is done.
 
         Later ones depend on the results of earlier ones: ask again after each.
@@ -191,12 +191,12 @@ class Protocol:
         steps = max(1, round(self.steps_of(arm) * self.study.search.fraction))
         return Cell(arm, steps, rate, self.study.search.seed)
 
-    def _search(self) -> Iterator[Batch]:
+    def _search(self) -> Iterator[Sweep]:
         for arm in self.trained_arms:
             missing = self.choice(arm).missing
             cells = tuple(self._search_cell(arm, rate) for rate in missing)
             if cells:
-                yield Batch(f"search, {arm}", cells, "optim.lr")
+                yield Sweep(f"search, {arm}", cells, "optim.lr")
 
     def _wanted(self) -> list[tuple[str, int]]:
         """Arm and steps of everything that trains on the study's seeds, in order."""
@@ -205,7 +205,7 @@ class Protocol:
         wanted += [(ask.arm, self.shortened(f)) for f in ask.fractions if ask.arm]
         return wanted + ([(AGAIN, self.steps_of(AGAIN))] if study.again else [])
 
-    def _seeds(self) -> Iterator[Batch]:
+    def _seeds(self) -> Iterator[Sweep]:
         study = self.study
         for arm, steps in self._wanted():
             rate = self.choice(arm).best
@@ -214,10 +214,10 @@ class Protocol:
             cells = [cell for cell in cells if not self._is_done(cell)]
             if cells:
                 short = "" if steps == self.steps_of(arm) else f", {steps} steps"
-                yield Batch(f"seeds, {arm}{short}", tuple(cells), "seed")
+                yield Sweep(f"seeds, {arm}{short}", tuple(cells), "seed")
         yield from self._evaluations()
 
-    def _evaluations(self) -> Iterator[Batch]:
+    def _evaluations(self) -> Iterator[Sweep]:
         for name, arm in self.study.arms.items():
             if not arm.evaluates:
                 continue
@@ -225,7 +225,7 @@ class Protocol:
                 rate = source.run.optim.lr
                 cell = Cell(name, self.steps_of(name), rate, seed, from_root(source.folder))
                 if self.find(cell) is None and source.has_weights:
-                    yield Batch(f"evaluation, {name}, seed {seed}", (cell,), "seed")
+                    yield Sweep(f"evaluation, {name}, seed {seed}", (cell,), "seed")
 
     def plan(self) -> Iterator[tuple[str, Cell, int, int]]:
         """Title, an example, how many runs are wanted and how many are finished, in order.
@@ -296,7 +296,7 @@ class Protocol:
         own += [f"init_from='{cell.source}'"] if cell.source else []
         return own
 
-    def command(self, batch: Batch, launcher: Sequence[str] = ()) -> list[str]:
+    def command(self, batch: Sweep, launcher: Sequence[str] = ()) -> list[str]:
         """Arguments of ``train/pretrain.py`` for what a batch lacks.
 
         Args:

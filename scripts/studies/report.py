@@ -12,15 +12,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from scripts.studies.document import Document, Picture, Table
+from scripts.studies.document import Picture, ReportDocument, Table
 from scripts.studies.plots import draw_catch_up, draw_curves, draw_differences, draw_search
 from scripts.studies.protocol import Protocol
 from scripts.studies.results import ACTS, ArmResult, CatchUp, Comparison, StudyResults, gather
-from scripts.studies.statistics import Crossing, Paired, Spread, Verdict, spread
+from scripts.studies.statistics import Crossing, Finding, Paired, Spread, spread
 from train.record.receipt import plain, write_json
 
 MEASURED = "Measured on this machine"
-_WORDS = {Verdict.below: "a lower loss than", Verdict.above: "a higher loss than"}
+_WORDS = {Finding.below: "a lower loss than", Finding.above: "a higher loss than"}
 
 
 def write_study_report(name: str, protocol: Protocol, root: Path) -> Path:
@@ -32,9 +32,9 @@ def write_study_report(name: str, protocol: Protocol, root: Path) -> Path:
     return path
 
 
-def study_document(results: StudyResults) -> Document:
+def study_document(results: StudyResults) -> ReportDocument:
     """The report."""
-    document = Document(f"Study {results.name}", lead(results))
+    document = ReportDocument(f"Study {results.name}", lead(results))
     document.add("Question", results.study.question, _design(results))
     document.add("Comparisons", *_comparisons(results))
     if results.catch_up is not None:
@@ -69,7 +69,7 @@ def _verdict(results: StudyResults, found: Comparison) -> str:
     if test is None:
         return f"{found.arm} against {base}: no runs to compare yet"
     effect = f"{_number(test.mean)} +- {test.half_width:.3f} nats, p {test.p:.2g}"
-    if found.verdict is Verdict.none:
+    if found.verdict is Finding.none:
         return f"{found.arm} against {base}: no verdict ({effect}{_waiting(results, test)})"
     text = f"{found.arm} has {_WORDS[found.verdict]} {base} ({effect}"
     if len(results.comparisons) > 1 and found.corrected_p >= results.study.level:

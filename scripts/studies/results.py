@@ -13,8 +13,8 @@ from scripts.studies.estimate import flops_per_token
 from scripts.studies.protocol import Choice, Protocol
 from scripts.studies.statistics import (
     Crossing,
+    Finding,
     Paired,
-    Verdict,
     holm,
     judge,
     noise_floor,
@@ -98,7 +98,7 @@ class Comparison:
 
     arm: str
     test: Paired | None
-    verdict: Verdict
+    verdict: Finding
     corrected_p: float
     parameters: float
     flops: float
@@ -234,7 +234,7 @@ def _compare(results: StudyResults) -> list[Comparison]:
                 results.floor = max(results.floor, floor)
         complete = test is not None and len(test.differences) == len(study.seeds)
         complete = complete and (not study.again or results.again_is_complete)
-        verdict = judge(test, study.level, floor) if test and complete else Verdict.none
+        verdict = judge(test, study.level, floor) if test and complete else Finding.none
         ratios = arm.parameters / base.parameters, arm.flops / base.flops
         found.append(Comparison(arm.name, test, verdict, p, *ratios))
     return found

@@ -15,7 +15,7 @@ from itertools import pairwise
 from scipy.special import stdtr, stdtrit
 
 
-class Verdict(StrEnum):
+class Finding(StrEnum):
     """What a comparison says of an arm's loss beside the baseline's."""
 
     below = "below"
@@ -76,11 +76,11 @@ def noise_floor(again: Paired, pairs: int, level: float) -> float:
     return t_quantile(1 - level / 2, len(values)) * spread / math.sqrt(pairs)
 
 
-def judge(test: Paired, level: float, floor: float = 0.0) -> Verdict:
+def judge(test: Paired, level: float, floor: float = 0.0) -> Finding:
     """A verdict needs both: a significant mean, and one above the noise floor."""
     if test.p >= level or abs(test.mean) <= floor:
-        return Verdict.none
-    return Verdict.below if test.mean < 0 else Verdict.above
+        return Finding.none
+    return Finding.below if test.mean < 0 else Finding.above
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

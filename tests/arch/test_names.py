@@ -1,9 +1,10 @@
 """Names and bytes of files: nothing shadows another module, all is ASCII, git ignores no source."""
 
+import ast
 import re
 import sys
 import tomllib
-from collections import Counter
+from collections import Counter, defaultdict
 from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
@@ -96,3 +97,26 @@ def test_enum_names_equal_their_values(package):
         for item in vars(module).values():
             if isinstance(item, type) and issubclass(item, StrEnum) and item is not StrEnum:
                 assert all(member.name == member.value for member in item), item
+
+
+def public_classes():
+    """(name, file) of every public class, and of every public alias of a type."""
+    for path in SOURCES:
+        if path.suffix == ".py":
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, ast.ClassDef):
+                    yield node.name, path
+                elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    name = node.targets[0].id
+                    if name[0].isupper() and not name.isupper():
+                        yield name, path
+
+
+def test_no_two_public_classes_share_a_name():
+    """One word, one thing (the glossary of ARCHITECTURE.md); but each package has its error."""
+    homes = defaultdict(set)
+    for name, path in public_classes():
+        homes[name].add(path)
+    assert len(homes) > 250
+    shared = {name for name, paths in homes.items() if len(paths) > 1 and name[0] != "_"}
+    assert shared == {"ConfigError"}

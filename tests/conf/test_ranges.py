@@ -9,7 +9,7 @@ import pytest
 
 from conf.ranges import Range, number, out_of_range
 from data.config import SourceConfig, SourceKind
-from optim.config import NewtonSchulzStage
+from optim.config import NewtonSchulzIterations
 from train.config.command_line import compose_run
 from train.config.schema import RunConfig, StageConfig, validate
 from train.errors import USER_ERRORS
@@ -96,7 +96,7 @@ def test_every_number_refuses_what_no_run_can_have(value):
     run = compose_run()
     run.train.stages = [StageConfig(until_tokens=10**9)]
     run.data.sources = {"a": SourceConfig(kind=SourceKind.text, path="x", weight=1.0)}
-    run.optim.muon.newton_schulz = [NewtonSchulzStage(steps=10)]
+    run.optim.muon.newton_schulz = [NewtonSchulzIterations(steps=10)]
     for key, _ in numbers_of(RunConfig):
         section, leaf = run, key.rpartition(".")[2]
         for name in key.split(".")[:-1]:

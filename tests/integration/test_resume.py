@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from data.config import FimConfig
+from model.config import IndexerPhase
 from quant.config import QuantConfig, Recipe
 from tests.helpers import ROOT
 from tests.integration.small_run import (
@@ -32,7 +33,7 @@ from tests.integration.small_run import (
 )
 from train import pretrain
 from train.build import build
-from train.config.schema import IndexerPhase, Precision, StageConfig
+from train.config.schema import Precision, StageConfig
 from train.errors import ExitCode
 from train.record.metrics import read_metrics
 

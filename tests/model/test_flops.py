@@ -14,8 +14,7 @@ import torch
 from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.config import Attention, Kernels, LayerKind, ModelConfig, Residual
-from model.context import IndexerPhase
+from model.config import Attention, IndexerPhase, Kernels, LayerKind, ModelConfig, Residual
 from model.flops import (
     Keys,
     decoding_flops,

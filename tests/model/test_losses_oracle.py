@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from data.batch import IGNORE
-from model.config import Kernels
-from model.context import IndexerPhase
+from model.config import IndexerPhase, Kernels
 from model.kernels.attention import EntrySet
 from model.kernels.select import select
 from model.loss import ModelOutput, Objective

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from optim.build import build_optimizer
-from optim.config import MatmulDtype, NewtonSchulzStage, OptimConfig
+from optim.config import MatmulDtype, NewtonSchulzIterations, OptimConfig
 from scripts.benchmarks.optim import (
     LR,
     build_peer,
@@ -23,7 +23,7 @@ def test_peer_takes_the_same_first_step():
     config = OptimConfig()
     config.muon.dtype = MatmulDtype.bf16
     config.muon.rms = 0.2
-    config.muon.newton_schulz = [NewtonSchulzStage(5, 3.4445, -4.7750, 2.0315)]
+    config.muon.newton_schulz = [NewtonSchulzIterations(5, 3.4445, -4.7750, 2.0315)]
     model = small_config()
     parameters = random_parameters(model_shapes(model), torch.device("cpu"))
     ours = build_optimizer(parameters.items(), config, split_counts={"o_groups": model.o_groups})

@@ -12,7 +12,7 @@ import torch
 from torch.nn import Parameter
 
 import optim.muon
-from optim.config import MatmulDtype, MuonConfig, NewtonSchulzStage
+from optim.config import MatmulDtype, MuonConfig, NewtonSchulzIterations
 from optim.muon import Muon, MuonEntry, expand, matmul_dtype
 from optim.newton_schulz import newton_schulz, newton_schulz_reference
 from tests.helpers import relative
@@ -202,7 +202,7 @@ def test_bf16_momentum_is_rounded_only_in_storage():
 
 
 def test_stages_come_from_the_config():
-    config = fp32_config(newton_schulz=[NewtonSchulzStage(1, 2.0, -1.5, 0.5)] * 2)
+    config = fp32_config(newton_schulz=[NewtonSchulzIterations(1, 2.0, -1.5, 0.5)] * 2)
     assert expand(config) == [(2.0, -1.5, 0.5)] * 2
     parameters, muon = make({"square": KINDS["square"]}, config)
     p = parameters["square"]

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from optim.config import NewtonSchulzStage, OptimConfig, OptimizerName, ScheduleKind
+from optim.config import NewtonSchulzIterations, OptimConfig, OptimizerName, ScheduleKind
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -73,7 +73,7 @@ def test_defaults_are_the_papers():
         ({"muon__dtype": "fp16"}, r"optim\.muon\.dtype=fp16"),
         ({"muon__newton_schulz": []}, r"optim\.muon\.newton_schulz=\[\]"),
         (
-            {"muon__newton_schulz": [NewtonSchulzStage(0, 2.0, -1.5, 0.5)]},
+            {"muon__newton_schulz": [NewtonSchulzIterations(0, 2.0, -1.5, 0.5)]},
             r"optim\.muon\.newton_schulz\[0\]\.steps=0",
         ),
         ({"adamw__betas": [0.9]}, r"optim\.adamw\.betas=\[0\.9\]"),

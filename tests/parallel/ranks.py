@@ -20,7 +20,7 @@ from parallel.engine import TorchEngine
 from parallel.mesh import Mesh, build_mesh, check_layout
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_stage import ModelPart
-from parallel.plan import build_sharded_model
+from parallel.sharded_model import build_sharded_model
 from tests.helpers import Rows, relative, small_model, tiny_model
 from train.step import microbatches
 

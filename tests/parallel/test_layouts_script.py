@@ -7,7 +7,7 @@ import pytest
 from parallel.config import SCHEDULES
 from scripts import layouts
 from scripts.layout_trials.asked import parse
-from scripts.layout_trials.step_parts import PARTS, Collective, Span, Trace, parts_of
+from scripts.layout_trials.step_parts import PARTS, Collective, Trace, TraceEvent, parts_of
 from scripts.layout_trials.step_parts import main as step_parts
 from scripts.layout_trials.trials import Reference
 from scripts.layouts import BOUNDS, failures, main
@@ -105,7 +105,7 @@ def trace(shift, late):
     ms = 1e3
 
     def span(name, start, stop):
-        return Span(name, (shift + start) * ms, (shift + stop) * ms)
+        return TraceEvent(name, (shift + start) * ms, (shift + stop) * ms)
 
     sent = span("c10d::alltoall_base_", 30, 31)
     return Trace(

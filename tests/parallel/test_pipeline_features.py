@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from model.config import IndexerPhase
 from optim.config import MatmulDtype
 from parallel.collectives import whole
 from parallel.config import ParallelConfig
@@ -35,7 +36,7 @@ from tests.integration.small_run import (
 )
 from train.build import build
 from train.config.recovery import Anticipatory, RecoveryConfig
-from train.config.schema import IndexerPhase, Precision, SampleConfig, StageConfig
+from train.config.schema import Precision, SampleConfig, StageConfig
 from train.errors import ExitCode
 from train.preflight.matmul_rate import measured_matmul_rate
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import IGNORE, Batch
-from model.config import Kernels, ModelConfig
-from model.context import IndexerPhase
+from model.config import IndexerPhase, Kernels, ModelConfig
 from model.loss import Objective
 from model.state_dict import load_official
 from model.transformer import DeepSeekV4

@@ -17,8 +17,7 @@ import model.moe.layer as layer_module
 import model.transformer as transformer_module
 from model.attention.csa import CompressedSparseAttention
 from model.attention.indexer import LightningIndexer
-from model.config import Router
-from model.context import IndexerPhase
+from model.config import IndexerPhase, Router
 from model.kernels.attention import entry_mask
 from model.moe.experts import SharedExpert
 from model.moe.router import Gate, Routing

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from data.batch import IGNORE, Batch
-from model.config import ModelConfig, Router
-from model.context import IndexerPhase
+from model.config import IndexerPhase, ModelConfig, Router
 from model.init import init_weights
 from model.loss import Objective
 from model.moe import balance

@@ -18,7 +18,7 @@ from scripts.studies.differences import differences, explain, parting_step
 from scripts.studies.protocol import Cell, Protocol
 from scripts.studies.report import study_document, write_study_report
 from scripts.studies.results import gather
-from scripts.studies.statistics import Verdict, judge, paired
+from scripts.studies.statistics import Finding, judge, paired
 from scripts.studies.store import Store, read_run
 from tests.helpers import ROOT
 from tests.studies.folders import CODE, leave_run
@@ -84,7 +84,7 @@ def test_report_finds_a_planted_effect_and_its_price_in_steps(planted):
 
 def test_report_gives_no_verdict_where_nothing_differs(tmp_path):
     results = gather("muon_vs_adamw", fill(tmp_path, 0.0))
-    assert results.comparisons[0].verdict is Verdict.none
+    assert results.comparisons[0].verdict is Finding.none
     assert results.floor > 0
     assert study_document(results).lead.startswith("adamw against muon: no verdict (")
 
@@ -176,7 +176,7 @@ def test_recorded_equal_arms_give_no_verdict_in_18_of_20_repeats():
         base = {seed: (one if swap else other)[seed] for seed, swap in pairs.items()}
         test = paired(arm, base, 0.05)
         assert test is not None
-        none.append(judge(test, 0.05) is Verdict.none)
+        none.append(judge(test, 0.05) is Finding.none)
     assert sum(none) / len(none) >= 18 / 20
 
 
@@ -188,7 +188,7 @@ def test_repeats_drawn_from_a_recorded_arm_give_no_verdict_in_18_of_20(arm):
         one, other = ({s: generator.choice(losses) for s in range(5)} for _ in range(2))
         test = paired(one, other, 0.05)
         assert test is not None
-        none += judge(test, 0.05) is Verdict.none
+        none += judge(test, 0.05) is Finding.none
     assert none / (50 * 20) >= 18 / 20
 
 
@@ -202,5 +202,5 @@ def test_recorded_arm_with_a_tenth_of_the_tokens_is_found():
         tenth[int(seed)] = records[len(records) // 10 - 1]["loss"]
     test = paired(tenth, whole, 0.05)
     assert test is not None
-    assert judge(test, 0.05) is Verdict.above
+    assert judge(test, 0.05) is Finding.above
     assert test.mean > test.half_width

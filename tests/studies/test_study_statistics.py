@@ -11,7 +11,7 @@ import pytest
 
 from scripts.studies.statistics import (
     Crossing,
-    Verdict,
+    Finding,
     holm,
     judge,
     noise_floor,
@@ -69,7 +69,7 @@ def test_equal_arms_get_a_verdict_as_often_as_the_level_says():
     """4000 repeats: the share of false verdicts has a standard error of 0.0034 at 5 %."""
     generator = random.Random(1)
     tests = [paired(*simulated_pairs(generator), 0.05) for _ in range(4000)]
-    share = sum(judge(test, 0.05) is not Verdict.none for test in tests) / 4000
+    share = sum(judge(test, 0.05) is not Finding.none for test in tests) / 4000
     assert share == pytest.approx(0.05, abs=4 * 0.0034)
 
 
@@ -82,13 +82,13 @@ def test_noise_floor_lets_hardly_any_equal_arm_through():
         test = paired(*simulated_pairs(generator), 0.05)
         assert again is not None
         assert test is not None
-        false += judge(test, 0.05, noise_floor(again, 5, 0.05)) is not Verdict.none
+        false += judge(test, 0.05, noise_floor(again, 5, 0.05)) is not Finding.none
     assert false / 1000 < 0.05
 
 
 def test_an_effect_of_some_sigmas_is_found_with_its_sign():
     generator = random.Random(3)
-    for effect, expected in ((0.15, Verdict.above), (-0.15, Verdict.below)):
+    for effect, expected in ((0.15, Finding.above), (-0.15, Finding.below)):
         found = []
         for _ in range(50):
             again = paired(*simulated_pairs(generator), 0.05)
@@ -97,7 +97,7 @@ def test_an_effect_of_some_sigmas_is_found_with_its_sign():
             assert test is not None
             found.append(judge(test, 0.05, noise_floor(again, 5, 0.05)))
         assert found.count(expected) >= 48
-        assert set(found) <= {expected, Verdict.none}
+        assert set(found) <= {expected, Finding.none}
 
 
 def test_a_small_lucky_spread_does_not_pass_the_floor():
@@ -108,8 +108,8 @@ def test_a_small_lucky_spread_does_not_pass_the_floor():
     )
     assert test is not None
     assert again is not None
-    assert judge(test, 0.05) is Verdict.above
-    assert judge(test, 0.05, noise_floor(again, 5, 0.05)) is Verdict.none
+    assert judge(test, 0.05) is Finding.above
+    assert judge(test, 0.05, noise_floor(again, 5, 0.05)) is Finding.none
 
 
 def test_holm_equals_a_hand_computation():

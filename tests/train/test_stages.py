@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from model.config import ModelConfig
-from train.config.schema import IndexerPhase, StageConfig, TrainConfig
+from model.config import IndexerPhase, ModelConfig
+from train.config.schema import StageConfig, TrainConfig
 from train.stages import check_rows, loss_weights, refuse_unbuilt, resolve, trains
 
 pytestmark = pytest.mark.core

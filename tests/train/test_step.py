@@ -10,11 +10,12 @@ import math
 import pytest
 import torch
 
+from model.config import IndexerPhase
 from optim.build import build_optimizer
 from optim.config import OptimConfig, ScheduleConfig
 from parallel.engine import TorchEngine
 from tests.helpers import random_rows, relative, small_config, small_model
-from train.config.schema import IndexerPhase, RunConfig, StageConfig, TrainConfig
+from train.config.schema import RunConfig, StageConfig, TrainConfig
 from train.stages import resolve
 from train.step import microbatches, objective_of, plan_step, train_step
 

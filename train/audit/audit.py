@@ -45,8 +45,8 @@ from train.audit.config_reads import ConfigReads
 from train.audit.inactive_keys import needed
 from train.audit.seam_watch import watch_seams
 from train.config.schema import RunConfig
-from train.stages import Plan, Stage, trains
-from train.step import GlobalBatch, StepObserver, StepPlan
+from train.stages import Stage, StagePlan, trains
+from train.step import StepObserver, StepPlan, StepRows
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Audit:
         reads: which config keys were read so far.
     """
 
-    def __init__(self, run: RunConfig, plan: Plan, engine: Engine, reads: ConfigReads) -> None:
+    def __init__(self, run: RunConfig, plan: StagePlan, engine: Engine, reads: ConfigReads) -> None:
         assert isinstance(engine.model, DeepSeekV4)
         self._run, self._plan, self._engine, self._reads = run, plan, engine, reads
         self._model = engine.model
@@ -96,7 +96,7 @@ class Audit:
         return self._result
 
     @contextmanager
-    def watching(self, step: StepPlan, rows: GlobalBatch) -> Iterator[StepObserver | None]:
+    def watching(self, step: StepPlan, rows: StepRows) -> Iterator[StepObserver | None]:
         """Audit ``step`` if it is one of those to be audited.
 
         Raises:
@@ -137,7 +137,7 @@ class Audit:
     def _trained(self, step: StepPlan) -> set[str]:
         return {name for name in self._records if trains(name, step.stage, step.weights)}
 
-    def _evidence(self, step: StepPlan, rows: GlobalBatch) -> Evidence:
+    def _evidence(self, step: StepPlan, rows: StepRows) -> Evidence:
         trained = self._trained(step)
         kept = self._judged | {f"{name}.bias" for name in _gates(self._model)}
         return Evidence(

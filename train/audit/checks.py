@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.config import LayerKind, Router
+from model.config import IndexerPhase, LayerKind, Router
 from model.moe.router import Gate
 from model.precision import precision_of
 from model.transformer import DeepSeekV4
@@ -26,7 +26,7 @@ from parallel.pipeline import Pipeline
 from parallel.pipeline_split import splits_backward
 from quant.config import ExpertFormat
 from train.audit.seam_watch import SeamReading
-from train.config.schema import ActivationCheckpoint, IndexerPhase, RunConfig
+from train.config.schema import ActivationCheckpoint, RunConfig
 from train.step import StepPlan
 
 # Share that U - U U^T U has of the energy of U: (1 - s^2)^2 for a singular value s. Five steps of

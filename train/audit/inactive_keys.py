@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
-from model.config import LayerKind, Residual
+from model.config import IndexerPhase, LayerKind, Residual
 from optim.config import OptimizerName, ScheduleKind
-from train.config.schema import IndexerPhase, RunConfig, WandbMode
+from train.config.schema import RunConfig, WandbMode
 from train.stages import resolve
 
 When = Callable[[RunConfig], bool]

@@ -37,7 +37,7 @@ from train.checkpoint.files import MANIFEST, DamagedCheckpointError, fsync, step
 from train.checkpoint.hold import Hold, unheld
 from train.checkpoint.reader import together, verify_together
 from train.checkpoint.retention import REMOVING, Known, Pruner, Retention, discard, published
-from train.checkpoint.writer import Layout, Report, RunningSave, Snapshot, describe
+from train.checkpoint.writer import RunningSave, ShardAssignment, Snapshot, WrittenFile, describe
 from train.errors import TrainingFailedError, UserError, one_line
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Checkpoints:
         self._known = Known()
         self._pruner = Pruner(folder, retention or Retention(), self._known)
         self._snapshot = Snapshot()
-        self._layout: Layout | None = None
+        self._layout: ShardAssignment | None = None
         self._running: RunningSave | None = None
         self._seconds = 0.0
 
@@ -112,14 +112,14 @@ class Checkpoints:
             return
         own = self._snapshot.take(tensors) if self.background else dict(tensors)
         if self._layout is None or self._layout.described != describe(own):
-            self._layout = Layout(own)
+            self._layout = ShardAssignment(own)
         layout, rank = self._layout, dist.get_rank() if dist.is_initialized() else 0
         whole_state = {**state, "step": step}
 
-        def write() -> Report:
+        def write() -> WrittenFile:
             return layout.write(aside, own, rank)
 
-        def publish(reports: list[Report]) -> None:
+        def publish(reports: list[WrittenFile]) -> None:
             layout.complete(aside, reports, whole_state)
             for path in durable_first:
                 fsync(path)

@@ -77,7 +77,7 @@ class Snapshot:
 
 
 @dataclass(frozen=True)
-class Report:
+class WrittenFile:
     """What a rank wrote.
 
     Attributes:
@@ -89,7 +89,7 @@ class Report:
     files: dict[str, dict[str, Any]]
 
 
-class Layout:
+class ShardAssignment:
     """Which rank writes what: planned once, since the tensors of a run keep their shapes.
 
     Collective.
@@ -118,7 +118,7 @@ class Layout:
         assert own[0] is not None
         self._plan = own[0]
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor], rank: int) -> Report:
+    def write(self, folder: Path, tensors: Mapping[str, Tensor], rank: int) -> WrittenFile:
         """Write this rank's file, durably, and hash it. Not collective."""
         planner, writer = dcp.DefaultSavePlanner(), self._writer(folder)
         planner.set_up_planner(dict(tensors), writer.storage_meta(), rank == 0)
@@ -126,9 +126,9 @@ class Layout:
         results = writer.write_data(planner.finish_plan(self._plan), planner).value()
         files = {path.name: describe_file(path) for path in folder.glob(f"__{rank}_*.distcp")}
         fsync(folder)
-        return Report(results, files)
+        return WrittenFile(results, files)
 
-    def complete(self, folder: Path, reports: list[Report], state: Mapping[str, Any]) -> None:
+    def complete(self, folder: Path, reports: list[WrittenFile], state: Mapping[str, Any]) -> None:
         """Write index, state and manifest. Rank 0's part, not collective."""
         assert self.index is not None
         self._writer(folder).finish(self.index, [report.results for report in reports])
@@ -174,8 +174,8 @@ class RunningSave:
     def __init__(
         self,
         step: int,
-        write: Callable[[], Report],
-        publish: Callable[[list[Report]], None] | None,
+        write: Callable[[], WrittenFile],
+        publish: Callable[[list[WrittenFile]], None] | None,
         afterwards: Callable[[], None],
         folder: Path,
     ) -> None:
@@ -224,11 +224,11 @@ class RunningSave:
         if self.published:
             self._afterwards()
 
-    def _reports_of_others(self) -> list[Report]:
+    def _reports_of_others(self) -> list[WrittenFile]:
         world = dist.get_world_size() if dist.is_initialized() else 1
         return [self._await_report(rank) for rank in range(1, world)]
 
-    def _await_report(self, rank: int) -> Report:
+    def _await_report(self, rank: int) -> WrittenFile:
         path, pause = report_path(self.folder, rank), 0.001
         while not path.exists():
             if self.give_up.wait(pause):
@@ -244,7 +244,7 @@ def report_path(folder: Path, rank: int) -> Path:
     return folder / f"report_{rank}"
 
 
-def leave_report(folder: Path, report: Report) -> None:
+def leave_report(folder: Path, report: WrittenFile) -> None:
     """Tell rank 0 that this rank's file is durable; the report appears whole or not at all."""
     final = report_path(folder, dist.get_rank())
     aside = final.with_suffix(".partial")

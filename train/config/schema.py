@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.ranges import number, out_of_range
 from data.config import DataConfig
-from model.config import Kernels, ModelConfig
+from model.config import IndexerPhase, Kernels, ModelConfig
 from optim.config import OptimConfig, ScheduleKind
 from parallel.config import ParallelConfig
 from quant.config import ExpertFormat, QuantConfig
@@ -29,7 +29,7 @@ from train.config.recovery import RecoveryConfig
 from train.errors import UserError, one_line
 
 
-class Engine(StrEnum):
+class EngineName(StrEnum):
     """What runs a step."""
 
     torch = "torch"
@@ -53,14 +53,6 @@ class Device(StrEnum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
-
-
-class IndexerPhase(StrEnum):
-    """What CSA layers attend to and what the indexer learns from (reference B.8)."""
-
-    full = "full"  # every visible entry, no top-k, no indexer loss
-    warmup = "warmup"  # every visible entry; only the indexer trains
-    sparse = "sparse"  # the indexer's top-k; everything trains
 
 
 class ActivationCheckpoint(StrEnum):
@@ -281,7 +273,7 @@ class RunConfig:
     run_dir: str = "runs/default"
     seed: int = number(0, least=0)
     init_seed_offset: int = number(0, least=0)
-    engine: Engine = Engine.torch
+    engine: EngineName = EngineName.torch
     init_from: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -385,8 +377,8 @@ def validate(run: RunConfig) -> None:
         f" starts from, but train.eval_only=false and init_from={run.init_from!r}",
     )
     _need(
-        run.engine == Engine.torch,
-        f"engine={run.engine.value} is not built yet: only engine={Engine.torch.value} runs",
+        run.engine == EngineName.torch,
+        f"engine={run.engine.value} is not built yet: only engine={EngineName.torch.value} runs",
     )
 
 

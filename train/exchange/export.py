@@ -29,7 +29,7 @@ from quant.export import INDEX, Stored, index_of, quantise_official, stored_as
 from train.config.model_json import CONFIG_JSON, QUANT_KEY, quant_values
 from train.config.transformers_json import transformers_config
 from train.errors import UserError, one_line
-from train.exchange.model_source import Source
+from train.exchange.model_source import ModelSource
 from train.exchange.output_files import (
     check_target,
     json_bytes,
@@ -40,10 +40,10 @@ from train.exchange.output_files import (
 from train.exchange.tokenizer_files import tokenizer_files
 
 SHARD_BYTES = 4 << 30
-Report = Callable[[int, int], None]  # bytes done, all bytes
+ShowProgress = Callable[[int, int], None]  # bytes done, all bytes
 
 
-class Layout(StrEnum):
+class ExportFormat(StrEnum):
     """What a folder is for."""
 
     transformers = "transformers"  # AutoModelForCausalLM
@@ -70,7 +70,7 @@ class ExportJob:
         tokenizer: write it too.
     """
 
-    layout: Layout
+    layout: ExportFormat
     dtype: FloatType = FloatType.bf16
     experts: Stored = Stored.fp4
     shard_bytes: int = SHARD_BYTES
@@ -78,7 +78,7 @@ class ExportJob:
 
     def label(self) -> str:
         """Tells jobs apart whose shards differ."""
-        detail = self.experts if self.layout is Layout.quantised else self.dtype
+        detail = self.experts if self.layout is ExportFormat.quantised else self.dtype
         return f"{self.layout.value} {detail.value}, shards of {self.shard_bytes} bytes"
 
 
@@ -96,7 +96,10 @@ class _Piece:
 
 
 def export_folder(
-    source: Source, target: Path, job: ExportJob, report: Report = lambda done, total: None
+    source: ModelSource,
+    target: Path,
+    job: ExportJob,
+    report: ShowProgress = lambda done, total: None,
 ) -> None:
     """Write a source as a folder of safetensors, ``config.json`` and the tokenizer.
 
@@ -161,7 +164,7 @@ def _write_shard(path: Path, shard: list[_Piece], origin: dict[str, str]) -> Non
             raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def _shards(source: Source, job: ExportJob) -> list[list[_Piece]]:
+def _shards(source: ModelSource, job: ExportJob) -> list[list[_Piece]]:
     shards: list[list[_Piece]] = [[]]
     size = 0
     for piece in _PIECES[job.layout](source, job):
@@ -174,7 +177,7 @@ def _shards(source: Source, job: ExportJob) -> list[list[_Piece]]:
 
 
 # ---- layouts -------------------------------------------------------------------------------------
-def _plain(source: Source, job: ExportJob, name: str, written: str) -> _Piece:
+def _plain(source: ModelSource, job: ExportJob, name: str, written: str) -> _Piece:
     dtype = _dtype(name, job.dtype)
 
     def make() -> dict[str, Tensor]:
@@ -192,12 +195,12 @@ def _dtype(name: str, asked: FloatType) -> torch.dtype:
     return torch.float32 if plain else torch.bfloat16
 
 
-def _official_pieces(source: Source, job: ExportJob) -> Iterator[_Piece]:
+def _official_pieces(source: ModelSource, job: ExportJob) -> Iterator[_Piece]:
     for name in source.shapes:
         yield _plain(source, job, name, name)
 
 
-def _quantised_pieces(source: Source, job: ExportJob) -> Iterator[_Piece]:
+def _quantised_pieces(source: ModelSource, job: ExportJob) -> Iterator[_Piece]:
     for name, shape in source.shapes.items():
         stored = stored_as(name)
         stored = job.experts if stored is Stored.fp4 else stored
@@ -218,7 +221,7 @@ _STORED_BYTES = {
 _EXPERT = re.compile(r"(layers\.\d+)\.ffn\.experts\.(\d+)\.(w[123])\.weight")
 
 
-def _transformers_pieces(source: Source, job: ExportJob) -> Iterator[_Piece]:
+def _transformers_pieces(source: ModelSource, job: ExportJob) -> Iterator[_Piece]:
     """Their names; MTP blocks, which they pass over, under the official ones."""
     for name in source.shapes:
         expert = _EXPERT.fullmatch(name)
@@ -229,7 +232,7 @@ def _transformers_pieces(source: Source, job: ExportJob) -> Iterator[_Piece]:
             yield _stack(source, job, expert[1], expert[3])
 
 
-def _stack(source: Source, job: ExportJob, layer: str, matrix: str) -> _Piece:
+def _stack(source: ModelSource, job: ExportJob, layer: str, matrix: str) -> _Piece:
     """``gate_up_proj [E, 2 I, D]`` (gate first) or ``down_proj [E, D, I]``."""
     count, dtype = (
         source.config.n_routed_experts,
@@ -250,17 +253,17 @@ def _stack(source: Source, job: ExportJob, layer: str, matrix: str) -> _Piece:
     return _Piece(count * rows * len(parts) * cols * dtype.itemsize, make)
 
 
-_PIECES: dict[Layout, Callable[[Source, ExportJob], Iterator[_Piece]]] = {
-    Layout.transformers: _transformers_pieces,
-    Layout.official: _official_pieces,
-    Layout.quantised: _quantised_pieces,
+_PIECES: dict[ExportFormat, Callable[[ModelSource, ExportJob], Iterator[_Piece]]] = {
+    ExportFormat.transformers: _transformers_pieces,
+    ExportFormat.official: _official_pieces,
+    ExportFormat.quantised: _quantised_pieces,
 }
 
 
 # ---- config and tokenizer ------------------------------------------------------------------------
-def _config(source: Source, job: ExportJob) -> dict[str, Any]:
-    plain = job.layout is not Layout.quantised
-    if job.layout is Layout.transformers:
+def _config(source: ModelSource, job: ExportJob) -> dict[str, Any]:
+    plain = job.layout is not ExportFormat.quantised
+    if job.layout is ExportFormat.transformers:
         values = transformers_config(source.config)
     else:
         values = official_config(replace(source.config, yarn_from_seq_len=0))

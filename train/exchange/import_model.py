@@ -14,8 +14,8 @@ from model.config_json import official_config
 from train.checkpoint.manager import Checkpoints
 from train.config.model_json import QUANT_KEY, quant_values
 from train.errors import UserError
-from train.exchange.export import Report, small_files
-from train.exchange.model_source import Source, meta_model
+from train.exchange.export import ShowProgress, small_files
+from train.exchange.model_source import ModelSource, meta_model
 from train.exchange.open import fill_parameter
 from train.exchange.output_files import (
     check_target,
@@ -30,7 +30,7 @@ _STAGING, _ORIGIN = "importing", "origin"
 
 
 def import_checkpoint(
-    source: Source, target: Path, report: Report = lambda done, total: None
+    source: ModelSource, target: Path, report: ShowProgress = lambda done, total: None
 ) -> Path:
     """Write a source as a checkpoint that ``init_from``, and everything here, can read.
 
@@ -84,7 +84,7 @@ def _open_staging(staging: Path, origin: str) -> Path:
     return staging
 
 
-def _lay_out(staging: Path, name: str, meta: Tensor, source: Source) -> Tensor:
+def _lay_out(staging: Path, name: str, meta: Tensor, source: ModelSource) -> Tensor:
     """The parameter as a mapped file, filled unless it was before."""
     final = staging / f"{name}.tensor"
     if not final.exists():

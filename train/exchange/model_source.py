@@ -19,7 +19,7 @@ from quant.config import QuantConfig
 from train.errors import UserError
 
 
-class Source(Protocol):
+class ModelSource(Protocol):
     """A model that lies somewhere, under official names.
 
     Attributes:

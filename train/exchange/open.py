@@ -23,12 +23,12 @@ from train.config.model_json import CONFIG_JSON
 from train.config.schema import Weights
 from train.errors import UserError
 from train.exchange.folder_source import FolderSource
-from train.exchange.model_source import Source
+from train.exchange.model_source import ModelSource
 from train.exchange.run_source import RunSource
 from train.run_folder.folder import CHECKPOINTS
 
 
-def open_source(path: Path, weights: Weights = Weights.model) -> Source:
+def open_source(path: Path, weights: Weights = Weights.model) -> ModelSource:
     """Whatever model ``path`` holds.
 
     Args:
@@ -87,7 +87,7 @@ def load_model(
 
 
 @torch.no_grad()
-def fill_parameter(target: Tensor, name: str, source: Source) -> None:
+def fill_parameter(target: Tensor, name: str, source: ModelSource) -> None:
     """Copy one of our parameters, or buffers, from a source; a gamma becomes 1 (it is folded)."""
     if name.endswith(".gamma"):
         target.fill_(1.0)

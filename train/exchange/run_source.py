@@ -16,7 +16,7 @@ from torch import Tensor
 
 from data.prepare import build_tokenizer
 from data.tokenizer import Tokenizer, folder_tokenizer
-from model.config import ModelConfig
+from model.config import IndexerPhase, ModelConfig
 from model.state_dict import official_items
 from quant.config import QuantConfig
 from train.checkpoint import reader as checkpoint_reader
@@ -25,7 +25,7 @@ from train.checkpoint.files import MANIFEST, open_manifest, sha256_of
 from train.checkpoint.hold import Hold
 from train.checkpoint.manager import Checkpoints
 from train.config.model_json import CONFIG_JSON, read_config_json
-from train.config.schema import IndexerPhase, RunConfig, Weights
+from train.config.schema import RunConfig, Weights
 from train.errors import UserError
 from train.exchange.model_source import check_values, meta_model
 from train.run_folder.folder import CHECKPOINTS, CONFIG, read_run

@@ -31,7 +31,7 @@ from optim.muon import CHUNK_ELEMENTS
 from parallel.config import ParallelConfig
 from parallel.launch import launched_world_size
 from parallel.pipeline_split import (
-    StageParts,
+    PipelineStageParts,
     check_pipeline,
     in_flight,
     rank_of_stage,
@@ -41,7 +41,7 @@ from parallel.pipeline_split import (
 from train.audit.checks import JUDGED_BYTES
 from train.config.schema import ActivationCheckpoint, Device, Precision, RunConfig
 from train.errors import USER_ERRORS, DoesNotFitError, UserError
-from train.stages import Plan, Stage, check_schedule
+from train.stages import Stage, StagePlan, check_schedule
 
 GB = 1e9
 _RUNTIME = {"cpu": 1.2e9, "cuda": 0.8e9}  # interpreter and libraries, CUDA context
@@ -119,7 +119,7 @@ def this_world(device: Device) -> World:
     return World(ranks, "cuda", torch.cuda.get_device_properties(index).total_memory)
 
 
-def check(run: RunConfig, plan: Plan, world: World) -> None:
+def check(run: RunConfig, plan: StagePlan, world: World) -> None:
     """Refuse a run that cannot fit.
 
     Raises:
@@ -147,7 +147,7 @@ def check(run: RunConfig, plan: Plan, world: World) -> None:
 
 
 def smallest_layouts(
-    run: RunConfig, plan: Plan, device: str, bytes_per_rank: float, count: int = 3
+    run: RunConfig, plan: StagePlan, device: str, bytes_per_rank: float, count: int = 3
 ) -> list[tuple[ParallelConfig, Memory]]:
     """The layouts with the fewest ranks, powers of two, that fit; fewest pipeline stages first.
 
@@ -168,7 +168,7 @@ def smallest_layouts(
     return []
 
 
-def report(run: RunConfig, plan: Plan, layout: ParallelConfig, world: World) -> str:
+def report(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World) -> str:
     """The fit table as text.
 
     Args:
@@ -235,7 +235,7 @@ class Needs:
         plan: its stages; those that are reached count.
     """
 
-    def __init__(self, run: RunConfig, plan: Plan) -> None:
+    def __init__(self, run: RunConfig, plan: StagePlan) -> None:
         self.run, self.stages = run, plan.reached()
         model = run.model
         self.blocks = {
@@ -243,7 +243,7 @@ class Needs:
             for position in range(-1, _num_blocks(model) + 1)
         }
         self.largest_matrix = 0.0
-        self._splits: dict[tuple[int, str], list[StageParts]] = {}
+        self._splits: dict[tuple[int, str], list[PipelineStageParts]] = {}
         counts = {
             key: getattr(model, key) for key in ("o_groups", "index_n_heads", "num_attention_heads")
         }
@@ -427,7 +427,7 @@ def _microbatches(layout: ParallelConfig, stage: Stage) -> int:
     return max(1, rows // (stage.micro_batch_size * groups))
 
 
-def _layouts(run: RunConfig, plan: Plan, ranks: int) -> Iterator[ParallelConfig]:
+def _layouts(run: RunConfig, plan: StagePlan, ranks: int) -> Iterator[ParallelConfig]:
     """Powers of two of pp and ep on ``ranks`` ranks over which every batch splits."""
     pp = 1
     while pp <= min(ranks, run.model.num_hidden_layers):
@@ -448,7 +448,7 @@ def _splits(stage: Stage, shard: int) -> bool:
     return shard % stage.cp == 0 and rows % (groups * stage.micro_batch_size) == 0
 
 
-def _admits(layout: ParallelConfig, model: ModelConfig, plan: Plan) -> bool:
+def _admits(layout: ParallelConfig, model: ModelConfig, plan: StagePlan) -> bool:
     """Whether there are layers and microbatches enough for the pipeline."""
     try:
         check_pipeline(layout, model)

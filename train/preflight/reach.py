@@ -16,7 +16,7 @@ from parallel.launch import launched_rank
 from train.config.recovery import Anticipatory, Remedy
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.stages import Plan
+from train.stages import StagePlan
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ _EVERY = (
 )  # fmt: skip
 
 
-def check_reach(run: RunConfig, plan: Plan) -> None:
+def check_reach(run: RunConfig, plan: StagePlan) -> None:
     """Refuse what cannot happen within the plan, and tell what does not.
 
     Raises:
@@ -43,7 +43,7 @@ def check_reach(run: RunConfig, plan: Plan) -> None:
             log.info("never within the run's %d steps: %s", plan.steps, ", ".join(absent))
 
 
-def _impossible(run: RunConfig, plan: Plan) -> Iterator[str]:
+def _impossible(run: RunConfig, plan: StagePlan) -> Iterator[str]:
     train, recovery = run.train, run.train.recovery
     last = train.profile_start + train.profile_steps - 1
     if train.profile_steps and last > plan.steps:
@@ -58,7 +58,7 @@ def _impossible(run: RunConfig, plan: Plan) -> Iterator[str]:
         )
 
 
-def warnings(run: RunConfig, plan: Plan) -> Iterator[str]:
+def warnings(run: RunConfig, plan: StagePlan) -> Iterator[str]:
     """What is there and does little, in one line each."""
     schedule, recovery = run.optim.schedule, run.train.recovery
     if schedule.warmup_steps > _LONG_WARMUP * plan.steps:
@@ -80,7 +80,7 @@ def warnings(run: RunConfig, plan: Plan) -> Iterator[str]:
         )
 
 
-def never(run: RunConfig, plan: Plan) -> Iterator[str]:
+def never(run: RunConfig, plan: StagePlan) -> Iterator[str]:
     """What a longer run would come to."""
     train, schedule = run.train, run.optim.schedule
     reached = plan.reached()

@@ -11,7 +11,6 @@ import torch
 from data.batch import IGNORE, Batch, BatchCounts
 from data.global_batch import GlobalBatch
 from data.loader import Loader
-from model.context import IndexerPhase
 from model.loss import Objective
 from parallel.engine import Engine
 from train.checkpoint.average import WeightAverage
@@ -73,7 +72,7 @@ class Evaluator:
             mtp_weight=0.0,
             indexer_weight=0.0,
             balance_weight=0.0,
-            indexer_phase=IndexerPhase(step.stage.indexer_phase.value),
+            indexer_phase=step.stage.indexer_phase,
         )
         shares = self._engine.evaluate(self._microbatches(step, batches), objective)
         loss = float(shares.losses["loss"])

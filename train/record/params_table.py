@@ -16,12 +16,12 @@ COLUMNS = (
 )  # fmt: skip
 
 
-Row = list[str | float]
+TableRow = list[str | float]
 
 
 def table_rows(
     records: Iterable[ParamRecord], train: TrainConfig, quantised: Iterable[QuantRecord]
-) -> list[Row]:
+) -> list[TableRow]:
     """One row a parameter that lives here.
 
     Args:
@@ -30,7 +30,7 @@ def table_rows(
         quantised: seams that quantisation replaced.
     """
     formats = {record.parameter: describe(record) for record in quantised if record.parameter}
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for r in records:
         dtypes = precision_of(r.name, train.precision.value, train.head_precision.value)
         rows.append(
@@ -50,7 +50,7 @@ def table_rows(
     return rows
 
 
-def write_params_table(path: Path, ranks: Iterable[list[Row]], order: Iterable[str]) -> None:
+def write_params_table(path: Path, ranks: Iterable[list[TableRow]], order: Iterable[str]) -> None:
     """Write the rows of all ranks, each parameter once, in the order of the network.
 
     Args:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-Record = dict[str, Any]
+from train.record.metrics import Record
+
 _PANELS = (
     ("loss (nats per token)", ("loss", "val_loss", "val_loss_average"), False),
     ("side losses", ("loss_mtp", "loss_indexer", "loss_balance"), False),

@@ -15,10 +15,10 @@ from model.transformer import DeepSeekV4
 from parallel.engine import Engine
 from train.config.schema import RunConfig, Weights
 from train.preflight.precision import PrecisionChoice
+from train.record.continuation import continue_text
 from train.record.metrics import MetricsFile, read_metrics
 from train.record.plots import draw_losses
 from train.record.receipt import config_hash, environment, plain, write_json
-from train.record.sample import continue_text
 from train.run_folder.identity import RunIdentity
 
 log = logging.getLogger(__name__)

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import Batch, BatchCounts
-from data.global_batch import GlobalBatch as PackedBatch
-from data.global_batch import Sample
+from data.global_batch import GlobalBatch, Sample
 from parallel.engine import Engine
 from train.record.metrics import StepLines
 from train.run_folder.folder import ABANDONED, SAMPLES
-from train.step import GlobalBatch
+from train.step import StepRows
 
 
 def data_hash(manifest: Mapping[str, Any]) -> str:
@@ -51,7 +50,7 @@ class WatchedRows:
         read: numbers of the rows that were read, in order.
     """
 
-    rows: GlobalBatch
+    rows: StepRows
     read: list[int]
 
     @property
@@ -80,7 +79,7 @@ class SampleLog:
         self._abandoned = StepLines(folder / ABANDONED)
         self._engine, self._data = engine, data
 
-    def watch(self, planned: PackedBatch, rows: GlobalBatch) -> GlobalBatch:
+    def watch(self, planned: GlobalBatch, rows: StepRows) -> StepRows:
         """``rows`` that note what is read of them."""
         if not self.enabled:
             return rows

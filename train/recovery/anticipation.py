@@ -24,8 +24,8 @@ from model.config import Router
 from model.moe.router import Gate
 from parallel.engine import Engine
 from train.config.schema import RunConfig
-from train.stages import Plan
-from train.step import GlobalBatch, StepPlan, microbatches, objective_of, plan_step
+from train.stages import StagePlan
+from train.step import StepPlan, StepRows, microbatches, objective_of, plan_step
 
 PREFIX = "anticipated"
 _STORED = torch.int16  # a choice while it waits
@@ -41,7 +41,7 @@ class RoutedRows:
         chosen: gate -> experts [R, T, K] of its rows.
     """
 
-    rows: GlobalBatch
+    rows: StepRows
     first: int
     chosen: Mapping[str, Tensor]
 
@@ -71,7 +71,7 @@ class Anticipation:
     def __init__(
         self,
         run: RunConfig,
-        plan: Plan,
+        plan: StagePlan,
         engine: Engine,
         loader: Loader,
         wanted: Callable[[int], bool],
@@ -80,7 +80,7 @@ class Anticipation:
         self._wanted, self._lag = wanted, run.train.recovery.anticipatory_lag
         self._chosen: dict[int, dict[str, Tensor]] = {}
 
-    def rows(self, step: StepPlan, rows: GlobalBatch) -> GlobalBatch:
+    def rows(self, step: StepPlan, rows: StepRows) -> StepRows:
         """Look ahead with the weights of before ``step``; give ``rows`` their experts, if chosen.
 
         Args:
@@ -147,7 +147,7 @@ class Anticipation:
         if rows is not None and target.number not in self._chosen:
             self._chosen[target.number] = self._choose(target, rows)
 
-    def _choose(self, target: StepPlan, rows: GlobalBatch) -> dict[str, Tensor]:
+    def _choose(self, target: StepPlan, rows: StepRows) -> dict[str, Tensor]:
         engine = self._engine
         objective = replace(
             objective_of(target, rows.counts),

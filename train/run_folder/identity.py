@@ -44,7 +44,7 @@ class Use(StrEnum):
     ranks = "ranks"
 
 
-class Verdict(StrEnum):
+class Severity(StrEnum):
     """What becomes of a difference."""
 
     refuse = "refuse"
@@ -53,25 +53,25 @@ class Verdict(StrEnum):
 
 
 @dataclass(frozen=True)
-class Row:
+class UseRule:
     """What each use makes of a difference in the keys that a pattern matches."""
 
     pattern: str
-    resume: Verdict
-    init_from: Verdict
-    evaluate: Verdict
-    export: Verdict
-    ranks: Verdict
+    resume: Severity
+    init_from: Severity
+    evaluate: Severity
+    export: Severity
+    ranks: Severity
 
-    def verdict(self, use: Use) -> Verdict:
+    def verdict(self, use: Use) -> Severity:
         """For one use."""
         return getattr(self, use.value)
 
 
-_NO, SAY, ANY = Verdict.refuse, Verdict.tell, Verdict.ignore
+_NO, SAY, ANY = Severity.refuse, Severity.tell, Severity.ignore
 # The first row that matches a key decides. Keys are those of the config and, of the other fields of
 # the record, FIELD.KEY; the content of a source is data.sources.NAME.content.KEY.
-TABLE = tuple(Row(*row) for row in (
+TABLE = tuple(UseRule(*row) for row in (
     # pattern                        resume init_from evaluate export ranks
     ("tokenizer.*",                  _NO, _NO, _NO, _NO, _NO),
     ("data.sources.*.content.store", ANY, ANY, ANY, ANY, ANY),  # in old records only
@@ -241,7 +241,7 @@ def check(
         UserError: names the key and both values.
     """
     found = differences(use, recorded, now, done_tokens)
-    if refused := found[Verdict.refuse]:
+    if refused := found[Severity.refuse]:
         first = refused[0]
         others = f" ({len(refused) - 1} more differ)" if len(refused) > 1 else ""
         raise UserError(
@@ -249,7 +249,7 @@ def check(
             f" {first.key}={_shown(first.now)}{_origin(first, recorded, now)}{others}: "
             + _ADVICE[use]
         )
-    if tell and (told := found[Verdict.tell]):
+    if tell and (told := found[Severity.tell]):
         shown = ", ".join(
             f"{d.key} {_shown(d.before)} -> {_shown(d.now)}{_NOTES.get(d.key, '')}" for d in told
         )
@@ -277,7 +277,7 @@ def check_ranks(records: Sequence[RunIdentity]) -> None:
     """
     told = []
     for rank, record in enumerate(records):
-        refused = differences(Use.ranks, records[0], record, 0)[Verdict.refuse]
+        refused = differences(Use.ranks, records[0], record, 0)[Severity.refuse]
         if refused:
             d = refused[0]
             told.append(f"rank {rank} has {d.key}={_shown(d.now)}, rank 0 {_shown(d.before)}")
@@ -287,9 +287,9 @@ def check_ranks(records: Sequence[RunIdentity]) -> None:
 
 def differences(
     use: Use, recorded: RunIdentity, now: RunIdentity, done_tokens: int = 0
-) -> dict[Verdict, list[Difference]]:
+) -> dict[Severity, list[Difference]]:
     """All differences, by what the table makes of them; arguments as of :func:`check`."""
-    found: dict[Verdict, list[Difference]] = {verdict: [] for verdict in Verdict}
+    found: dict[Severity, list[Difference]] = {verdict: [] for verdict in Severity}
     before_of, now_of = recorded.groups(), now.groups()
     for name in (name for name in now_of if name in before_of):
         before, after = before_of[name], now_of[name]
@@ -300,12 +300,12 @@ def differences(
             pairs = ((key, a, b) for key, a, b in shared if a is not None and b is not None)
         for key, a, b in pairs:
             if a != b:
-                verdict = Verdict.tell if b is GONE else row_of(key).verdict(use)
+                verdict = Severity.tell if b is GONE else row_of(key).verdict(use)
                 found[verdict].append(Difference(key, a, b))
     return found
 
 
-def row_of(key: str) -> Row:
+def row_of(key: str) -> UseRule:
     """The row that decides about a key."""
     return next(row for row in TABLE if fnmatchcase(key, row.pattern))
 

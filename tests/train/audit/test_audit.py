@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from data.batch import IGNORE
+from model.config import IndexerPhase
 from model.context import build_context
 from optim.build import build_optimizer
 from optim.config import OptimConfig, OptimizerName
@@ -23,7 +24,7 @@ from tests.integration.small_run import final_tensors, small_run, write_corpus
 from train.audit import audit
 from train.audit.audit import AuditError, longest_document
 from train.build import build
-from train.config.schema import ActivationCheckpoint, IndexerPhase, Precision
+from train.config.schema import ActivationCheckpoint, Precision
 
 QAT = QuantConfig(recipe=Recipe.fp4_qat)
 

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from data.config import SourceConfig, SourceKind, TextUnit
 from data.sources import open_documents
-from model.config import Attention, Kernels, LayerKind, Residual, Router
+from model.config import Attention, IndexerPhase, Kernels, LayerKind, Residual, Router
 from optim.config import MatmulDtype, NewtonSchulzStage, OptimizerName, ScheduleKind, StateDtype
 from quant.config import ExpertFormat, QuantEngine, Recipe
 from tests.train.audit.key_effects import (
@@ -39,8 +39,7 @@ from train.config.recovery import Anticipatory, Remedy
 from train.config.schema import (
     ActivationCheckpoint,
     Device,
-    Engine,
-    IndexerPhase,
+    EngineName,
     Precision,
     RunConfig,
     StageConfig,
@@ -101,7 +100,7 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "run_dir": row("elsewhere", outcome),
     "seed": row(1, data),
     "init_seed_offset": row(1, step),
-    "engine": row(Engine.deepspeed, "engine=deepspeed is not built yet"),
+    "engine": row(EngineName.deepspeed, "engine=deepspeed is not built yet"),
     "init_from": row("nowhere", "init_from=nowhere"),
     "tensorboard": row(True, outcome),
     # ---- model

@@ -24,7 +24,7 @@ from tests.train.exchange.exchange_models import CONFIG_TINY, tiny_config, tiny_
 from train.checkpoint import manager as checkpoint
 from train.checkpoint import reader as checkpoint_reader
 from train.exchange import export
-from train.exchange.export import ExportJob, FloatType, Layout, export_folder
+from train.exchange.export import ExportFormat, ExportJob, FloatType, export_folder
 from train.exchange.folder_source import FolderSource
 from train.exchange.import_model import import_checkpoint
 from train.exchange.open import load_model, open_source
@@ -33,7 +33,7 @@ from train.exchange.run_source import RunSource
 SMALL = 64 << 10  # bytes of a shard: several of them
 FP32 = {
     layout: ExportJob(layout, FloatType.fp32, shard_bytes=SMALL)
-    for layout in (Layout.transformers, Layout.official)
+    for layout in (ExportFormat.transformers, ExportFormat.official)
 }
 
 
@@ -105,7 +105,7 @@ def test_plain_layouts_come_back_bitwise(layout, run, tmp_path, ids):
 @pytest.mark.core
 def test_transformers_loads_what_is_exported(run, tmp_path, ids):
     folder, expected = run
-    export_folder(open_source(folder), tmp_path, FP32[Layout.transformers])
+    export_folder(open_source(folder), tmp_path, FP32[ExportFormat.transformers])
     theirs, info = AutoModelForCausalLM.from_pretrained(
         tmp_path, output_loading_info=True, dtype=torch.float32, attn_implementation="eager"
     )
@@ -150,7 +150,7 @@ def test_quantised_layout_holds_what_the_forward_pass_uses(experts, tmp_path, id
     """Read by code of its own, under ``deployed`` it gives bitwise the exported state's logits."""
     quant = QuantConfig(recipe=Recipe.deployed, experts=ExpertFormat(experts.value))
     model = write_run(tmp_path / "run", quant=quant)
-    job = ExportJob(Layout.quantised, experts=experts, shard_bytes=SMALL)
+    job = ExportJob(ExportFormat.quantised, experts=experts, shard_bytes=SMALL)
     export_folder(open_source(tmp_path / "run"), tmp_path / "out", job)
     plain = model.logits(ids)
     apply_quant(model, quant, QuantProbe())
@@ -197,7 +197,7 @@ def assert_same_files(folder, expected):
                 assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))
 
 
-@pytest.mark.parametrize("layout", list(Layout))
+@pytest.mark.parametrize("layout", list(ExportFormat))
 def test_a_stopped_export_goes_on(layout, run, tmp_path):
     job = ExportJob(layout, FloatType.fp32, shard_bytes=SMALL)
     whole = Watched(open_source(run[0]))
@@ -215,7 +215,7 @@ def test_a_stopped_export_goes_on(layout, run, tmp_path):
 
 
 def test_a_stopped_import_goes_on(run, tmp_path):
-    export_folder(open_source(run[0]), tmp_path / "out", FP32[Layout.official])
+    export_folder(open_source(run[0]), tmp_path / "out", FP32[ExportFormat.official])
     whole = Watched(open_source(tmp_path / "out"))
     import_checkpoint(whole, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -239,7 +239,7 @@ def test_an_export_never_holds_more_than_a_shard(run, tmp_path, monkeypatch):
         real(tensors, path, **kwargs)
 
     monkeypatch.setattr(export, "save_file", save)
-    export_folder(open_source(run[0]), tmp_path / "out", FP32[Layout.official])
+    export_folder(open_source(run[0]), tmp_path / "out", FP32[ExportFormat.official])
     assert max(sizes) <= max(SMALL, 320 * 32 * 4)
     assert len(sizes) > 3
 
@@ -251,7 +251,7 @@ def test_wrong_sources_are_named(run, tmp_path):
     with pytest.raises(ValueError, match="holds no model"):
         open_source(tmp_path)
     out = tmp_path / "out"
-    export_folder(open_source(run[0]), out, ExportJob(Layout.official, FloatType.fp32))
+    export_folder(open_source(run[0]), out, ExportJob(ExportFormat.official, FloatType.fp32))
     shard = next(out.glob("*.safetensors"))
     good = load_file(shard)
     (out / INDEX).unlink()
@@ -298,14 +298,14 @@ def test_what_transformers_cannot_hold_is_refused_but_goes_official(overrides, n
     model = write_run(tmp_path / "run", tiny_model(tiny_config(**overrides)))
     source = open_source(tmp_path / "run")
     with pytest.raises(ValueError, match=names):
-        export_folder(source, tmp_path / "a", FP32[Layout.transformers])
-    export_folder(source, tmp_path / "b", replace(FP32[Layout.official], tokenizer=False))
+        export_folder(source, tmp_path / "a", FP32[ExportFormat.transformers])
+    export_folder(source, tmp_path / "b", replace(FP32[ExportFormat.official], tokenizer=False))
     assert_same_weights(load_model(tmp_path / "b")[0], model)
 
 
 def test_sources_are_told_apart(run, tmp_path):
     assert isinstance(open_source(run[0]), RunSource)
-    export_folder(open_source(run[0]), tmp_path, FP32[Layout.official])
+    export_folder(open_source(run[0]), tmp_path, FP32[ExportFormat.official])
     assert isinstance(open_source(tmp_path), FolderSource)
     assert isinstance(DeepSeekV4(open_source(tmp_path).config), DeepSeekV4)
 
@@ -314,7 +314,7 @@ def test_trained_tokenizer_survives(tmp_path, run, monkeypatch):
     bpe = train_bpe(["the cat sat on the mat. " * 20], 300)
     source = open_source(run[0])
     monkeypatch.setattr(source, "tokenizer", lambda: bpe)
-    export_folder(source, tmp_path, FP32[Layout.transformers])
+    export_folder(source, tmp_path, FP32[ExportFormat.transformers])
     _, ours = load_model(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = "the cat <|endoftext|> sat"

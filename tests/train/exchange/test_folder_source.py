@@ -14,7 +14,7 @@ from model.state_dict import to_official
 from quant.export import INDEX, Stored
 from tests.train.exchange.exchange_models import CONFIG_TINY, write_run
 from train.config.transformers_json import from_transformers_config, transformers_config
-from train.exchange.export import ExportJob, FloatType, Layout, export_folder
+from train.exchange.export import ExportFormat, ExportJob, FloatType, export_folder
 from train.exchange.open import load_model, open_source
 
 SINK, EMBED = "layers.1.attn.attn_sink", "embed.weight"
@@ -28,8 +28,10 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     model = write_run(folder / "run")
     source = open_source(folder / "run")
-    export_folder(source, folder / "plain", ExportJob(Layout.official, FloatType.fp32))
-    export_folder(source, folder / "quantised", ExportJob(Layout.quantised, experts=Stored.fp4))
+    export_folder(source, folder / "plain", ExportJob(ExportFormat.official, FloatType.fp32))
+    export_folder(
+        source, folder / "quantised", ExportJob(ExportFormat.quantised, experts=Stored.fp4)
+    )
     return model, folder
 
 

@@ -13,13 +13,13 @@ from transformers import AutoTokenizer
 from data.tokenizer import JsonTokenizer, train_bpe
 from tests.train.exchange.exchange_models import write_run
 from train.errors import UserError
-from train.exchange.export import ExportJob, FloatType, Layout, export_folder
+from train.exchange.export import ExportFormat, ExportJob, FloatType, export_folder
 from train.exchange.import_model import import_checkpoint
 from train.exchange.open import open_source
 from train.exchange.output_files import replacing, write_bytes
 from train.exchange.tokenizer_files import tokenizer_files
 
-JOB = ExportJob(Layout.official, FloatType.fp32, shard_bytes=256 << 10)
+JOB = ExportJob(ExportFormat.official, FloatType.fp32, shard_bytes=256 << 10)
 
 
 @pytest.fixture(scope="module")
@@ -106,10 +106,10 @@ def test_exports_and_imports_do_not_mix(source, tmp_path):
     before = content(tmp_path)
     with pytest.raises(UserError, match="which is not of this import"):
         import_checkpoint(source, tmp_path / "out")
-    other = ExportJob(Layout.transformers, FloatType.fp32)
+    other = ExportJob(ExportFormat.transformers, FloatType.fp32)
     with pytest.raises(UserError, match=r"config\.json, which is not of this export"):
         export(source, tmp_path / "out", other)
-    halves = ExportJob(Layout.official, FloatType.fp32, shard_bytes=128 << 10)
+    halves = ExportJob(ExportFormat.official, FloatType.fp32, shard_bytes=128 << 10)
     with pytest.raises(UserError, match=r"model-00001-of-.* is not of this export"):
         export(source, tmp_path / "out", halves)
     assert content(tmp_path) == before
@@ -152,7 +152,7 @@ def test_a_template_that_adds_tokens_is_not_exported(kind, source, tmp_path, mon
     assert inner.encode("the cat").ids[0] == bpe.eos_id
     tokenizer = JsonTokenizer(inner, "x", eos)
     monkeypatch.setattr(source, "tokenizer", lambda: tokenizer)
-    export(source, tmp_path / "out", ExportJob(Layout.transformers))
+    export(source, tmp_path / "out", ExportJob(ExportFormat.transformers))
     theirs = AutoTokenizer.from_pretrained(tmp_path / "out")
     for text in ("the cat", "", " a  b"):
         assert theirs(text)["input_ids"] == tokenizer.encode(text) == bpe.encode(text)

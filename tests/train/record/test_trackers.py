@@ -13,7 +13,7 @@ from tests.helpers import small_model
 from train import build
 from train.config.schema import Precision
 from train.preflight.matmul_rate import measured_matmul_rate
-from train.record.sample import continue_text
+from train.record.continuation import continue_text
 from train.record.trackers import Console
 from train.recovery.stop import StopRequest
 

@@ -31,7 +31,7 @@ from train.checkpoint import files as checkpoint_files
 from train.checkpoint.files import MANIFEST, STATE, describe_file, open_manifest, seal
 from train.config.schema import StageConfig, dump
 from train.errors import ExitCode, UserError
-from train.exchange.export import ExportJob, Layout, export_folder
+from train.exchange.export import ExportFormat, ExportJob, export_folder
 from train.exchange.import_model import import_checkpoint
 from train.exchange.open import open_source
 from train.exchange.tokenizer_files import tokenizer_json
@@ -339,7 +339,9 @@ def test_export_as_another_model_is_refused(run):
 @pytest.fixture
 def imported(done, tmp_path):
     """The weights of the run, exported and imported again: other files, the same model."""
-    export_folder(open_source(Path(done.run_dir)), tmp_path / "out", ExportJob(Layout.transformers))
+    export_folder(
+        open_source(Path(done.run_dir)), tmp_path / "out", ExportJob(ExportFormat.transformers)
+    )
     import_checkpoint(open_source(tmp_path / "out"), tmp_path / "model")
     return replace(done, run_dir=str(tmp_path / "new"), init_from=str(tmp_path / "model"))
 

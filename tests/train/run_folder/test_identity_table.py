@@ -17,8 +17,8 @@ from train.errors import UserError
 from train.run_folder.identity import (
     TABLE,
     RunIdentity,
+    Severity,
     Use,
-    Verdict,
     check,
     check_ranks,
     differences,
@@ -93,14 +93,14 @@ def test_a_row_alone_does_what_it_says(row, caplog):
         assert sum(len(some) for some in found.values()) == 1
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            if row.verdict(use) is Verdict.refuse:
+            if row.verdict(use) is Severity.refuse:
                 with pytest.raises(UserError, match="WHERE holds a run with") as caught:
                     check(use, before, now, "WHERE")
                 assert str(caught.value).count(f"{key}=") == 2
                 assert "\n" not in str(caught.value)
             else:
                 check(use, before, now, "WHERE")
-        assert (key in caplog.text) == (row.verdict(use) is Verdict.tell)
+        assert (key in caplog.text) == (row.verdict(use) is Severity.tell)
 
 
 def test_equal_records_are_silent(caplog):
@@ -128,7 +128,7 @@ REFUSED = (
 
 @pytest.mark.parametrize(
     ("some", "verdict"),
-    [(FREE, Verdict.ignore), (TOLD, Verdict.tell), (REFUSED, Verdict.refuse)],
+    [(FREE, Severity.ignore), (TOLD, Severity.tell), (REFUSED, Severity.refuse)],
 )
 def test_resume(some, verdict):
     assert {key: row_of(key).resume for key in some} == dict.fromkeys(some, verdict)
@@ -136,14 +136,14 @@ def test_resume(some, verdict):
 
 @pytest.mark.parametrize("use", [Use.init_from, Use.evaluate, Use.export])
 def test_weights_elsewhere_need_their_model_and_tokenizer_and_no_more(use):
-    refused = {key for key in keys() if row_of(key).verdict(use) is Verdict.refuse}
+    refused = {key for key in keys() if row_of(key).verdict(use) is Severity.refuse}
     assert {"tokenizer.hash", "model.hidden_size", "model.rope_theta"} <= refused
     rest = {key for key in refused if not key.startswith(("tokenizer.", "model."))}
     assert rest == ({"init_from"} if use is Use.evaluate else set())
 
 
 def test_ranks_must_agree_in_all_but_places_and_workers():
-    free = {key for key in keys() if row_of(key).ranks is not Verdict.refuse}
+    free = {key for key in keys() if row_of(key).ranks is not Severity.refuse}
     assert free == {
         "data.cache_dir", "data.workers", "code.commit", "code.changed_files",
         "data.sources.a.content.store",

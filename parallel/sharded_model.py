@@ -17,8 +17,8 @@ from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.expert import shard_experts
 from parallel.fsdp import region_of, shard_model
 from parallel.mesh import Mesh
-from parallel.pipeline_split import StageParts, rank_of_stage, split_stages, splits_backward
-from parallel.pipeline_stage import ModelPart, StageModel
+from parallel.pipeline_split import PipelineStageParts, rank_of_stage, split_stages, splits_backward
+from parallel.pipeline_stage import ModelPart, PipelineStageModel
 
 log = logging.getLogger(__name__)
 
@@ -67,8 +67,8 @@ def build_sharded_model(
     recomputes = activation_checkpoint != "none"
     stages = []
     for parts in _stages_here(config, mesh, seq_len):
-        stage = materialise(partial(StageModel, config, parts, recomputes))
-        assert isinstance(stage, StageModel)
+        stage = materialise(partial(PipelineStageModel, config, parts, recomputes))
+        assert isinstance(stage, PipelineStageModel)
         register_fsdp_forward_method(stage, "advance")
         stages.append(stage)
     if splits_backward(mesh.layout.schedule) and recomputes:
@@ -80,7 +80,7 @@ def build_sharded_model(
     return ModelPart(config, stages)
 
 
-def _stages_here(config: ModelConfig, mesh: Mesh, seq_len: int) -> list[StageParts]:
+def _stages_here(config: ModelConfig, mesh: Mesh, seq_len: int) -> list[PipelineStageParts]:
     """What each of this rank's pipeline stages holds, in order."""
     layout, rank = mesh.layout, mesh.pipeline.get_local_rank()
     return [
