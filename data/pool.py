@@ -139,11 +139,6 @@ class Pool:
         self.lengths = np.array([d.length for d in documents], dtype=np.int64)
         self.spans = whole_documents(self.lengths.tolist()) if spans is None else spans
 
-    @property
-    def num_fim(self) -> int:
-        """Documents that are rearranged."""
-        return sum(document.cut is not None for document in self._documents)
-
     def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
         """Tokens ``start .. stop - 1`` of a document, fewer at its end; int64."""
         drawn, cut = self._documents[document].drawn, self._documents[document].cut

@@ -58,24 +58,6 @@ def block_activation_bytes(
     return ActivationBytes(kept, whole - kept)
 
 
-def activation_bytes(
-    config: ModelConfig, tokens: int, compute_bytes: int, mode: str = "none"
-) -> float:
-    """Bytes at the peak of a microbatch of ``tokens`` tokens where one rank holds everything."""
-    blocks = [
-        block_activation_bytes(config, config.kind(i), config.ratio(i), compute_bytes, mode)
-        for i in range(config.num_hidden_layers)
-    ]
-    depths = config.num_nextn_predict_layers
-    blocks += depths * [block_activation_bytes(config, LayerKind.swa, 0, compute_bytes, mode)]
-    heads = (1 + depths) * head_bytes(config, compute_bytes)
-    heads += depths * mtp_bytes(config, compute_bytes)
-    kept = sum(block.kept for block in blocks) + heads
-    running = max(block.running for block in blocks)
-    chunk = min(config.loss_chunk_tokens, tokens)
-    return tokens * (kept + running) + 4.0 * chunk * config.vocab_size
-
-
 def saved_bytes(
     config: ModelConfig, kind: LayerKind, ratio: int, compute_bytes: int
 ) -> dict[str, float]:

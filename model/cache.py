@@ -446,18 +446,3 @@ class KVCache:
             cache.commit(self._pass, counts)
         self.lengths = [n + c for n, c in zip(self.lengths, counts, strict=True)]
         self._pass = None
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of window rows, entries and indexer keys (``model/flops.py: kv_cache_bytes``)."""
-        return sum(store.rows_BSX.nbytes for cache in self.layers.values() for store in _of(cache))
-
-    @property
-    def open_bytes(self) -> int:
-        """Bytes of the open blocks: the same however long the text is."""
-        parts = [c for layer in self.layers.values() for c in (layer.core, layer.keys) if c]
-        return sum(part.open_k_BRC.nbytes + part.open_z_BRC.nbytes for part in parts)
-
-
-def _of(cache: LayerCache) -> list[RowStore]:
-    return [cache.ring, *(part.entries for part in (cache.core, cache.keys) if part is not None)]

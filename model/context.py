@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from model.config import IndexerPhase, LayerKind, ModelConfig
+from model.config import IndexerPhase, ModelConfig
 from model.rope import rope_frequencies, rope_tables
 from model.sequence_plan import SequencePlan, build_sequence_plan
 
@@ -68,8 +68,3 @@ def build_context(config: ModelConfig, document_ids_BT: Tensor, yarn: bool) -> F
         compressed_rope=rope_tables(plan.position_BT, compressed),
         entry_rope={m: rope_tables(p.position_BE, compressed) for m, p in plan.compressed.items()},
     )
-
-
-def is_compressed(kind: LayerKind) -> bool:
-    """Whether layers of this kind have entries (and so the compressed RoPE base)."""
-    return kind in (LayerKind.csa, LayerKind.hca)

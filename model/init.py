@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -131,13 +131,6 @@ def init_weights(
             continue
         values = _buffer_values(fqn, region.shape, seed, config, token_counts_V)
         region.local.copy_(values[region.slices])
-
-
-def initial_tensor(fqn: str, shape: Iterable[int], seed: int, config: ModelConfig) -> Tensor:
-    """The whole global tensor that :func:`init_weights` gives to a parameter, fp32 on the CPU."""
-    tensor = torch.empty(tuple(shape))
-    _fill(whole(tensor), fqn, seed, config, distribution_of(fqn))
-    return tensor
 
 
 def _fill(region: Region, fqn: str, seed: int, config: ModelConfig, draw: Draw) -> None:

@@ -141,9 +141,3 @@ def cross_entropy_sum(
         dtype: operands of the head's three products.
     """
     return _ChunkedCrossEntropy.apply(x_ND, w_VD, labels_N, chunk, dtype)
-
-
-def cross_entropy_reference(x_ND: Tensor, w_VD: Tensor, labels_N: Tensor) -> Tensor:
-    """The same by plain autograd."""
-    logits = F.linear(x_ND.float(), w_VD.float())
-    return F.cross_entropy(logits, labels_N.clamp(min=-1), ignore_index=-1, reduction="sum")

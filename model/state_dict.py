@@ -24,11 +24,6 @@ def official_name(name: str) -> str:
     return _HC.sub(r"\1hc_\2_\4", name)
 
 
-def our_name(official: str) -> str:
-    """Our name of an official one (experts excepted)."""
-    return _HC.sub(r"\1hc_\2.\4", official)
-
-
 def to_official(model: nn.Module) -> dict[str, Tensor]:
     """All weights and tables under the official names, detached; gamma is folded into fn.
 

@@ -16,7 +16,7 @@ What is defined beyond the paper:
 * Zeros keep their sign; a block of zeros gets the scale of the floor.
 * float64 is refused: rounding it to float32 first would round twice.
 
-``quant/reference.py`` holds the slow table-driven twin. This file does not train anything:
+``tests/quant/reference.py`` holds the slow table-driven twin. This file does not train anything:
 gradients are in ``quant/fake_quant.py``.
 """
 

@@ -8,8 +8,6 @@ each other, and a released checkpoint is read by its published definition.
 # Legend: R rows, C columns, r, c scale blocks along them
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch import Tensor
 
@@ -20,45 +18,6 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _GROUP = 32  # columns that share a scale in FP4
 _BLOCK = 128  # rows, and columns, that share a scale in FP8
 _CODES, _SCALES = (torch.int8, torch.float8_e4m3fn), (torch.float8_e8m0fnu,)
-
-
-def dequantise_official(
-    tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype = torch.float32
-) -> Iterator[tuple[str, Tensor]]:
-    """Official tensors of a quantised checkpoint (FP4 or FP8 experts alike), scales taken in.
-
-    A weight and its scale may come in any order and far apart; only what waits for its partner is
-    held.
-
-    Args:
-        tensors: names and stored tensors.
-        dtype: of quantised weights in the result; float32 and bfloat16 hold them exactly. Other
-            tensors keep theirs.
-
-    Yields:
-        Official name and value.
-
-    Raises:
-        ConfigError: a weight without a scale, a scale without a quantised weight, or dtypes or
-            shapes that do not fit.
-    """
-    weights: dict[str, Tensor] = {}
-    scales: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        stem, _, leaf = name.rpartition(".")
-        if leaf == "scale":
-            scales[stem] = tensor
-        elif tensor.dtype.itemsize == 1:
-            weights[stem] = tensor
-        else:
-            yield name, tensor
-            continue
-        if stem in weights and stem in scales:
-            value = decode(stem, weights.pop(stem), scales.pop(stem))
-            yield f"{stem}.weight", value.to(dtype)
-    for stem in [*weights, *scales]:
-        missing = "scale is missing" if stem in weights else "weight is missing or not quantised"
-        raise ConfigError(f"checkpoint: {stem}.{missing} (its partner is there)")
 
 
 def decode(stem: str, codes: Tensor, scale: Tensor) -> Tensor:

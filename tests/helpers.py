@@ -151,3 +151,11 @@ def _rank(
         fn(rank, world_size, *args)
     finally:
         dist.destroy_process_group()
+
+
+def table_load(table_VK: Tensor, num_experts: int, counts_V: Tensor | None = None) -> Tensor:
+    """Tokens each expert receives under a hash table, int64 [E]; counts None: one of each id."""
+    vocab_size, k = table_VK.shape
+    counts_V = torch.ones(vocab_size, dtype=torch.int64) if counts_V is None else counts_V
+    load_E = torch.zeros(num_experts, dtype=torch.int64)
+    return load_E.index_add_(0, table_VK.flatten(), counts_V.long().repeat_interleave(k))

@@ -2,7 +2,6 @@
 
 Being torch operators they show up in profiles and dispatch modes and work on fake and meta tensors.
 CPU tensors run ``cpu/mhc.cpp`` where a compiler exists; everything else runs ``mhc_torch.py``.
-:func:`implementation` says which.
 """
 
 # Legend: N tokens, S streams (a second S: destination), D hidden, C = S * D,
@@ -42,11 +41,6 @@ _C_SIGNATURES = {
 
 def _compiled(streams: int) -> KernelLibrary | None:
     return kernel_library("mhc.cpp", _C_SIGNATURES, f"STREAMS={streams}")
-
-
-def implementation(device: torch.device, streams: int) -> str:
-    """Which code serves tensors of ``device``: ``compiled`` or ``torch``."""
-    return "compiled" if device.type == "cpu" and _compiled(streams) is not None else "torch"
 
 
 def _pre(

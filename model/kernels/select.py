@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from model.config import Kernels
 from model.errors import ConfigError
 from model.kernels import (
     attention,
     attention_cpu,
-    cpu_build,
     elementwise,
     elementwise_fast,
     indexer,
@@ -42,22 +39,6 @@ _OPS: dict[str, tuple[Op, Op]] = {
     "mhc_merge": (mhc.mhc_merge, mhc_fast.mhc_merge),
     "mhc_head": (mhc.mhc_head, mhc_fast.mhc_head),
 }
-
-
-# What the fast path of an op runs on CPU tensors where a C++ compiler exists; else plain torch.
-_COMPILED = frozenset(_OPS) - {"grouped_linear"}
-
-
-def active_kernels(kernels: Kernels, device: torch.device) -> dict[str, str]:
-    """Which code serves each op for fp32 and bf16 tensors of ``device``.
-
-    Returns:
-        op -> ``reference``, ``compiled`` (C++, this machine) or ``torch`` (fast, plain torch ops).
-    """
-    if Kernels(kernels) is Kernels.reference:
-        return dict.fromkeys(op_names(), "reference")
-    on_cpu = device.type == "cpu" and cpu_build.compiler() is not None
-    return {op: "compiled" if on_cpu and op in _COMPILED else "torch" for op in op_names()}
 
 
 def op_names() -> list[str]:

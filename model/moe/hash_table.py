@@ -76,15 +76,7 @@ def build_table(
     return table_VK
 
 
-def table_load(table_VK: Tensor, num_experts: int, token_counts_V: Tensor | None = None) -> Tensor:
-    """Tokens each expert receives under a table, int64 [E]; counts None: one of each id."""
-    vocab_size, k = table_VK.shape
-    counts_V = _counts(vocab_size, token_counts_V, unseen=0)
-    load_E = torch.zeros(num_experts, dtype=torch.int64)
-    return load_E.index_add_(0, table_VK.flatten(), counts_V.repeat_interleave(k))
-
-
-def _counts(vocab_size: int, token_counts_V: Tensor | None, unseen: int = 1) -> Tensor:
+def _counts(vocab_size: int, token_counts_V: Tensor | None) -> Tensor:
     if token_counts_V is None:
         return torch.ones(vocab_size, dtype=torch.int64)
     if token_counts_V.shape != (vocab_size,):
@@ -98,4 +90,4 @@ def _counts(vocab_size: int, token_counts_V: Tensor | None, unseen: int = 1) -> 
         raise ConfigError(
             f"token counts must not be negative: id {worst} has {int(counts_V[worst])}"
         )
-    return counts_V.clamp(min=unseen)
+    return counts_V.clamp(min=1)

@@ -13,8 +13,8 @@ import torch
 from data.config import DataConfig, PackingConfig, SourceConfig, SourceKind, ValidationConfig
 from optim.config import OptimConfig, ScheduleConfig
 from tests.helpers import small_config
+from tests.train.checkpoint.folders import locate
 from train.build import build
-from train.checkpoint import manager as checkpoint
 from train.checkpoint import reader as checkpoint_reader
 from train.config.schema import Device, Precision, RunConfig, SampleConfig, TrainConfig
 from train.loop import Trainer
@@ -79,7 +79,7 @@ def metrics_of(run: RunConfig) -> list[Record]:
 
 def final_tensors(run: RunConfig) -> dict[str, torch.Tensor]:
     """Everything in the newest checkpoint of a run."""
-    path = checkpoint.locate(run.run_dir)
+    path = locate(run.run_dir)
     index = checkpoint_reader.dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in index.items()}
     checkpoint_reader.read(path, tensors)

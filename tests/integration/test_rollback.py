@@ -32,9 +32,9 @@ from tests.integration.small_run import (
     fit,
     metrics_of,
 )
+from tests.train.checkpoint.folders import locate
 from tests.train.samples import read_samples
 from train.build import build
-from train.checkpoint import manager as checkpoint
 from train.checkpoint import reader as checkpoint_reader
 from train.config.recovery import Anticipatory, Remedy
 from train.errors import ExitCode, TrainingFailedError
@@ -165,7 +165,7 @@ def test_sigkill_around_a_rollback_continues_bitwise(recovered, tmp_path, step, 
     run = again(reference, tmp_path / "run")
     sigkill(run, step, times)
     assert metrics_of(run)[-1]["step"] == step
-    newest = checkpoint_reader.saved_tensors(checkpoint.locate(run.run_dir))
+    newest = checkpoint_reader.saved_tensors(locate(run.run_dir))
     holds = {name.split(".")[1] for name in newest if name.startswith("anticipated.")}
     assert holds == ({"+1"} if (step, times) == IN_THE_MODE else set())
     assert fit(run)[0] == ExitCode.finished
@@ -195,7 +195,7 @@ def test_stop_saves_nothing_of_the_spike(recovered, tmp_path):
     with pytest.raises(TrainingFailedError, match=r"on_spike=stop"):
         fit(run)
     assert metrics_of(run)[-1]["step"] == FIRST_SPIKE + 1
-    assert checkpoint.locate(run.run_dir).name == f"step_{FIRST_SPIKE - 1:08d}"
+    assert locate(run.run_dir).name == f"step_{FIRST_SPIKE - 1:08d}"
     assert not json.loads((tmp_path / "run" / "receipt.json").read_text())["finished"]
 
 

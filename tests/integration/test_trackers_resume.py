@@ -20,8 +20,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.integration.poisoned_run import FIRST_SPIKE, poisoned_run, write_poisoned
 from tests.integration.small_run import KillAfter, fit, metrics_of, small_run, write_corpus
+from tests.train.checkpoint.folders import locate
 from train.build import build
-from train.checkpoint import manager as checkpoint
 from train.checkpoint.files import STATE
 from train.config.schema import SampleConfig, WandbConfig, WandbMode
 from train.errors import ExitCode
@@ -72,7 +72,7 @@ def assert_shows_metrics(run, run_id="*"):
 
 
 def id_of(run):
-    state = json.loads((checkpoint.locate(run.run_dir) / STATE).read_text())
+    state = json.loads((locate(run.run_dir) / STATE).read_text())
     return state["trackers"]["wandb"]["id"]
 
 

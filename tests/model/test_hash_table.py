@@ -7,7 +7,8 @@ among the least loaded, so two experts differ by at most one count.
 import pytest
 import torch
 
-from model.moe.hash_table import build_table, table_load
+from model.moe.hash_table import build_table
+from tests.helpers import table_load
 
 pytestmark = pytest.mark.core
 

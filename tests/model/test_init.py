@@ -13,9 +13,9 @@ from torch import nn
 
 from model.config import LayerKind, ModelConfig
 from model.flops import buffer_shapes, parameter_shapes
-from model.init import TABLE, Region, distribution_of, init_weights, initial_tensor, stream_seed
-from model.moe.hash_table import table_load
+from model.init import TABLE, Region, _fill, distribution_of, init_weights, stream_seed, whole
 from model.transformer import DeepSeekV4
+from tests.helpers import table_load
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=32, q_lora_rank=16, moe_intermediate_size=16, n_routed_experts=4,
@@ -72,6 +72,12 @@ def test_matrices_are_normal_with_the_configured_range(tensors):
 )
 def test_constants(tensors, name, value):
     assert torch.equal(tensors[name], torch.full_like(tensors[name], value))
+
+
+def initial_tensor(fqn, shape, seed, config):
+    tensor = torch.empty(shape)
+    _fill(whole(tensor), fqn, seed, config, distribution_of(fqn))
+    return tensor
 
 
 def test_identity_base_sits_on_the_diagonal_of_comb():

@@ -22,6 +22,7 @@ from tests.parallel.torchrun import (
     wait_for_line,
     words,
 )
+from tests.train.checkpoint.folders import newest_good
 from tests.train.samples import every_token_once, read_samples
 from train.checkpoint.manager import Checkpoints
 from train.config.schema import RunConfig
@@ -97,7 +98,7 @@ def test_ranks_of_a_killed_launcher_save_and_leave(corpus, tmp_path):
                 rank.kill()
     last = steps_of(folder)[-1]["step"]
     assert 2 <= last < 500
-    assert Checkpoints(folder / "checkpoints").newest_good().name == f"step_{last:08d}"
+    assert newest_good(Checkpoints(folder / "checkpoints")).name == f"step_{last:08d}"
 
 
 @pytest.mark.slow

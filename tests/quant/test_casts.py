@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from quant import reference
 from quant.formats import FP8_KV, MXFP4, fake_quant
 from quant.indexer import IndexerCast, hadamard, hadamard_matrix
 from quant.kv import KVCast
 from quant.probe import QuantProbe
+from tests.quant import reference
 
 
 def sylvester(size):

@@ -11,7 +11,6 @@ import struct
 import pytest
 import torch
 
-from quant import reference
 from quant.formats import (
     FP8_ACTIVATION,
     FP8_COLUMN,
@@ -30,6 +29,7 @@ from quant.formats import (
     scale_byte,
     unpack_fp4,
 )
+from tests.quant import reference
 
 FORMATS = (MXFP4, FP8_WEIGHT, FP8_ACTIVATION, FP8_KV, FP8_COLUMN)
 TABLES = {1: reference.e2m1_magnitudes(), 3: reference.e4m3_magnitudes()}

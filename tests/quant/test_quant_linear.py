@@ -10,12 +10,12 @@ import torch
 
 from model.linear import BlockLinear, GroupedLinear, Linear, grouped_linear_op
 from model.linear import grouped_linear_reference as grouped_reference
-from quant import reference
 from quant.experts import fake_quant_rows, padded_positions
 from quant.fake_quant import WeightQuantiser
 from quant.formats import FP8_ACTIVATION, FP8_WEIGHT, MXFP4, fake_quant
 from quant.linear import QuantOp
 from quant.probe import QuantProbe
+from tests.quant import reference
 
 E4M3, E2M1 = reference.e4m3_magnitudes(), reference.e2m1_magnitudes()
 

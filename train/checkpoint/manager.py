@@ -231,14 +231,6 @@ class Checkpoints:
             self._known.note(found[-1], whole=True)
             return hold
 
-    def newest_good(self, upto: int | None = None, every: int = 1) -> Path | None:
-        """The folder of :meth:`hold_newest`, let go. Collective."""
-        hold = self.hold_newest(upto, every)
-        if hold is None:
-            return None
-        with hold:
-            return hold.folder
-
     def set_aside(self, after: int) -> None:
         """Take all checkpoints of later steps out of the row: the run goes back. Collective.
 
@@ -360,9 +352,3 @@ def read_held(find: Callable[[], Hold | None], read: Callable[[Path], T]) -> T |
             if same_everywhere(found.folder.exists()):
                 raise
     return None
-
-
-def locate(source: str, asked_by: str = "init_from") -> Path:
-    """The folder of :func:`hold`, let go: for those who are alone with it."""
-    with hold(source, asked_by) as found:
-        return found.folder

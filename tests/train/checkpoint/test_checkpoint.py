@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.checkpoint import manager as checkpoint
+from tests.train.checkpoint.folders import locate, newest_good
 from train.checkpoint import reader as checkpoint_reader
 from train.checkpoint import retention as checkpoint_retention
 from train.checkpoint import writer as checkpoint_writer
@@ -142,7 +142,7 @@ def test_damage_is_named_and_passed_over(run, caplog, name):
         checkpoint_reader.read(run.path(2), empty_like(tensors(2)))
     assert words in str(error.value)
     with caplog.at_level(logging.WARNING):
-        assert run.newest_good() == run.path(1)
+        assert newest_good(run) == run.path(1)
     assert words in caplog.text
 
 
@@ -197,7 +197,7 @@ def test_sigkill_inside_a_save_leaves_a_whole_checkpoint(run, monkeypatch, place
             os.kill(os.getpid(), signal.SIGKILL)
 
     owner, name = {
-        "start": (checkpoint_writer.Layout, "write"),
+        "start": (checkpoint_writer.ShardAssignment, "write"),
         "own files": (checkpoint_writer, "describe_file"),
         "manifest": (checkpoint_writer, "seal"),
         "rename": (Checkpoints, "_publish"),
@@ -209,11 +209,11 @@ def test_sigkill_inside_a_save_leaves_a_whole_checkpoint(run, monkeypatch, place
         run.save(3, tensors(3), STATE)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert run.newest_good() == run.path(3 if place == "retention" else 2)
+    assert newest_good(run) == run.path(3 if place == "retention" else 2)
     assert list(run.folder.glob(".*"))
     run.clean()
     assert list(run.folder.glob(".*")) == []
-    assert run.save(4, tensors(4), STATE) == run.newest_good()
+    assert run.save(4, tensors(4), STATE) == newest_good(run)
 
 
 @contextlib.contextmanager
@@ -234,7 +234,7 @@ def test_failed_save_leaves_the_older_ones_untouched(run, caplog, num_bytes):
         run.save(3, tensors(3), STATE)
     assert "checkpoint of step 3 failed: OSError: [Errno 27] File too large" in caplog.text
     assert sorted(p.name for p in run.folder.iterdir()) == ["step_00000001", "step_00000002"]
-    assert run.newest_good() == run.path(2)
+    assert newest_good(run) == run.path(2)
 
 
 def test_folder_that_cannot_be_made_costs_the_save(tmp_path, caplog):
@@ -265,7 +265,7 @@ def test_save_behind_the_steps_holds_the_state_at_its_start(tmp_path):
 
 def test_two_saves_never_run_at_once_and_leaving_waits(tmp_path, monkeypatch):
     began, ended = [], []
-    write = checkpoint_writer.Layout.write
+    write = checkpoint_writer.ShardAssignment.write
 
     def slow(*args):
         assert len(began) == len(ended)
@@ -275,7 +275,7 @@ def test_two_saves_never_run_at_once_and_leaving_waits(tmp_path, monkeypatch):
         ended.append(1)
         return report
 
-    monkeypatch.setattr(checkpoint_writer.Layout, "write", slow)
+    monkeypatch.setattr(checkpoint_writer.ShardAssignment, "write", slow)
     saves = Checkpoints(tmp_path, background=True)
 
     def run():
@@ -312,9 +312,9 @@ def test_retention_keeps_what_has_a_reason(tmp_path, name):
 
 
 def test_going_back_takes_later_checkpoints_out_of_the_row(run):
-    assert run.newest_good(upto=1) == run.path(1)
+    assert newest_good(run, upto=1) == run.path(1)
     run.set_aside(after=1)
-    assert run.newest_good() == run.path(1)
+    assert newest_good(run) == run.path(1)
     assert (run.folder / "abandoned_step_00000002").is_dir()
     assert run.saved_step == 1
     run.save(2, tensors(7), STATE)
@@ -357,7 +357,7 @@ def test_part_of_a_checkpoint_can_be_loaded(run):
 
 
 def test_locate_takes_runs_and_checkpoints(run, tmp_path):
-    assert checkpoint.locate(str(run.path(1))) == run.path(1)
-    assert checkpoint.locate(str(tmp_path)) == run.path(2)
+    assert locate(str(run.path(1))) == run.path(1)
+    assert locate(str(tmp_path)) == run.path(2)
     with pytest.raises(UserError, match=r"init_from=.*no complete checkpoint"):
-        checkpoint.locate(str(tmp_path / "nowhere"))
+        locate(str(tmp_path / "nowhere"))

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from scripts.checkpoints import main
+from tests.train.checkpoint.folders import locate, newest_good
 from train.checkpoint import manager as checkpoint
 from train.checkpoint.files import describe_file, seal, step_of
 from train.checkpoint.manager import Checkpoints
@@ -288,8 +289,8 @@ def line_of(look):
 
 
 def check_reading(folder, newest):
-    assert Checkpoints(folder).newest_good() == newest
-    found, line = line_of(lambda: checkpoint.locate(str(folder.parent)))
+    assert newest_good(Checkpoints(folder)) == newest
+    found, line = line_of(lambda: locate(str(folder.parent)))
     assert found == newest
     assert (not line) == bool(newest)
     assert "\n" not in line
@@ -323,8 +324,8 @@ def check_saving(folder, pristine, good):
     kept = dict(list(good.items())[-1:])
     assert whole(folder, pristine).items() >= kept.items(), "the newest good one stays"
     again = Checkpoints(folder)
-    assert again.newest_good() == folder / name_of(9)
-    assert again.newest_good(upto=3) == next(iter(kept.values()), None)
+    assert newest_good(again) == folder / name_of(9)
+    assert newest_good(again, upto=3) == next(iter(kept.values()), None)
     assert {step_of(path) for path in published(folder)} >= {9, *kept}
 
 

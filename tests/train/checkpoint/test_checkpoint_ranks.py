@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from tests.helpers import run_distributed
+from tests.train.checkpoint.folders import newest_good
 from train.checkpoint import reader as checkpoint_reader
 from train.checkpoint.files import DamagedCheckpointError
 from train.checkpoint.manager import CheckpointFailedError, Checkpoints
@@ -61,8 +62,8 @@ def save_on_two(rank, world, folder):
         dist.all_reduce(total)  # as a step does, while threads write
         assert total.eq(world).all()
     saves.require(2)
-    assert_loads(saves.newest_good(), mesh, 2)
-    assert_loads(saves.newest_good(upto=1), mesh, 1)
+    assert_loads(newest_good(saves), mesh, 2)
+    assert_loads(newest_good(saves, upto=1), mesh, 1)
 
     small_files_on_rank_1(rank, 100)
     saves.start(3, state_of(mesh, 3), {})
@@ -72,7 +73,7 @@ def save_on_two(rank, world, folder):
     with pytest.raises(CheckpointFailedError, match="step_00000004 could not be written"):
         saves.save(4, state_of(mesh, 4), {})
     small_files_on_rank_1(rank, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
-    assert saves.newest_good() == saves.path(2)
+    assert newest_good(saves) == saves.path(2)
     assert_loads(saves.save(5, state_of(mesh, 5), {}), mesh, 5)
     if rank == 0:
         assert [p.name for p in saves.folder.iterdir() if p not in saves.published()] == []
@@ -83,7 +84,7 @@ def read_damaged(rank, world, folder, words):
     saves = Checkpoints(folder / "checkpoints")
     with pytest.raises(DamagedCheckpointError, match=words):
         checkpoint_reader.read(saves.path(5), state_of(mesh, 0))
-    assert saves.newest_good() == saves.path(2)
+    assert newest_good(saves) == saves.path(2)
 
 
 def test_two_ranks_save_behind_the_steps_and_one_that_fails_costs_the_save(tmp_path):

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from tests.train.checkpoint.folders import newest_good
 from train.checkpoint import manager as checkpoint
 from train.checkpoint import reader as checkpoint_reader
 from train.checkpoint import retention as checkpoint_retention
@@ -58,10 +59,10 @@ def test_damaged_checkpoint_passed_over_at_the_start_is_not_kept_instead_of_a_go
     fill(tmp_path, 2, 4, 6)
     damage(tmp_path, 6)
     run = saves(tmp_path, last=1)
-    assert run.newest_good() == run.path(4)
+    assert newest_good(run) == run.path(4)
     run.save(5, tensors(5), {})
     assert steps_left(tmp_path) == [5, 6]
-    assert saves(tmp_path).newest_good() == run.path(5)
+    assert newest_good(saves(tmp_path)) == run.path(5)
 
 
 def test_damaged_checkpoint_that_nobody_looked_at_does_not_count(tmp_path, caplog):
@@ -193,7 +194,7 @@ def test_unreadable_checkpoint_stays_until_as_many_later_ones_are_whole(tmp_path
     for step in (2, 3, 4):
         damage(tmp_path, step)
     run = saves(tmp_path, last=2)
-    assert run.newest_good() == run.path(1)
+    assert newest_good(run) == run.path(1)
     run.save(5, tensors(5), {})
     assert steps_left(tmp_path) == [1, 2, 3, 4, 5]
     run.save(6, tensors(6), {})

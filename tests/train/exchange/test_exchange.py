@@ -20,8 +20,8 @@ from quant.export import INDEX, Stored, stored_as
 from quant.probe import QuantProbe
 from tests.parity.models import build_hf
 from tests.parity.weights import random_weights
+from tests.train.checkpoint.folders import locate
 from tests.train.exchange.exchange_models import CONFIG_TINY, tiny_config, tiny_model, write_run
-from train.checkpoint import manager as checkpoint
 from train.checkpoint import reader as checkpoint_reader
 from train.exchange import export
 from train.exchange.export import ExportFormat, ExportJob, FloatType, export_folder
@@ -97,7 +97,7 @@ def test_plain_layouts_come_back_bitwise(layout, run, tmp_path, ids):
     assert tokenizer.encode("a \u00e9\n") == ByteTokenizer().encode("a \u00e9\n")
     path = import_checkpoint(open_source(tmp_path / "out"), tmp_path / "back")
     assert_same_weights(load_model(tmp_path / "back")[0], expected)
-    assert checkpoint.locate(str(tmp_path / "back")) == path, "init_from finds it"
+    assert locate(str(tmp_path / "back")) == path, "init_from finds it"
     names = checkpoint_reader.saved_tensors(path)
     assert names == {f"model.{n}": t.shape for n, t in expected.state_dict().items()}
 
