@@ -13,6 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # CPU tensors; before a kernel is imported
 os.environ.update(environment(os.environ.get("TEST_CPU_LEVEL")))
 
 import pytest
