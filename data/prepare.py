@@ -140,6 +140,11 @@ def build_tokenizer(cfg: DataConfig) -> Tokenizer:
             f"data.tokenizer=bpe: {path} is corrupt, hash {tokenizer.hash[:12]}, {expected[:12]}"
             " expected: remove it"
         )
+    if tokenizer.vocab_size < cfg.vocab_size:
+        logger.info(
+            "data: data.vocab_size=%d, but the text has pairs for %d entries only",
+            cfg.vocab_size, tokenizer.vocab_size,
+        )  # fmt: skip
     return tokenizer
 
 

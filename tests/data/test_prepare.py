@@ -173,3 +173,14 @@ def test_the_split_does_not_depend_on_names(tmp_path):
     trained_on = Corpus(cfg).split["another name"].train
     assert len(trained_on) + len(held[0]) == len(TEXTS)
     assert build_loader(cfg, ByteTokenizer(), 0, 1).validation(64)
+
+
+def test_a_vocabulary_that_the_text_does_not_fill_is_told(tmp_path, caplog):
+    cfg = config(
+        tmp_path / "cache", write(tmp_path / "t.jsonl", SourceKind.jsonl, ["a b c"] * 9), 0
+    )
+    cfg.tokenizer, cfg.vocab_size = "bpe", 600
+    caplog.set_level("INFO")
+    found = build_tokenizer(cfg).vocab_size
+    assert found < 600
+    assert f"data.vocab_size=600, but the text has pairs for {found} entries only" in caplog.text

@@ -11,8 +11,11 @@ import hashlib
 import json
 import logging
 import math
+import pkgutil
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +33,11 @@ from tests.helpers import random_rows
 from train import build
 from train.config.recovery import Remedy
 from train.config.schema import Device, RunConfig
+from train.errors import USER_ERRORS
 from train.phase import PhaseSwitch
 from train.preflight import fit
 from train.pretrain import _train
+from train.record import trackers
 from train.record.metrics import read_metrics, unmeasured
 from train.record.params_table import table_rows
 from train.recovery.judge import Recovery
@@ -63,8 +68,8 @@ def memory(run: RunConfig, _: Path) -> Any:
     return fit.report(run, resolve(run), ParallelConfig(dp_shard=1), CPU)
 
 
-def step(run: RunConfig, _: Path) -> Any:
-    """Bits of the model, optimizer and averaged weights after one step on made-up rows."""
+def step(run: RunConfig, _: Path, count: int = 1) -> Any:
+    """Bits of the model, optimizer and averaged weights after a step, or some, on made-up rows."""
     loader = SimpleNamespace(token_counts=lambda size: torch.ones(size, dtype=torch.int64))
     model = build.build_model(run, loader, None)  # pyright: ignore[reportArgumentType]
     engine = build.build_engine(run, model, None)
@@ -76,7 +81,8 @@ def step(run: RunConfig, _: Path) -> Any:
     rows = random_rows(
         first.num_rows, first.stage.seq_len, 260, 1 + run.model.num_nextn_predict_layers
     )
-    result = train_step(engine, rows, first)
+    for number in range(1, count + 1):
+        result = train_step(engine, rows, replace(first, number=number))
     state = engine.state()
     if average is not None:
         average.update()
@@ -85,6 +91,9 @@ def step(run: RunConfig, _: Path) -> Any:
         m.op.__name__ for m in model.modules() if isinstance(m, GroupedLinear) and not phase.records
     ]
     return digest(state), result.update, {k: float(v) for k, v in result.shares.losses.items()}, ops
+
+
+two_steps = partial(step, count=2)
 
 
 def data(run: RunConfig, _: Path) -> Any:
@@ -118,7 +127,7 @@ def outcome(run: RunConfig, folder: Path) -> Any:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logger = logging.getLogger("train.trackers")
+    logger = trackers.log
     before, logger.level = logger.level, logging.INFO
     logger.addHandler(handler)
     try:
@@ -165,6 +174,36 @@ def handed(target: str, call: Callable[[RunConfig], Any]) -> Effect:
         return repr(seen)
 
     return effect
+
+
+def called(target: str) -> Effect:
+    """The shapes with which one step calls ``target``, which is run."""
+
+    def effect(run: RunConfig, folder: Path) -> Any:
+        original, seen = pkgutil.resolve_name(target), []
+
+        def spy(*args: Any, **kwargs: Any) -> Any:
+            seen.append([tuple(a.shape) for a in args if isinstance(a, torch.Tensor)])
+            return original(*args, **kwargs)
+
+        with patch(target, spy):
+            step(run, folder)
+        assert seen, target
+        return seen
+
+    return effect
+
+
+def or_refused(effect: Effect) -> Effect:
+    """The effect, where one of the two values is refused: its line then."""
+
+    def either(run: RunConfig, folder: Path) -> Any:
+        try:
+            return effect(run, folder)
+        except USER_ERRORS as error:
+            return f"refused: {error}"
+
+    return either
 
 
 def device(run: RunConfig, _: Path) -> Any:
