@@ -1,11 +1,13 @@
 """Report of a study, or of any runs side by side: Markdown, and one HTML file that needs no other.
 
     python scripts/report.py study=muon_vs_adamw
+    python scripts/report.py docs/studies/archives/muon_vs_adamw.tar.xz --out runs/again
     python scripts/report.py runs/one runs/other --out runs/comparison
 
-With a study it reads the finished runs below --runs again and writes docs/studies/NAME. With run
-folders (or archived ones, docs/studies/runs/ID) it says why they differ: config, code, data, layout
-and machine, the first step at which they part, and their curves.
+With a study it reads the finished runs below --runs again and writes docs/studies/NAME. With an
+archive it makes that study's report as it was archived, whatever the defaults are today. With run
+folders (or archived ones, NAME.tar.xz/RUN) it says why they differ: config, code, data, layout and
+machine, the first step at which they part, and their curves.
 """
 
 from __future__ import annotations
@@ -19,13 +21,14 @@ if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.cli.command import command
+from scripts.studies.archive import open_archive
 from scripts.studies.config import load_study
 from scripts.studies.differences import differences, explain
 from scripts.studies.document import Picture, ReportDocument, Table
 from scripts.studies.plots import draw_runs
 from scripts.studies.protocol import Protocol, from_root
 from scripts.studies.report import write_study_report
-from scripts.studies.store import FinishedRun, Store, read_run
+from scripts.studies.store import ARCHIVED, FinishedRun, Store, read_run
 from train.errors import ROOT, UserError
 
 
@@ -33,7 +36,11 @@ from train.errors import ROOT, UserError
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, read, write."""
     args = _parse(words)
-    path = _study(args) if args.what[0].startswith("study=") else _runs(args)
+    first = args.what[0]
+    if first.startswith("study="):
+        path = _study(args)
+    else:
+        path = _archive(args) if first.endswith(ARCHIVED) else _runs(args)
     print(path.read_text(encoding="utf-8").split("\n## ")[0])
     print(f"report: {path} and {path.with_suffix('.html').name}")
 
@@ -42,7 +49,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", nargs="+", help="study=NAME KEY=VALUE ..., or run folders")
+    parser.add_argument("what", nargs="+", help="study=NAME KEY=VALUE ..., an archive, or runs")
     parser.add_argument(
         "--out", type=Path, help="where to write (default: docs/studies, or runs/comparison)"
     )
@@ -54,11 +61,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _study(args: argparse.Namespace) -> Path:
     root = ROOT
-    folders = args.runs or [root / "runs" / "studies", root / "docs" / "studies" / "runs"]
+    folders = args.runs or [root / "runs" / "studies", root / "docs" / "studies" / "archives"]
     name = args.what[0].partition("=")[2]
     study = load_study(name, args.what[1:])
     protocol = Protocol(study, Store(folders, None), Path(from_root(folders[0])))
     return write_study_report(name, protocol, args.out or root / "docs" / "studies")
+
+
+def _archive(args: argparse.Namespace) -> Path:
+    path = Path(args.what[0])
+    if len(args.what) > 1:
+        raise UserError(f"{path} is a whole study; {args.what[1]} cannot stand beside it")
+    name = path.name.removesuffix(ARCHIVED)
+    return write_study_report(name, open_archive(path), args.out or ROOT / "docs" / "studies")
 
 
 def _runs(args: argparse.Namespace) -> Path:

@@ -8,8 +8,9 @@
 Every arm first gets its learning rate from a search on a seed of its own; then fresh seeds train
 each arm on the same data order. The same command goes on where it was stopped, finished runs are
 passed over (same config, same code), runs that studies share are trained once. The report lies in
-docs/studies/NAME; runs are made below runs/studies. KEY=VALUE changes a key of conf/study/NAME.yaml
-(steps, seeds, search.fraction, arms.NAME.lr, ...): see scripts/studies/config.py.
+docs/studies/NAME, what it was made from in docs/studies/archives/NAME.tar.xz; runs are made below
+runs/studies. KEY=VALUE changes a key of conf/study/NAME.yaml (steps, seeds, search.fraction,
+arms.NAME.lr, ...): see scripts/studies/config.py.
 
 Exit codes: 0 all runs are finished, 2 input that cannot be, 75 stopped and resumable, 1 otherwise.
 """
@@ -32,15 +33,16 @@ if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.cli.command import command
+from scripts.studies.archive import archive_of, pack
 from scripts.studies.config import StudyConfig, load_study, study_names
 from scripts.studies.estimate import Estimate
 from scripts.studies.protocol import Protocol, Sweep, from_root
 from scripts.studies.report import write_study_report
-from scripts.studies.store import Store, archive
+from scripts.studies.store import Store
 from train.errors import ROOT, ExitCode, UserError
 from train.record.receipt import source_hash
 
-OUT, ARCHIVE, RUNS = "runs/studies", "docs/studies", "runs"
+OUT, ARCHIVE, PACKED = "runs/studies", "docs/studies", "archives"
 
 
 @command(logging.INFO)
@@ -62,7 +64,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--report-only", action="store_true", help="no runs, only the report")
     parser.add_argument("--out", type=Path, default=ROOT / OUT, help="where runs are made")
     parser.add_argument(
-        "--archive", type=Path, default=ROOT / ARCHIVE, help="receipts, metrics, reports"
+        "--archive", type=Path, default=ROOT / ARCHIVE, help="reports, and archives of runs below"
     )
     parser.add_argument(
         "--launcher", default="", help="Hydra's: joblib, submitit_slurm, ... (default: in turn)"
@@ -84,7 +86,7 @@ def _study(words: Sequence[str]) -> tuple[str, StudyConfig]:
 
 
 def _run(name: str, study: StudyConfig, args: argparse.Namespace) -> int:
-    store = Store([args.out, args.archive / RUNS], None if args.any_code else source_hash())
+    store = Store([args.out, args.archive / PACKED], None if args.any_code else source_hash())
     protocol = Protocol(study, store, Path(from_root(args.out)))
     print_plan(name, protocol)
     if args.dry_run:
@@ -105,7 +107,9 @@ def _run_all(protocol: Protocol, args: argparse.Namespace, lock: int, name: str)
             print("the time limit is reached: the same command continues")
             return ExitCode.resumable
         code = _start(protocol, batch, args.launcher, lock)
-        missing = _collect(protocol, batch, args.archive / RUNS)
+        protocol.store.scan()
+        missing = sum(protocol.find(cell) is None for cell in batch.cells)
+        pack(protocol, archive_of(name, args.archive / PACKED))
         write_study_report(name, protocol, args.archive)
         if code != ExitCode.finished:
             return code
@@ -159,19 +163,6 @@ def _start(protocol: Protocol, batch: Sweep, launcher: str, lock: int) -> ExitCo
             signal.signal(number, handler)
     code = ExitCode.resumable if stopping else process.returncode
     return ExitCode(code) if code in list(ExitCode) else ExitCode.failure
-
-
-def _collect(protocol: Protocol, batch: Sweep, archived: Path) -> int:
-    """Archive what a batch has finished; returns how many of its runs have not."""
-    protocol.store.scan()
-    missing = 0
-    for cell in batch.cells:
-        found = protocol.find(cell)
-        if found is None:
-            missing += 1
-        else:
-            archive(found, archived)
-    return missing
 
 
 @contextmanager

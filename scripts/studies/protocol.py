@@ -120,11 +120,14 @@ class Protocol:
         study: the config.
         store: finished runs.
         out: folder below which runs are made.
+        recorded: which run was which cell's when the study was archived; None: runs are found by
+            the configs that today's defaults give.
     """
 
     study: StudyConfig
     store: Store
     out: Path
+    recorded: Mapping[Cell, FinishedRun] | None = None
     _configs: dict[str, RunConfig] = field(default_factory=dict)
     _identities: dict[tuple[str, int, float, int], str] = field(default_factory=dict)
 
@@ -205,6 +208,24 @@ class Protocol:
         wanted += [(ask.arm, self.shortened(f)) for f in ask.fractions if ask.arm]
         return wanted + ([(AGAIN, self.steps_of(AGAIN))] if study.again else [])
 
+    def _evaluated(self) -> list[tuple[str, int]]:
+        """The same of arms that evaluate what others trained."""
+        return [(arm, self.steps_of(arm)) for arm in self.study.arms if self._evaluates(arm)]
+
+    def finished(self) -> dict[Cell, FinishedRun]:
+        """Every run that the study's answer rests on, the search's too."""
+        cells = [
+            self._search_cell(arm, rate)
+            for arm in self.trained_arms
+            for rate in self.choice(arm).tried
+        ]
+        for arm, steps in [*self._wanted(), *self._evaluated()]:
+            rate = self.choice(arm).best
+            if rate is not None:
+                cells += [Cell(arm, steps, rate, seed) for seed in self.results(arm, steps)]
+        found = {cell: self.find(cell) for cell in cells}
+        return {cell: run for cell, run in found.items() if run is not None}
+
     def _seeds(self) -> Iterator[Sweep]:
         study = self.study
         for arm, steps in self._wanted():
@@ -238,8 +259,7 @@ class Protocol:
             wanted = len(choice.tried) + len(choice.missing)
             example = self._search_cell(arm, grid[len(grid) // 2])
             yield f"search, {arm}", example, wanted, len(choice.tried)
-        evaluated = [(arm, self.steps_of(arm)) for arm in study.arms if self._evaluates(arm)]
-        for arm, steps in [*self._wanted(), *evaluated]:
+        for arm, steps in [*self._wanted(), *self._evaluated()]:
             grid = study.grid(study.baseline if arm == AGAIN else arm)
             rate = self.choice(arm).best or grid[len(grid) // 2]
             done = len(self.results(arm, steps))
@@ -260,6 +280,8 @@ class Protocol:
     # ---- a run's config ----------------------------------------------------------------------
     def find(self, cell: Cell) -> FinishedRun | None:
         """The finished run of a cell, or None."""
+        if self.recorded is not None:
+            return self.recorded.get(replace(cell, source=""))
         key = (cell.arm, cell.steps, cell.lr, cell.seed)
         if key not in self._identities:
             self._identities[key] = identity_of(self.config(cell), self._evaluates(cell.arm))

@@ -209,13 +209,14 @@ def _check_same_text(runs: list[FinishedRun]) -> None:
 def _arm(protocol: Protocol, name: str) -> ArmResult:
     study = protocol.study
     config = study.arms[study.baseline if name == AGAIN else name]
+    runs = protocol.results(name)
     example = next(cell for _, cell, _, _ in protocol.plan() if cell.arm == name)
-    run = protocol.config(example)
+    run = next((found.run for found in runs.values()), None) or protocol.config(example)
     counts = parameter_counts(run.model)
     overrides = [*config.overrides, *(["other initial weights"] if name == AGAIN else [])]
     return ArmResult(
-        name, overrides, protocol.choice(name), protocol.results(name), counts.total,
-        counts.active, flops_per_token(run),
+        name, overrides, protocol.choice(name), runs, counts.total, counts.active,
+        flops_per_token(run),
     )  # fmt: skip
 
 

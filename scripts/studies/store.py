@@ -3,8 +3,8 @@
 A run's identity is its whole config without the folder (and without the path that weights came
 from): an arm that several studies share is trained once, wherever its folder is. A run counts as
 finished when its receipt says so, the receipt's hash is that of the config beside it, and the code
-was the same. ``archive`` keeps the small files of a run, enough for every report; weights stay
-behind.
+was the same. Runs lie in folders as the trainer leaves them, or in the archive of a study
+(``scripts/studies/archive.py``), where a run is named ``NAME.tar.xz/RUN``.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
+import tarfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,8 @@ from train.run_folder.folder import CHECKPOINTS, CONFIG, METRICS
 
 log = logging.getLogger(__name__)
 
+ARCHIVED = ".tar.xz"
 _NOT_IDENTITY = ("run_dir", "init_from", "wandb", "tensorboard")
-# Of metrics.jsonl: what reports read. The rest triples the size of an archive.
-_KEPT = (
-    "step", "tokens", "loss", "val_loss", "val_bits_per_byte", "lr", "skipped_steps",
-    "indexer_leaves_out", "indexer_captured_mass", "past_window", "past_hca_block", "dead_experts",
-    "step_seconds", "step_cpu_seconds", "peak_memory_bytes",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,12 +43,14 @@ class FinishedRun:
         run: its config, as today's code reads it.
         receipt: what it left behind.
         records: its metrics; empty of an evaluation.
+        files: name -> bytes of its config and its receipt, as they lie there.
     """
 
     folder: Path
     run: RunConfig
     receipt: Mapping[str, Any]
     records: list[Record]
+    files: Mapping[str, bytes] = field(repr=False)
 
     @property
     def identity(self) -> str:
@@ -108,16 +105,49 @@ def identity_of(run: RunConfig, evaluation: bool = False) -> str:
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """Read one run folder, or the archive of one.
+    """Read one run folder, or one run of an archive (``NAME.tar.xz/RUN``).
 
     Raises:
         UserError: it holds no finished run, or its receipt is of another config.
     """
-    name = EVALUATION if (folder / EVALUATION).is_file() else RECEIPT
+    if folder.parent.is_file():
+        return parse_run(folder, read_archive(folder.parent).get(folder.name, {}))
+    names = [name for name in (CONFIG, RECEIPT, EVALUATION) if (folder / name).is_file()]
+    return parse_run(folder, {name: (folder / name).read_bytes() for name in names})
+
+
+def read_archive(path: Path) -> dict[str, dict[str, bytes]]:
+    """Every run of a study's archive: its name -> its files.
+
+    Raises:
+        UserError: it is no archive.
+    """
+    runs: dict[str, dict[str, bytes]] = {}
     try:
-        raw = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
-        receipt = json.loads((folder / name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                run, _, name = member.name.rpartition("/")
+                file = archive.extractfile(member)
+                if file is not None:
+                    runs.setdefault(run, {})[name] = file.read()
+    except (OSError, tarfile.TarError, EOFError) as error:
+        raise UserError(f"{path} is no archive of runs: {error}") from error
+    return runs
+
+
+def parse_run(folder: Path, files: Mapping[str, bytes]) -> FinishedRun:
+    """A run from its files; metrics are read from the folder where they are not among these.
+
+    Raises:
+        UserError: as :func:`read_run`.
+    """
+    name = EVALUATION if EVALUATION in files else RECEIPT
+    if not files.keys() >= {CONFIG, name}:
+        raise UserError(f"{folder} holds no finished run: no {CONFIG} with {RECEIPT}")
+    try:
+        raw = yaml.safe_load(files[CONFIG])
+        receipt = json.loads(files[name])
+    except (ValueError, yaml.YAMLError) as error:
         raise UserError(f"{folder} holds no finished run: {error}") from error
     if name == RECEIPT and not receipt["finished"]:
         raise UserError(f"{folder}: the run stopped after step {receipt['progress']['step']}")
@@ -130,14 +160,18 @@ def read_run(folder: Path) -> FinishedRun:
         run = load(DictConfig(raw))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
-    return FinishedRun(folder, run, receipt, read_metrics(folder / METRICS))
+    if METRICS in files:
+        records = [json.loads(line) for line in files[METRICS].splitlines()]
+    else:
+        records = read_metrics(folder / METRICS)
+    return FinishedRun(folder, run, receipt, records, {n: files[n] for n in (CONFIG, name)})
 
 
 class Store:
-    """The finished runs below some folders.
+    """The finished runs below some folders, and in the archives there.
 
     Args:
-        folders: searched in this order; of equal runs the first counts.
+        folders: searched in this order, runs before archives; of equal runs the first counts.
         code: hash of the sources that a run must have run on; None: any.
     """
 
@@ -145,7 +179,8 @@ class Store:
         self._folders, self._code = list(folders), code
         self.runs: dict[str, FinishedRun] = {}  # by identity
         self.other_code: dict[str, FinishedRun] = {}
-        self._seen: set[Path] = set()
+        self._seen: set[Path | bytes] = set()
+        self._scan_archives = True  # once: only folders get new runs
         self.scan()
 
     def scan(self) -> None:
@@ -154,38 +189,22 @@ class Store:
             for name in (RECEIPT, EVALUATION):
                 for path in sorted(folder.rglob(name)):
                     self._take(path.parent)
+            if self._scan_archives:
+                for path in sorted(folder.rglob(f"*{ARCHIVED}")):
+                    for run, files in read_archive(path).items():
+                        self._take(path / run, files)
+        self._scan_archives = False
 
-    def _take(self, folder: Path) -> None:
-        if folder in self._seen:
+    def _take(self, folder: Path, files: Mapping[str, bytes] | None = None) -> None:
+        """Take a run up; several archives may hold the same one."""
+        key = folder if files is None else b"".join(files[n] for n in sorted(files))
+        if key in self._seen:
             return
         try:
-            found = read_run(folder)
+            found = read_run(folder) if files is None else parse_run(folder, files)
         except UserError as error:  # unfinished, or damaged: it is run again
             log.debug("passed over: %s", error)
             return
-        self._seen.add(folder)
+        self._seen.add(key)
         right = self._code in (None, found.code)
         (self.runs if right else self.other_code).setdefault(found.identity, found)
-
-
-def archive(found: FinishedRun, root: Path) -> Path:
-    """Copy what reports need to ``root/NAME`` and return that folder."""
-    target = root / found.name
-    if target.is_dir() and target != found.folder:
-        shutil.rmtree(target)
-    if target != found.folder:
-        aside = root / f".{found.name}.writing"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        for name in (CONFIG, RECEIPT, EVALUATION):
-            if (found.folder / name).is_file():
-                shutil.copyfile(found.folder / name, aside / name)
-        if found.records:
-            lines = [
-                json.dumps({key: record[key] for key in _KEPT if key in record}, allow_nan=False)
-                + "\n"
-                for record in found.records
-            ]
-            (aside / METRICS).write_text("".join(lines), encoding="utf-8")
-        aside.rename(target)
-    return target

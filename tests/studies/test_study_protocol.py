@@ -13,9 +13,10 @@ import pytest
 
 from optim.groups import build_table
 from scripts import study
+from scripts.studies.archive import archive_of, open_archive, pack
 from scripts.studies.config import AGAIN, load_study, study_names
 from scripts.studies.protocol import Cell, Protocol, choose
-from scripts.studies.store import Store, archive, identity_of, read_run
+from scripts.studies.store import Store, identity_of, read_run
 from tests.studies.folders import CODE, leave_run
 from train.errors import ExitCode, UserError
 from train.stages import refuse_unbuilt, resolve
@@ -157,14 +158,24 @@ def test_unfinished_runs_do_not_count(tmp_path):
 
 
 def test_archived_runs_are_enough_to_continue(tmp_path):
-    plan, cell = protocol(tmp_path), Cell("mhc", 10, 1e-3, 1)
-    finish(tmp_path, plan, cell, 3.0)
-    found = protocol(tmp_path).find(cell)
-    assert found is not None
-    kept = archive(found, tmp_path / "archive")
-    again = Store([tmp_path / "archive"], CODE).runs[found.identity]
-    assert (again.folder, again.val_loss) == (kept, 3.0)
-    assert again.records == found.records
+    plan = protocol(tmp_path)
+    rates = plan.study.grid("mhc")
+    for rate in rates:
+        finish(tmp_path, plan, Cell("mhc", 5, rate, 0), loss_at(rate, rates[1]))
+    finish(tmp_path, plan, Cell("mhc", 10, rates[1], 1), 3.0)
+    path = archive_of("mhc_vs_plain", tmp_path / "archives")
+    pack(protocol(tmp_path), path)
+    store = Store([tmp_path / "archives"], CODE)
+    assert {run.folder.parent for run in store.runs.values()} == {path}
+    again = Protocol(plan.study, store, tmp_path)
+    assert again.choice("mhc").best == rates[1]
+    found, archived = (p.results("mhc")[1] for p in (protocol(tmp_path), again))
+    assert archived.val_loss == 3.0
+    assert archived.records == found.records
+    assert read_run(path / found.name).files == found.files
+    recorded = open_archive(path)
+    assert recorded.study == plan.study
+    assert recorded.results("mhc")[1].name == found.name
 
 
 # ---- conf/study ----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from itertools import product
 import pytest
 
 from scripts import report
+from scripts.studies.archive import open_archive
 from scripts.studies.config import AGAIN, load_study
 from scripts.studies.differences import differences, explain, parting_step
 from scripts.studies.protocol import Cell, Protocol
@@ -195,9 +196,11 @@ def test_repeats_drawn_from_a_recorded_arm_give_no_verdict_in_18_of_20(arm):
 def test_recorded_arm_with_a_tenth_of_the_tokens_is_found():
     """Muon's recorded training loss after a tenth of the steps beside that after all of them."""
     results = json.loads((STUDIES / "muon_vs_adamw" / "results.json").read_text())
+    archived = open_archive(STUDIES / "archives" / "muon_vs_adamw.tar.xz").recorded
+    runs = {run.name: run for run in (archived or {}).values()}
     tenth, whole = {}, {}
     for seed, name in results["arms"]["muon"]["runs"].items():
-        records = read_run(STUDIES / "runs" / name).records
+        records = runs[name].records
         whole[int(seed)] = records[-1]["loss"]
         tenth[int(seed)] = records[len(records) // 10 - 1]["loss"]
     test = paired(tenth, whole, 0.05)

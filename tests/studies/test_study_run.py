@@ -17,8 +17,8 @@ from importlib.util import find_spec
 import pytest
 
 from scripts import study
+from scripts.studies.archive import open_archive
 from scripts.studies.report import MEASURED
-from scripts.studies.store import read_run
 from tests.helpers import ROOT
 from tests.integration.small_run import write_corpus
 
@@ -80,11 +80,10 @@ def test_killed_study_gives_the_same_report_and_finds_a_tenth_of_the_tokens(corp
 @pytest.mark.timeout(3000)
 def test_weights_are_rounded_after_training_without_training_again(corpus, tmp_path):
     assert study.main(["study=fp4_qat", "steps=4", *words(tmp_path, corpus), "again=false"]) == 0
-    evaluations = sorted((tmp_path / "docs").rglob("evaluation.json"))
-    assert len(evaluations) == 4
-    found = [
-        read_run(path.parent).rows_evaluated for path in (tmp_path / "docs").rglob("config.yaml")
-    ]
+    runs = open_archive(tmp_path / "docs" / "archives" / "fp4_qat.tar.xz").recorded
+    assert runs is not None
+    assert sum(run.is_evaluation for run in runs.values()) == 4
+    found = [run.rows_evaluated for run in runs.values()]
     assert found == pytest.approx([found[0]] * len(found), rel=1e-6), "all on the same text"
     assert "post_training" in reported(tmp_path, "fp4_qat")
 
