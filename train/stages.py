@@ -199,11 +199,14 @@ def check_rows(plan: StagePlan, row_degree: int) -> None:
     for stage in plan.reached():
         rows, unit = stage.quantum_tokens // stage.seq_len, stage.micro_batch_size * row_degree
         if rows % unit:
+            fitting = math.gcd(rows // row_degree, stage.micro_batch_size)
+            advice = f"; {fitting} would do" if rows % row_degree == 0 else ""
             what = "batches that grow by" if stage.ramp_from_tokens else "a batch of"
             raise UserError(
                 f"stage {stage.name}: {what} {rows} rows (train.global_batch_tokens="
                 f"{stage.global_batch_tokens}, seq_len={stage.seq_len}) must be a multiple of"
                 f" train.micro_batch_size={stage.micro_batch_size} times {row_degree} data rank(s)"
+                f"{advice}"
             )
 
 

@@ -192,7 +192,8 @@ class Store:
             if self._scan_archives:
                 for path in sorted(folder.rglob(f"*{ARCHIVED}")):
                     for run, files in read_archive(path).items():
-                        self._take(path / run, files)
+                        if CONFIG in files:  # else: what says of the study itself
+                            self._take(path / run, files)
         self._scan_archives = False
 
     def _take(self, folder: Path, files: Mapping[str, bytes] | None = None) -> None:
