@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -145,11 +146,17 @@ def write_durably(path: Path, text: str) -> None:
 def replace_durably(path: Path, text: str) -> None:
     """Write a small file beside its place, then put it there.
 
-    A reader, or a start after a crash, sees the file as it was or as it is to be.
+    A reader, or a start after a crash, sees the file as it was or as it is to be. Whatever ends
+    this but a kill takes away what was written beside; a kill's is written over by the next call.
     """
     aside = path.with_name(f".{path.name}.writing")
-    write_durably(aside, text)
-    os.replace(aside, path)
+    try:
+        write_durably(aside, text)
+        os.replace(aside, path)
+    except BaseException:  # a full disk, or a signal that ends this start
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise
     fsync(path.parent)
 
 
