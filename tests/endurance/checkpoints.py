@@ -39,8 +39,7 @@ def is_good(folder: Path) -> bool:
         if text != json.dumps({**manifest, "sha256": digest}, indent=1, sort_keys=True) + "\n":
             return False
         return manifest["step"] == step_of(folder.name) and all(
-            hashlib.sha256((folder / name).read_bytes()).hexdigest() == entry["sha256"]
-            for name, entry in manifest["files"].items()
+            sha256(folder / name) == entry["sha256"] for name, entry in manifest["files"].items()
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
@@ -65,7 +64,7 @@ def digests(folder: Path) -> dict[str, str]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
         dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
-    state = json.loads((folder / "state.json").read_text())
+    state = strict_json((folder / "state.json").read_text())
     found = {name: digest(tensor) for name, tensor in tensors.items()}
     for key in ("progress", "loader", "recovery"):
         found[f"state {key}"] = json.dumps(state[key], sort_keys=True)
@@ -102,11 +101,18 @@ def strict_json(text: str) -> Any:
 
 
 def tree(folder: Path) -> dict[str, str]:
-    """Relative path -> sha256 of the content, of all in a run folder but a killed run's remains."""
-    found: dict[str, str] = {}
-    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
-        name = str(path.relative_to(folder))
-        if name.startswith(("checkpoints/.writing_", "checkpoints/.removing_")):
-            continue
-        found[name] = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-    return found
+    """Relative path -> sha256 of the content, of all in a run folder."""
+    return {
+        str(path.relative_to(folder)): sha256(path) if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def is_remains(name: str) -> bool:
+    """Whether a name of :func:`tree` is what a killed run left unpublished or half removed."""
+    return name.startswith(("checkpoints/.writing_", "checkpoints/.removing_"))
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()

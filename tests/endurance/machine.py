@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class Living:
         self._before: life.Start | None = None
         self._config = b""  # what config.yaml held before it was damaged
         self._checks = Checks(story.variant, references)
+        self._jobs: list[Job] = []
 
     def run(self) -> None:
         """All starts, then an undisturbed one that must bring the run to its end.
@@ -72,6 +74,13 @@ class Living:
                 self._between(event)
             self._start(start)
         self._checks.finished(self._folder, self.story.final().steps)
+
+    def end(self) -> None:
+        """End what a life that broke has left running, or standing still."""
+        for job in self._jobs:
+            if any(rank.code is None for rank in job.ranks):
+                with suppress(BrokenError):  # that it broke is known
+                    job.kill()
 
     @property
     def _checkpoints(self) -> Path:
@@ -120,7 +129,7 @@ class Living:
         job = self._launch(start, "start", self._pinned(start, newest), other)
         newest = self._accompany(start, job, newest, why)
         struck = any(fact.startswith("struck") for fact in job.facts())
-        outcome = Outcome(start, job, newest, struck)
+        outcome = Outcome(start, job, newest, struck, before)
         self.counts[name] += struck or name in (life.END, life.LOCKED) or bool(other)
         if why and struck and outcome.code in (KILLED, RESUMABLE):  # before it was refused
             self._repair()
@@ -146,10 +155,12 @@ class Living:
     def _launch(
         self, start: life.Start, log: str, pinned: Path | None = None, more: list[str] | None = None
     ) -> Job:
-        return self._commands.start(
+        job = self._commands.start(
             self.story.variant, start, self._folder, self.place / f"{self.starts}_{log}.log",
             pinned, self._days_back, more or [],
         )  # fmt: skip
+        self._jobs.append(job)
+        return job
 
     def _why_refused(self, name: str, newest: int) -> str:
         """Why the start must be refused; empty: it need not."""
@@ -230,6 +241,7 @@ class Living:
             self.place / f"{self.starts}_export.log",
         )
         alone = Job([exporter])
+        self._jobs.append(alone)
         ended = alone.wait(until_stopped=True)
         job.go_on()
         job.wait()

@@ -128,10 +128,17 @@ class References:
         expect(not any(job.codes), f"undisturbed run left with {job.codes}", job.printed())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Complete lines of a metrics file, without what was measured."""
+def read_lines(path: Path, torn: bool = False) -> list[dict[str, Any]]:
+    """Complete lines of a metrics file, without what was measured.
+
+    Args:
+        path: may be absent.
+        torn: whether the last line may be damaged, though it is complete; then it is left out.
+    """
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
+    if torn and whole and not whole[-1].endswith("}\n"):
+        whole.pop()
     return [unmeasured(checkpoints.strict_json(line)) for line in whole]
 
 

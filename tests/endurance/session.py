@@ -61,8 +61,10 @@ class Session:
             os.waitpid(pid, 0)
         records = [record for seed in asked if (record := self._done(seed)) is not None]
         broken = self._summarise(records, time.monotonic() - began)
-        missing = len(asked) - len(records)
-        return broken + (0 if stop else missing)
+        missing = set(asked) - {record["seed"] for record in records}
+        if missing and not stop:
+            say(f"without a record, since their worker died: {sorted(missing)}")
+        return broken + (0 if stop else len(missing))
 
     def one(self, seed: int, simplify: bool) -> int:
         """Live one life, and keep its folder; 1 if it broke."""
@@ -100,7 +102,7 @@ class Session:
                 self._tell(record)
                 if stop and record["broken"]:
                     break
-        except Exception:  # a fault of the test itself: its life has no record
+        except BaseException:  # its lives that have no record count as broken
             traceback.print_exc()
         finally:
             os._exit(0)
@@ -116,6 +118,11 @@ class Session:
             living.run()
         except BrokenError as error:
             broken, printed = error.what, error.printed
+        except Exception as error:  # a fault of the test itself must not pass for a life that held
+            broken = f"the test itself failed: {type(error).__name__}: {error}"
+            printed = traceback.format_exc()
+        finally:
+            living.end()
         record = {
             "seed": story.seed, "ranks": self._ranks, "code_sha256": self._code,
             "broken": broken, "starts": living.starts, "counts": dict(living.counts),
@@ -144,7 +151,7 @@ class Session:
             plant = f" --plant {self._plant}" if self._plant else ""
             told += (
                 f"\n  BROKEN at start {record['starts']}: {record['broken']}\n  again: python"
-                f" scripts/endurance.py --ranks {self._ranks} --seed {record['seed']}{plant}"
+                f" -m tests.endurance --ranks {self._ranks} --seed {record['seed']}{plant}"
                 f" --out DIR"
             )
         say(told)
