@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -127,7 +128,9 @@ def prepare(place: Path, faults: Sequence[Callable[[], None]] = ()) -> Commands:
     shutil.rmtree(folder)
     assert threading.active_count() == 1, threading.enumerate()
     assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads cannot be forked"
-    return Commands(words, child.Composed(words), faults)
+    composed = child.Composed(words)
+    gc.freeze()  # or the first collection of each fork copies all of the parent's memory
+    return Commands(words, composed, faults)
 
 
 def _write_text(place: Path) -> Path:
