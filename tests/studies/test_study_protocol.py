@@ -178,20 +178,6 @@ def test_archived_runs_are_enough_to_continue(tmp_path):
     assert recorded.results("mhc")[1].name == found.name
 
 
-def test_half_an_archive_does_not_count(tmp_path):
-    """A kill left it: its receipt says that the run has finished, its metrics are not there."""
-    plan, cell = protocol(tmp_path), Cell("mhc", 10, 1e-3, 1)
-    finish(tmp_path, plan, cell, 3.0)
-    found = protocol(tmp_path).find(cell)
-    assert found is not None
-    kept = archive(found, tmp_path / "archive")
-    (kept / "metrics.jsonl").unlink()
-    kept.rename(kept.with_name(f".{kept.name}.writing"))
-    assert Store([tmp_path / "archive"], CODE).runs == {}
-    again = archive(found, tmp_path / "archive")
-    assert [path.name for path in (tmp_path / "archive").iterdir()] == [again.name]
-
-
 # ---- conf/study ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", study_names())
 def test_study_composes_and_every_run_has_a_plan(name, tmp_path):
