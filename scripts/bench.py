@@ -25,6 +25,7 @@ BENCHMARKS = {
     "checkpoint": "scripts.benchmarks.checkpoint",
     "recovery": "scripts.benchmarks.recovery",
     "efficiency": "scripts.benchmarks.efficiency",
+    "triton_aot": "scripts.benchmarks.triton_aot",
     "step_parts": "scripts.layout_trials.step_parts",
     "timeline": "scripts.layout_trials.timeline",
     "fake_ranks": "scripts.layout_trials.fake_ranks",

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import triton
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.interpreter import InterpretedFunction
@@ -62,9 +61,12 @@ class Shipped:
     Attributes:
         name: of the line in the table.
         kernel: the jitted function.
-        types: argument -> Triton's type (``*bf16``, ``i32``, ``fp32``); the others are constant.
+        types: argument -> Triton's type (``*bf16``, ``i32``, ``i32:16`` where it is a multiple of
+            16, ``fp32``); the others are constant.
         constants: constexprs beside the tile's.
         tiles: architecture, or ``other``, -> tile.
+        spills: architecture -> why registers are spilled there, and it is shipped still.
+        replicates: architecture -> why warps compute a product several times there.
     """
 
     name: str
@@ -72,6 +74,8 @@ class Shipped:
     types: Mapping[str, str]
     constants: Mapping[str, Any]
     tiles: Mapping[str, Tile]
+    spills: Mapping[str, str] = field(default_factory=dict)
+    replicates: Mapping[str, str] = field(default_factory=dict)
 
 
 def tile_of(tiles: Mapping[str, Tile], architecture: str) -> Tile:
@@ -165,4 +169,4 @@ def define(schema: str, implementation: Callable[..., Any]) -> Callable[..., Any
 
 def blocks(size: int, block: int) -> int:
     """How many blocks cover ``size``."""
-    return triton.cdiv(size, block)
+    return -(-size // block)

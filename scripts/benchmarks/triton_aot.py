@@ -1,0 +1,304 @@
+"""Compile every shipped Triton kernel for every GPU it is meant for, and hold it to their limits.
+
+No GPU is needed. Compilers say nothing of a kernel that asks for more shared memory than there is,
+that spills, whose warps compute one product several times, or that leaves products to plain
+arithmetic; this does, with exit code 1. ``Shipped.spills`` and ``replicates`` give the exceptions.
+
+    python scripts/bench.py triton_aot
+    python scripts/bench.py triton_aot --arch sm_86 sm_90 --kernel swiglu --markdown table.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from scripts.cli.command import command
+from train.errors import ROOT, ExitCode, UserError
+
+KERNELS = ROOT / "model/kernels/triton"
+# Bytes of shared memory that one program may have.
+SHARED = {
+    "sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448,
+    "sm_120": 101_376, "gfx942": 65_536,
+}  # fmt: skip
+TMEM = 512  # columns
+MMA = r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma\w*)"
+
+
+@dataclass
+class Compiled:
+    """What one kernel takes on one architecture.
+
+    Attributes:
+        module: file of the kernel.
+        name: of the shipped line.
+        arch: architecture.
+        tile: its sizes, warps and stages.
+        shared: bytes of shared memory.
+        tmem: columns of tensor memory.
+        registers: of a thread.
+        spilled: bytes of a thread.
+        replicated: how often the warps compute a product, for the worst one; 0: no product.
+        mma: tensor core instructions.
+        seconds: of the compilation.
+        faults: why it cannot be shipped.
+    """
+
+    module: str
+    name: str
+    arch: str
+    tile: str
+    shared: int = 0
+    tmem: int = 0
+    registers: int = 0
+    spilled: int = 0
+    replicated: int = 0
+    mma: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    faults: list[str] = field(default_factory=list)
+
+
+@command()
+def main(words: Sequence[str] | None = None) -> int:
+    """Parse the arguments, compile, print, write."""
+    args = _arguments(words)
+    if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
+        raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
+    lines: list[Compiled] = []
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        for module, shipped in shipped_kernels(args.kernel):
+            for arch in args.arch:
+                lines.append(compile_one(module, shipped, arch))
+                print(render(lines[-1]), flush=True)
+    if args.json:
+        text = json.dumps([asdict(line) for line in lines], indent=2, allow_nan=False)
+        Path(args.json).write_text(text + "\n")
+    if args.markdown:
+        shown = " ".join(["python scripts/bench.py triton_aot", *(words or sys.argv[1:])])
+        Path(args.markdown).write_text(markdown(lines, shown))
+    faulty = sum(bool(line.faults) for line in lines)
+    print(f"{len(lines)} compiled, {faulty} with faults")
+    return ExitCode.failure if faulty else ExitCode.finished
+
+
+def shipped_kernels(wanted: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(module, shipped line) of all kernels.
+
+    Args:
+        wanted: names of modules; none: all.
+
+    Raises:
+        UserError: a module that there is not.
+    """
+    names = sorted(path.stem for path in KERNELS.glob("*.py"))
+    modules = [name for name in names if "\nSHIPPED" in (KERNELS / f"{name}.py").read_text()]
+    for name in wanted:
+        if name not in modules:
+            raise UserError(f"--kernel {name} is none of {', '.join(modules)}")
+    for name in wanted or modules:
+        for shipped in import_module(f"model.kernels.triton.{name}").SHIPPED:
+            yield name, shipped
+
+
+def compile_one(module: str, shipped: Any, arch: str) -> Compiled:
+    """Compile a kernel with its tile for an architecture, and look at the result.
+
+    Args:
+        module: file of the kernel.
+        shipped: the kernel's line, see ``model.kernels.triton.launch.Shipped``.
+        arch: a key of ``SHARED``.
+    """
+    from model.kernels.triton.launch import tile_of  # noqa: PLC0415 (imports triton)
+
+    tile = tile_of(shipped.tiles, arch)
+    sizes = " ".join(f"{name}={value}" for name, value in tile.sizes.items())
+    line = Compiled(module, shipped.name, arch, f"{sizes} w{tile.warps} s{tile.stages}".strip())
+    begin = time.perf_counter()
+    try:
+        kernel = _compile(shipped, tile, arch)
+    except Exception as error:  # whatever the compiler raises is this line's fault
+        line.faults.append(f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
+        return line
+    line.seconds = round(time.perf_counter() - begin, 1)
+    line.shared, line.tmem = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0) or 0
+    text = kernel.asm["amdgcn" if arch.startswith("gfx") else "ptx"]
+    line.registers, line.spilled = (
+        _amd_registers(text) if arch.startswith("gfx") else _nvidia_registers(kernel, arch)
+    )
+    found = re.findall(MMA, text)
+    line.mma = {name: found.count(name) for name in sorted(set(found))}
+    line.replicated = max(replications(kernel.asm["ttgir"]), default=0)
+    line.faults = faults(line, shipped, products="tt.dot" in kernel.asm["ttir"])
+    return line
+
+
+def faults(line: Compiled, shipped: Any, products: bool) -> list[str]:
+    """Why a line cannot be shipped.
+
+    Args:
+        line: what was measured.
+        shipped: gives the reasons for which a spill or a repeated product is let pass.
+        products: whether the kernel multiplies matrices.
+    """
+    found = []
+    if line.shared > SHARED[line.arch]:
+        found.append(f"shared {line.shared} > {SHARED[line.arch]}")
+    if line.tmem > TMEM:
+        found.append(f"tmem {line.tmem} > {TMEM}")
+    if line.spilled and line.arch not in shipped.spills:
+        found.append(f"spills {line.spilled} bytes without a stated reason")
+    if line.replicated > 1 and line.arch not in shipped.replicates:
+        found.append(f"warps compute one product {line.replicated} times")
+    if products and not line.mma:
+        found.append("no tensor core instruction")
+    return found
+
+
+def _compile(shipped: Any, tile: Any, arch: str) -> Any:
+    import triton  # noqa: PLC0415 (after the environment is set)
+    from triton.backends.compiler import GPUTarget  # noqa: PLC0415
+    from triton.compiler import ASTSource  # noqa: PLC0415
+
+    names = shipped.kernel.arg_names
+    constants = {**shipped.constants, **tile.sizes}
+    unknown = [n for n in names if n not in shipped.types and n not in constants]
+    if unknown:
+        raise ValueError(f"Shipped {shipped.name!r} gives neither type nor value of {unknown}")
+    types = {name: kind.removesuffix(":16") for name, kind in shipped.types.items()}
+    divisible = [n for n, kind in shipped.types.items() if kind[0] == "*" or kind.endswith(":16")]
+    source = ASTSource(
+        fn=shipped.kernel,
+        signature={name: types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(n),): v for n, v in constants.items() if n in names},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in divisible},
+    )
+    amd = arch.startswith("gfx")
+    target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, **tile.options}
+    with contextlib.redirect_stdout(io.StringIO()):  # an error of ptxas prints the whole PTX
+        return triton.compile(source, target=target, options=options)
+
+
+def _nvidia_registers(kernel: Any, arch: str) -> tuple[int, int]:
+    """(registers, spilled bytes), as ptxas tells them for this PTX."""
+    import triton.backends.nvidia as nvidia  # noqa: PLC0415
+
+    tool = "ptxas-blackwell" if int(arch[3:]) >= 100 else "ptxas"
+    suffix = "a" if int(arch[3:]) >= 90 else ""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder, "kernel.ptx")
+        ptx.write_text(kernel.asm["ptx"])
+        compiler = Path(next(iter(nvidia.__path__)), "bin", tool)
+        words = [compiler, "-v", f"--gpu-name={arch}{suffix}", ptx, "-o", f"{folder}/cubin"]
+        told = subprocess.run(
+            list(map(str, words)), capture_output=True, text=True, check=True
+        ).stderr
+    registers, spilled = (
+        re.search(r"Used (\d+) registers", told),
+        re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", told),
+    )
+    assert registers, told
+    return int(registers[1]), max(map(int, spilled.groups())) if spilled else 0
+
+
+def _amd_registers(text: str) -> tuple[int, int]:
+    """(vector registers, accumulators included; spilled bytes) of the code's own notes."""
+    count, spills = (
+        re.search(rf"\.{name}:\s*(\d+)", text) for name in ("vgpr_count", "vgpr_spill_count")
+    )
+    assert count, "no register count"
+    assert spills, "no spill count"
+    return int(count[1]), 4 * int(spills[1])
+
+
+def replications(ttgir: str) -> list[int]:
+    """For each matrix product, how many warps compute the same part of it.
+
+    A product whose result feeds another product has its warps along one axis; where that is shorter
+    than warps times instruction, they repeat each other, and nothing warns.
+
+    Args:
+        ttgir: the compiler's code once layouts are chosen.
+    """
+    layouts = {}
+    for name, body in re.findall(r"(#\w+) = #ttg\.(?:nvidia_mma|amd_mfma)<\{(.*)\}>", ttgir):
+        warps, shape = (
+            re.search(rf"{key} = \[([\d, ]+)\]", body) for key in ("warpsPerCTA", "instrShape")
+        )
+        if warps and shape:
+            layouts[name] = [[int(n) for n in m[1].split(",")[:2]] for m in (warps, shape)]
+    pattern = r"= (?:ttng\.warp_group_dot |tt\.dot ).*-> tensor<(\d+)x(\d+)xf32, (#\w+)>"
+    found = []
+    for rows, cols, name in re.findall(pattern, ttgir):
+        if name in layouts:
+            warps, shape = layouts[name]
+            covers = [w * s // int(n) for w, s, n in zip(warps, shape, (rows, cols), strict=True)]
+            found.append(max(1, covers[0]) * max(1, covers[1]))
+    return found
+
+
+def render(line: Compiled) -> str:
+    """One line of text."""
+    end = f"  FAULT: {'; '.join(line.faults)}" if line.faults else ""
+    return (
+        f"{line.module + ' ' + line.name:40} {line.arch:7} {line.tile:34} shared {line.shared:6}"
+        f" tmem {line.tmem:3} registers {line.registers:3} spilled {line.spilled:4}"
+        f" replicated {line.replicated} {line.mma}{end}"
+    )
+
+
+def markdown(lines: Sequence[Compiled], shown: str) -> str:
+    """The table as a document.
+
+    Args:
+        lines: compiled kernels.
+        shown: the command that made it.
+    """
+    head = ("kernel", "architecture", "tile", "shared bytes (limit)", "TMEM columns", "registers",
+            "spilled bytes", "product computed", "tensor core instructions", "faults")  # fmt: skip
+    rows = [
+        (f"{x.module} {x.name}", x.arch, x.tile, f"{x.shared:,} ({SHARED[x.arch]:,})", x.tmem or "",
+         x.registers, x.spilled, f"{x.replicated} x" if x.replicated else "",
+         ", ".join(f"{name} {count}" for name, count in x.mma.items()), "; ".join(x.faults))
+        for x in lines
+    ]  # fmt: skip
+    table = [head, ["---"] * len(head), *rows]
+    return "\n".join(
+        [
+            "# Triton kernels, compiled ahead of time",
+            "",
+            f"Made by `{shown}`; no GPU ran anything. Limits and columns: `scripts/benchmarks/"
+            "triton_aot.py`.",
+            "",
+            *("| " + " | ".join(map(str, row)) + " |" for row in table),
+            "",
+        ]
+    )
+
+
+def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--arch", nargs="+", choices=list(SHARED), default=list(SHARED), help="default: all"
+    )
+    parser.add_argument("--kernel", nargs="+", default=[], help="files of kernels (default: all)")
+    parser.add_argument("--json", default="", help="also write the table to this file")
+    parser.add_argument("--markdown", default="", help="also write the table as a document")
+    return parser.parse_args(words)
