@@ -2,7 +2,7 @@
 
 On CPU the kernels are the C++ of ``cpu/mhc.cpp`` (one pass over the streams per call), elsewhere
 and without a compiler the torch formulas of ``mhc_torch.py``. Streams are fp32 or bf16, parameters
-fp32.
+fp32. Other kernels of the same schemas come in as :class:`MhcOps`.
 
 The merge mixes the streams, but the backward pass of ``mhc_pre``, which reads them anyway, takes
 the gradient through that mixing: the merge hands its incoming gradient on. So ``mhc_pre`` returns
@@ -13,7 +13,8 @@ the streams once more, in a :class:`StreamMix`; there they stand for ``comb^T x`
 # M = (2 + S) * S mix channels
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,10 +24,29 @@ from model.kernels.mhc import StreamMix
 from model.kernels.mhc_ops import OPS
 
 
+class MhcOps(NamedTuple):
+    """Kernels by the schemas of ``mhc_ops.py``, and the dtypes of streams that they take."""
+
+    pre: Callable[..., Any]
+    pre_backward: Callable[..., Any]
+    merge: Callable[..., Any]
+    merge_backward: Callable[..., Any]
+    head: Callable[..., Any]
+    head_backward: Callable[..., Any]
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+
+_BY_DEVICE = MhcOps(
+    OPS.mhc_pre, OPS.mhc_pre_backward, OPS.mhc_merge, OPS.mhc_merge_backward, OPS.mhc_head,
+    OPS.mhc_head_backward,
+)  # fmt: skip
+
+
 class _Pre(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        ops: MhcOps,
         x_NSD: Tensor,
         fn_MC: Tensor,
         base_M: Tensor,
@@ -35,11 +55,11 @@ class _Pre(torch.autograd.Function):
         eps: float,
         rms_eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        u_ND, post_NS, comb_NSS, mix_NM, rms_N = OPS.mhc_pre(
+        u_ND, post_NS, comb_NSS, mix_NM, rms_N = ops.pre(
             x_NSD, fn_MC, base_M, scale_3, iters, eps, rms_eps
         )
         ctx.save_for_backward(x_NSD, fn_MC, base_M, scale_3, mix_NM, rms_N)
-        ctx.iters, ctx.eps = iters, eps
+        ctx.ops, ctx.iters, ctx.eps = ops, iters, eps
         ctx.set_materialize_grads(False)
         return u_ND, x_NSD.view_as(x_NSD), post_NS, comb_NSS
 
@@ -60,33 +80,37 @@ class _Pre(torch.autograd.Function):
             grad_new_NSD = torch.zeros_like(x_NSD)
         if grad_post_NS is None:
             grad_post_NS = mix_NM.new_zeros(N, S)
-        grads = OPS.mhc_pre_backward(
+        grads = ctx.ops.pre_backward(
             x_NSD, fn_MC, base_M, scale_3, ctx.iters, ctx.eps, mix_NM, rms_N,
             grad_u_ND, grad_new_NSD, grad_post_NS, grad_comb_NSS,
         )  # fmt: skip
-        return *grads, None, None, None
+        return None, *grads, None, None, None
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y_ND: Tensor, x_NSD: Tensor, post_NS: Tensor, comb_NSS: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, ops: MhcOps, y_ND: Tensor, x_NSD: Tensor, post_NS: Tensor, comb_NSS: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(y_ND, post_NS)
-        return OPS.mhc_merge(y_ND, x_NSD, post_NS, comb_NSS)
+        ctx.ops = ops
+        return ops.merge(y_ND, x_NSD, post_NS, comb_NSS)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NSD: Tensor) -> tuple[Tensor | None, ...]:
         y_ND, post_NS = ctx.saved_tensors
         grad_NSD = grad_NSD.contiguous()
-        grad_y_ND, grad_post_NS = OPS.mhc_merge_backward(grad_NSD, y_ND, post_NS)
+        grad_y_ND, grad_post_NS = ctx.ops.merge_backward(grad_NSD, y_ND, post_NS)
         # For the streams: the gradient of comb^T x itself. _Pre takes it through comb.
-        return grad_y_ND, grad_NSD, grad_post_NS, None
+        return None, grad_y_ND, grad_NSD, grad_post_NS, None
 
 
 class _Head(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
+        ops: MhcOps,
         x_NSD: Tensor,
         fn_SC: Tensor,
         base_S: Tensor,
@@ -94,19 +118,19 @@ class _Head(torch.autograd.Function):
         eps: float,
         rms_eps: float,
     ) -> Tensor:
-        y_ND, mix_NS, rms_N = OPS.mhc_head(x_NSD, fn_SC, base_S, scale_1, eps, rms_eps)
+        y_ND, mix_NS, rms_N = ops.head(x_NSD, fn_SC, base_S, scale_1, eps, rms_eps)
         ctx.save_for_backward(x_NSD, fn_SC, base_S, scale_1, mix_NS, rms_N)
-        ctx.eps = eps
+        ctx.ops, ctx.eps = ops, eps
         return y_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         x_NSD, fn_SC, base_S, scale_1, mix_NS, rms_N = ctx.saved_tensors
-        grads = OPS.mhc_head_backward(
+        grads = ctx.ops.head_backward(
             x_NSD, fn_SC, base_S, scale_1, ctx.eps, mix_NS, rms_N, grad_ND
         )
-        return *grads, None, None
+        return None, *grads, None, None
 
 
 def mhc_pre(
@@ -117,22 +141,23 @@ def mhc_pre(
     iters: int,
     eps: float,
     rms_eps: float,
+    ops: MhcOps = _BY_DEVICE,
 ) -> tuple[Tensor, StreamMix]:
     """Fused :func:`model.kernels.mhc.mhc_pre`: same arguments and results.
 
     Raises:
         ValueError: streams that are neither fp32 nor bf16, or parameters that are not fp32.
     """
-    x_NSD = _rows(x_BTSD, fn_MC, base_M, scale_3)
+    x_NSD = _rows(ops, x_BTSD, fn_MC, base_M, scale_3)
     u_ND, new_NSD, post_NS, comb_NSS = _Pre.apply(
-        x_NSD, fn_MC.contiguous(), base_M, scale_3, iters, eps, rms_eps
+        ops, x_NSD, fn_MC.contiguous(), base_M, scale_3, iters, eps, rms_eps
     )
     lead = x_BTSD.shape[:-2]
     post_BTS, comb_BTSS = post_NS.unflatten(0, lead), comb_NSS.unflatten(0, lead)
     return u_ND.unflatten(0, lead), StreamMix(new_NSD.view(x_BTSD.shape), post_BTS, comb_BTSS)
 
 
-def mhc_merge(y_BTD: Tensor, mix: StreamMix) -> Tensor:
+def mhc_merge(y_BTD: Tensor, mix: StreamMix, ops: MhcOps = _BY_DEVICE) -> Tensor:
     """Fused :func:`model.kernels.mhc.mhc_merge`; ``mix`` must come from the fused pre.
 
     Raises:
@@ -145,6 +170,7 @@ def mhc_merge(y_BTD: Tensor, mix: StreamMix) -> Tensor:
             f" {x_BTSD.dtype}"
         )
     new_NSD = _Merge.apply(
+        ops,
         y_BTD.flatten(0, -2).contiguous(),
         x_BTSD.flatten(0, -3),
         mix.post_BTS.flatten(0, -2),
@@ -154,17 +180,24 @@ def mhc_merge(y_BTD: Tensor, mix: StreamMix) -> Tensor:
 
 
 def mhc_head(
-    x_BTSD: Tensor, fn_SC: Tensor, base_S: Tensor, scale_1: Tensor, eps: float, rms_eps: float
+    x_BTSD: Tensor,
+    fn_SC: Tensor,
+    base_S: Tensor,
+    scale_1: Tensor,
+    eps: float,
+    rms_eps: float,
+    ops: MhcOps = _BY_DEVICE,
 ) -> Tensor:
     """Fused :func:`model.kernels.mhc.mhc_head`: same arguments, result and errors as the pre."""
-    x_NSD = _rows(x_BTSD, fn_SC, base_S, scale_1)
-    y_ND = _Head.apply(x_NSD, fn_SC.contiguous(), base_S, scale_1, eps, rms_eps)
+    x_NSD = _rows(ops, x_BTSD, fn_SC, base_S, scale_1)
+    y_ND = _Head.apply(ops, x_NSD, fn_SC.contiguous(), base_S, scale_1, eps, rms_eps)
     return y_ND.unflatten(0, x_BTSD.shape[:-2])
 
 
-def _rows(x_BTSD: Tensor, *parameters: Tensor) -> Tensor:
-    if x_BTSD.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"model.kernels=fast takes fp32 or bf16 streams, not {x_BTSD.dtype}")
+def _rows(ops: MhcOps, x_BTSD: Tensor, *parameters: Tensor) -> Tensor:
+    if x_BTSD.dtype not in ops.dtypes:
+        known = " or ".join(str(dtype).removeprefix("torch.") for dtype in ops.dtypes)
+        raise ValueError(f"mHC kernels take {known} streams, not {x_BTSD.dtype}")
     for parameter in parameters:
         if parameter.dtype is not torch.float32:
             raise ValueError(f"mHC parameters must be fp32, not {parameter.dtype}")

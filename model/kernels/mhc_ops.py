@@ -15,7 +15,7 @@ from model.kernels import mhc_torch
 from model.kernels.cpu_build import KernelLibrary, kernel_library
 
 _LIBRARY = torch.library.Library("v4", "FRAGMENT")
-_SCHEMAS = {
+SCHEMAS = {
     "mhc_pre": "(Tensor x, Tensor fn, Tensor base, Tensor scale, int iters, float eps,"
     " float rms_eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "mhc_pre_backward": "(Tensor x, Tensor fn, Tensor base, Tensor scale, int iters, float eps,"
@@ -157,7 +157,7 @@ _IMPLEMENTATIONS = {
     "mhc_head_backward": (_head_backward, mhc_torch.head_backward, _gradients_like),
 }
 for _name, (_cpu, _elsewhere, _shapes) in _IMPLEMENTATIONS.items():
-    _LIBRARY.define(_name + _SCHEMAS[_name])
+    _LIBRARY.define(_name + SCHEMAS[_name])
     _LIBRARY.impl(_name, _cpu, "CPU")
     _LIBRARY.impl(_name, _elsewhere, "CUDA")
     torch.library.register_fake(f"v4::{_name}", _shapes, lib=_LIBRARY)

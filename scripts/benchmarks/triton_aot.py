@@ -179,8 +179,9 @@ def _compile(shipped: Any, tile: Any, arch: str) -> Any:
     unknown = [n for n in names if n not in shipped.types and n not in constants]
     if unknown:
         raise ValueError(f"Shipped {shipped.name!r} gives neither type nor value of {unknown}")
-    types = {name: kind.removesuffix(":16") for name, kind in shipped.types.items()}
-    divisible = [n for n, kind in shipped.types.items() if kind[0] == "*" or kind.endswith(":16")]
+    kinds = {name: kind for name, kind in shipped.types.items() if name in names}
+    types = {name: kind.removesuffix(":16") for name, kind in kinds.items()}
+    divisible = [n for n, kind in kinds.items() if kind[0] == "*" or kind.endswith(":16")]
     source = ASTSource(
         fn=shipped.kernel,
         signature={name: types.get(name, "constexpr") for name in names},

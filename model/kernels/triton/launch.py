@@ -11,14 +11,14 @@ slow, for tests. Its casts to bf16 and its products of bf16 are wrong, hence ``U
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
@@ -28,6 +28,7 @@ LIBRARY = torch.library.Library("v4", "FRAGMENT")
 OPS = torch.ops.v4
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 INTERPRETER = "interpreter"
+T = TypeVar("T")
 _counter: ContextVar[Counter[str] | None] = ContextVar("launches", default=None)
 
 
@@ -63,7 +64,8 @@ class Shipped:
         kernel: the jitted function.
         types: argument -> Triton's type (``*bf16``, ``i32``, ``i32:16`` where it is a multiple of
             16, ``fp32``); the others are constant.
-        constants: constexprs beside the tile's.
+        constants: constexprs beside the tile's; what a kernel does not take is passed over, here
+            and in ``types``.
         tiles: architecture, or ``other``, -> tile.
         spills: architecture -> why registers are spilled there, and it is shipped still.
         replicates: architecture -> why warps compute a product several times there.
@@ -78,8 +80,8 @@ class Shipped:
     replicates: Mapping[str, str] = field(default_factory=dict)
 
 
-def tile_of(tiles: Mapping[str, Tile], architecture: str) -> Tile:
-    """The tile of an architecture; ``other`` stands for those not named.
+def tile_of(tiles: Mapping[str, T], architecture: str) -> T:
+    """The tile (or number) of an architecture; ``other`` stands for those not named.
 
     Args:
         tiles: by architecture.
@@ -131,7 +133,8 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> No
                 f"{kernel.fn.__name__}: Triton runs CPU tensors in its interpreter only, which"
                 " TRITON_INTERPRET=1 switches on before the start"
             )
-        with np.errstate(all="ignore"):  # masked lanes compute what they like
+        with warnings.catch_warnings():  # masked lanes compute what they like
+            warnings.simplefilter("ignore", RuntimeWarning)
             kernel[tuple(grid)](*args, **constants)
         return
     with torch.cuda.device(tensor.device):

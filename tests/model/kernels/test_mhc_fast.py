@@ -223,7 +223,7 @@ def test_no_tokens_at_all(implementation):
 
 def test_dtypes_that_the_kernels_do_not_serve_are_refused():
     connection, head = connections(Kernels.fast)
-    with pytest.raises(ValueError, match=r"fp32 or bf16 streams, not torch\.float64"):
+    with pytest.raises(ValueError, match=r"float32 or bfloat16 streams, not torch\.float64"):
         connection(torch.randn(1, 2, 4, 24).double())
     _, mix = connection(torch.randn(1, 2, 4, 24).bfloat16())
     with pytest.raises(ValueError, match=r"output torch\.float32, streams torch\.bfloat16"):

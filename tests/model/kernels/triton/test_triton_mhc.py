@@ -1,0 +1,116 @@
+"""Hyper-connections in Triton against the float64 reference, in the interpreter.
+
+The yardstick is the plain path in fp32, as ``checks.check`` says. Sizes leave the last block of
+tokens and of channels partly filled.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.kernels import mhc
+from model.kernels.triton import mhc as triton_mhc
+from model.kernels.triton.launch import counted
+from tests.model.kernels.triton.checks import check
+
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def normal(*shape, dtype=F32, size=1.0):
+    return (torch.randn(*shape, dtype=torch.float64) * size).to(dtype)
+
+
+def whole(module, iters):
+    """pre, merge and head in one: every gradient reaches every input."""
+
+    def run(x, y, fn, base, scale, head_fn):
+        S = x.shape[-2]
+        u, mix = module.mhc_pre(x, fn, base, scale, iters, 1e-6, 1e-6)
+        new = module.mhc_merge(y + u, mix)
+        head = module.mhc_head(new, head_fn, base[:S], scale[:1], 1e-6, 1e-6)
+        return u, new, head, mix.post_BTS, mix.comb_BTSS
+
+    return run
+
+
+def case(B, T, S, D, dtype, size):
+    M = (2 + S) * S
+    inputs = [
+        normal(B, T, S, D, dtype=dtype), normal(B, T, D, dtype=dtype),
+        normal(M, S * D, size=size * (S * D) ** -0.5), normal(M, size=size),
+        torch.tensor([0.9, 1.3, 1.7]) * size, normal(S, S * D, size=size * (S * D) ** -0.5),
+    ]  # fmt: skip
+    grads = [
+        normal(B, T, D), normal(B, T, S, D), normal(B, T, D), normal(B, T, S), normal(B, T, S, S)
+    ]  # fmt: skip
+    return inputs, grads
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "S", "D", "dtype", "size", "iters"),
+    [
+        (1, 19, 4, 70, F32, 1.0, 20),
+        (2, 3, 4, 70, F32, 1e-3, 4),
+        (2, 9, 4, 64, F16, 1.0, 3),
+        (1, 1, 4, 37, F32, 3.0, 20),
+        (1, 5, 3, 7, F32, 1.0, 2),
+        (1, 3, 1, 16, F32, 1.0, 2),
+        (1, 0, 4, 16, F32, 1.0, 2),
+    ],
+)
+def test_mhc_is_the_reference(B, T, S, D, dtype, size, iters):
+    inputs, grads = case(B, T, S, D, dtype, size)
+    check(whole(triton_mhc, iters), whole(mhc, iters), inputs, grads, allowance=2.0)
+
+
+def test_one_iteration_and_outputs_that_nobody_reads():
+    inputs, grads = case(1, 6, 4, 16, F32, 1.0)
+    check(whole(triton_mhc, 1), whole(mhc, 1), inputs, [None, grads[1], *grads[2:4], None], 2.0)
+
+
+def test_bf16_streams_keep_their_dtype_and_the_fp32_of_parameters():
+    inputs, _ = case(1, 6, 4, 16, BF16, 1.0)
+    outputs = whole(triton_mhc, 2)(*inputs)
+    assert [o.dtype for o in outputs] == [BF16, BF16, BF16, F32, F32]
+    plain = whole(mhc, 2)(*inputs)
+    for ours, theirs in zip(outputs, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
+
+
+def test_what_is_not_finite_stays_so():
+    inputs, _ = case(1, 6, 4, 16, F32, 1.0)
+    inputs[0][0, 2, 1, 3], inputs[0][0, 4, 0, 0] = float("nan"), float("inf")
+    for ours, theirs in zip(whole(triton_mhc, 2)(*inputs), whole(mhc, 2)(*inputs), strict=True):
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_a_step_traces_and_reads_nothing(kind):
+    inputs, _ = case(1, 6, 4, 16, F32, 1.0)
+    real = whole(triton_mhc, 2)(*inputs)
+    mode = FakeTensorMode(allow_non_fake_inputs=False)
+    traced = [mode.from_tensor(x) if kind == "fake" else x.to("meta") for x in inputs]
+    traced = [x.requires_grad_() for x in traced]
+    with mode if kind == "fake" else torch.device("meta"), counted() as launches:
+        outputs = whole(triton_mhc, 2)(*traced)
+        sum(o.float().sum() for o in outputs).backward()
+    assert [(o.shape, o.dtype) for o in outputs] == [(o.shape, o.dtype) for o in real]
+    assert [x.grad.shape for x in traced] == [x.shape for x in inputs]
+    assert launches["mhc_streams_backward"] == 2
+
+
+def test_a_planted_fault_is_caught(monkeypatch):
+    inputs, grads = case(1, 6, 4, 16, F32, 1.0)
+    plain = triton_mhc._OPS.pre_backward
+
+    def no_shrink(*arguments):  # drops the RMS from the gradient
+        x, *rest = arguments
+        grad_x, *others = plain(*arguments)
+        return grad_x + 1e-4 * x, *others
+
+    broken = triton_mhc._OPS._replace(pre_backward=no_shrink)
+    monkeypatch.setattr(
+        triton_mhc, "mhc_pre", lambda *a: triton_mhc.mhc_fast.mhc_pre(*a, ops=broken)
+    )
+    with pytest.raises(AssertionError, match="gradient 0"):
+        check(whole(triton_mhc, 2), whole(mhc, 2), inputs, grads, allowance=2.0)
