@@ -177,8 +177,7 @@ def _compile(shipped: Any, tile: Any, arch: str) -> Any:
     names = shipped.kernel.arg_names
     constants = {**shipped.constants, **tile.sizes}
     unknown = [n for n in names if n not in shipped.types and n not in constants]
-    if unknown:
-        raise ValueError(f"Shipped {shipped.name!r} gives neither type nor value of {unknown}")
+    assert not unknown, f"Shipped {shipped.name!r} gives neither type nor value of {unknown}"
     kinds = {name: kind for name, kind in shipped.types.items() if name in names}
     types = {name: kind.removesuffix(":16") for name, kind in kinds.items()}
     divisible = [n for n, kind in kinds.items() if kind[0] == "*" or kind.endswith(":16")]
