@@ -21,6 +21,7 @@ from scripts.studies.config import StudyConfig
 from scripts.studies.protocol import Cell, Protocol
 from scripts.studies.store import ARCHIVED, FinishedRun, Store, parse_run, read_archive
 from train.errors import UserError
+from train.exchange.output_files import replacing
 from train.record.receipt import plain
 from train.run_folder.folder import METRICS
 
@@ -52,14 +53,12 @@ def pack(protocol: Protocol, path: Path) -> None:
     for run in cells.values():
         files |= {f"{run.name}/{name}": data for name, data in _files_of(run).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.writing")
-    with tarfile.open(aside, "w:xz", preset=9) as archive:
+    with replacing(path) as aside, tarfile.open(aside, "w:xz", preset=9) as archive:
         # like beside like compresses best
         for name in sorted(files, key=lambda name: (name.rpartition("/")[2], name)):
             member = tarfile.TarInfo(name)
             member.size = len(files[name])
             archive.addfile(member, io.BytesIO(files[name]))
-    aside.replace(path)
 
 
 def _files_of(run: FinishedRun) -> Mapping[str, bytes]:
