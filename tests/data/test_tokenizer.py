@@ -9,6 +9,7 @@ from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from data.config import DataConfig
+from data.errors import ConfigError
 from data.prepare import build_tokenizer
 from data.tokenizer import (
     ByteTokenizer,
@@ -135,9 +136,10 @@ def test_eos_is_the_one_that_the_folder_names(tmp_path, bpe):
     config.write_text(json.dumps({"eos_token": "<nowhere>"}))
     with pytest.raises(ValueError, match="no end-of-document token, none of '<nowhere>'"):
         load_tokenizer(str(tmp_path))
-    config.write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config"):
-        load_tokenizer(str(tmp_path))
+    for text in ("{", "[]", '{"eos_token": ["</s>"]}', '{"eos_token": {"content": 7}}'):
+        config.write_text(text)
+        with pytest.raises(ConfigError, match="tokenizer_config"):
+            load_tokenizer(str(tmp_path))
 
 
 @pytest.mark.core
@@ -151,19 +153,20 @@ def test_a_stores_tokenizer_file_can_be_named(tmp_path, bpe):
     ("name", "content", "message"),
     [
         ("none.json", None, "no such file or folder"),
-        ("tokenizer.json", "not json", "cannot read"),
-        ("tokenizer.json", "{}", "cannot read"),
+        ("tokenizer.json", "not json", "cannot be read"),
+        ("tokenizer.json", "{}", "cannot be read"),
         ("tokenizer.json", '{"type":"json"}', "is not a tokenizer"),
+        ("tokenizer.json", "\ud800", "cannot be read"),
         ("", None, "the folder has no tokenizer.json"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_is_refused_in_one_line(tmp_path, name, content, message):
     path = tmp_path / name
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(content.encode(errors="surrogatepass"))
     with pytest.raises(ValueError, match=message) as caught:
         load_tokenizer(str(path))
-    assert str(caught.value).startswith(f"data.tokenizer={path}")
+    assert str(caught.value).startswith(f"data.tokenizer={path}: ")
     assert "\n" not in str(caught.value)
 
 

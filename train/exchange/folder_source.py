@@ -73,7 +73,7 @@ class FolderSource:
         self.origin = f"sha256 {self._digest()}"
 
     def read(self, name: str) -> Tensor:
-        """See :class:`Source`."""
+        """See :class:`ModelSource`."""
         stored, part = self._where[name]
         if part is not None:
             value = self._file(stored).get_slice(stored)[part].squeeze(0)
@@ -86,7 +86,7 @@ class FolderSource:
         return value
 
     def tokenizer(self) -> Tokenizer | None:
-        """See :class:`Source`."""
+        """See :class:`ModelSource`."""
         return folder_tokenizer(self.folder)
 
     def _file(self, stored: str) -> Any:

@@ -28,7 +28,7 @@ from train.config.model_json import CONFIG_JSON, read_config_json
 from train.config.schema import RunConfig, Weights
 from train.errors import UserError
 from train.exchange.model_source import check_values, meta_model
-from train.run_folder.folder import CHECKPOINTS, CONFIG, read_run
+from train.run_folder.folder import CHECKPOINTS, CONFIG, TOKENIZER, read_run
 from train.run_folder.origin import check_export
 from train.stages import resolve
 
@@ -69,7 +69,7 @@ class RunSource:
         self._held: tuple[str, Tensor] | None = None
 
     def read(self, name: str) -> Tensor:
-        """See :class:`Source`; a stack of experts is held until another is asked for."""
+        """See :class:`ModelSource`; a stack of experts is held until another is asked for."""
         ours, part = self._place[name]
         if self._held is None or self._held[0] != ours:
             self._held = None  # first, so that two stacks never lie in memory
@@ -78,11 +78,16 @@ class RunSource:
         return value[part] if value.dim() == 3 else dict(official_items(self._folded(ours)))[name]
 
     def tokenizer(self) -> Tokenizer | None:
-        """See :class:`Source`: as the run's data section builds it, or the imported one."""
+        """See :class:`ModelSource`: the folder's; an older run's as its data section builds it."""
+        stored = folder_tokenizer(self._root)
         if self._run is None:
-            return folder_tokenizer(self._root)
-        tokenizer = build_tokenizer(self._run.data)
-        check_export(self.path, self._state, self._run, tokenizer)
+            return stored
+        tokenizer = build_tokenizer(self._run.data) if stored is None else stored
+        try:
+            check_export(self.path, self._state, self._run, tokenizer)
+        except UserError as error:
+            where = "" if stored is None else f"{self._root / TOKENIZER}: "
+            raise UserError(f"{where}{error}") from error
         return tokenizer
 
     def _folded(self, name: str) -> dict[str, Tensor]:

@@ -1,7 +1,8 @@
 """Whether a run may use its folder: it is new, or holds an earlier part of the same run.
 
 What the folder's run is stands in ``identity.json`` (identity.py), its config besides in
-``config.yaml``; both are replaced whole or not at all. Checking looks and refuses; it makes the
+``config.yaml``, its tokenizer in ``tokenizer.json``, so that a model can leave the folder when its
+text has changed; all are replaced whole or not at all. Checking looks and refuses; it makes the
 folder, but the trainer fills it, once everything is known to be buildable.
 """
 
@@ -18,6 +19,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from data.tokenizer import Tokenizer
 from train.checkpoint.files import STATE, replace_durably, seal, step_of
 from train.config.flat import flat_config, flatten
 from train.config.schema import RunConfig, load
@@ -27,6 +29,7 @@ from train.run_folder.identity import RunIdentity, Use, check
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 SAMPLES, ABANDONED = "samples.jsonl", "samples_abandoned.jsonl"
 IDENTITY = "identity.json"
+TOKENIZER = "tokenizer.json"  # as Tokenizer.serialise writes it
 LOCK = ".lock"
 PROBE = ".probe_"  # begin of the names of files that live for a moment
 
@@ -96,13 +99,16 @@ def read_identity(folder: Path) -> RunIdentity:
     return identity
 
 
-def write_identity(folder: Path, identity: RunIdentity, config_yaml: str) -> None:
-    """Write the config and the record of a folder's run.
+def write_identity(
+    folder: Path, identity: RunIdentity, config_yaml: str, tokenizer: Tokenizer
+) -> None:
+    """Write the config, the tokenizer and the record of a folder's run.
 
     In this order: a folder with a config alone may be started in, one with a record alone may not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     replace_durably(folder / CONFIG, config_yaml)
+    replace_durably(folder / TOKENIZER, tokenizer.serialise())
     replace_durably(folder / IDENTITY, seal(identity.as_json()))
 
 

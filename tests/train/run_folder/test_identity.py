@@ -14,7 +14,10 @@ import pytest
 import torch.distributed as dist
 
 from data.config import SourceConfig, SourceKind, TextUnit
+from data.errors import ConfigError
+from data.prepare import build_tokenizer
 from data.tokenizer import ByteTokenizer
+from scripts import export_hf, generate, score
 from tests.helpers import run_distributed
 from tests.integration.small_run import (
     ROWS,
@@ -33,10 +36,11 @@ from train.config.schema import StageConfig, dump
 from train.errors import ExitCode, UserError
 from train.exchange.export import ExportFormat, ExportJob, export_folder
 from train.exchange.import_model import import_checkpoint
-from train.exchange.open import open_source
+from train.exchange.open import load_model, open_source
 from train.exchange.tokenizer_files import tokenizer_json
 from train.pretrain import cli
 from train.run_folder import folder as run_folder
+from train.run_folder import identity
 from train.run_folder.folder import check_run_folder, read_identity, read_run
 
 
@@ -152,10 +156,10 @@ def kill_at(monkeypatch, folder, name, record, config):
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint_files, "write_durably", cut_off)
         with pytest.raises(Killed):
-            run_folder.write_identity(folder, record, config)
+            run_folder.write_identity(folder, record, config, ByteTokenizer())
 
 
-@pytest.mark.parametrize("name", ["identity.json", "config.yaml"])
+@pytest.mark.parametrize("name", ["identity.json", "config.yaml", "tokenizer.json"])
 def test_killed_while_it_writes_the_record(run, monkeypatch, name):
     """Nothing of the old file is lost, and the same command starts."""
     folder = Path(run.run_dir)
@@ -165,7 +169,7 @@ def test_killed_while_it_writes_the_record(run, monkeypatch, name):
     assert start(run).progress.step == 2
 
 
-@pytest.mark.parametrize("name", ["identity.json", "config.yaml"])
+@pytest.mark.parametrize("name", ["identity.json", "config.yaml", "tokenizer.json"])
 def test_new_folder_of_a_start_that_was_killed_can_be_started_in(run, tmp_path, monkeypatch, name):
     new = replace(run, run_dir=str(tmp_path / "new"))
     kill_at(monkeypatch, tmp_path / "new", name, read_identity(Path(run.run_dir)), dump(new))
@@ -187,10 +191,10 @@ def test_moved_corpus_other_cache_and_workers_go_on_to_the_bit(run, done, tmp_pa
     away = with_data(
         corpus_at(longer, tmp_path / "moved.jsonl"), cache_dir=str(tmp_path / "cache"), workers=2
     )
-    with caplog.at_level(logging.INFO, "train.identity"):
+    with caplog.at_level(logging.INFO, identity.log.name):
         check_run_folder(away)
         assert fit(away)[0] == ExitCode.finished
-    assert [r.getMessage() for r in caplog.records if r.name == "train.identity"] == [
+    assert [r.getMessage() for r in caplog.records if r.name == identity.log.name] == [
         f"run_dir={run.run_dir}: differs from what was recorded, as it may: train.steps 2 -> 4"
         " (schedules end there, unless stages fix their end), train.micro_batch_size 2 -> 1"
     ]
@@ -323,11 +327,44 @@ def edited(run, before, after):
 
 
 def test_export_with_another_tokenizer_is_refused(run, tmp_path):
-    """As when the text is another by now that it is trained on."""
-    assert open_source(Path(run.run_dir)).tokenizer().hash == ByteTokenizer.hash
-    folder = edited(run, "tokenizer: byte", f"tokenizer: {reversed_bytes(tmp_path)}")
-    with pytest.raises(UserError, match=r"checkpoint .* holds a run with tokenizer\.hash=.*byte, "):
+    folder = Path(run.run_dir)
+    assert open_source(folder).tokenizer().hash == ByteTokenizer.hash
+    other = reversed_bytes(tmp_path)
+    shutil.copy(other, folder / "tokenizer.json")
+    says = r"checkpoint .* holds a run with tokenizer\.hash="
+    with pytest.raises(UserError, match=rf"run/tokenizer\.json: {says}"):
         open_source(folder).tokenizer()
+    (folder / "tokenizer.json").write_text('{"type": "byt')
+    with pytest.raises(ConfigError, match=r"run/tokenizer\.json is not a tokenizer"):
+        open_source(folder).tokenizer()
+    # An older run has none: it is built as the config says, which may lead elsewhere by now.
+    (folder / "tokenizer.json").unlink()
+    assert open_source(folder).tokenizer().hash == ByteTokenizer.hash
+    edited(run, "tokenizer: byte", f"tokenizer: {other}")
+    with pytest.raises(UserError, match=rf"^{says}.*byte, "):
+        open_source(folder).tokenizer()
+
+
+def test_a_model_leaves_its_folder_when_its_text_is_gone(run, corpus, tmp_path):
+    """Its tokenizer is kept there, and is what a run on other text starts from."""
+    text = tmp_path / "text.jsonl"
+    shutil.copy(corpus, text)
+    model = replace(run.model, vocab_size=512)
+    asked = replace(corpus_at(run, text), run_dir=str(tmp_path / "bpe"), model=model)
+    asked = with_data(asked, tokenizer="bpe", vocab_size=512, cache_dir=str(tmp_path / "cache"))
+    assert fit(asked)[0] == ExitCode.finished
+    trained = build_tokenizer(asked.data)
+    text.unlink()
+    shutil.rmtree(tmp_path / "cache")
+    words = [asked.run_dir, str(tmp_path / "out")]
+    assert export_hf.main(words) == ExitCode.finished
+    assert load_model(tmp_path / "out")[1].encode("the text") == trained.encode("the text")
+    (tmp_path / "prompt.txt").write_text("the text of a prompt")
+    assert score.main([asked.run_dir, str(tmp_path / "prompt.txt")]) == ExitCode.finished
+    assert generate.main([asked.run_dir, "--prompt", "the", "--tokens", "1"]) == ExitCode.finished
+    new = elsewhere(asked, tmp_path / "new")
+    new = with_data(corpus_at(new, other_text(run, tmp_path)), tokenizer=asked.run_dir)
+    assert start(new).loader.tokenizer.hash == trained.hash
 
 
 def test_export_as_another_model_is_refused(run):
