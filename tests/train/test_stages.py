@@ -216,7 +216,9 @@ def test_batches_must_split_over_ranks_and_microbatches():
     train = TrainConfig(steps=2, seq_len=16, global_batch_tokens=128, micro_batch_size=4)
     plan = resolve(make_run(train))
     check_rows(plan, row_degree=2)
-    with pytest.raises(ValueError, match=r"a batch of 8 rows .*=4 times 4 data rank\(s\); 2 would do"):
+    with pytest.raises(
+        ValueError, match=r"a batch of 8 rows .*=4 times 4 data rank\(s\); 2 would do"
+    ):
         check_rows(plan, row_degree=4)
     with pytest.raises(ValueError, match=r"=4 times 3 data rank\(s\)$"):
         check_rows(plan, row_degree=3)

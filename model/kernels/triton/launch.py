@@ -173,3 +173,8 @@ def define(schema: str, implementation: Callable[..., Any]) -> Callable[..., Any
 def blocks(size: int, block: int) -> int:
     """How many blocks cover ``size``."""
     return -(-size // block)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least ``size``; what ``tl.arange`` takes."""
+    return 1 << (size - 1).bit_length()

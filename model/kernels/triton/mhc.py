@@ -33,6 +33,7 @@ from model.kernels.triton.launch import (
     blocks,
     define,
     launch,
+    power_of_two,
     tile_of,
 )
 
@@ -407,10 +408,6 @@ def mhc_streams_backward(
         tl.store(PFN + tl.program_id(1) * M * S * D + fn_at + j * D, sums[j], mask=fn_ok)
 
 
-def _padded(size: int) -> int:
-    return 1 << (size - 1).bit_length()
-
-
 def _mixed(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, rms_eps: float
 ) -> tuple[Tensor, ...]:
@@ -424,7 +421,7 @@ def _mixed(
     chunk = blocks(blocks(C, parts), tile.sizes["BK"]) * tile.sizes["BK"]
     launch(
         mhc_mix, (blocks(N, tile.sizes["BT"]), parts), x, fn, part, squares, N, C, chunk, M=M,
-        MP=max(16, _padded(M)), **tile.constants(),
+        MP=max(16, power_of_two(M)), **tile.constants(),
     )  # fmt: skip
     pre, rms, mix = fn.new_empty(N, S), fn.new_empty(N), fn.new_empty(N, M)
     rows = 0 if head else N
@@ -432,7 +429,7 @@ def _mixed(
     tile = tile_of(_COEFFICIENTS, arch)
     launch(
         mhc_coefficients, (blocks(N, tile.sizes["BT"]),), part, squares, base, scale, pre, post,
-        comb, mix, rms, N, C, eps, rms_eps, iters, S=S, SP=_padded(S), M=M, HEAD=head,
+        comb, mix, rms, N, C, eps, rms_eps, iters, S=S, SP=power_of_two(S), M=M, HEAD=head,
         PARTS=parts, **tile.constants(),
     )  # fmt: skip
     return pre, post, comb, mix, rms
@@ -507,8 +504,8 @@ def _pre_backward(
         mhc_coefficients_backward, (programs,), mix, base, scale, rms, products,
         None if grad_post is None else grad_post.contiguous(), comb_products,
         None if grad_comb is None else grad_comb.contiguous(), pre, comb, raw, shrink, bases,
-        scales, fn.new_empty(2 * iters - 1, cells, S), N, S * D, eps, iters, S=S, SP=_padded(S),
-        M=M, HEAD=head, **tile.constants(),
+        scales, fn.new_empty(2 * iters - 1, cells, S), N, S * D, eps, iters, S=S,
+        SP=power_of_two(S), M=M, HEAD=head, **tile.constants(),
     )  # fmt: skip
     tile = tile_of(_STREAMS, arch)
     splits = tile_of(_SPLITS, arch)
@@ -516,7 +513,7 @@ def _pre_backward(
     grad_x, parts = torch.empty_like(x), fn.new_empty(splits, M, S * D)
     launch(
         mhc_streams_backward, (blocks(D, tile.sizes["BD"]), splits), grad_u, grad_new, x, pre,
-        comb, raw, shrink, fn, grad_x, parts, N, D, chunk, S=S, M=M, MP=max(16, _padded(M)),
+        comb, raw, shrink, fn, grad_x, parts, N, D, chunk, S=S, M=M, MP=max(16, power_of_two(M)),
         HEAD=head, **tile.constants(),
     )  # fmt: skip
     return grad_x, parts.sum(0), bases.sum(0), scales[:, : scale.shape[0]].sum(0)
@@ -561,7 +558,7 @@ def _shipped(head: bool) -> tuple[Shipped, ...]:
     streams = {"GU": "*bf16", "G": "*bf16", "X": "*bf16", "GX": "*bf16"}
     numbers = {"N": "i32:16", "C": "i32:16", "D": "i32:16", "chunk": "i32:16"}
     small = {"eps": "fp32", "rms_eps": "fp32", "iters": "i32"}
-    shape = {"S": S, "SP": S, "M": M, "MP": max(16, _padded(M)), "HEAD": head, "PARTS": 4,
+    shape = {"S": S, "SP": S, "M": M, "MP": max(16, power_of_two(M)), "HEAD": head, "PARTS": 4,
              "MORE": None}  # fmt: skip
     floats = dict.fromkeys(("FN", "PFN", *back), f32)
     types = {**floats, **coefficients, **streams, **numbers, **small}

@@ -1,0 +1,237 @@
+"""RMSNorm and rotary embedding in Triton, one pass each way.
+
+The references are ``model/kernels/elementwise.py`` (reference B.1) and ``model.rope.apply_rope``
+(reference B.4). Nothing but inputs is kept for the backward pass. The gradient of a norm's weight
+is summed over a fixed number of runs of rows, then over the runs: in one order on every device.
+"""
+# pyright: reportGeneralTypeIssues=false
+
+# Legend: N rows (of RoPE: of a head of a token), K channels, R rotation pairs
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.kernels.triton.launch import (
+    INTERPRETER,
+    OPS,
+    Shipped,
+    Tile,
+    architecture_of,
+    blocks,
+    define,
+    launch,
+    power_of_two,
+)
+
+_RUNS = 256  # of rows, each with its own part of the weight's gradient
+_ELEMENTS = {INTERPRETER: 4096, "other": 2048}  # of a block, if a row does not have more
+
+
+@triton.jit
+def rms_norm_forward(
+    X, W, Y, N, K, eps, HAS_WEIGHT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """``y = x / rms(x) * w``. Grid (blocks of rows,)."""
+    rows, k = tl.arange(0, BN), tl.arange(0, BK)
+    block = tl.program_id(0)
+    ok = (block * BN + rows < N)[:, None] & (k < K)[None, :]
+    at = rows[:, None] * K + k[None, :]
+    X += block.to(tl.int64) * BN * K
+    Y += block.to(tl.int64) * BN * K
+    x = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
+    y = x * (1.0 / tl.sqrt(tl.sum(x * x, 1) / K + eps))[:, None]
+    if HAS_WEIGHT:
+        y = y * tl.load(W + k, mask=k < K, other=0.0)[None, :]
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def rms_norm_backward(
+    X, W, G, GX, PW, N, K, run, eps, HAS_WEIGHT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):
+    """Gradients of a run of rows: x, and this run's part of w. Grid (runs,)."""
+    rows, k = tl.arange(0, BN), tl.arange(0, BK)
+    first_row = tl.program_id(0) * run
+    stop = tl.minimum(first_row + run, N)
+    total = tl.zeros([BK], tl.float32)
+    if HAS_WEIGHT:
+        w = tl.load(W + k, mask=k < K, other=0.0)[None, :]
+    X += first_row.to(tl.int64) * K
+    G += first_row.to(tl.int64) * K
+    GX += first_row.to(tl.int64) * K
+    for first in tl.range(0, run, BN):
+        ok = (first_row + first + rows < stop)[:, None] & (k < K)[None, :]
+        at = (first + rows)[:, None] * K + k[None, :]
+        x = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
+        g = tl.load(G + at, mask=ok, other=0.0).to(tl.float32)
+        r = (1.0 / tl.sqrt(tl.sum(x * x, 1) / K + eps))[:, None]
+        if HAS_WEIGHT:
+            total += tl.sum(g * x * r, 0)
+            g = g * w
+        gx = r * (g - x * (r * r * (tl.sum(g * x, 1) / K)[:, None]))
+        tl.store(GX + at, gx.to(GX.dtype.element_ty), mask=ok)
+    if HAS_WEIGHT:
+        tl.store(PW + tl.program_id(0) * K + k, total, mask=k < K)
+
+
+@triton.jit
+def rope_rotate(
+    X, COS, SIN, Y, N, H, sign, K: tl.constexpr, R: tl.constexpr, KP: tl.constexpr,
+    RP: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Rotate the last 2R channels as pairs, copy the others. Grid (blocks of rows,)."""
+    rows = tl.arange(0, BN)
+    block = tl.program_id(0)
+    n = block * BN + rows
+    X += block.to(tl.int64) * BN * K
+    Y += block.to(tl.int64) * BN * K
+    if K > 2 * R:
+        k = tl.arange(0, KP)
+        ok = (n < N)[:, None] & (k < K - 2 * R)[None, :]
+        at = rows[:, None] * K + k[None, :]
+        tl.store(Y + at, tl.load(X + at, mask=ok), mask=ok)
+    r, pair = tl.arange(0, RP), tl.arange(0, 2 * RP)
+    ok = (n < N)[:, None] & (pair < 2 * R)[None, :]
+    at = rows[:, None] * K + (K - 2 * R) + pair[None, :]
+    x = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(x, [BN, RP, 2]))
+    table_ok = (n < N)[:, None] & (r < R)[None, :]
+    table_at = (n // H)[:, None] * R + r[None, :]
+    cos = tl.load(COS + table_at, mask=table_ok, other=0.0)
+    sin = tl.load(SIN + table_at, mask=table_ok, other=0.0) * sign
+    turned = tl.join(even * cos - odd * sin, even * sin + odd * cos)
+    y = tl.reshape(turned, [BN, 2 * RP])
+    tl.store(Y + at, y.to(Y.dtype.element_ty), mask=ok)
+
+
+def _tile(width: int, architecture: str) -> Tile:
+    """Blocks that hold whole rows."""
+    elements = _ELEMENTS.get(architecture, _ELEMENTS["other"])
+    padded = power_of_two(width)
+    return Tile({"BN": max(1, elements // padded)}, warps=8 if padded > 4096 else 4, stages=1)
+
+
+def _norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    K = x.shape[-1]
+    N = x.numel() // max(K, 1)
+    y = torch.empty_like(x)
+    tile = _tile(K, architecture_of(x.device))
+    launch(
+        rms_norm_forward, (blocks(N, tile.sizes["BN"]),), x, weight, y, N, K, eps,
+        HAS_WEIGHT=weight is not None, BK=power_of_two(K), **tile.constants(),
+    )  # fmt: skip
+    return y
+
+
+def _norm_backward(
+    x: Tensor, weight: Tensor | None, grad: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    K = x.shape[-1]
+    N = x.numel() // max(K, 1)
+    tile = _tile(K, architecture_of(x.device))
+    run = blocks(blocks(N, _RUNS), tile.sizes["BN"]) * tile.sizes["BN"]
+    runs = blocks(N, run) if N else 0
+    grad_x = torch.empty_like(x)
+    parts = x.new_empty(0 if weight is None else runs, K, dtype=torch.float32)
+    launch(
+        rms_norm_backward, (runs,), x, weight, grad, grad_x, parts, N, K, run, eps,
+        HAS_WEIGHT=weight is not None, BK=power_of_two(K), **tile.constants(),
+    )  # fmt: skip
+    return grad_x, parts.sum(0)
+
+
+def _rope(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    K, R = x.shape[-1], cos.shape[-1]
+    N, tokens = x.numel() // max(K, 1), cos.numel() // R
+    y = torch.empty_like(x)
+    tile = _tile(K, architecture_of(x.device))
+    launch(
+        rope_rotate, (blocks(N, tile.sizes["BN"]),), x, cos, sin, y, N, N // max(tokens, 1), sign,
+        K=K, R=R, KP=power_of_two(max(K - 2 * R, 1)), RP=power_of_two(R), **tile.constants(),
+    )  # fmt: skip
+    return y
+
+
+define("triton_rms_norm(Tensor x, Tensor? weight, float eps) -> Tensor", _norm)
+define(
+    "triton_rms_norm_backward(Tensor x, Tensor? weight, Tensor grad, float eps)"
+    " -> (Tensor, Tensor)",
+    _norm_backward,
+)
+define("triton_rope(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor", _rope)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return OPS.triton_rms_norm(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad_x, grad_weight = OPS.triton_rms_norm_backward(x, weight, grad.contiguous(), ctx.eps)
+        return grad_x, None if weight is None else grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """:func:`model.kernels.elementwise.rms_norm` in Triton: same arguments and result."""
+    weight = None if weight is None else weight.float().contiguous()
+    return _RmsNorm.apply(x.contiguous(), weight, eps)
+
+
+class _Rope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return OPS.triton_rope(x, cos, sin, 1.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return OPS.triton_rope(grad.contiguous(), cos, sin, -1.0), None, None
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """:func:`model.rope.apply_rope` in Triton: same arguments and result."""
+    shape = (*x.shape[: cos.dim() - 1], cos.shape[-1])
+    cos, sin = (t.float().expand(shape).contiguous() for t in (cos, sin))
+    return _Rope.apply(x.contiguous(), cos, sin)
+
+
+_FLOATS = {
+    **dict.fromkeys(("X", "Y", "G", "GX"), "*bf16"),
+    **dict.fromkeys(("W", "PW", "COS", "SIN"), "*fp32"),
+    **dict.fromkeys(("eps", "sign"), "fp32"),
+}
+
+
+def _shipped_norm(width: int) -> tuple[Shipped, ...]:
+    types = {**_FLOATS, "N": "i32", "K": "i32:16", "run": "i32:16"}
+    constants = {"HAS_WEIGHT": True, "BK": power_of_two(width)}
+    tiles = {"other": _tile(width, "other")}
+    return (
+        Shipped(f"norm K={width}", rms_norm_forward, types, constants, tiles),
+        Shipped(f"norm backward K={width}", rms_norm_backward, types, constants, tiles),
+    )
+
+
+def _shipped_rope(K: int, R: int) -> Shipped:
+    types = {**_FLOATS, "N": "i32", "H": "i32"}
+    constants = {"K": K, "R": R, "KP": power_of_two(max(K - 2 * R, 1)), "RP": power_of_two(R)}
+    return Shipped(f"rope K={K}", rope_rotate, types, constants, {"other": _tile(K, "other")})
+
+
+SHIPPED = (
+    *(line for width in (128, 512, 1536, 4096, 7168) for line in _shipped_norm(width)),
+    *(_shipped_rope(K, 32) for K in (64, 128, 512)),
+)

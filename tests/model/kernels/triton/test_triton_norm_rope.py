@@ -1,0 +1,106 @@
+"""RMSNorm and RoPE in Triton against float64, in the interpreter."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.kernels import elementwise
+from model.kernels.triton import norm_rope
+from model.rope import apply_rope, rope_tables
+from tests.model.kernels.triton.checks import ROUNDING, check
+
+DTYPES = list(ROUNDING)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "size"), [((1, 1), 1.0), ((3, 70, 5), 1e-4), ((33, 130), 8.0), ((0, 8), 1.0)]
+)
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rms_norm_is_the_reference(dtype, shape, size, weighted):
+    x = (torch.randn(shape) * size).to(dtype)
+    weight = torch.rand(shape[-1]) + 0.5 if weighted else None
+    check(norm_rope.rms_norm, elementwise.rms_norm, [x, weight, 1e-6], [torch.randn(shape)], 2.0)
+
+
+def test_weight_gradient_sums_many_runs(monkeypatch):
+    monkeypatch.setattr(norm_rope, "_RUNS", 3)
+    monkeypatch.setitem(norm_rope._ELEMENTS, "interpreter", 16)
+    x, weight = torch.randn(41, 6), torch.rand(6)
+    check(norm_rope.rms_norm, elementwise.rms_norm, [x, weight, 1e-6], [torch.randn(41, 6)], 2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("lead", "K", "R"),
+    [((1, 1), 64, 32), ((2, 7), 80, 32), ((2, 5, 3), 96, 16), ((1, 3, 128), 12, 3),
+     ((1, 2, 1), 512, 32), ((2, 0), 8, 2)],
+)  # fmt: skip
+def test_rope_is_the_reference(dtype, lead, K, R):
+    x = torch.randn(*lead, K).to(dtype)
+    positions = torch.arange(lead[0] * lead[1]).view(lead[:2]) * 1000
+    cos, sin = rope_tables(positions, torch.rand(R, dtype=torch.float64))
+    for sign in (1.0, -1.0):
+        check(
+            lambda x, s=sign: norm_rope.rope(x, cos, s * sin),
+            lambda x, s=sign: apply_rope(x, cos, s * sin),
+            [x], [torch.randn(*lead, K)], 2.0,
+        )  # fmt: skip
+
+
+def test_one_table_serves_every_row():
+    x, angle = torch.randn(3, 4, 2, 8), torch.rand(1, 4, 2)
+    expected = apply_rope(x, angle.cos(), angle.sin())
+    torch.testing.assert_close(norm_rope.rope(x, angle.cos(), angle.sin()), expected)
+
+
+def test_what_is_not_finite_stays_so():
+    x = torch.randn(4, 8)
+    x[1, 2], x[3, 7] = float("nan"), float("inf")
+    plain, ours = (m.rms_norm(x, None, 1e-6) for m in (elementwise, norm_rope))
+    assert torch.equal(ours.isfinite(), plain.isfinite())
+    cos = sin = torch.ones(1, 4, 2)
+    plain, ours = apply_rope(x[None], cos, sin), norm_rope.rope(x[None], cos, sin)
+    assert torch.equal(ours.isfinite(), plain.isfinite())
+
+
+def test_bf16_keeps_its_dtype_and_fp32_that_of_the_weight():
+    x, weight = torch.randn(5, 8).bfloat16().requires_grad_(), torch.rand(8, requires_grad=True)
+    y = norm_rope.rms_norm(x, weight, 1e-6)
+    y.sum().backward()
+    assert (y.dtype, x.grad.dtype, weight.grad.dtype) == (y.dtype, x.dtype, torch.float32)
+    torch.testing.assert_close(y, elementwise.rms_norm(x, weight, 1e-6), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["fake", "meta"])
+def test_a_step_traces_and_reads_nothing(kind):
+    mode = FakeTensorMode()
+    real = torch.randn(2, 3, 8), torch.rand(8), torch.rand(2, 3, 2)
+    x, weight, angle = (mode.from_tensor(t) if kind == "fake" else t.to("meta") for t in real)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    with mode if kind == "fake" else torch.device("meta"):
+        y = norm_rope.rope(norm_rope.rms_norm(x, weight, 1e-6), angle.cos(), angle.sin())
+        y.sum().backward()
+    assert (y.shape, x.grad.shape, weight.grad.shape) == (x.shape, x.shape, weight.shape)
+
+
+def test_operators_are_well_formed():
+    x, weight = torch.randn(3, 8), torch.rand(8)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(norm_rope.OPS.triton_rms_norm, (x, weight, 1e-6), test_utils=tests)
+    arguments = (x[None], torch.rand(1, 3, 2), torch.rand(1, 3, 2), 1.0)
+    torch.library.opcheck(norm_rope.OPS.triton_rope, arguments, test_utils=tests)
+
+
+def test_a_planted_fault_is_caught(monkeypatch):
+    plain = norm_rope.OPS.triton_rms_norm_backward
+    broken = type("Ops", (), {
+        "triton_rms_norm": norm_rope.OPS.triton_rms_norm,
+        "triton_rms_norm_backward": lambda x, w, g, eps: plain(x, w, g, eps + 1e-4),
+    })  # fmt: skip
+    monkeypatch.setattr(norm_rope, "OPS", broken)
+    with pytest.raises(AssertionError, match="gradient"):
+        check(
+            norm_rope.rms_norm, elementwise.rms_norm,
+            [torch.randn(4, 8), torch.rand(8), 1e-6], [torch.randn(4, 8)], 2.0,
+        )  # fmt: skip
