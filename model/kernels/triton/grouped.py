@@ -1,0 +1,291 @@
+"""The experts' matmuls in Triton, and the moves of rows to experts and back.
+
+``grouped_linear`` is :func:`model.linear.grouped_linear_op` (reference B.9): counts of rows stay on
+the device. The grid has a tile for every block of rows and one more for every expert, which is
+enough whatever the counts are; each program finds its expert from the offsets, and those beyond
+find none. The weight gradient walks through its expert's rows in order; an expert without rows
+writes zeros. No atomics.
+
+``spread`` and ``collect`` are those of ``model/kernels/gather.py``: gathers in both directions.
+"""
+# pyright: reportGeneralTypeIssues=false
+
+# Legend: N rows sorted by expert (of a move: its rows), T tokens, C channels, K experts per token,
+# E experts (EP: rounded up), I in, O out
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.kernels.triton.launch import (
+    INTERPRETER,
+    OPS,
+    Shipped,
+    Tile,
+    architecture_of,
+    blocks,
+    define,
+    launch,
+    power_of_two,
+    tile_of,
+    upcast,
+)
+
+# Two-byte operands. BM, BN, BK: rows, columns and contracted channels of a product's block.
+_TILES = {
+    INTERPRETER: Tile({"BM": 16, "BN": 64, "BK": 32, "PRECISION": "ieee"}),
+    "sm_90": Tile({"BM": 128, "BN": 256, "BK": 64, "PRECISION": "tf32x3"}, warps=8, stages=3),
+    "sm_100": Tile({"BM": 128, "BN": 256, "BK": 64, "PRECISION": "tf32x3"}, warps=8, stages=3),
+    "gfx942": Tile(
+        {"BM": 128, "BN": 128, "BK": 64, "PRECISION": "bf16x6"}, warps=8, stages=2,
+        options={"matrix_instr_nonkdim": 16},
+    ),
+    "other": Tile({"BM": 128, "BN": 128, "BK": 32, "PRECISION": "tf32x3"}, warps=8, stages=4),
+}  # fmt: skip
+# fp32 operands, by tensor cores in parts, which keeps fp32's accuracy.
+_TILES_FP32 = {
+    INTERPRETER: _TILES[INTERPRETER],
+    "gfx942": Tile(
+        {"BM": 64, "BN": 64, "BK": 32, "PRECISION": "bf16x6"}, warps=4, stages=2,
+        options={"matrix_instr_nonkdim": 16},
+    ),
+    "other": Tile({"BM": 64, "BN": 64, "BK": 32, "PRECISION": "tf32x3"}, warps=4, stages=2),
+}  # fmt: skip
+_ELEMENTS = {INTERPRETER: 8192, "other": 2048}  # of a block of moved rows
+_WIDEST = 1024  # channels of such a block
+
+
+@triton.jit
+def _expert_of(OFFSETS, tile, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexpr):
+    """Expert, first row and end of its rows, of a tile of rows; first >= end: there is none."""
+    e = tl.arange(0, EP)
+    stop = tl.load(OFFSETS + e, mask=e < E, other=0)
+    start = tl.load(OFFSETS + e - 1, mask=(e > 0) & (e < E), other=0)
+    tiles = tl.where(e < E, (stop - start + BM - 1) // BM, 0)
+    behind = tl.cumsum(tiles, 0)
+    mine = (behind > tile) & (behind - tiles <= tile)
+    row = tl.sum(tl.where(mine, start + (tile - (behind - tiles)) * BM, 0), 0)
+    return tl.sum(tl.where(mine, e, 0), 0), row, tl.sum(tl.where(mine, stop, 0), 0)
+
+
+@triton.jit
+def _dot(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def grouped_product(
+    X, W, OFFSETS, Y, I, O, E: tl.constexpr, EP: tl.constexpr, TURNED: tl.constexpr,
+    UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``y = x w[e]^T``, w [E, O, I]; TURNED: ``y = x w[e]``, w [E, I, O]. Grid (of O, of rows)."""
+    e, row, end = _expert_of(OFFSETS, tl.program_id(1), E, EP, BM)
+    if row < end:
+        r, o = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+        r_ok = (row + r < end)[:, None]
+        X += row.to(tl.int64) * I
+        Y += row.to(tl.int64) * O
+        W += e.to(tl.int64) * I * O
+        acc = tl.zeros([BM, BN], tl.float32)
+        for first in tl.range(0, I, BK):
+            i = first + tl.arange(0, BK)
+            x = tl.load(X + r[:, None] * I + i[None, :], mask=r_ok & (i < I)[None, :], other=0.0)
+            w_at = i[:, None] * O + o[None, :] if TURNED else i[:, None] + o[None, :] * I
+            w = tl.load(W + w_at, mask=(i < I)[:, None] & (o < O)[None, :], other=0.0)
+            acc = _dot(x, w, acc, UPCAST, PRECISION)
+        y = acc.to(Y.dtype.element_ty)
+        tl.store(Y + r[:, None] * O + o[None, :], y, mask=r_ok & (o < O)[None, :])
+
+
+@triton.jit
+def grouped_weight_gradient(
+    G, X, OFFSETS, GW, I, O, UPCAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``gw[e] = g^T x`` over the expert's rows, in order. Grid (blocks of I, of O, experts)."""
+    e = tl.program_id(2)
+    stop = tl.load(OFFSETS + e)
+    start = tl.load(OFFSETS + e - 1, mask=e > 0, other=0)
+    o, i = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
+    G += start.to(tl.int64) * O
+    X += start.to(tl.int64) * I
+    acc = tl.zeros([BM, BN], tl.float32)
+    for first in tl.range(0, stop - start, BK):
+        r = first + tl.arange(0, BK)
+        ok = (r < stop - start)[:, None]
+        g = tl.load(G + r[:, None] * O + o[None, :], mask=ok & (o < O)[None, :], other=0.0)
+        x = tl.load(X + r[:, None] * I + i[None, :], mask=ok & (i < I)[None, :], other=0.0)
+        acc = _dot(tl.trans(g), x, acc, UPCAST, PRECISION)
+    at = e.to(tl.int64) * O * I + o[:, None] * I + i[None, :]
+    tl.store(GW + at, acc.to(GW.dtype.element_ty), mask=(o < O)[:, None] & (i < I)[None, :])
+
+
+@triton.jit
+def row_sums(X, INDEX, Y, N, C, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
+    """``y[n] = sum of x[index[n, k]]``, fp32, k in order. Grid (blocks of rows, of channels)."""
+    n = tl.program_id(0) * BN + tl.arange(0, BN)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    ok = (n < N)[:, None] & (c < C)[None, :]
+    total = tl.zeros([BN, BC], tl.float32)
+    for k in tl.static_range(K):
+        row = tl.load(INDEX + n * K + k, mask=n < N, other=0).to(tl.int64)
+        x = tl.load(X + row[:, None] * C + c[None, :], mask=ok, other=0.0)
+        total += x.to(tl.float32)
+    at = n.to(tl.int64)[:, None] * C + c[None, :]
+    tl.store(Y + at, total.to(Y.dtype.element_ty), mask=ok)
+
+
+def _tiles(dtype: torch.dtype) -> dict[str, Tile]:
+    return _TILES_FP32 if dtype == torch.float32 else _TILES
+
+
+def _product(x: Tensor, w: Tensor, offsets: Tensor, turned: bool) -> Tensor:
+    N, E = x.shape[0], w.shape[0]
+    I, O = w.shape[1:] if turned else (w.shape[2], w.shape[1])
+    y = x.new_empty(N, O)
+    tile = tile_of(_tiles(x.dtype), architecture_of(x.device))
+    launch(
+        grouped_product, (blocks(O, tile.sizes["BN"]), blocks(N, tile.sizes["BM"]) + E), x, w,
+        offsets, y, I, O, E=E, EP=power_of_two(E), TURNED=turned, UPCAST=upcast(x),
+        **tile.constants(),
+    )  # fmt: skip
+    return y
+
+
+def _weight_gradient(grad: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    E, O, I = offsets.shape[0], grad.shape[1], x.shape[1]
+    out = x.new_empty(E, O, I, dtype=dtype)
+    tile = tile_of(_tiles(x.dtype), architecture_of(x.device))
+    launch(
+        grouped_weight_gradient, (blocks(I, tile.sizes["BN"]), blocks(O, tile.sizes["BM"]), E),
+        grad, x, offsets, out, I, O, UPCAST=upcast(x), **tile.constants(),
+    )  # fmt: skip
+    return out
+
+
+def _row_sums(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+    (N, K), C = index.shape, x.shape[1]
+    y = x.new_empty(N, C, dtype=dtype)
+    tile = _move_tile(C, architecture_of(x.device))
+    grid = (blocks(N, tile.sizes["BN"]), blocks(C, tile.sizes["BC"]))
+    launch(row_sums, grid, x, index, y, N, C, K=K, **tile.constants())
+    return y
+
+
+def _move_tile(channels: int, architecture: str) -> Tile:
+    width = min(power_of_two(max(channels, 1)), _WIDEST)
+    elements = _ELEMENTS.get(architecture, _ELEMENTS["other"])
+    return Tile({"BN": max(1, elements // width), "BC": width}, stages=1)
+
+
+define("triton_grouped(Tensor x, Tensor w, Tensor offsets, bool turned) -> Tensor", _product)
+define(
+    "triton_grouped_weight_gradient(Tensor grad, Tensor x, Tensor offsets, ScalarType dtype)"
+    " -> Tensor",
+    _weight_gradient,
+)
+define("triton_row_sums(Tensor x, Tensor index, ScalarType dtype) -> Tensor", _row_sums)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """Keeps the weight as it came: a cast copy would outlive a layout that frees its gathers."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NI, w_EOI, offsets_E)
+        return OPS.triton_grouped(x_NI, w_EOI.to(x_NI.dtype), offsets_E, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, w_EOI, offsets_E = ctx.saved_tensors
+        grad_NO = grad_NO.contiguous()
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = OPS.triton_grouped(grad_NO, w_EOI.to(x_NI.dtype), offsets_E, True)
+        if ctx.needs_input_grad[1]:
+            grad_w = OPS.triton_grouped_weight_gradient(grad_NO, x_NI, offsets_E, w_EOI.dtype)
+        return grad_x, grad_w, None
+
+
+def grouped_linear(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+    """:func:`model.linear.grouped_linear_op` in Triton: same arguments and result.
+
+    The weight gradient is rounded once, to the dtype of ``w``, not to that of ``x`` before.
+    """
+    return _GroupedLinear.apply(x_NI.contiguous(), w_EOI.contiguous(), offsets_E.contiguous())
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return OPS.triton_row_sums(x_TC, token_N[:, None], x_TC.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NC: Tensor) -> tuple[Tensor, None, None]:
+        (place_TK,) = ctx.saved_tensors
+        return OPS.triton_row_sums(grad_NC.contiguous(), place_TK, grad_NC.dtype), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows_NC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_N)
+        ctx.dtype = rows_NC.dtype
+        return OPS.triton_row_sums(rows_NC, place_TK, torch.float32)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor, None, None]:
+        (token_N,) = ctx.saved_tensors
+        return OPS.triton_row_sums(grad_TC.contiguous(), token_N[:, None], ctx.dtype), None, None
+
+
+def spread(x_TC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+    """:func:`model.kernels.gather.spread` in Triton: same arguments and result."""
+    return _Spread.apply(x_TC.contiguous(), token_N.contiguous(), place_TK.contiguous())
+
+
+def collect(rows_NC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+    """:func:`model.kernels.gather.collect` in Triton: same arguments and result."""
+    return _Collect.apply(rows_NC.contiguous(), token_N.contiguous(), place_TK.contiguous())
+
+
+def _shipped(kind: str, tiles: dict[str, Tile]) -> tuple[Shipped, ...]:
+    types = {**dict.fromkeys(("X", "W", "Y", "G"), kind), "GW": "*fp32", "OFFSETS": "*i32"}
+    types |= {"I": "i32:16", "O": "i32:16"}
+    name = kind.removeprefix("*")
+
+    def line(of: str, kernel: Any, turned: bool = False) -> Shipped:
+        constants = {"E": 256, "EP": 256, "UPCAST": False, "TURNED": turned}
+        return Shipped(f"{of} {name}", kernel, types, constants, tiles)
+
+    return (
+        line("forward", grouped_product),
+        line("input gradient", grouped_product, turned=True),
+        line("weight gradient", grouped_weight_gradient),
+    )
+
+
+SHIPPED = (
+    *_shipped("*bf16", _TILES),
+    *_shipped("*fp32", _TILES_FP32),
+    *(
+        Shipped(
+            f"row sums K={k}", row_sums,
+            {"X": "*bf16", "Y": "*fp32", "INDEX": "*i64", "N": "i32", "C": "i32:16"}, {"K": k},
+            {"other": _move_tile(4096, "other")},
+        )
+        for k in (1, 6, 8)
+    ),
+)  # fmt: skip
