@@ -2,7 +2,7 @@
 
     v4                                     the list
     v4 pretrain model=v4_tiny              the same as python train/pretrain.py model=v4_tiny
-    v4 score runs/v4_nano --text book.txt  the same as python scripts/score.py ...
+    v4 score runs/v4_nano book.txt         the same as python scripts/score.py ...
     v4 COMMAND --help                      what a command takes
 
 Several ranks need a launcher: ``torchrun train/pretrain.py ...``.
