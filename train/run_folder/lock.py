@@ -95,6 +95,13 @@ class FolderLock:
 
     def release(self) -> None:
         """Let go; nothing where it is not held."""
+        try:
+            self._let_go()
+        except BaseException:  # a signal that ends this process too
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
         if self._descriptor < 0:  # a fork of the holder has closed it
             return
         self._released.set()
@@ -199,8 +206,8 @@ class FolderLock:
 
     def _close(self) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
 
 
 # ---- the file ------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.helpers import run_distributed
 from tests.train.test_pretrain_cli import SHORT
 from train.errors import ExitCode, UserError
 from train.pretrain import cli
+from train.recovery.stop import Stopped
 from train.run_folder import lock as folder_lock
 from train.run_folder.folder import LOCK
 from train.run_folder.lock import FolderLock, owned
@@ -124,6 +126,23 @@ def test_lock_goes_with_its_context_whatever_happens(tmp_path, error):
 
     with pytest.raises(error):
         leave()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["unlink", "read_bytes"])
+def test_signal_while_the_lock_goes_leaves_none(tmp_path, monkeypatch, call):
+    done, signals = getattr(Path, call), [Stopped()]
+
+    def struck(path, *args):
+        if path.name == ".lock" and signals:
+            raise signals.pop()
+        return done(path, *args)
+
+    lock = FolderLock(tmp_path)
+    lock.acquire()
+    monkeypatch.setattr(Path, call, struck)
+    with pytest.raises(Stopped):
+        lock.release()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -311,8 +330,9 @@ def test_lock_that_somebody_removed_is_put_back(tmp_path):
 
 # ---- a run ---------------------------------------------------------------------------------------
 def tree(folder):
+    """Name -> content and time of change; but that of the lock, which is a sign of life."""
     return {
-        str(p.relative_to(folder)): (p.stat().st_mtime_ns, p.read_bytes())
+        str(p.relative_to(folder)): (p.name != LOCK and p.stat().st_mtime_ns, p.read_bytes())
         for p in folder.rglob("*")
         if p.is_file()
     }
