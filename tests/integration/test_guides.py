@@ -78,3 +78,11 @@ def test_links_lead_somewhere(path):
     for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         if not link.startswith("http"):
             assert (path.parent / link).exists(), link
+
+
+def test_switches_of_an_ablation_compose():
+    text = (ROOT / "docs" / "guide" / "studies.md").read_text().partition("Switches:")[2]
+    switches = re.findall(r"`([^`]*=[^`]*)`", text)
+    assert len(switches) >= 7
+    for switch in switches:
+        compose_run(["model=v4_nano", *switch.split()])
