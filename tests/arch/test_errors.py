@@ -18,6 +18,7 @@ MISUSE = {
     "model/flops.py": "a parameter without a kind, a phase that no config has",
     "model/init.py": "a parameter without a line in the table",
     "model/kernels/mhc_fast.py": "dtypes that the model never has",
+    "model/kernels/triton/fake_quant.py": "shapes and dtypes that blocks cannot have",
     "model/kernels/select.py": "an op that is not in the table",
     "model/precision.py": "a parameter without a line in the table",
     "optim/build.py": "a phase whose parameters take no gradient",
