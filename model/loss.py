@@ -7,6 +7,7 @@ microbatch's loss is its share and shares add up over microbatches, ranks and pi
 # Legend: N positions, D hidden, V vocabulary, K prediction depths
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.config import IndexerPhase
+from model.kernels.cross_entropy import cross_entropy_rows
+
+CrossEntropy = Callable[[Tensor, Tensor, torch.dtype | None], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, w_VD: Tensor, labels_N: Tensor, chunk: int, dtype: torch.dtype
+        ctx: Any,
+        x_ND: Tensor,
+        w_VD: Tensor,
+        labels_N: Tensor,
+        chunk: int,
+        dtype: torch.dtype,
+        cross_entropy: CrossEntropy,
     ) -> Tensor:
         needs_x, needs_w = ctx.needs_input_grad[:2]
         w = w_VD.to(dtype)
@@ -80,18 +90,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for begin in range(0, x_ND.shape[0], chunk):
             rows = slice(begin, begin + chunk)
             x, labels = x_ND[rows].to(dtype), labels_N[rows]
-            counted, target = labels >= 0, labels.clamp(min=0)[:, None]
-            logits = project(x, w)
-            top = logits.amax(dim=-1, keepdim=True)
-            picked = logits.gather(1, target) - top
-            p = logits.sub_(top).exp_()  # one exp serves the loss and the gradient
-            normaliser = p.sum(dim=-1, keepdim=True)
-            total += ((normaliser.log() - picked)[:, 0] * counted).sum()
-            if not (needs_x or needs_w):
+            wanted = dtype if needs_x or needs_w else None
+            losses, grad = cross_entropy(project(x, w), labels, wanted)
+            total += losses.sum()
+            if grad is None:
                 continue
-            p *= counted[:, None] / normaliser
-            p.scatter_add_(1, target, -counted[:, None].to(p.dtype))
-            grad = p.to(dtype)
             if grad_x is not None:
                 grad_x[rows] = grad @ w
             if grad_w is not None:
@@ -107,6 +110,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if grad_x is None else (grad_x * grad).to(x_dtype),
             None if grad_w is None else (grad_w * grad).to(w_dtype),
+            None,
             None,
             None,
             None,
@@ -130,6 +134,7 @@ def cross_entropy_sum(
     labels_N: Tensor,
     chunk: int,
     dtype: torch.dtype = torch.float32,
+    cross_entropy: CrossEntropy = cross_entropy_rows,
 ) -> Tensor:
     """Sum of cross-entropies over the labelled positions, nats; fp32 logits, never [N, V] at once.
 
@@ -139,5 +144,6 @@ def cross_entropy_sum(
         labels_N: token ids, negative where nothing is predicted.
         chunk: positions of logits alive at once.
         dtype: operands of the head's three products.
+        cross_entropy: of a chunk's logits, with their gradient.
     """
-    return _ChunkedCrossEntropy.apply(x_ND, w_VD, labels_N, chunk, dtype)
+    return _ChunkedCrossEntropy.apply(x_ND, w_VD, labels_N, chunk, dtype, cross_entropy)

@@ -16,7 +16,7 @@ ADDS = {"index_add", "index_add_", "scatter_add", "scatter_add_", "scatter_reduc
 MAY = {
     ("model/kernels/gather.py", "index_add_"): "the one place",
     ("model/kernels/gather.py", "index_put_"): "the one place",
-    ("model/loss.py", "scatter_add_"): "one place a row, so nothing meets",
+    ("model/kernels/cross_entropy.py", "scatter_add_"): "one place a row, so nothing meets",
 }
 
 
