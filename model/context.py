@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from model.config import IndexerPhase, ModelConfig
@@ -57,9 +58,19 @@ class ForwardContext:
     past: Past | None = None
 
 
-def build_context(config: ModelConfig, document_ids_BT: Tensor, yarn: bool) -> ForwardContext:
-    """Plan and RoPE tables of a batch."""
+def build_context(
+    config: ModelConfig, document_ids_BT: Tensor, yarn: bool, device: torch.device | None = None
+) -> ForwardContext:
+    """Plan and RoPE tables of a batch.
+
+    Args:
+        config: the model.
+        document_ids_BT: equal inside a document, -1 for padding; best on the host.
+        yarn: compressed layers use YaRN.
+        device: of the layers; None: that of the ids.
+    """
     plan = build_sequence_plan(document_ids_BT, config.ratios)
+    plan = plan.to(document_ids_BT.device if device is None else device)
     window = rope_frequencies(config, compressed=False)
     compressed = rope_frequencies(config, compressed=True, yarn=yarn)
     return ForwardContext(

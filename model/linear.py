@@ -11,6 +11,7 @@ is cast twice.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +53,38 @@ def grouped_linear_op(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
     return F.grouped_mm(x_NI, w_EOI.to(x_NI.dtype).transpose(-2, -1), offs=offsets_E)
 
 
+def reads_copies(op: LinearOp | GroupedLinearOp) -> bool:
+    """Whether an op casts the master to its input's dtype, so that a copy may stand for it."""
+    return op in (linear_op, grouped_linear_op, grouped_linear_reference)
+
+
+class _Copied(torch.autograd.Function):
+    """The copy in place of the cast: same value, same gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, w: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = w.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+def _read(w: Tensor, copy: Tensor | None, x: Tensor) -> Tensor:
+    return w if copy is None or copy.dtype != x.dtype else _Copied.apply(w, copy)
+
+
 class Linear(nn.Module):
     """A bias-free linear map ``[..., in] -> [..., out]``.
 
     Attributes:
         weight: [out, in], fp32 master.
         op: the seam; set it to another :data:`LinearOp` to change the arithmetic.
+        copy: of the weight in the compute dtype (``model/weight_copies.py``), if there is one.
     """
+
+    copy: Tensor | None = None
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -68,7 +94,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the op."""
-        return self.op(x, self.weight)
+        return self.op(x, _read(self.weight, self.copy, x))
 
 
 class BlockLinear(Linear):
@@ -80,7 +106,7 @@ class BlockLinear(Linear):
 
     def forward(self, x_BTGI: Tensor) -> Tensor:
         """Map group g of ``[..., groups, in]`` by block g; returns ``[..., out_features]``."""
-        blocks = self.weight.chunk(self.groups, dim=0)
+        blocks = _read(self.weight, self.copy, x_BTGI).chunk(self.groups, dim=0)
         return torch.cat(
             [self.op(x, w) for x, w in zip(x_BTGI.unbind(-2), blocks, strict=True)], dim=-1
         )
@@ -88,6 +114,8 @@ class BlockLinear(Linear):
 
 class GroupedLinear(nn.Module):
     """One linear per expert, stacked [E, out, in]; never fused, so that Muon sees matrices."""
+
+    copy: Tensor | None = None  # as Linear.copy
 
     def __init__(
         self,
@@ -107,7 +135,7 @@ class GroupedLinear(nn.Module):
 
     def forward(self, x_NI: Tensor, offsets_E: Tensor) -> Tensor:
         """Apply the op to rows sorted by expert."""
-        return self.op(x_NI, self.weight, offsets_E)
+        return self.op(x_NI, _read(self.weight, self.copy, x_NI), offsets_E)
 
 
 class ActivationCast(nn.Module):

@@ -53,7 +53,9 @@ def rope_tables(positions: Tensor, frequencies_R: Tensor) -> tuple[Tensor, Tenso
 
     At a million tokens an fp32 angle would be off by 0.03 radians.
     """
-    angles = positions.to(torch.float64)[..., None] * frequencies_R.to(positions.device)
+    angles = positions.to(torch.float64)[..., None] * frequencies_R.to(
+        positions.device, non_blocking=True
+    )
     return angles.cos().float(), angles.sin().float()
 
 

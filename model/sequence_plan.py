@@ -2,17 +2,37 @@
 
 Window, CSA, HCA, indexer, MTP and balance loss all read it; no layer counts positions itself.
 Documents are maximal runs of equal ids in a row; padding has id -1, forms no entries, sees nothing
-and is seen by nothing.
+and is seen by nothing. A plan is built on the host and moved to the device, so that nothing has to
+be read back: what loops need as numbers (:class:`Bounds`) stays on the host.
 """
 
 # Legend: B rows, T tokens, E compressed entries of a row (padded to a common count), M tokens of an
 # entry's own block
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+P = TypeVar("P")
+
+
+class Bounds(NamedTuple):
+    """Which entries the queries at each position of any row see; on the host.
+
+    Attributes:
+        low_T: the smallest first entry of a row that sees one; E where none does.
+        high_T: the largest stop; 0 where none sees an entry.
+    """
+
+    low_T: Tensor
+    high_T: Tensor
+
+    def of(self, queries: slice) -> tuple[int, int]:
+        """``low, high`` of a run of positions; ``low >= high``: nothing is seen."""
+        return int(self.low_T[queries].min()), int(self.high_T[queries].max())
 
 
 @dataclass(frozen=True)
@@ -34,6 +54,7 @@ class CompressedPlan:
         position_BE: position in the document of the block's first token.
         first_BT: first visible entry of query t.
         stop_BT: one past the last visible entry of query t.
+        bounds: of these two over all rows.
     """
 
     ratio: int
@@ -44,6 +65,7 @@ class CompressedPlan:
     position_BE: Tensor
     first_BT: Tensor
     stop_BT: Tensor
+    bounds: Bounds
 
     @property
     def num_entries(self) -> int:
@@ -75,19 +97,34 @@ class SequencePlan:
     num_documents: int
     compressed: dict[int, CompressedPlan]
 
+    def to(self, device: torch.device) -> SequencePlan:
+        """The same on a device; does not wait for it."""
+        there = _moved(self, device)
+        compressed = {m: _moved(plan, device) for m, plan in self.compressed.items()}
+        return replace(there, compressed=compressed)
+
+
+def _moved(plan: P, device: torch.device) -> P:
+    tensors = {
+        f.name: value.to(device, non_blocking=True)
+        for f in fields(plan)  # pyright: ignore[reportArgumentType]
+        if isinstance(value := getattr(plan, f.name), Tensor)
+    }
+    return replace(plan, **tensors)  # pyright: ignore[reportArgumentType]
+
 
 def build_sequence_plan(document_ids_BT: Tensor, ratios: tuple[int, ...]) -> SequencePlan:
     """Build the plan of a batch.
 
     Args:
-        document_ids_BT: integer ids, -1 for padding.
+        document_ids_BT: integer ids, -1 for padding; best on the host, where the plan is built.
         ratios: compression ratios that layers use.
     """
+    document_ids_BT = document_ids_BT.cpu()
     B, T = document_ids_BT.shape
-    device = document_ids_BT.device
     valid_BT = document_ids_BT >= 0
-    row_T = torch.arange(T, device=device)
-    begins_BT = torch.ones(B, T, dtype=torch.bool, device=device)
+    row_T = torch.arange(T)
+    begins_BT = torch.ones(B, T, dtype=torch.bool)
     begins_BT[:, 1:] = document_ids_BT[:, 1:] != document_ids_BT[:, :-1]
     run_start_BT = torch.where(begins_BT, row_T, 0).cummax(dim=1).values
     document_BT = begins_BT.flatten().cumsum(0).view(B, T) - 1
@@ -111,24 +148,29 @@ def _compressed(
 ) -> CompressedPlan:
     B, T = position_BT.shape
     E = max(T // ratio, 1)
-    device = position_BT.device
-    row_T = torch.arange(T, device=device)
+    row_T = torch.arange(T)
     closes_BT = valid_BT & ((position_BT + 1) % ratio == 0)
     count_BT = closes_BT.cumsum(dim=1)  # entries closed at or before t, in the whole row
     target_BT = torch.where(closes_BT, count_BT - 1, E)
-    last_BE = torch.full((B, E + 1), -1, device=device, dtype=torch.int64)
+    last_BE = torch.full((B, E + 1), -1, dtype=torch.int64)
     last_BE = last_BE.scatter(1, target_BT, row_T.expand(B, T))[:, :E]
-    valid_BE = torch.arange(E, device=device) < count_BT[:, -1:]
-    tokens_BEM = last_BE[..., None] + torch.arange(1 - ratio, 1, device=device)
+    valid_BE = torch.arange(E) < count_BT[:, -1:]
+    tokens_BEM = last_BE[..., None] + torch.arange(1 - ratio, 1)
     tokens_BEM = torch.where(valid_BE[..., None], tokens_BEM, T)
-    slot_BT = torch.full((B, T + 1), E * ratio, device=device, dtype=torch.int64)
-    places = torch.arange(E * ratio, device=device).expand(B, -1)
+    slot_BT = torch.full((B, T + 1), E * ratio, dtype=torch.int64)
+    places = torch.arange(E * ratio).expand(B, -1)
     slot_BT = slot_BT.scatter(1, tokens_BEM.flatten(1), places)[:, :T]
     # padding entries all wrote to the dropped column T
     position_BE = position_BT.gather(1, last_BE.clamp(min=0)) - (ratio - 1)
     position_BE = torch.where(valid_BE, position_BE, 0)
     before_BT = count_BT - closes_BT.long()  # entries closed strictly before t
     first_BT = torch.where(valid_BT, before_BT.gather(1, start_BT), 0)
+    stop_BT = torch.where(valid_BT, count_BT, 0)
+    sees_BT = stop_BT > first_BT
+    bounds = Bounds(
+        torch.where(sees_BT, first_BT, E).amin(dim=0),
+        torch.where(sees_BT, stop_BT, 0).amax(dim=0),
+    )
     return CompressedPlan(
         ratio=ratio,
         tokens_BEM=tokens_BEM,
@@ -137,5 +179,6 @@ def _compressed(
         has_previous_BE=valid_BE & (position_BE > 0),
         position_BE=position_BE,
         first_BT=first_BT,
-        stop_BT=torch.where(valid_BT, count_BT, 0),
+        stop_BT=stop_BT,
+        bounds=bounds,
     )

@@ -77,7 +77,8 @@ class DeepSeekV4(nn.Module):
 
     def context(self, document_ids_BT: Tensor) -> ForwardContext:
         """Plan and tables of a batch."""
-        return build_context(self.config, document_ids_BT, self.yarn)
+        device = next(self.parameters()).device
+        return build_context(self.config, document_ids_BT, self.yarn, device)
 
     def training_context(self, document_ids_BT: Tensor, objective: Objective) -> ForwardContext:
         """The same, with what an objective asks of the layers."""
@@ -141,7 +142,7 @@ class DeepSeekV4(nn.Module):
 
         Args:
             input_ids_BT: token ids.
-            document_ids_BT: equal inside a document, -1 for padding.
+            document_ids_BT: equal inside a document, -1 for padding; best on the host.
             labels_BTK: the token 1 + k places ahead, negative where there is none.
             objective: weights and the normalisers of the whole global batch.
         """
@@ -239,7 +240,9 @@ class DeepSeekV4(nn.Module):
 
 
 def _documents(input_ids_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:
-    return torch.zeros_like(input_ids_BT) if document_ids_BT is None else document_ids_BT
+    if document_ids_BT is None:
+        return torch.zeros(input_ids_BT.shape, dtype=torch.int64)
+    return document_ids_BT
 
 
 def _add_up(results: list[Aux]) -> dict[str, Tensor]:

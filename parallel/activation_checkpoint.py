@@ -1,7 +1,8 @@
 """Recompute blocks in the backward pass instead of keeping what they computed.
 
 ``block`` keeps a block's input, ``selective`` also the results of its matmuls. Both keep what was
-chosen (top-k of experts and entries), so that the recomputation routes exactly as the first pass.
+chosen (experts and entries), so that the recomputation routes exactly as the first pass: ``block``
+replays the choices by name, ``selective`` watches every operation and gives the kept ones back.
 
 torch's own selective contexts demand that the recomputation runs the same operations; under FSDP it
 does not, since parameters that the backward pass has gathered are not gathered again. These look
@@ -13,6 +14,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
+from model.context import ForwardContext
 
 _CHOICES = (torch.ops.aten.sort.stable, torch.ops.aten.topk.default, torch.ops.aten.argsort.stable)
 _MATMULS = (
@@ -31,7 +34,7 @@ _MATMULS = (
     torch.ops.aten.bmm.default,
     torch.ops.aten._grouped_mm.default,
 )
-_KEPT = {"block": _CHOICES, "selective": _CHOICES + _MATMULS}
+_KEPT = frozenset(_CHOICES + _MATMULS)
 
 
 def checkpoint_blocks(model: nn.Module, mode: str) -> int:
@@ -48,13 +51,32 @@ def checkpoint_blocks(model: nn.Module, mode: str) -> int:
         return 0
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     for block in blocks:
-        block.forward = partial(
-            checkpoint,
-            block.forward,
-            use_reentrant=False,
-            context_fn=partial(_contexts, frozenset(_KEPT[mode])),
-        )
+        forward = block.forward
+        if mode == "block":
+            block.forward = partial(_replaying, forward)
+        else:
+            block.forward = partial(
+                checkpoint, forward, use_reentrant=False, context_fn=partial(_contexts, _KEPT)
+            )
     return len(blocks)
+
+
+def _replaying(
+    forward: Callable[..., Any], x_BTSD: Tensor, input_ids_BT: Tensor, context: ForwardContext
+) -> Any:
+    """A block's forward whose recomputation takes the first pass' choices for its own."""
+    chosen: dict[str, Tensor] = {}
+
+    def run(x_BTSD: Tensor) -> Any:
+        if chosen:
+            again = replace(context, replay={**context.replay, **chosen}, record=None)
+            return forward(x_BTSD, input_ids_BT, again)
+        out = forward(x_BTSD, input_ids_BT, replace(context, record=chosen))
+        if context.record is not None:
+            context.record.update(chosen)
+        return out
+
+    return checkpoint(run, x_BTSD, use_reentrant=False)
 
 
 def _contexts(

@@ -25,6 +25,7 @@ from parallel.collectives import add_up, add_up_loose, gathered
 from parallel.engine import Shares, TorchEngine, Update
 from parallel.fsdp import follow_requires_grad, fsdp_modules
 from parallel.mesh import Mesh
+from parallel.prefetch import prefetched
 
 
 class DistributedEngine(TorchEngine):
@@ -61,7 +62,7 @@ class DistributedEngine(TorchEngine):
     def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
         """Accumulate shards of the gradient; replicas are added up with the last microbatch."""
         shares = Shares()
-        for batch, last in _with_last(batches):
+        for batch, last in _with_last(prefetched(batches, self.device)):
             for root in self._roots:
                 root.set_requires_all_reduce(last)
             output = self._forward(batch, objective)

@@ -21,8 +21,10 @@ from model.config import Router
 from model.loss import ModelOutput, Objective
 from model.moe.balance import update_bias
 from model.moe.router import Gate
+from model.weight_copies import WeightCopies
 from optim.build import Optimizer
 from optim.clip import clip_grad_norm
+from parallel.prefetch import prefetched
 
 
 @dataclass
@@ -173,11 +175,13 @@ class TorchEngine:
     ) -> None:
         self.model, self.optimizer, self.device = model, optimizer, device
         self._grad_clip = grad_clip
+        self._copies = WeightCopies(model)
 
     def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
         """Accumulate the gradients of all microbatches; their losses are normalised already."""
+        self._copy_weights()
         shares = Shares()
-        for batch in batches:
+        for batch in prefetched(batches, self.device):
             output = self._forward(batch, objective)
             output.total.backward()
             shares.add(output)
@@ -186,22 +190,25 @@ class TorchEngine:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], objective: Objective) -> Shares:
         """Run microbatches without gradients."""
+        self._copy_weights()
         shares = Shares()
-        for batch in batches:
+        for batch in prefetched(batches, self.device):
             shares.add(self._forward(batch, objective))
         return shares
 
     @torch.no_grad()
     def choices(self, batches: Iterable[Batch], objective: Objective) -> list[dict[str, Tensor]]:
         """What every gate and indexer chooses in each microbatch, by name."""
+        self._copy_weights()
         records: list[dict[str, Tensor]] = []
-        for batch in batches:
+        for batch in prefetched(batches, self.device):
             records.append({})
             self._forward(batch, replace(objective, record=records[-1]))
         return records
 
     def embedding_gradient(self, batch: Batch, objective: Objective) -> Tensor | None:
         """Gradient [B, T, D] of a batch's objective by the embeddings it reads first."""
+        self._copy_weights()
         with self._embedding_as_leaf(self.model) as leaves:
             output = self._forward(batch, objective)
             return torch.autograd.grad(output.total, leaves[0])[0]
@@ -259,11 +266,15 @@ class TorchEngine:
         """There is nobody else."""
         return [value]
 
+    def _copy_weights(self) -> None:
+        """Weights may have moved since the last pass: by a step, a load, a swap for an average."""
+        self._copies.refresh(getattr(self.model, "compute_dtype", torch.float32))
+
     def _inputs(self, batch: Batch) -> dict[str, Tensor]:
         return {
-            "input_ids_BT": batch.input_ids_BT.to(self.device),
-            "document_ids_BT": batch.document_ids_BT.to(self.device),
-            "labels_BTK": batch.labels_BTK.to(self.device),
+            "input_ids_BT": batch.input_ids_BT.to(self.device, non_blocking=True),
+            "document_ids_BT": batch.document_ids_BT,  # the plan is built on the host
+            "labels_BTK": batch.labels_BTK.to(self.device, non_blocking=True),
         }
 
     def _forward(self, batch: Batch, objective: Objective) -> ModelOutput:

@@ -200,9 +200,11 @@ class Pipeline:
             batches: of this process's data rank: the same on every rank of the pipeline.
         """
         whole = {
-            name: torch.cat([getattr(batch, name) for batch in batches]).to(self._device)
+            name: torch.cat([getattr(batch, name) for batch in batches])
             for name in ("input_ids_BT", "document_ids_BT", "labels_BTK")
         }
+        for name in ("input_ids_BT", "labels_BTK"):  # document ids stay on the host
+            whole[name] = whole[name].to(self._device)
         schedule = self._schedule_for(len(batches), *batches[0].input_ids_BT.shape)
         for stage in self._runners:
             stage.routings = [batch.routing for batch in batches]

@@ -181,7 +181,7 @@ class ModelPart(DeepSeekV4):
         """Next-token logits [B, T, V] on every rank of the pipeline, which all call this."""
         assert self.run_logits is not None
         if document_ids_BT is None:
-            document_ids_BT = torch.zeros_like(input_ids_BT)
+            document_ids_BT = torch.zeros(input_ids_BT.shape, dtype=torch.int64)
         return self.run_logits(input_ids_BT, document_ids_BT)
 
     @property

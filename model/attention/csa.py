@@ -38,7 +38,10 @@ class CompressedSparseAttention(WindowAttention):
     def entries(self, u_BTD: Tensor, q_latent_BTQ: Tensor, context: ForwardContext) -> Entries:
         """The chosen entries, or in the full phases all visible ones."""
         plan, entry_rope = context.plan.compressed[self.ratio], context.entry_rope[self.ratio]
-        entries = EntrySet(self.compressor(u_BTD, plan, entry_rope), plan.first_BT, plan.stop_BT)
+        entries = EntrySet(
+            self.compressor(u_BTD, plan, entry_rope), plan.first_BT, plan.stop_BT,
+            bounds=plan.bounds,
+        )  # fmt: skip
         sparse = context.phase is IndexerPhase.sparse
         if not (sparse or context.indexer_loss or context.monitors):
             return entries, None
@@ -46,7 +49,9 @@ class CompressedSparseAttention(WindowAttention):
         if sparse:
             index_BTN = context.replay.get(self.name)
             if index_BTN is None:
-                index_BTN = self._index_topk(indexer, plan.first_BT, plan.stop_BT, self.topk)
+                index_BTN = self._index_topk(
+                    indexer, plan.first_BT, plan.stop_BT, self.topk, plan.bounds
+                )
             if context.record is not None:
                 context.record[self.name] = index_BTN
             entries = replace(entries, index_BTN=index_BTN)

@@ -31,4 +31,4 @@ class HeavilyCompressedAttention(WindowAttention):
         """All visible entries."""
         plan = context.plan.compressed[self.ratio]
         kv_BEK = self.compressor(u_BTD, plan, context.entry_rope[self.ratio])
-        return EntrySet(kv_BEK, plan.first_BT, plan.stop_BT), None
+        return EntrySet(kv_BEK, plan.first_BT, plan.stop_BT, bounds=plan.bounds), None

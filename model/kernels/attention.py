@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model.sequence_plan import Bounds
+
 
 @dataclass(frozen=True)
 class EntrySet:
@@ -25,12 +27,14 @@ class EntrySet:
         stop_BT: one past the last visible entry.
         index_BTN: the indexer's choice among the visible (distinct, -1 = none), or None for all
             visible.
+        bounds: of first and stop, on the host; None: read from them where they are needed.
     """
 
     kv_BEK: Tensor
     first_BT: Tensor
     stop_BT: Tensor
     index_BTN: Tensor | None = None
+    bounds: Bounds | None = None
 
 
 class AttentionResult(NamedTuple):

@@ -8,6 +8,7 @@ cannot run: other devices, no compiler, or a head dim that is no multiple of 16.
 # Legend: B rows, T tokens, H heads, K head dim, E entries, N chosen
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -112,9 +113,7 @@ def attention_cpu(
     entry_kv = None if entries is None else entries.kv_BEK
     detached = None
     if entries is not None:  # the Function owns the differentiable entries; the set only indices
-        detached = EntrySet(
-            entries.kv_BEK.detach(), entries.first_BT, entries.stop_BT, entries.index_BTN
-        )
+        detached = replace(entries, kv_BEK=entries.kv_BEK.detach())
     o, lse, mass = _CpuAttention.apply(
         q_BTHK, kv_BTK, sink_H, entry_kv, start_BT.contiguous(), window, detached, library
     )

@@ -10,6 +10,7 @@ smaller than the slice.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +19,13 @@ from torch import Tensor
 from model.kernels.attention import AttentionResult, EntrySet
 from model.kernels.gather import add_rows_
 from model.kernels.indexer import IndexerInputs, ranked
+from model.sequence_plan import Bounds
 
-# Elements of one chunk's score tensor: 2^18 fp32 = 1 MiB, about a core's L2 cache. Measured: 2^16
-# pays more for calls, 2^20 for memory traffic (docs/LOG.md).
-_CHUNK_ELEMENTS = 1 << 18
+# Elements of one chunk's score tensor. On a CPU 2^18 fp32 = 1 MiB, about a core's L2 cache:
+# 2^16 pays more for calls, 2^20 for memory traffic (docs/LOG.md). Elsewhere calls are what costs:
+# 256 queries, unless their scores would take more than 1 GiB.
+_CHUNK_ELEMENTS = {"cpu": 1 << 18}
+_CHUNK_ELEMENTS_ELSEWHERE = 1 << 28
 # Gathering keys per query moves N * K elements a query; masking computes the whole slice. Masking
 # wins up to here.
 _MASK_UP_TO = 6
@@ -36,8 +40,9 @@ class _Keys(NamedTuple):
     index_BCG: Tensor | None  # gathered: the table's row of every key, clamped to >= 0
 
 
-def _chunk_size(rows_by_heads: int, keys: int, tokens: int) -> int:
-    size = max(_CHUNK_ELEMENTS // max(rows_by_heads * keys, 1), 1)
+def _chunk_size(like: Tensor, rows_by_heads: int, keys: int, tokens: int) -> int:
+    elements = _CHUNK_ELEMENTS.get(like.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+    size = max(elements // max(rows_by_heads * keys, 1), 1)
     return max(16, min(256, 1 << (size.bit_length() - 1), tokens))
 
 
@@ -56,14 +61,24 @@ def _window_keys(start_BT: Tensor, chunk: slice, window: int) -> _Keys:
     return _Keys(low, chunk.stop, mask, None)
 
 
+def _bounds(entries: EntrySet) -> Bounds:
+    """The set's bounds; a set that has none is read, for which a device is waited for."""
+    if entries.bounds is not None:
+        return entries.bounds
+    first_BT, stop_BT = entries.first_BT.cpu(), entries.stop_BT.cpu()
+    sees_BT = stop_BT > first_BT
+    return Bounds(
+        torch.where(sees_BT, first_BT, entries.kv_BEK.shape[1]).amin(dim=0),
+        torch.where(sees_BT, stop_BT, 0).amax(dim=0),
+    )
+
+
 def _entry_keys(entries: EntrySet, chunk: slice) -> _Keys | None:
     """The entries a chunk meets; None when no query of it sees any."""
     first_BC, stop_BC = entries.first_BT[:, chunk], entries.stop_BT[:, chunk]
-    sees = stop_BC > first_BC
-    if not bool(sees.any()):
+    low, high = _bounds(entries).of(chunk)
+    if low >= high:
         return None
-    low = int(torch.where(sees, first_BC, entries.kv_BEK.shape[1]).min())
-    high = int(stop_BC.max())
     row_G = torch.arange(low, high, device=first_BC.device)
     if entries.index_BTN is None:
         mask = (row_G >= first_BC[..., None]) & (row_G < stop_BC[..., None])
@@ -136,7 +151,7 @@ class _ChunkedAttention(torch.autograd.Function):
         B, T, H, _ = q_BTHK.shape
         o_BTHK = torch.empty_like(q_BTHK)
         lse_BTH = torch.empty(B, T, H, device=q_BTHK.device, dtype=torch.float32)
-        ctx.size = _chunk_size(B * H, 2 * window + _typical_entries(entries), T)
+        ctx.size = _chunk_size(q_BTHK, B * H, 2 * window + _typical_entries(entries), T)
         for chunk in _chunks(T, ctx.size):
             q = q_BTHK[:, chunk]
             groups = _groups(kv_BTK, entry_kv_BEK, start_BT, window, entries, chunk)
@@ -243,16 +258,18 @@ def attention_chunked(
     if (
         entries is not None
     ):  # the Function owns the differentiable entries; the set carries indices only
-        detached = EntrySet(
-            entries.kv_BEK.detach(), entries.first_BT, entries.stop_BT, entries.index_BTN
-        )
+        detached = replace(entries, kv_BEK=entries.kv_BEK.detach())
     o, lse = _ChunkedAttention.apply(q_BTHK, kv_BTK, sink_H, entry_kv, start_BT, window, detached)
     return AttentionResult(o, lse)
 
 
 @torch.no_grad()
 def index_topk_chunked(
-    indexer: IndexerInputs, first_BT: Tensor, stop_BT: Tensor, topk: int
+    indexer: IndexerInputs,
+    first_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+    bounds: Bounds | None = None,
 ) -> Tensor:
     """Same as ``index_topk_reference``, in chunks of queries."""
     q_BTJL, k_BEL, w_BTJ = indexer
@@ -262,8 +279,8 @@ def index_topk_chunked(
     E = k_BEL.shape[1]
     count = min(topk, E)
     index_BTN = torch.full((B, T, count), -1, dtype=torch.int64, device=q_BTJL.device)
-    everything = EntrySet(k_BEL, first_BT, stop_BT)
-    for chunk in _chunks(T, _chunk_size(B * J, E, T)):
+    everything = EntrySet(k_BEL, first_BT, stop_BT, bounds=bounds)
+    for chunk in _chunks(T, _chunk_size(k_BEL, B * J, E, T)):
         keys = _entry_keys(everything, chunk)
         if keys is None:
             continue
@@ -302,7 +319,7 @@ class _ChunkedIndexerLoss(torch.autograd.Function):
         grad_q, grad_w = torch.zeros_like(q_BTJL), torch.zeros_like(w_BTJ)
         grad_k = torch.zeros_like(k_BEL, dtype=torch.float32)
         total = torch.zeros((), device=q_BTJL.device, dtype=torch.float32)
-        size = _chunk_size(B * max(J, q_BTHK.shape[2]), _typical_entries(entries), T)
+        size = _chunk_size(q_BTJL, B * max(J, q_BTHK.shape[2]), _typical_entries(entries), T)
         for chunk in _chunks(T, size):
             keys = _entry_keys(entries, chunk)
             if keys is None:
@@ -350,7 +367,5 @@ def indexer_loss_chunked(
 ) -> Tensor:
     """Same as ``indexer_loss_reference``, in memory linear in T."""
     q, k, w = indexer
-    detached = EntrySet(
-        entries.kv_BEK.detach(), entries.first_BT, entries.stop_BT, entries.index_BTN
-    )
+    detached = replace(entries, kv_BEK=entries.kv_BEK.detach())
     return _ChunkedIndexerLoss.apply(q, k, w, q_BTHK.detach(), lse_BTH, detached)

@@ -21,6 +21,15 @@ def _rows(x_BTC: Tensor, index_BN: Tensor) -> Tensor:
     return out.masked_fill_((index_BN == T)[..., None], 0)
 
 
+def count(index: Tensor, size: int) -> Tensor:
+    """How often each of ``0 .. size - 1`` stands in ``index``, int64 [size].
+
+    Integers add up alike in any order; ``bincount`` would read the largest back to the host.
+    """
+    flat = index.flatten()
+    return flat.new_zeros(size).scatter_add_(0, flat, torch.ones_like(flat))
+
+
 def add_rows_(table_NC: Tensor, index_M: Tensor, rows_MC: Tensor) -> None:
     """``table[index[m]] += rows[m]``; rows that meet are added in one order: equal bits each time.
 

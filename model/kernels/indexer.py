@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from model.kernels.attention import EntrySet, entry_mask
+from model.sequence_plan import Bounds
 
 # The indexer's inputs: rotated (and cast) queries, keys, and per-head weights with both constant
 # factors applied.
@@ -40,7 +41,11 @@ def ranked(scores: Tensor, visible: Tensor) -> Tensor:
 
 @torch.no_grad()
 def index_topk_reference(
-    indexer: IndexerInputs, first_BT: Tensor, stop_BT: Tensor, topk: int
+    indexer: IndexerInputs,
+    first_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+    bounds: Bounds | None = None,
 ) -> Tensor:
     """The ``topk`` visible entries with the highest scores.
 
@@ -49,6 +54,7 @@ def index_topk_reference(
         first_BT: first visible entry.
         stop_BT: one past the last visible entry.
         topk: entries to choose.
+        bounds: of first and stop, on the host, for implementations in chunks.
 
     Returns:
         [B, T, min(topk, E)] int64, -1 where fewer are visible; unordered.

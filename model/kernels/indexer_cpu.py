@@ -18,6 +18,7 @@ from model.kernels.attention import EntrySet
 from model.kernels.attention_fast import index_topk_chunked, indexer_loss_chunked
 from model.kernels.cpu_build import KernelLibrary, kernel_library
 from model.kernels.indexer import IndexerInputs
+from model.sequence_plan import Bounds
 
 _SIGNATURES = {
     "index_topk": "pppppp" + "lllllli",
@@ -34,11 +35,17 @@ def _library(indexer: IndexerInputs) -> KernelLibrary | None:
 
 
 @torch.no_grad()
-def index_topk_cpu(indexer: IndexerInputs, first_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
+def index_topk_cpu(
+    indexer: IndexerInputs,
+    first_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+    bounds: Bounds | None = None,
+) -> Tensor:
     """Same as ``index_topk_reference``; equal scores go to the earlier entry."""
     library = _library(indexer)
     if library is None:
-        return index_topk_chunked(indexer, first_BT, stop_BT, topk)
+        return index_topk_chunked(indexer, first_BT, stop_BT, topk, bounds)
     q_BTJL, k_BEL, w_BTJ = (tensor.detach().contiguous() for tensor in indexer)
     E, count = k_BEL.shape[1], min(topk, k_BEL.shape[1])
     index_BTN = torch.empty(*q_BTJL.shape[:2], count, dtype=torch.int64)

@@ -144,8 +144,8 @@ def _logits(mix_NM: Tensor, base_M: Tensor, scale: Tensor, S: int) -> Tensor:
     """[channel, token] planes of ``scale * mix + base``."""
     if scale.shape[0] == 1:
         return torch.addcmul(base_M[:, None], scale, mix_NM.T)
-    repeats = torch.tensor((S, S, S * S), device=scale.device)
-    scale_M1 = scale.repeat_interleave(repeats, output_size=mix_NM.shape[1])[:, None]
+    sizes = (S, S, S * S)
+    scale_M1 = torch.cat([s.expand(n) for s, n in zip(scale, sizes, strict=True)])[:, None]
     return torch.addcmul(base_M[:, None], scale_M1, mix_NM.T)
 
 

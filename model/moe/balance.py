@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from model.kernels.gather import count
 from model.moe.router import Gate, Routing
 from model.sequence_plan import SequencePlan
 
@@ -13,7 +14,7 @@ from model.sequence_plan import SequencePlan
 def expert_load(index_NK: Tensor, valid_N: Tensor, num_experts: int) -> Tensor:
     """Tokens routed to every expert [E], fp32, padding left out."""
     counted_NK = torch.where(valid_N[:, None], index_NK, num_experts)  # padding has its own place
-    return torch.bincount(counted_NK.flatten(), minlength=num_experts + 1)[:-1].float()
+    return count(counted_NK, num_experts + 1)[:-1].float()
 
 
 def balance_loss(routing: Routing, plan: SequencePlan) -> Tensor:
@@ -27,7 +28,7 @@ def balance_loss(routing: Routing, plan: SequencePlan) -> Tensor:
     K, E = index_NK.shape[1], score_NE.shape[1]
     document_N, valid_N = plan.document_BT.flatten(), plan.valid_BT.flatten()
     cell_NK = document_N[:, None] * E + index_NK
-    count_GE = torch.bincount(cell_NK.flatten(), minlength=plan.num_documents * E).view(-1, E)
+    count_GE = count(cell_NK, plan.num_documents * E).view(-1, E)
     f_NE = count_GE[document_N].float() * (E / K) / plan.length_BT.flatten()[:, None]
     share_NE = score_NE / score_NE.sum(dim=-1, keepdim=True)
     return ((f_NE * share_NE).sum(dim=-1) * valid_N).sum()

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.kernels.gather import collect, spread
+from model.kernels.gather import collect, count, spread
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LocalDispatcher:
         place_NK[order_R] = torch.arange(N * K, device=order_R.device)
         place_NK = place_NK.view(N, K)
         token_R = order_R // K
-        offsets_E = torch.bincount(expert_R, minlength=num_experts).cumsum(0).to(torch.int32)
+        offsets_E = count(expert_R, num_experts).cumsum(0).to(torch.int32)
         weight_R = spread(weight_NK.reshape(N * K, 1), order_R, place_NK.view(-1, 1))[:, 0]
         return Dispatched(spread(x_ND, token_R, place_NK), weight_R, offsets_E, (token_R, place_NK))
 

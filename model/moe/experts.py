@@ -63,5 +63,5 @@ class SharedExpert(nn.Module):
 def clamped_share(gate_RI: Tensor, up_RI: Tensor, limit: float) -> dict[str, Tensor]:
     """Monitor: elements on which the clamp acts."""
     active = (gate_RI.detach() > limit).sum() + (up_RI.detach().abs() > limit).sum()
-    count = torch.tensor(2.0 * gate_RI.numel(), device=gate_RI.device)
+    count = torch.full((), 2.0 * gate_RI.numel(), device=gate_RI.device)
     return {"clamped.sum": active.float(), "clamped.count": count}

@@ -239,8 +239,8 @@ def _context(change: Callable[[Any, Any], Any]) -> Plant:
 
         real = transformer.build_context
 
-        def build(config: Any, document_ids_BT: Tensor, yarn: bool) -> Any:
-            return change(real(config, document_ids_BT, yarn), config)
+        def build(config: Any, *rest: Any) -> Any:
+            return change(real(config, *rest), config)
 
         patch.setattr(transformer, "build_context", build)
 

@@ -39,7 +39,7 @@ from parallel.pipeline_split import (
     stages_per_rank,
 )
 from train.audit.checks import JUDGED_BYTES
-from train.config.schema import ActivationCheckpoint, Device, Precision, RunConfig
+from train.config.schema import Device, Precision, RunConfig
 from train.errors import USER_ERRORS, DoesNotFitError, UserError
 from train.stages import Stage, StagePlan, check_schedule
 
@@ -362,9 +362,8 @@ class Needs:
             block = self.blocks[i]
             parts = [block.gathered[w] + (block.fp32[w] if sharded else 0.0) for w in range(2)]
             sizes.append(parts[0] + parts[1] / layout.ep)
-        recomputed = self.run.train.activation_checkpoint != ActivationCheckpoint.none
-        if layout.pp > 1 or not (sharded or recomputed):
-            return sum(sizes)  # where nothing is sharded every cast lives until its backward
+        if layout.pp > 1 or not sharded:
+            return sum(sizes)  # where nothing is sharded every weight has a copy
         return sum(sorted(sizes)[-2:])
 
     def _largest_gradient(self, layout: ParallelConfig, here: list[int]) -> float:
