@@ -59,8 +59,12 @@ class Router(StrEnum):
 class Kernels(StrEnum):
     """Which implementation of each op runs (``model/kernels/select.py``)."""
 
-    reference = "reference"
-    fast = "fast"
+    auto = "auto"  # Triton on a GPU, C++ on a CPU that has a compiler, else torch
+    reference = "reference"  # short definitions in plain torch: slow
+    torch = "torch"  # plain torch in chunks, on any device
+    compiled = "compiled"  # C++, on a CPU
+    triton = "triton"  # on a GPU; on a CPU in Triton's interpreter
+    fast = "fast"  # an older spelling of auto
 
 
 @dataclass
@@ -128,7 +132,7 @@ class ModelConfig:
     initializer_range: float = number(0.02, least=1e-4, most=1)
     attention: Attention = Attention.hybrid
     residual: Residual = Residual.mhc
-    kernels: Kernels = Kernels.fast
+    kernels: Kernels = Kernels.auto
     loss_chunk_tokens: int = number(2048, least=1)  # tokens of logits alive at once in the loss
 
     # ---- derived ---------------------------------------------------------------------------------

@@ -87,6 +87,7 @@ def checked(
     """
     run = load(cfg)
     plan = resolve(run)
+    from model.kernels.select import check_kernels  # noqa: PLC0415
     from parallel.mesh import check_layout  # noqa: PLC0415  torch takes seconds, which no typo
     from train.preflight import fit  # noqa: PLC0415                   should cost
     from train.preflight.precision import settle  # noqa: PLC0415
@@ -94,6 +95,7 @@ def checked(
     world = fit.this_world(run.train.device)
     run, choice = settle(run, world, measure)
     fit.check(run, plan, world)
+    check_kernels(run.model, world.device)
     refuse_unbuilt(plan, run.train)
     check_reach(run, plan)
     layout = run.parallel.resolve(world.ranks)

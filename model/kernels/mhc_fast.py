@@ -14,12 +14,14 @@ the streams once more, in a :class:`StreamMix`; there they stand for ``comb^T x`
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.kernels import mhc_torch
 from model.kernels.mhc import StreamMix
 from model.kernels.mhc_ops import OPS
 
@@ -166,7 +168,7 @@ def mhc_merge(y_BTD: Tensor, mix: StreamMix, ops: MhcOps = _BY_DEVICE) -> Tensor
     x_BTSD = mix.x_BTSD
     if y_BTD.dtype != x_BTSD.dtype:
         raise ValueError(
-            f"model.kernels=fast mixes one dtype: sublayer output {y_BTD.dtype}, streams"
+            f"fused mHC kernels mix one dtype: sublayer output {y_BTD.dtype}, streams"
             f" {x_BTSD.dtype}"
         )
     new_NSD = _Merge.apply(
@@ -192,6 +194,16 @@ def mhc_head(
     x_NSD = _rows(ops, x_BTSD, fn_SC, base_S, scale_1)
     y_ND = _Head.apply(ops, x_NSD, fn_SC.contiguous(), base_S, scale_1, eps, rms_eps)
     return y_ND.unflatten(0, x_BTSD.shape[:-2])
+
+
+_TORCH = MhcOps(
+    mhc_torch.pre, mhc_torch.pre_backward, mhc_torch.merge, mhc_torch.merge_backward,
+    mhc_torch.head, mhc_torch.head_backward,
+)  # fmt: skip
+# In plain torch on every device.
+mhc_pre_torch = partial(mhc_pre, ops=_TORCH)
+mhc_merge_torch = partial(mhc_merge, ops=_TORCH)
+mhc_head_torch = partial(mhc_head, ops=_TORCH)
 
 
 def _rows(ops: MhcOps, x_BTSD: Tensor, *parameters: Tensor) -> Tensor:

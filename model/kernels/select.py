@@ -1,19 +1,28 @@
-"""The one switch between the plain and the fast implementation of an op (``model.kernels``).
+"""The one table of implementations of an op, and the switch between them (``model.kernels``).
 
-Each op has a short reference in plain PyTorch, which is the definition, and a fast path that is
-tested against it. Both have the same signature. Adding an op is one line in the table.
+Each op has a short reference in plain PyTorch, which is the definition, and others that are tested
+against it: plain torch in chunks (any device), C++ (CPU), Triton (GPU; on a CPU in its interpreter,
+for tests). All have the same signature. Adding an op is one line in the table.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
-from model.config import Kernels
+import torch
+from torch import Tensor
+
+from model.config import Kernels, ModelConfig
 from model.errors import ConfigError
 from model.kernels import (
     attention,
     attention_cpu,
+    attention_fast,
+    cpu_build,
     elementwise,
     elementwise_fast,
     indexer,
@@ -26,18 +35,61 @@ from model.rope import apply_rope
 
 Op = Callable[..., Any]
 
-# op -> (reference, fast)
-_OPS: dict[str, tuple[Op, Op]] = {
-    "attention": (attention.attention_reference, attention_cpu.attention_cpu),
-    "index_topk": (indexer.index_topk_reference, indexer_cpu.index_topk_cpu),
-    "indexer_loss": (indexer.indexer_loss_reference, indexer_cpu.indexer_loss_cpu),
-    "grouped_linear": (grouped_linear_reference, grouped_linear_op),
-    "rms_norm": (elementwise.rms_norm, elementwise_fast.rms_norm),
-    "swiglu": (elementwise.swiglu, elementwise_fast.swiglu),
-    "rope": (apply_rope, elementwise_fast.rope),
-    "mhc_pre": (mhc.mhc_pre, mhc_fast.mhc_pre),
-    "mhc_merge": (mhc.mhc_merge, mhc_fast.mhc_merge),
-    "mhc_head": (mhc.mhc_head, mhc_fast.mhc_head),
+
+class Implementations(NamedTuple):
+    """Of one op.
+
+    Attributes:
+        reference: the definition.
+        torch: plain torch operations, on any device.
+        compiled: C++ on CPU tensors that it can serve, else ``torch``; None: there is none.
+        triton: ``file:function`` in ``model/kernels/triton``, imported when it is asked for.
+    """
+
+    reference: Op
+    torch: Op
+    compiled: Op | None
+    triton: str | None
+
+
+_OPS: dict[str, Implementations] = {
+    "attention": Implementations(
+        attention.attention_reference,
+        attention_fast.attention_chunked,
+        attention_cpu.attention_cpu,
+        "attention:attention",
+    ),
+    "index_topk": Implementations(
+        indexer.index_topk_reference,
+        attention_fast.index_topk_chunked,
+        indexer_cpu.index_topk_cpu,
+        "indexer:index_topk",
+    ),
+    "indexer_loss": Implementations(
+        indexer.indexer_loss_reference,
+        attention_fast.indexer_loss_chunked,
+        indexer_cpu.indexer_loss_cpu,
+        "indexer:indexer_loss",
+    ),
+    "grouped_linear": Implementations(
+        grouped_linear_reference, grouped_linear_op, None, "grouped:grouped_linear"
+    ),
+    "rms_norm": Implementations(
+        elementwise.rms_norm, elementwise.rms_norm, elementwise_fast.rms_norm, "norm_rope:rms_norm"
+    ),
+    "swiglu": Implementations(
+        elementwise.swiglu, elementwise.swiglu, elementwise_fast.swiglu, "swiglu:swiglu"
+    ),
+    "rope": Implementations(apply_rope, apply_rope, elementwise_fast.rope, "norm_rope:rope"),
+    "mhc_pre": Implementations(
+        mhc.mhc_pre, mhc_fast.mhc_pre_torch, mhc_fast.mhc_pre, "mhc:mhc_pre"
+    ),
+    "mhc_merge": Implementations(
+        mhc.mhc_merge, mhc_fast.mhc_merge_torch, mhc_fast.mhc_merge, "mhc:mhc_merge"
+    ),
+    "mhc_head": Implementations(
+        mhc.mhc_head, mhc_fast.mhc_head_torch, mhc_fast.mhc_head, "mhc:mhc_head"
+    ),
 }
 
 
@@ -46,8 +98,63 @@ def op_names() -> list[str]:
     return sorted(_OPS)
 
 
+def triton_installed() -> bool:
+    """Whether Triton can be imported."""
+    return find_spec("triton") is not None
+
+
+def active_kernels(kernels: Kernels, device: torch.device) -> dict[str, str]:
+    """Which code serves each op for fp32 and bf16 tensors of ``device``.
+
+    Returns:
+        op -> ``reference``, ``torch``, ``compiled`` (C++, this machine) or ``triton``.
+    """
+    return {name: _kind(_OPS[name], Kernels(kernels), device.type).value for name in op_names()}
+
+
+def check_kernels(config: ModelConfig, device: str) -> None:
+    """Refuse kernels that cannot run here.
+
+    Args:
+        config: asks for them.
+        device: ``cpu`` or ``cuda``: where the model will compute.
+
+    Raises:
+        ConfigError: names what is missing.
+    """
+    kernels = Kernels(config.kernels)
+    if kernels is Kernels.compiled:
+        if device != "cpu":
+            raise ConfigError(f"model.kernels=compiled is for a CPU, not train.device={device}")
+        if cpu_build.compiler() is None:
+            raise ConfigError("model.kernels=compiled needs g++, and there is none on the PATH")
+        for key in ("head_dim", "index_head_dim"):
+            if getattr(config, key) % 16:
+                raise ConfigError(
+                    f"model.kernels=compiled takes head dims in multiples of 16, not"
+                    f" model.{key}={getattr(config, key)}"
+                )
+    if kernels is Kernels.triton:
+        if not triton_installed():
+            raise ConfigError(
+                "model.kernels=triton needs Triton: pip install 'v4-pretrain[triton]'"
+            )
+        if device == "cpu" and not interprets():
+            raise ConfigError(
+                "model.kernels=triton on a CPU runs in Triton's interpreter, for tests only:"
+                " TRITON_INTERPRET=1 switches it on; or give model.kernels=auto"
+            )
+
+
+def interprets() -> bool:
+    """Whether Triton runs kernels in its interpreter."""
+    return bool(import_module("triton").knobs.runtime.interpret)
+
+
 def select(op_name: str, kernels: Kernels) -> Op:
     """Return the implementation of ``op_name`` that ``kernels`` asks for.
+
+    ``auto`` decides by the device of the first tensor of a call.
 
     Raises:
         ValueError: no such op, or no such choice of kernels.
@@ -56,5 +163,53 @@ def select(op_name: str, kernels: Kernels) -> Op:
         raise ValueError(f"unknown op {op_name!r}: known ops are {op_names()}")
     if kernels not in list(Kernels):
         raise ConfigError(f"model.kernels={kernels!r} is none of {[k.value for k in Kernels]}")
-    reference, fast = _OPS[op_name]
-    return reference if Kernels(kernels) is Kernels.reference else fast
+    kernels = Kernels(kernels)
+    if kernels in (Kernels.auto, Kernels.fast):
+        return functools.partial(_by_device, op_name)
+    kind = _kind(_OPS[op_name], kernels, "cpu" if kernels is Kernels.compiled else "cuda")
+    return _implementation(op_name, kind)
+
+
+def _by_device(op_name: str, *args: Any, **named: Any) -> Any:
+    device = next(a for a in _tensors(args)).device.type
+    op = _implementation(op_name, _kind(_OPS[op_name], Kernels.auto, device))
+    return op(*args, **named)
+
+
+def _tensors(args: tuple[Any, ...]) -> Any:
+    for a in args:
+        if isinstance(a, Tensor):
+            yield a
+        elif isinstance(a, tuple):
+            yield from _tensors(a)
+
+
+def _kind(op: Implementations, kernels: Kernels, device: str) -> Kernels:
+    """What runs on a device where ``kernels`` is asked for."""
+    if kernels in (Kernels.reference, Kernels.torch):
+        return kernels
+    if kernels in (Kernels.auto, Kernels.fast):
+        if device == "cpu":
+            kernels = Kernels.compiled
+        elif device == "cuda":
+            kernels = Kernels.triton
+        else:
+            return Kernels.torch
+    if kernels is Kernels.compiled:
+        here = op.compiled is not None and cpu_build.compiler() is not None
+        return Kernels.compiled if here else Kernels.torch
+    here = op.triton is not None and triton_installed()
+    return Kernels.triton if here else Kernels.torch
+
+
+@functools.cache
+def _implementation(op_name: str, kind: Kernels) -> Op:
+    op = _OPS[op_name]
+    if kind is Kernels.triton:
+        file, _, function = str(op.triton).partition(":")
+        return getattr(import_module(f"model.kernels.triton.{file}"), function)
+    found = {
+        Kernels.reference: op.reference, Kernels.torch: op.torch, Kernels.compiled: op.compiled,
+    }[kind]  # fmt: skip
+    assert found is not None
+    return found

@@ -388,7 +388,11 @@ def _check_widths(run: RunConfig) -> None:
     if model.kernels is Kernels.reference and not quantised:
         return
     unit = 4 if run.train.precision is Precision.fp32 else 8
-    by = "quant.experts" if quantised else "model.kernels=fast (reference takes any)"
+    by = (
+        "quant.experts"
+        if quantised
+        else f"model.kernels={model.kernels.value} (reference takes any)"
+    )
     for key in ("hidden_size", "moe_intermediate_size"):
         width = getattr(model, key)
         _need(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data.tokenizer import Tokenizer
+from model.kernels.select import active_kernels
 from model.transformer import DeepSeekV4
 from parallel.engine import Engine
 from train.config.schema import RunConfig, Weights
@@ -74,6 +75,7 @@ class RunReport:
             "layout": identity.layout,
             "code": identity.code,
             "environment": environment(engine.device),
+            "kernels": active_kernels(run.model.kernels, engine.device),
         }
         if precision is not None:
             self._facts["precision"] = plain(precision)
