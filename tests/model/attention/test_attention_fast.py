@@ -43,7 +43,7 @@ def ops(request, monkeypatch):
     if request.param == "whole":
         return CHUNKED
     if request.param in ("chunk", "gather"):
-        monkeypatch.setattr(attention_fast, "_chunk_size", lambda rows, keys, tokens: 16)
+        monkeypatch.setattr(attention_fast, "_chunk_size", lambda like, rows, keys, tokens: 16)
         if request.param == "gather":
             monkeypatch.setattr(attention_fast, "_MASK_UP_TO", 0)
         return CHUNKED
