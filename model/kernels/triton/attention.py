@@ -38,7 +38,7 @@ from model.kernels.triton.launch import (
     upcast,
 )
 
-__all__ = ["SHIPPED", "attention", "mass_of", "masks_choice"]
+__all__ = ["SHIPPED", "attention", "masks_choice", "mass_of", "mass_rows"]
 
 LOG2E = 1.4426950408889634
 # bf16 FLOPs a byte of memory: datasheets of A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI300X.
@@ -126,7 +126,7 @@ def _row_grid(q: Tensor, setting: dict[str, Any]) -> tuple[int, int, int]:
     return blocks(T, setting["ROWS"] // setting["HEADS"]), tiles * parts, B
 
 
-def _mass(
+def mass_rows(
     q: Tensor,
     entries: Tensor,
     lse: Tensor,
@@ -137,6 +137,7 @@ def _mass(
     begin: int,
     rows: int,
 ) -> Tensor:
+    """The operator behind :func:`mass_of`, for ``rows`` queries of all rows from ``begin`` on."""
     T = q.shape[1]
     E = entries.shape[1]
     mode = "range" if index is None else "list"
@@ -235,7 +236,7 @@ define(
 define(
     "triton_attention_mass(Tensor q, Tensor entries, Tensor lse, Tensor? first, Tensor? stop,"
     " Tensor? index, float scale, int begin, int rows) -> Tensor",
-    _mass,
+    mass_rows,
 )
 
 

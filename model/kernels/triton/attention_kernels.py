@@ -84,7 +84,7 @@ def attention_forward(
     acc = tl.zeros([ROWS, CHANNELS], tl.float32)
     KV += b * T * K
     high = tl.minimum(t0 + QUERIES, T)
-    for n0 in tl.range(tl.min(tl.where(in_T, lowest, T)), high, BN):
+    for n0 in range(tl.min(tl.where(in_T, lowest, T)), high, BN):
         n = n0 + tl.arange(0, BN)
         ok = (n[None, :] >= lowest[:, None]) & (n[None, :] <= t[:, None])
         top, total, acc = forward_step(
@@ -92,7 +92,7 @@ def attention_forward(
         )
     if MODE == "list":
         ENTRIES += b * E * K
-        for n0 in tl.range(0, tl.load(STOP + b * T + t0), BN):
+        for n0 in range(0, tl.load(STOP + b * T + t0), BN):
             n = n0 + tl.arange(0, BN)
             e = tl.load(CHOSEN + (b * T + t0) * N + n, mask=n < N, other=-1)
             top, total, acc = forward_step(
@@ -104,7 +104,7 @@ def attention_forward(
         first = tl.load(FIRST + b * T + t, mask=in_T, other=0)
         stop = tl.load(STOP + b * T + t, mask=in_T, other=0)
         low = tl.min(tl.where(stop > first, first, E)) // BN * BN
-        for e0 in tl.range(low, tl.max(stop), BN):
+        for e0 in range(low, tl.max(stop), BN):
             e = e0 + tl.arange(0, BN)
             ok = visible(first, stop, CHOSEN, b * T * N, t, N, e0, BN, MODE)
             top, total, acc = forward_step(
@@ -139,7 +139,7 @@ def attention_mass(
     mass = tl.zeros([BN], tl.float32)
     if tl.max(used.to(tl.int32)) > 0:
         keys = tl.load(ENTRIES + e[:, None] * K + k[None, :], mask=used[:, None], other=0.0)
-        for h0 in tl.range(0, H, ROWS):
+        for h0 in range(0, H, ROWS):
             h = h0 + tl.arange(0, ROWS)
             at = row * H * K + h[:, None] * K + k[None, :]
             q = tl.load(Q + at, mask=(h < H)[:, None], other=0.0)
@@ -214,7 +214,7 @@ def attention_grad_queries(
     dq = tl.zeros([ROWS, CHANNELS], tl.float32)
     KV += b * T * K
     high = tl.minimum(t0 + QUERIES, T)
-    for n0 in tl.range(tl.min(tl.where(in_T, lowest, T)), high, BN):
+    for n0 in range(tl.min(tl.where(in_T, lowest, T)), high, BN):
         n = n0 + tl.arange(0, BN)
         ok = (n[None, :] >= lowest[:, None]) & (n[None, :] <= t[:, None])
         dq = queries_step(
@@ -223,7 +223,7 @@ def attention_grad_queries(
         )  # fmt: skip
     if MODE == "list":
         ENTRIES += b * E * K
-        for n0 in tl.range(0, tl.load(STOP + b * T + t0), BN):
+        for n0 in range(0, tl.load(STOP + b * T + t0), BN):
             n = n0 + tl.arange(0, BN)
             e = tl.load(CHOSEN + (b * T + t0) * N + n, mask=n < N, other=-1)
             dq = queries_step(
@@ -235,7 +235,7 @@ def attention_grad_queries(
         first = tl.load(FIRST + b * T + t, mask=in_T, other=0)
         stop = tl.load(STOP + b * T + t, mask=in_T, other=0)
         low = tl.min(tl.where(stop > first, first, E)) // BN * BN
-        for e0 in tl.range(low, tl.max(stop), BN):
+        for e0 in range(low, tl.max(stop), BN):
             e = e0 + tl.arange(0, BN)
             ok = visible(first, stop, CHOSEN, b * T * N, t, N, e0, BN, MODE)
             dq = queries_step(
@@ -281,7 +281,7 @@ def reach(FIRST, STOP, e0, T, BN: tl.constexpr, BT: tl.constexpr):
     """First query that sees an entry of the block from e0 on, and one past the last."""
     low = tl.full([BT], T, tl.int32)
     high = tl.zeros([BT], tl.int32)
-    for t0 in tl.range(0, T, BT):
+    for t0 in range(0, T, BT):
         t = t0 + tl.arange(0, BT)
         first = tl.load(FIRST + t, mask=t < T, other=0)
         stop = tl.load(STOP + t, mask=t < T, other=0)
@@ -325,7 +325,7 @@ def attention_grad_keys(
     low += tl.program_id(1) * share
     high = tl.minimum(low + share, high)
     steps = tl.cdiv(tl.maximum(high - low, 0), QUERIES) * TILES
-    for i in tl.range(0, steps):
+    for i in range(0, steps):
         t0 = low + i // TILES * QUERIES
         h0 = i % TILES * HEADS
         row0 = (b * T + t0) * H + h0
@@ -372,7 +372,7 @@ def attention_grad_pairs(
         ENTRIES += row // T * E * K
         keys = tl.load(ENTRIES + e[:, None] * K + k[None, :], mask=(e >= 0)[:, None], other=0.0)
         acc = tl.zeros([BN, CHANNELS], tl.float32)
-        for h0 in tl.range(0, H, ROWS):
+        for h0 in range(0, H, ROWS):
             h = h0 + tl.arange(0, ROWS)
             lse2 = tl.load(LSE + row * H + h, mask=h < H, other=0.0) * LOG2E
             delta = tl.load(DELTA + row * H + h, mask=h < H, other=0.0)

@@ -1,8 +1,8 @@
 """Tiles of the attention kernels by architecture, and what is shipped: data for ``attention.py``.
 
 The choice is by what compiles, fits and does not spill, with every warp on rows of its own
-(``scripts/bench.py triton_aot``); no GPU has timed them. ``other`` is for GPUs with 100 KB of shared
-memory (sm_86, sm_89, sm_120) and serves all that are not named.
+(``scripts/bench.py triton_aot``); no GPU has timed them. ``other`` is for GPUs with 100 KB of
+shared memory (sm_86, sm_89, sm_120) and serves all that are not named.
 """
 
 # Legend: H heads, K head dim
@@ -122,7 +122,7 @@ def tiles_of(kernel: str, mode: str, head_dim: int) -> Tiles:
     fitting = [limit for limit in classes if head_dim <= limit]
     if not fitting:
         raise ValueError(f"head_dim={head_dim}: Triton's attention has tiles up to {max(classes)}")
-    return _INTERPRETED | dict(classes[min(fitting)])
+    return {**_INTERPRETED, **classes[min(fitting)]}
 
 
 def constants(tile: Tile, heads: int, head_dim: int, mode: str) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def pack_bits(INDEX, BITS_, N, words, BW: tl.constexpr, BN: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     w = tl.program_id(1) * BW + tl.arange(0, BW)
     word = tl.zeros([BW], tl.int64)
-    for n0 in tl.range(0, N, BN):
+    for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
         e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
         bit = tl.full([BN], 1, tl.int64) << (e % 64).to(tl.int64)
@@ -75,7 +75,7 @@ def segment_sum(PAIRS, ORDER, OFFSETS, OUT, C, BC: tl.constexpr, BP: tl.constexp
     high = tl.load(OFFSETS + e + 1)
     c = tl.arange(0, BC)
     total = tl.load(OUT + e * C + c, mask=c < C, other=0.0)
-    for p0 in tl.range(low, high, BP):
+    for p0 in range(low, high, BP):
         p = p0 + tl.arange(0, BP)
         at = tl.load(ORDER + p, mask=p < high, other=0).to(tl.int64)
         ok = (p < high)[:, None] & (c < C)[None, :]

@@ -1,0 +1,310 @@
+"""The lightning indexer's choice and loss in Triton (reference B.7, B.8, ``../indexer.py``).
+
+The choice takes the largest int64 keys of a chunk of queries: a key holds the score and, below it,
+the entry, so equal scores go to the lower entry. The loss keeps the gradient of its scores, [B, T,
+N] of a choice or [B, T, E] of all visible entries, for the backward pass.
+"""
+
+# Legend: B rows, T tokens, H attention heads, K head dim, J indexer heads, L indexer head dim, E
+# entries, N chosen
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from model.kernels.attention import EntrySet
+from model.kernels.indexer import IndexerInputs
+from model.kernels.triton.attention import ints, mass_rows, padded
+from model.kernels.triton.entries import sum_pairs
+from model.kernels.triton.indexer_kernels import (
+    HIDDEN,
+    divergence,
+    index_scores,
+    list_grad_pairs,
+    list_grad_queries,
+    list_scores,
+    range_grad_keys,
+    range_grad_queries,
+)
+from model.kernels.triton.launch import (
+    INTERPRETER,
+    OPS,
+    Shipped,
+    Tile,
+    architecture_of,
+    blocks,
+    define,
+    launch,
+    tile_of,
+    upcast,
+)
+
+# Bytes of a chunk of queries' scores, and of the teacher's mass over all visible entries.
+CHUNK_BYTES = 256 << 20
+# Programs that fill a device, and the fewest queries worth a program of their own.
+_PROGRAMS = 256
+_QUERIES = {INTERPRETER: 16}
+
+Tiles = Mapping[str, Tile]
+_MFMA = {"matrix_instr_nonkdim": 16}
+_RANGE_INTERPRETED = Tile({"BT": 32, "BE": 32}, 1, 1)
+_LIST_INTERPRETED = Tile({"BN": 32}, 1, 1)
+# The choice is by what compiles, fits and does not spill (``scripts/bench.py triton_aot``).
+_SCORES: Tiles = {
+    "other": Tile({"BT": 64, "BE": 64}, 4, 3), "sm_90": Tile({"BT": 128, "BE": 128}, 8, 3),
+    "sm_100": Tile({"BT": 128, "BE": 128}, 8, 3),
+    "gfx942": Tile({"BT": 128, "BE": 128}, 8, 2, _MFMA), INTERPRETER: _RANGE_INTERPRETED,
+}  # fmt: skip
+_LIST: Tiles = {
+    "other": Tile({"BN": 64}, 4, 2), "gfx942": Tile({"BN": 64}, 4, 2, _MFMA),
+    INTERPRETER: _LIST_INTERPRETED,
+}  # fmt: skip
+_PAIRS: Tiles = {
+    "other": Tile({"BN": 64}, 4, 1), "gfx942": Tile({"BN": 64}, 4, 1, _MFMA),
+    INTERPRETER: _LIST_INTERPRETED,
+}  # fmt: skip
+_QUERIES_RANGE: Tiles = {
+    "other": Tile({"BT": 64, "BE": 32}, 4, 2), "gfx942": Tile({"BT": 64, "BE": 32}, 4, 2, _MFMA),
+    INTERPRETER: _RANGE_INTERPRETED,
+}  # fmt: skip
+_KEYS_RANGE: Tiles = {
+    "other": Tile({"BT": 64, "BE": 64}, 4, 2), "sm_100": Tile({"BT": 64, "BE": 32}, 4, 2),
+    "gfx942": Tile({"BT": 64, "BE": 64}, 4, 2, _MFMA), INTERPRETER: _RANGE_INTERPRETED,
+}  # fmt: skip
+_DIVERGENCE = Tile({"BN": 1024}, 4, 1)
+
+
+def _setting(tiles: Tiles, q: Tensor) -> dict[str, Any]:
+    """Constexprs of a kernel for these queries."""
+    tile = tile_of(tiles, architecture_of(q.device))
+    J, L = q.shape[-2:]
+    heads = {"HEADS": _heads(J)} if "BN" in tile.sizes else {}
+    return {**tile.constants(), **heads, "J": J, "L": L, "UPCAST": upcast(q)}
+
+
+def _heads(heads: int) -> int:
+    """Rows of a tile of one query."""
+    return max(16, 1 << (heads - 1).bit_length())
+
+
+def _scores(
+    q: Tensor, keys: Tensor, weight: Tensor, first: Tensor, stop: Tensor, begin: int, chunk: int,
+    *, ranked: bool,
+) -> Tensor:  # fmt: skip
+    B, T = q.shape[:2]
+    E = keys.shape[1]
+    setting = _setting(_SCORES, q)
+    out = q.new_empty(B, chunk, E, dtype=torch.int64 if ranked else torch.float32)
+    launch(
+        index_scores, (blocks(chunk, setting["BT"]), blocks(E, setting["BE"]), B), q, keys, weight,
+        first, stop, out, begin, chunk, T, E, **setting, RANKED=ranked,
+    )  # fmt: skip
+    return out
+
+
+def _choose(
+    q: Tensor, keys: Tensor, weight: Tensor, first: Tensor, stop: Tensor, count: int
+) -> Tensor:
+    B, T = q.shape[:2]
+    index = q.new_empty(B, T, count, dtype=torch.int64)
+    size = max(1, CHUNK_BYTES // (8 * B * keys.shape[1]))
+    for begin in range(0, T, size):
+        chunk = min(size, T - begin)
+        ranks = _scores(q, keys, weight, first, stop, begin, chunk, ranked=True)
+        best = ranks.topk(count, dim=-1).values
+        entry = 0x7FFFFFFF - (best & 0xFFFFFFFF)
+        index[:, begin : begin + chunk] = torch.where(best == HIDDEN.value, -1, entry)
+    return index
+
+
+def _loss(
+    q: Tensor,
+    keys: Tensor,
+    weight: Tensor,
+    first: Tensor,
+    stop: Tensor,
+    index: Tensor | None,
+    attention_q: Tensor,
+    entries: Tensor,
+    lse: Tensor,
+    scale: float,
+    mass: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    B, T = q.shape[:2]
+    if index is None:
+        scores = _scores(q, keys, weight, first, stop, 0, T, ranked=False)
+    else:
+        scores = q.new_empty(index.shape, dtype=torch.float32)
+        launch(
+            list_scores, (B * T,), q, keys, weight, index, scores, T, keys.shape[1],
+            index.shape[-1], **_setting(_LIST, q),
+        )  # fmt: skip
+    N = scores.shape[-1]
+    loss = q.new_empty(B * T, dtype=torch.float32)
+    size = B * T if mass is not None else max(1, CHUNK_BYTES // (4 * N))
+    for begin in range(0, B * T, size):
+        rows = min(size, B * T - begin)
+        teacher = mass
+        if teacher is None:
+            use = (first, stop, index, scale)
+            teacher = mass_rows(attention_q, entries, lse, *use, begin, rows)
+        launch(
+            divergence, (rows,), scores, teacher, index, first, stop, loss, begin, N,
+            **_DIVERGENCE.constants(), MODE="range" if index is None else "list",
+        )  # fmt: skip
+    return loss.sum(), scores
+
+
+def _loss_backward(
+    q: Tensor,
+    keys: Tensor,
+    weight: Tensor,
+    first: Tensor,
+    stop: Tensor,
+    index: Tensor | None,
+    grad_scores: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, T, J, L = q.shape
+    E = keys.shape[1]
+    grad_q, grad_w = torch.empty_like(q), torch.empty_like(weight)
+    if index is None:
+        setting = _setting(_QUERIES_RANGE, q)
+        launch(
+            range_grad_queries, (blocks(T, setting["BT"]), J, B), q, keys, weight, first, stop,
+            grad_scores, grad, grad_q, grad_w, T, E, **setting,
+        )  # fmt: skip
+        setting = _setting(_KEYS_RANGE, q)
+        owners = blocks(E, setting["BE"])
+        fewest = _QUERIES.get(architecture_of(q.device), 64)
+        splits = max(1, min(_PROGRAMS // (owners * B), blocks(T, fewest)))
+        parts = keys.new_empty(splits, *keys.shape, dtype=torch.float32)
+        launch(
+            range_grad_keys, (owners, splits, B), q, keys, weight, first, stop, grad_scores, parts,
+            T, E, **setting,
+        )  # fmt: skip
+        return grad_q, (parts.sum(0) * grad).to(keys.dtype), grad_w
+    N = index.shape[-1]
+    launch(
+        list_grad_queries, (B * T,), q, keys, weight, index, grad_scores, grad, grad_q, grad_w, T,
+        E, N, **_setting(_LIST, q),
+    )  # fmt: skip
+    setting = _setting(_PAIRS, q)
+
+    def write(begin: int, rows: int, pairs: Tensor) -> None:
+        launch(
+            list_grad_pairs, (rows, blocks(N, setting["BN"])), q, keys, weight, index, grad_scores,
+            pairs, begin, T, E, N, **setting,
+        )  # fmt: skip
+
+    return grad_q, (sum_pairs(index, E, L, write) * grad).to(keys.dtype), grad_w
+
+
+_INPUTS = "Tensor q, Tensor keys, Tensor weight, Tensor first, Tensor stop"
+define(f"triton_index_topk({_INPUTS}, int count) -> Tensor", _choose)
+define(
+    f"triton_indexer_loss({_INPUTS}, Tensor? index, Tensor attention_q, Tensor entries, Tensor lse,"
+    " float scale, Tensor? mass) -> (Tensor, Tensor)",
+    _loss,
+)
+define(
+    f"triton_indexer_loss_backward({_INPUTS}, Tensor? index, Tensor grad_scores, Tensor grad)"
+    " -> (Tensor, Tensor, Tensor)",
+    _loss_backward,
+)
+
+
+def _inputs(indexer: IndexerInputs) -> tuple[Tensor, Tensor, Tensor]:
+    q_BTJL, k_BEL, w_BTJ = indexer
+    return padded(q_BTJL), padded(k_BEL.to(q_BTJL.dtype)), w_BTJ.float().contiguous()
+
+
+@torch.no_grad()
+def index_topk(indexer: IndexerInputs, first_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
+    """:func:`model.kernels.indexer.index_topk_reference` in Triton.
+
+    The best first; equal scores go to the lower entry.
+    """
+    count = min(topk, indexer[1].shape[1])
+    return OPS.triton_index_topk(*_inputs(indexer), ints(first_BT), ints(stop_BT), count)
+
+
+class _Loss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_BTJL: Tensor, k_BEL: Tensor, w_BTJ: Tensor, sets: tuple[Any, ...],
+        teacher: tuple[Any, ...],
+    ) -> Tensor:  # fmt: skip
+        loss, grad_scores = OPS.triton_indexer_loss(q_BTJL, k_BEL, w_BTJ, *sets, *teacher)
+        ctx.save_for_backward(q_BTJL, k_BEL, w_BTJ, *sets, grad_scores)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grads = OPS.triton_indexer_loss_backward(*ctx.saved_tensors, grad.float())
+        return *grads, None, None
+
+
+def indexer_loss(
+    indexer: IndexerInputs,
+    q_BTHK: Tensor,
+    lse_BTH: Tensor,
+    entries: EntrySet,
+    mass_BTN: Tensor | None = None,
+) -> Tensor:
+    """:func:`model.kernels.indexer.indexer_loss_reference` in Triton."""
+    sets = (ints(entries.first_BT), ints(entries.stop_BT), ints(entries.index_BTN))
+    teacher = (
+        padded(q_BTHK.detach()), padded(entries.kv_BEK.detach().to(q_BTHK.dtype)),
+        lse_BTH.detach().contiguous(), q_BTHK.shape[-1] ** -0.5,
+        None if mass_BTN is None else mass_BTN.contiguous(),
+    )  # fmt: skip
+    return _Loss.apply(*_inputs(indexer), sets, teacher)
+
+
+def _shipped(heads: int, dim: int) -> tuple[Shipped, ...]:
+    types = {
+        **dict.fromkeys(("Q", "KEYS", "DQ"), "*bf16"),
+        **dict.fromkeys(("WEIGHT", "DS", "GRAD", "DW", "PAIRS", "PARTS"), "*fp32"),
+        **dict.fromkeys(("FIRST", "STOP", "INDEX"), "*i32"),
+        **dict.fromkeys(("t_first", "chunk", "first_row", "T", "E", "N"), "i32"),
+    }
+
+    def one(name: str, kernel: Any, tiles: Tiles, out: str = "*fp32", **more: Any) -> Shipped:
+        names = kernel.arg_names
+        own = {n: t for n, t in {**types, "OUT": out}.items() if n in names}
+        constants = {"J": heads, "L": dim, "HEADS": _heads(heads), "UPCAST": False, **more}
+        return Shipped(
+            f"indexer {name} {heads}x{dim}", kernel, {n: own[n] for n in names if n in own},
+            {n: v for n, v in constants.items() if n in names},
+            {place: tile for place, tile in tiles.items() if place != INTERPRETER},
+        )  # fmt: skip
+
+    return (
+        one("choice", index_scores, _SCORES, "*i64", RANKED=True),
+        one("scores", index_scores, _SCORES, RANKED=False),
+        one("list scores", list_scores, _LIST),
+        one("list dq", list_grad_queries, _LIST),
+        one("list dk", list_grad_pairs, _PAIRS),
+        one("dq", range_grad_queries, _QUERIES_RANGE),
+        one("dk", range_grad_keys, _KEYS_RANGE),
+    )
+
+
+_ROWS = {
+    **dict.fromkeys(("SCORES", "MASS", "LOSS"), "*fp32"),
+    **dict.fromkeys(("INDEX", "FIRST", "STOP"), "*i32"), "first_row": "i32", "N": "i32",
+}  # fmt: skip
+SHIPPED = (
+    *_shipped(64, 128), *_shipped(32, 64), *_shipped(16, 32),
+    *(
+        Shipped(f"indexer divergence {mode}", divergence, _ROWS, {"MODE": mode},
+                {"other": _DIVERGENCE})
+        for mode in ("list", "range")
+    ),
+)  # fmt: skip
