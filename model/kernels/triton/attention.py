@@ -25,7 +25,7 @@ from model.kernels.triton.attention_kernels import (
     attention_grad_queries,
     attention_mass,
 )
-from model.kernels.triton.attention_tiles import DELTA, SHIPPED, constants, tiles_of
+from model.kernels.triton.attention_tiles import DELTA, constants, tiles_of
 from model.kernels.triton.entries import sum_pairs
 from model.kernels.triton.launch import (
     INTERPRETER,
@@ -37,8 +37,6 @@ from model.kernels.triton.launch import (
     tile_of,
     upcast,
 )
-
-__all__ = ["SHIPPED", "attention", "masks_choice", "mass_of", "mass_rows"]
 
 LOG2E = 1.4426950408889634
 # bf16 FLOPs a byte of memory: datasheets of A100, RTX 3090, RTX 4090, H100, B200, RTX 5090, MI300X.

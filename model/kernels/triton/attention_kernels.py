@@ -26,7 +26,8 @@ def visible(first, stop, BITS, base, t, words, e0, BN: tl.constexpr, MODE: tl.co
     e = e0 + tl.arange(0, BN)
     ok = (e[None, :] >= first[:, None]) & (e[None, :] < stop[:, None])
     if MODE == "bits":
-        ok = ok & bits_at(BITS + base, t, words, e0, stop > 0, BN)
+        word = bits_at(BITS + base, t, words, e0, stop > 0)
+        ok = ok & (((word[:, None] >> tl.arange(0, BN).to(tl.int64)[None, :]) & 1) != 0)
     return ok
 
 
@@ -344,7 +345,8 @@ def attention_grad_keys(
             stop = tl.load(STOP + b * T + t, mask=in_T, other=0)
             ok = (e[:, None] >= first[None, :]) & (e[:, None] < stop[None, :])
             if MODE == "bits":
-                ok = ok & tl.trans(bits_at(BITS + b * T * words, t, words, e0, in_T, BN))
+                word = bits_at(BITS + b * T * words, t, words, e0, in_T)
+                ok = ok & (((word[None, :] >> tl.arange(0, BN).to(tl.int64)[:, None]) & 1) != 0)
         acc = keys_step(
             keys, Q, DO, row0, high - t0, H - h0, ok & row_ok[None, :], lse2, delta, acc, scale2,
             scale, k, c, H, HEADS, ROWS, K, CHANNELS, BN, TURNED, UPCAST,
@@ -376,9 +378,8 @@ def attention_grad_pairs(
             h = h0 + tl.arange(0, ROWS)
             lse2 = tl.load(LSE + row * H + h, mask=h < H, other=0.0) * LOG2E
             delta = tl.load(DELTA + row * H + h, mask=h < H, other=0.0)
-            ok = (e >= 0)[:, None] & (h < H)[None, :]
             acc = keys_step(
-                keys, Q, DO, row * H + h0, 1, H - h0, ok, lse2, delta, acc, scale2, scale, k, c,
+                keys, Q, DO, row * H + h0, 1, H - h0, (h < H)[None, :], lse2, delta, acc, scale2, scale, k, c,
                 H, ROWS, ROWS, K, CHANNELS, BN, TURNED, UPCAST,
             )  # fmt: skip
         PAIRS += tl.program_id(0).to(tl.int64) * N * K

@@ -147,7 +147,7 @@ _POINTERS = {"Q": "*bf16", "ENTRIES": "*bf16", "LSE": "*fp32", "FIRST": "*i32", 
 _NUMBERS = dict.fromkeys(("T", "E", "N", "window", "first_row", "words"), "i32")
 _NUMBERS |= {"scale": "fp32", "scale2": "fp32"}
 _BACK = {"DELTA": "*fp32", "DO": "*bf16", "DQ": "*bf16", "PAIRS": "*fp32"}
-_TYPES = {
+_TYPES: dict[str, dict[str, str]] = {
     "forward": {"KV": "*bf16", "SINK": "*fp32", "START": "*i32", "O": "*bf16"},
     "mass": {"INDEX": "*i32", "MASS": "*fp32"},
     "queries": {"KV": "*bf16", "START": "*i32", **_BACK},

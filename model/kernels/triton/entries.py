@@ -23,7 +23,7 @@ WORD = 64  # entries of a word of the bit mask
 # fp32 rows of pairs that stand in memory at once.
 PAIR_BYTES = 512 << 20
 
-_PACK = Tile({"BW": 16, "BN": 64}, warps=4, stages=1)
+_PACK = Tile({"BR": 4, "BW": 8, "BN": 64}, warps=4, stages=1)
 _SUM = Tile({"BP": 8}, warps=4, stages=2)
 
 
@@ -46,25 +46,28 @@ def scores(rows, keys, TURNED: tl.constexpr, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def bits_at(BITS_, t, words, e0, ok, BN: tl.constexpr):
-    """[queries, BN] bool: the bits of entries e0 .. e0 + BN - 1, which lie in one word."""
-    word = tl.load(BITS_ + t * words + e0 // 64, mask=ok, other=0)
-    return ((word[:, None] >> (e0 % 64 + tl.arange(0, BN)).to(tl.int64)[None, :]) & 1) != 0
+def bits_at(BITS, t, words, e0, ok):
+    """[queries] int64, bit i for entry e0 + i; those of a tile lie in one word."""
+    return tl.load(BITS + t * words + e0 // 64, mask=ok, other=0) >> (e0 % 64).to(tl.int64)
 
 
 @triton.jit
-def pack_bits(INDEX, BITS_, N, words, BW: tl.constexpr, BN: tl.constexpr):
-    """Bit e % 64 of word e // 64 says that e is in the row's list. Grid (rows, blocks of words)."""
-    row = tl.program_id(0).to(tl.int64)
+def pack_bits(
+    INDEX, BITS, rows, N, words, BR: tl.constexpr, BW: tl.constexpr, BN: tl.constexpr
+):  # fmt: skip
+    """Bit e % 64 of word e // 64 says that e is in a row's list. Grid (rows, blocks of words)."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
     w = tl.program_id(1) * BW + tl.arange(0, BW)
-    word = tl.zeros([BW], tl.int64)
+    word = tl.zeros([BR, BW], tl.int64)
     for n0 in range(0, N, BN):
         n = n0 + tl.arange(0, BN)
-        e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
-        bit = tl.full([BN], 1, tl.int64) << (e % 64).to(tl.int64)
-        here = (e >= 0)[None, :] & ((e // 64)[None, :] == w[:, None])
-        word += tl.sum(tl.where(here, bit[None, :], 0), 1)  # distinct entries: a sum is an or
-    tl.store(BITS_ + row * words + w, word, mask=w < words)
+        ok = (row < rows)[:, None] & (n < N)[None, :]
+        e = tl.load(INDEX + row[:, None] * N + n[None, :], mask=ok, other=-1)
+        bit = tl.full([BR, BN], 1, tl.int64) << (e % 64).to(tl.int64)
+        here = (e >= 0)[:, None, :] & ((e // 64)[:, None, :] == w[None, :, None])
+        word += tl.sum(tl.where(here, bit[:, None, :], 0), 2)  # distinct entries: a sum is an or
+    ok = (row < rows)[:, None] & (w < words)[None, :]
+    tl.store(BITS + row[:, None] * words + w[None, :], word, mask=ok)
 
 
 @triton.jit
@@ -84,12 +87,11 @@ def segment_sum(PAIRS, ORDER, OFFSETS, OUT, C, BC: tl.constexpr, BP: tl.constexp
 
 
 def _pack(index: Tensor, entries: int) -> Tensor:
+    B, T, N = index.shape
     words = blocks(entries, WORD)
-    bits = index.new_empty(*index.shape[:-1], words, dtype=torch.int64)
-    launch(
-        pack_bits, (index[..., 0].numel(), blocks(words, _PACK.sizes["BW"])), index, bits,
-        index.shape[-1], words, **_PACK.constants(),
-    )  # fmt: skip
+    bits = index.new_empty(B, T, words, dtype=torch.int64)
+    grid = blocks(B * T, _PACK.sizes["BR"]), blocks(words, _PACK.sizes["BW"])
+    launch(pack_bits, grid, index, bits, B * T, N, words, **_PACK.constants())
     return bits
 
 
@@ -131,7 +133,7 @@ def sum_pairs(
 
 
 def _shipped() -> tuple[Shipped, ...]:
-    pack = {"INDEX": "*i32", "BITS_": "*i64", "N": "i32", "words": "i32"}
+    pack = {"INDEX": "*i32", "BITS": "*i64", "rows": "i32", "N": "i32", "words": "i32"}
     sums = {"PAIRS": "*fp32", "ORDER": "*i32", "OFFSETS": "*i32", "OUT": "*fp32", "C": "i32"}
     return (
         Shipped("pack bits", pack_bits, pack, {}, {"other": _PACK}),

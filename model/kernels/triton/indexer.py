@@ -59,9 +59,13 @@ _SCORES: Tiles = {
     "sm_100": Tile({"BT": 128, "BE": 128}, 8, 3),
     "gfx942": Tile({"BT": 128, "BE": 128}, 8, 2, _MFMA), INTERPRETER: _RANGE_INTERPRETED,
 }  # fmt: skip
-_LIST: Tiles = {
-    "other": Tile({"BN": 64}, 4, 2), "gfx942": Tile({"BN": 64}, 4, 2, _MFMA),
-    INTERPRETER: _LIST_INTERPRETED,
+# By heads: on gfx942 a warp for 16 of them, else warps form the same products.
+_LIST: dict[int, Tiles] = {
+    heads: {
+        "other": Tile({"BN": 64}, 4, 2), "gfx942": Tile({"BN": 64}, heads // 16, 2, _MFMA),
+        INTERPRETER: _LIST_INTERPRETED,
+    }
+    for heads in (16, 32, 64, 128)
 }  # fmt: skip
 _PAIRS: Tiles = {
     "other": Tile({"BN": 64}, 4, 1), "gfx942": Tile({"BN": 64}, 4, 1, _MFMA),
@@ -72,7 +76,7 @@ _QUERIES_RANGE: Tiles = {
     INTERPRETER: _RANGE_INTERPRETED,
 }  # fmt: skip
 _KEYS_RANGE: Tiles = {
-    "other": Tile({"BT": 64, "BE": 64}, 4, 2), "sm_100": Tile({"BT": 64, "BE": 32}, 4, 2),
+    "other": Tile({"BT": 64, "BE": 32}, 4, 2),
     "gfx942": Tile({"BT": 64, "BE": 64}, 4, 2, _MFMA), INTERPRETER: _RANGE_INTERPRETED,
 }  # fmt: skip
 _DIVERGENCE = Tile({"BN": 1024}, 4, 1)
@@ -87,7 +91,13 @@ def _setting(tiles: Tiles, q: Tensor) -> dict[str, Any]:
 
 
 def _heads(heads: int) -> int:
-    """Rows of a tile of one query."""
+    """Rows of a tile of one query.
+
+    Raises:
+        ValueError: no tile holds so many heads.
+    """
+    if heads > max(_LIST):
+        raise ValueError(f"index_n_heads={heads}: Triton's indexer has tiles up to {max(_LIST)}")
     return max(16, 1 << (heads - 1).bit_length())
 
 
@@ -141,7 +151,7 @@ def _loss(
         scores = q.new_empty(index.shape, dtype=torch.float32)
         launch(
             list_scores, (B * T,), q, keys, weight, index, scores, T, keys.shape[1],
-            index.shape[-1], **_setting(_LIST, q),
+            index.shape[-1], **_setting(_LIST[_heads(q.shape[2])], q),
         )  # fmt: skip
     N = scores.shape[-1]
     loss = q.new_empty(B * T, dtype=torch.float32)
@@ -191,7 +201,7 @@ def _loss_backward(
     N = index.shape[-1]
     launch(
         list_grad_queries, (B * T,), q, keys, weight, index, grad_scores, grad, grad_q, grad_w, T,
-        E, N, **_setting(_LIST, q),
+        E, N, **_setting(_LIST[_heads(q.shape[2])], q),
     )  # fmt: skip
     setting = _setting(_PAIRS, q)
 
@@ -288,8 +298,8 @@ def _shipped(heads: int, dim: int) -> tuple[Shipped, ...]:
     return (
         one("choice", index_scores, _SCORES, "*i64", RANKED=True),
         one("scores", index_scores, _SCORES, RANKED=False),
-        one("list scores", list_scores, _LIST),
-        one("list dq", list_grad_queries, _LIST),
+        one("list scores", list_scores, _LIST[_heads(heads)]),
+        one("list dq", list_grad_queries, _LIST[_heads(heads)]),
         one("list dk", list_grad_pairs, _PAIRS),
         one("dq", range_grad_queries, _QUERIES_RANGE),
         one("dk", range_grad_keys, _KEYS_RANGE),

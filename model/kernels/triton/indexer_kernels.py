@@ -53,12 +53,12 @@ def index_scores(
     sees = (e[None, :] >= first[:, None]) & (e[None, :] < stop[:, None])
     score = tl.zeros([BT, BE], tl.float32)
     if tl.max(sees.to(tl.int32)) > 0:
-        at = b * E * L + e[:, None] * L + c[None, :]
-        keys = tl.load(KEYS + at, mask=(e < E)[:, None], other=0.0)
+        KEYS += b * E * L
+        keys = tl.load(KEYS + e[:, None] * L + c[None, :], mask=(e < E)[:, None], other=0.0)
         row = (b * T + t0) * J
         for j in range(0, J):
-            at = (i * J + j)[:, None] * L + c[None, :]
-            q = tl.load(Q + row * L + at, mask=ok[:, None], other=0.0)
+            place = (i * J + j)[:, None] * L + c[None, :]
+            q = tl.load(Q + row * L + place, mask=ok[:, None], other=0.0)
             w = tl.load(WEIGHT + row + i * J + j, mask=ok, other=0.0)
             s = dot(q, tl.trans(keys), None, UPCAST)
             s = tl.maximum(s, 0.0, propagate_nan=tl.PropagateNan.ALL)

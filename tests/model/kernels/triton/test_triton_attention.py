@@ -1,0 +1,264 @@
+"""Attention in Triton against float64, in the interpreter: forward, backward, tracing, faults.
+
+Bounds are those of ``checks.py``; lse and mass are sums of a few exponentials of fp32 scores.
+"""
+
+import math
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from model.kernels.attention import attention_reference, entry_mask
+from model.kernels.triton import attention, attention_kernels, attention_tiles, entries
+from model.kernels.triton.launch import INTERPRETER, OPS, Tile, counted
+from tests.helpers import relative
+from tests.model.kernels.op_cases import attention as nonfinite_case
+from tests.model.kernels.op_cases import reference, run
+from tests.model.kernels.test_nonfinite import compare, planted
+from tests.model.kernels.triton.attention_cases import MODES, Rows, mutant, packed
+from tests.model.kernels.triton.checks import check, distance, doubled, gradients, in_float64
+
+WINDOW = 6
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def use(monkeypatch, mode):
+    """A choice is met as this mode says."""
+    monkeypatch.setattr(attention, "masks_choice", lambda *_: mode == "bits")
+
+
+def inputs(rows, heads, K, dtype=torch.float32, size=1.0):
+    """q, kv and entries in ``dtype``, the sink in fp32."""
+    B, T = rows.start_BT.shape
+    q, kv = torch.randn(B, T, heads, K), torch.randn(B, T, K)
+    table = torch.randn(B, rows.entries, K)
+    q, kv, table = (x.mul(size).to(dtype) for x in (q, kv, table))
+    return [q, kv, torch.randn(heads), table]
+
+
+def op(implementation, rows, mode, window=WINDOW):
+    """o and lse of the four inputs."""
+
+    def call(q, kv, sink, table):
+        used = rows.entry_set(table, mode)
+        return tuple(implementation(q, kv, sink, rows.start_BT, window, used)[:2])
+
+    return call
+
+
+def hold(rows, mode, tensors, window=WINDOW):
+    """dsink is a sum over queries whose terms cancel: their sizes measure it."""
+    ours, plain = (op(f, rows, mode, window) for f in (attention.attention, attention_reference))
+    grad = torch.randn_like(tensors[0], dtype=torch.float32)
+    with in_float64():
+        o, lse = plain(*doubled(tensors))
+    terms = (tensors[2] - lse).exp() * (o * grad).abs().sum(-1)
+    check(ours, plain, tensors, [grad, None], norms={2: terms.sum((0, 1)).norm()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("mode", MODES)
+def test_attention_is_the_reference(monkeypatch, mode, dtype):
+    use(monkeypatch, mode)
+    rows = packed(3, 6, -1)
+    hold(rows, mode, inputs(rows, 3, 32, dtype))
+
+
+@pytest.mark.parametrize("mode", ["range", "list", "bits"])
+@pytest.mark.parametrize("size", [1e-4, 3.0])
+def test_small_and_large_activations(monkeypatch, mode, size):
+    """3: scores of about +-50, so one key takes nearly all."""
+    use(monkeypatch, mode)
+    rows = packed(6)
+    hold(rows, mode, inputs(rows, 2, 32, size=size))
+
+
+@pytest.mark.parametrize(
+    ("mode", "documents", "heads", "K", "more"),
+    [
+        ("bits", (1,), 1, 32, {}),
+        ("list", (1,), 1, 32, {}),
+        ("bits", (2, 1), 128, 32, {"ratio": 1}),
+        ("list", (3,), 96, 32, {"ratio": 1}),
+        ("none", (31, 40), 3, 32, {}),
+        ("bits", (3, 2), 12, 64, {"batch": 2, "chosen": 5, "ratio": 2}),
+        ("list", (2, 1), 12, 64, {"batch": 2, "chosen": 5, "ratio": 1}),
+        ("range", (9,), 4, 128, {}),
+        ("list", (4,), 2, 512, {}),
+        ("bits", (3, 2), 6, 512, {"ratio": 1}),
+        ("range", (9,), 5, 20, {"ratio": 2}),
+    ],
+)
+def test_shapes(monkeypatch, mode, documents, heads, K, more):
+    """One token, tiles that are not full, a head dim that is no power of two, N above E."""
+    use(monkeypatch, mode)
+    rows = packed(*documents, **more)
+    hold(rows, mode, inputs(rows, heads, K))
+
+
+def test_bits_span_words_where_entries_do_not_come_from_the_row(monkeypatch):
+    """As in generation: the entries of a cache, all visible, and three new tokens."""
+    use(monkeypatch, "bits")
+    E = 70
+    index_BTN = torch.stack([torch.randperm(E)[:5] for _ in range(3)])[None]
+    zero_BT = torch.zeros(1, 3, dtype=torch.int64)
+    rows = Rows(zero_BT, zero_BT, zero_BT + E, index_BTN, E)
+    hold(rows, "bits", inputs(rows, 1, 16))
+
+
+@pytest.mark.parametrize("mode", ["list", "bits"])
+def test_queries_that_choose_nothing(monkeypatch, mode):
+    use(monkeypatch, mode)
+    rows = packed(4)
+    rows.index_BTN.fill_(-1)
+    tensors = inputs(rows, 2, 32)
+    hold(rows, mode, tensors)
+    result = attention.attention(
+        *tensors[:3], rows.start_BT, WINDOW, rows.entry_set(tensors[3], mode)
+    )
+    assert not result.mass_BTN.any()
+
+
+def small_tiles(monkeypatch, turned):
+    """Several steps, parts of channels and splits of queries even in short rows."""
+    sizes = {"ROWS": 16, "BN": 16, "CHANNELS": 16, "TURNED": turned}
+    monkeypatch.setattr(attention_tiles, "_INTERPRETED", {INTERPRETER: Tile(sizes, 1, 1)})
+    monkeypatch.setattr(attention, "_QUERIES", {INTERPRETER: 4})
+
+
+@pytest.mark.parametrize("mode", ["range", "list", "bits"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_every_way_to_tile_is_the_reference(monkeypatch, mode, turned):
+    use(monkeypatch, mode)
+    small_tiles(monkeypatch, turned)
+    monkeypatch.setattr(entries, "PAIR_BYTES", 1000)  # four queries at once
+    documents = (3, 2) if mode == "list" else (5, 6)
+    rows = packed(*documents, ratio=1, chosen=3)
+    hold(rows, mode, inputs(rows, 2, 32), window=5)
+
+
+@pytest.mark.parametrize("mode", ["range", "list"])
+def test_mass_is_the_probability_summed_over_heads(monkeypatch, mode):
+    use(monkeypatch, mode)
+    rows = packed(4, 3, -1, ratio=2, chosen=3)
+    q, kv, sink, table = inputs(rows, 5, 32)
+    used = rows.entry_set(table, mode)
+    lse = attention.attention(q, kv, sink, rows.start_BT, WINDOW, used).lse_BTH
+    mass = attention.mass_of(q, lse, used)
+    scores = torch.einsum("bthk,bek->bthe", q.double(), table.double()) * 32**-0.5
+    exact = (scores - lse.double()[..., None]).exp().sum(2).masked_fill(~entry_mask(used), 0.0)
+    if mode == "list":
+        index = rows.index_BTN
+        exact = torch.where(index < 0, 0.0, exact.gather(2, index.clamp(min=0)))
+    assert relative(mass, exact) < 1e-6
+
+
+def test_bf16_is_upcast_in_the_interpreter(monkeypatch):
+    """The logic alone: the interpreter's bf16 gives no tolerance."""
+    use(monkeypatch, "bits")
+    rows = packed(5, 4)
+    tensors = inputs(rows, 3, 32, torch.bfloat16)
+    o, lse = op(attention.attention, rows, "bits")(*tensors)
+    want, _ = op(attention_reference, rows, "bits")(*(x.float() for x in tensors))
+    assert (o.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    assert relative(o, want) < 0.1
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_what_is_not_finite_stays_so(chosen):
+    """As ``test_nonfinite.py`` asks of the other fast kernels."""
+    case = nonfinite_case(chosen)
+    ours = {"attention": attention.attention}
+    for where, bad in planted(case.inputs, torch.bfloat16):
+        most = run(case, reference, bad)
+        least = run(case, lambda name: case.seen.get(name) or reference(name), bad)
+        got = run(case, ours.get, bad)
+        for name in most:
+            compare(f"{where}: {name}", got[name], least[name], most[name], wide=True)
+
+
+# ---- tracing -----------------------------------------------------------------------------------
+def traced(rows, mode, tensors, device=None):
+    """(shape, dtype) of results and gradients, and the kernels that were launched."""
+    if device is not None:
+        tensors = [x.to(device) for x in tensors]
+        rows = type(rows)(*(x.to(device) for x in rows[:4]), rows.entries)
+    grads = [torch.ones_like(tensors[0]), None]
+    with counted() as launches:
+        outputs, found = gradients(op(attention.attention, rows, mode), tensors, grads)
+    described = [None if x is None else (x.shape, x.dtype) for x in (*outputs, *found)]
+    return described, dict(launches)
+
+
+@pytest.mark.parametrize("mode", ["none", "list", "bits"])
+def test_a_trace_has_the_shapes_and_launches_of_a_run(monkeypatch, mode):
+    use(monkeypatch, mode)
+    rows = packed(3, 2, ratio=1)
+    tensors = inputs(rows, 2, 32, torch.float16)
+    real = traced(rows, mode, tensors)
+    assert traced(rows, mode, tensors, "meta") == real
+    with FakeTensorMode(allow_non_fake_inputs=False) as fake:
+        rows = type(rows)(*(fake.from_tensor(x) for x in rows[:4]), rows.entries)
+        assert traced(rows, mode, [fake.from_tensor(x) for x in tensors]) == real
+
+
+def test_operators_pass_opcheck():
+    rows = packed(2, 1, ratio=1)
+    q, kv, sink, table = inputs(rows, 2, 32)
+    start, first, stop, index = (x.int() for x in rows[:4])
+    arguments = (q, kv, sink, start, WINDOW, 0.2, table, first, stop, index, None)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(OPS.triton_pack_bits.default, (index, rows.entries), test_utils=tests)
+    torch.library.opcheck(OPS.triton_attention.default, arguments, test_utils=tests)
+    o, lse = OPS.triton_attention(*arguments)
+    torch.library.opcheck(
+        OPS.triton_attention_backward.default, (*arguments, o, lse, o), test_utils=tests
+    )
+
+
+# ---- which way, and faults ---------------------------------------------------------------------
+def test_a_choice_is_masked_up_to_the_break_even():
+    """v4_small on an RTX 4090 up to rows of about 14K tokens, V4-Flash on an H100 to about 11K."""
+    small = [attention.masks_choice(12, T // 4, 256, "sm_89") for T in (13000, 16000)]
+    flash = [attention.masks_choice(64, T // 4, 512, "sm_90") for T in (11000, 14000)]
+    assert small == flash == [True, False]
+
+
+FAULTS = (
+    ("forward", "bits", "total * shrink + tl.sum(p, 1)", "total + tl.sum(p, 1)"),
+    ("forward", "range", "e[None, :] < stop[:, None]", "e[None, :] <= stop[:, None]"),
+    ("forward", "none", "t - (window - 1)", "t - window"),
+    ("grad_queries", "list", "p * (dp - delta[:, None])", "p * dp"),
+    ("grad_keys", "range", "tl.maximum(high, t + 1)", "tl.maximum(high, t)"),
+    ("grad_keys", "none", "e[:, None] <= t[None, :]", "e[:, None] < t[None, :]"),
+    ("grad_pairs", "list", "(h < H)[None, :], lse2", "(h < H - 1)[None, :], lse2"),
+    ("delta", "none", "tl.sum(o * do, 1)", "tl.sum(o, 1)"),
+)
+
+
+@pytest.mark.parametrize(("kernel", "mode", "old", "new"), FAULTS)
+def test_a_fault_is_found(monkeypatch, tmp_path, kernel, mode, old, new):
+    use(monkeypatch, mode)
+    rows = packed(3, 2, ratio=1)
+    tensors, grads = inputs(rows, 2, 32), [torch.randn(1, 5, 2, 32), None]
+    with in_float64():
+        exact = gradients(op(attention_reference, rows, mode, 3), doubled(tensors), grads)
+
+    def error():
+        got = gradients(op(attention.attention, rows, mode, 3), tensors, grads)
+        pairs = zip((*got[0], *got[1]), (*exact[0], *exact[1]), strict=True)
+        return max(distance(a, b) for a, b in pairs if b is not None)
+
+    if kernel == "delta":
+        assert error() < 1e-4  # without a fault
+
+    faulty = mutant(attention_kernels, old, new, tmp_path)
+    name = f"attention_{kernel}"
+    monkeypatch.setattr(attention, name, getattr(faulty, name))
+    found = error()
+    assert math.isnan(found) or found > 1e-3
