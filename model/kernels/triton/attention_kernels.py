@@ -144,8 +144,9 @@ def attention_mass(
             h = h0 + tl.arange(0, ROWS)
             at = row * H * K + h[:, None] * K + k[None, :]
             q = tl.load(Q + at, mask=(h < H)[:, None], other=0.0)
-            lse2 = tl.load(LSE + row * H + h, mask=h < H, other=float("inf")) * LOG2E
-            mass += tl.sum(tl.exp2(scores(q, keys, TURNED, UPCAST) * scale2 - lse2[:, None]), 0)
+            lse2 = tl.load(LSE + row * H + h, mask=h < H, other=0.0) * LOG2E
+            p = tl.exp2(scores(q, keys, TURNED, UPCAST) * scale2 - lse2[:, None])
+            mass += tl.sum(tl.where((h < H)[:, None], p, 0.0), 0)
     mass = tl.where(used, mass, 0.0)
     tl.store(MASS + tl.program_id(0).to(tl.int64) * N + n, mass, mask=n < N)
 
@@ -379,8 +380,8 @@ def attention_grad_pairs(
             lse2 = tl.load(LSE + row * H + h, mask=h < H, other=0.0) * LOG2E
             delta = tl.load(DELTA + row * H + h, mask=h < H, other=0.0)
             acc = keys_step(
-                keys, Q, DO, row * H + h0, 1, H - h0, (h < H)[None, :], lse2, delta, acc, scale2, scale, k, c,
-                H, ROWS, ROWS, K, CHANNELS, BN, TURNED, UPCAST,
+                keys, Q, DO, row * H + h0, 1, H - h0, (h < H)[None, :], lse2, delta, acc, scale2,
+                scale, k, c, H, ROWS, ROWS, K, CHANNELS, BN, TURNED, UPCAST,
             )  # fmt: skip
         PAIRS += tl.program_id(0).to(tl.int64) * N * K
         tl.store(PAIRS + n[:, None] * K + c[None, :], acc, mask=(e >= 0)[:, None])

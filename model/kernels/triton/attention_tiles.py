@@ -166,19 +166,16 @@ KERNELS = {
 def _shipped(kernel: str, mode: str, heads: int, head_dim: int) -> Shipped:
     function = KERNELS[kernel]
     chosen = {"CHOSEN": "*i64" if mode == "bits" else "*i32"}
-    types = {**_POINTERS, **_NUMBERS, **chosen, **_TYPES[kernel]}
-    tiles = {}
+    types = _POINTERS | _NUMBERS | chosen | _TYPES[kernel]
+    tiles: dict[str, Tile] = {}
     for architecture, tile in tiles_of(kernel, mode, head_dim).items():
         if architecture == INTERPRETER:
             continue
         sizes = constants(Tile(tile.sizes), heads, head_dim, mode)
         sizes = {n: v for n, v in sizes.items() if n in function.arg_names}
         tiles[architecture] = Tile(sizes, tile.warps, tile.stages, tile.options)
-    types = {name: types[name] for name in function.arg_names if name in types}
-    constant = {"MODE": mode, "UPCAST": False}
-    constant = {name: v for name, v in constant.items() if name in function.arg_names}
     name = f"attention {kernel} {mode} K={head_dim} H={heads}"
-    return Shipped(name, function, types, constant, tiles)
+    return Shipped(name, function, types, {"MODE": mode, "UPCAST": False}, tiles)
 
 
 _SHAPES = ((64, 512), (12, 128), (6, 64))  # heads, head dim: V4-Flash, v4_small, v4_nano

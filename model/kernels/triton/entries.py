@@ -48,7 +48,7 @@ def scores(rows, keys, TURNED: tl.constexpr, UPCAST: tl.constexpr):
 @triton.jit
 def bits_at(BITS, t, words, e0, ok):
     """[queries] int64, bit i for entry e0 + i; those of a tile lie in one word."""
-    return tl.load(BITS + t * words + e0 // 64, mask=ok, other=0) >> (e0 % 64).to(tl.int64)
+    return tl.load(BITS + t * words + e0 // 64, mask=ok, other=0) >> (e0 % 64)
 
 
 @triton.jit

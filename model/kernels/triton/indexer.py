@@ -286,14 +286,10 @@ def _shipped(heads: int, dim: int) -> tuple[Shipped, ...]:
     }
 
     def one(name: str, kernel: Any, tiles: Tiles, out: str = "*fp32", **more: Any) -> Shipped:
-        names = kernel.arg_names
-        own = {n: t for n, t in {**types, "OUT": out}.items() if n in names}
         constants = {"J": heads, "L": dim, "HEADS": _heads(heads), "UPCAST": False, **more}
-        return Shipped(
-            f"indexer {name} {heads}x{dim}", kernel, {n: own[n] for n in names if n in own},
-            {n: v for n, v in constants.items() if n in names},
-            {place: tile for place, tile in tiles.items() if place != INTERPRETER},
-        )  # fmt: skip
+        compiled = {place: tile for place, tile in tiles.items() if place != INTERPRETER}
+        name = f"indexer {name} {heads}x{dim}"
+        return Shipped(name, kernel, {**types, "OUT": out}, constants, compiled)
 
     return (
         one("choice", index_scores, _SCORES, "*i64", RANKED=True),

@@ -91,7 +91,8 @@ def list_scores(
         keys = tl.load(KEYS + e[:, None] * L + c[None, :], mask=(e >= 0)[:, None], other=0.0)
         s = dot(q, tl.trans(keys), None, UPCAST)
         s = tl.maximum(s, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        score = tl.where(e >= 0, tl.sum(s * w[:, None], 0), float("-inf"))
+        s = tl.where((j < J)[:, None], s * w[:, None], 0.0)  # 0 times an infinite key is NaN
+        score = tl.where(e >= 0, tl.sum(s, 0), float("-inf"))
         tl.store(OUT + row * N + n, score, mask=n < N)
 
 
