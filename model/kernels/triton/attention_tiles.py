@@ -8,13 +8,12 @@ shared memory (sm_86, sm_89, sm_120) and serves all that are not named.
 # Legend: H heads, K head dim
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from model.errors import ConfigError
 from model.kernels.triton import attention_kernels as kernels
-from model.kernels.triton.launch import INTERPRETER, Shipped, Tile
+from model.kernels.triton.launch import INTERPRETER, Shipped, Tile, Tiles
 
-Tiles = Mapping[str, Tile]
 _SMALL_MFMA = {"matrix_instr_nonkdim": 16}
 
 
@@ -115,13 +114,15 @@ def tiles_of(kernel: str, mode: str, head_dim: int) -> Tiles:
         head_dim: a power of two.
 
     Raises:
-        ValueError: no tile holds such a head dim.
+        ConfigError: no tile holds such a head dim.
     """
     shared = kernel in ("forward", "queries", "keys") and mode != "list"
     classes = TILES[kernel, "range" if shared else "list"]
     fitting = [limit for limit in classes if head_dim <= limit]
     if not fitting:
-        raise ValueError(f"head_dim={head_dim}: Triton's attention has tiles up to {max(classes)}")
+        raise ConfigError(
+            f"model.head_dim={head_dim}: Triton's attention has tiles up to {max(classes)}"
+        )
     return {**_INTERPRETED, **classes[min(fitting)]}
 
 

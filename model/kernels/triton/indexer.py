@@ -9,13 +9,13 @@ N] of a choice or [B, T, E] of all visible entries, for the backward pass.
 # entries, N chosen
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from model.errors import ConfigError
 from model.kernels.attention import EntrySet
 from model.kernels.indexer import IndexerInputs
 from model.kernels.triton.attention import ints, mass_rows, padded
@@ -35,6 +35,7 @@ from model.kernels.triton.launch import (
     OPS,
     Shipped,
     Tile,
+    Tiles,
     architecture_of,
     blocks,
     define,
@@ -49,7 +50,6 @@ CHUNK_BYTES = 256 << 20
 _PROGRAMS = 256
 _QUERIES = {INTERPRETER: 16}
 
-Tiles = Mapping[str, Tile]
 _MFMA = {"matrix_instr_nonkdim": 16}
 _RANGE_INTERPRETED = Tile({"BT": 32, "BE": 32}, 1, 1)
 _LIST_INTERPRETED = Tile({"BN": 32}, 1, 1)
@@ -94,10 +94,12 @@ def _heads(heads: int) -> int:
     """Rows of a tile of one query.
 
     Raises:
-        ValueError: no tile holds so many heads.
+        ConfigError: no tile holds so many heads.
     """
     if heads > max(_LIST):
-        raise ValueError(f"index_n_heads={heads}: Triton's indexer has tiles up to {max(_LIST)}")
+        raise ConfigError(
+            f"model.index_n_heads={heads}: Triton's indexer has tiles up to {max(_LIST)}"
+        )
     return max(16, 1 << (heads - 1).bit_length())
 
 

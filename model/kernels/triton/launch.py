@@ -55,6 +55,9 @@ class Tile:
         }  # fmt: skip
 
 
+Tiles = Mapping[str, Tile]  # by architecture, or ``other``
+
+
 @dataclass(frozen=True)
 class Shipped:
     """A kernel as it is compiled for one shape class: for ahead-of-time compilation and its table.
