@@ -16,6 +16,7 @@ from train.errors import UserError, one_line
 FORMAT = 1
 MANIFEST, STATE, INDEX = "manifest.json", "state.json", ".metadata"
 _NAME = re.compile(r"step_(\d{8,})")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class DamagedCheckpointError(UserError):
@@ -125,11 +126,12 @@ def _is_complete(manifest: dict[str, Any]) -> bool:
         type(manifest.get("step")) is int
         and isinstance(files, dict)
         and {STATE, INDEX} <= set(files)
-        and all(Path(name).name == name for name in files)
+        and all(Path(name).name == name and name.isprintable() for name in files)
         and all(
             isinstance(entry, dict)
             and type(entry.get("bytes")) is int
             and isinstance(entry.get("sha256"), str)
+            and _SHA256.fullmatch(entry["sha256"])
             for entry in files.values()
         )
     )

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
 from scripts.checkpoints import main
@@ -132,6 +132,8 @@ def wrong_manifest(folder, step, file, number):
     places = (manifest, manifest["files"], manifest["files"].get(file, manifest))
     place = places[number % 3]
     place[sorted(place)[number % len(place)]] = value
+    if number % 5 == 0:
+        manifest["files"][f"{value}"] = manifest["files"].pop(file)
     path.write_text(seal(manifest))
 
 
@@ -336,6 +338,8 @@ FEW = settings(
 
 
 @FEW
+@example(damages=[(wrong_manifest, 3, ".metadata", 9497)])  # a hash of two lines
+@example(damages=[(wrong_manifest, 3, "__0_0.distcp", 510)])  # a file's name of two lines
 @given(damages=st.lists(ONE, min_size=1, max_size=4))
 def test_newest_whole_checkpoint_is_found_after_any_damage(source, damages):
     check(source, damages)
