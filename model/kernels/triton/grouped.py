@@ -118,12 +118,14 @@ def grouped_weight_gradient(
     G += start.to(tl.int64) * O
     X += start.to(tl.int64) * I
     acc = tl.zeros([BM, BN], tl.float32)
+    rows = tl.arange(0, BK)
     for first in tl.range(0, stop - start, BK):
-        r = first + tl.arange(0, BK)
-        ok = (r < stop - start)[:, None]
-        g = tl.load(G + r[:, None] * O + o[None, :], mask=ok & (o < O)[None, :], other=0.0)
-        x = tl.load(X + r[:, None] * I + i[None, :], mask=ok & (i < I)[None, :], other=0.0)
+        ok = (first + rows < stop - start)[:, None]
+        g = tl.load(G + rows[:, None] * O + o[None, :], mask=ok & (o < O)[None, :], other=0.0)
+        x = tl.load(X + rows[:, None] * I + i[None, :], mask=ok & (i < I)[None, :], other=0.0)
         acc = _dot(tl.trans(g), x, acc, UPCAST, PRECISION)
+        G += BK * O  # an expert's rows may lie beyond what 32 bits count
+        X += BK * I
     at = e.to(tl.int64) * O * I + o[:, None] * I + i[None, :]
     tl.store(GW + at, acc.to(GW.dtype.element_ty), mask=(o < O)[:, None] & (i < I)[None, :])
 
