@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
+from conf.ranges import out_of_range
 from model.config import ONE_VALUE, ModelConfig, RopeScaling
 from model.errors import ConfigError
 
@@ -25,6 +26,9 @@ _OPTIONAL = {
 SCALING = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow")
 # Keys that are not ours, and the only value with which the model is DeepSeek-V4.
 _FOREIGN = {"hidden_act": "silu", "mlp_bias": False}
+
+
+_MOST = 2**53  # of a whole number: what a float holds
 
 
 def official_keys() -> list[str]:
@@ -43,6 +47,8 @@ def from_official(values: Mapping[str, Any]) -> ModelConfig:
     given["name"] = str(values.get("name", values.get("model_type", "official")))
     config = ModelConfig(**given, rope_scaling=_scaling(values))
     refuse_foreign(values)
+    if (problem := out_of_range(config, "config.json")) is not None:
+        raise ConfigError(problem)
     missing = config.num_hidden_layers + config.num_nextn_predict_layers
     missing -= len(config.compress_ratios)
     if 0 < missing <= config.num_nextn_predict_layers:
@@ -101,6 +107,8 @@ def typed(value: Any, wanted: Any, key: str) -> Any:
             return wanted(value)
         known = ", ".join(str(member.value) for member in wanted)
         raise ConfigError(f"config.json: {key}={value!r} is none of {known}")
+    if type(value) is int and abs(value) > _MOST:
+        raise ConfigError(f"config.json: {key} is a number of {len(str(abs(value)))} digits")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if wanted is float and is_number:
         return float(value)

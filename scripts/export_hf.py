@@ -8,6 +8,7 @@ started again by the same command.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,10 +52,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--to", choices=layouts, default="transformers",
                         help="layout (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--dtype", choices=dtypes, default="bf16",
-                        help="of a plain layout; mHC, sinks and biases stay fp32")  # fmt: skip
-    parser.add_argument("--experts", choices=["fp4", "fp8"], default="fp4",
-                        help="of the quantised layout")  # fmt: skip
+    parser.add_argument("--dtype", choices=dtypes,
+                        help="of a plain layout (default: bf16); mHC, sinks and biases stay"
+                        " fp32")  # fmt: skip
+    parser.add_argument("--experts", choices=["fp4", "fp8"],
+                        help="of the quantised layout (default: fp4)")  # fmt: skip
     parser.add_argument("--shard-gb", type=float, default=4.0, help="largest shard, GiB")
     parser.add_argument("--no-tokenizer", action="store_true", help="write tensors and config only")
     add_weights_option(parser)
@@ -67,14 +69,18 @@ def export(options: argparse.Namespace) -> None:
     Raises:
         ValueError: the source cannot be read, or the target not be written.
     """
-    if options.shard_gb <= 0:
-        raise UserError(f"--shard-gb {options.shard_gb} must be above 0")
+    if not 0 < options.shard_gb < math.inf:
+        raise UserError(f"--shard-gb {options.shard_gb} must be above 0, and finite")
+    layout = ExportFormat(options.to)
+    idle = "dtype" if layout is ExportFormat.quantised else "experts"
+    if (given := getattr(options, idle)) is not None:
+        raise UserError(f"--{idle} {given} has no effect with --to {layout.value}")
     if options.source.resolve() == options.target.resolve():
         raise UserError(f"source and target are the same folder, {options.source}")
     job = ExportJob(
-        layout=ExportFormat(options.to),
-        dtype=FloatType(options.dtype),
-        experts=Stored(options.experts),
+        layout=layout,
+        dtype=FloatType(options.dtype or "bf16"),
+        experts=Stored(options.experts or "fp4"),
         shard_bytes=int(options.shard_gb * 2**30),
         tokenizer=not options.no_tokenizer,
     )

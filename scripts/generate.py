@@ -74,6 +74,8 @@ def write(options: argparse.Namespace) -> None:
     Raises:
         ValueError: the model cannot be read, or the prompts not be continued.
     """
+    if options.temperature == 0 and options.top_p != 1:
+        raise UserError(f"--top-p {options.top_p} has no effect with --temperature 0")
     model, tokenizer = open_model(options)
     prompts = read_prompts(options, tokenizer)
     stop = tokenizer.eos_id if tokenizer is not None and not options.no_stop else None

@@ -51,6 +51,7 @@ import torch.multiprocessing as mp
 from parallel.config import SCHEDULES
 from parallel.mesh import leave_process_group
 from scripts.cli.command import command
+from scripts.cli.outputs import check_output, write_json, write_text
 from scripts.layout_trials.asked import (
     TrialLayout,
     add_run_options,
@@ -238,6 +239,10 @@ def show(cells: list[str], width: int) -> None:
 def main(words: Sequence[str] | None = None) -> int:
     """Measure and print; the exit code."""
     args = options().parse_args(words)
+    if args.json:
+        check_output("--json", Path(args.json), '"noise"')
+    if args.markdown:
+        check_output("--markdown", Path(args.markdown), "# Layouts beside one process")
     torch.set_num_threads(1)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     with tempfile.TemporaryDirectory() as corpus:
@@ -301,11 +306,9 @@ def write(
             "asked": measured_for(args), "results": results, "noise": ref.noise,
             "losses": ref.losses, "notes": notes,
         }  # fmt: skip
-        Path(args.json).write_text(
-            json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
+        write_json(Path(args.json), found)
     if args.markdown:
-        Path(args.markdown).write_text(markdown(lines, notes), encoding="utf-8")
+        write_text(Path(args.markdown), markdown(lines, notes))
 
 
 def _listed(values: list[float]) -> str:

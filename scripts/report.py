@@ -24,12 +24,13 @@ from scripts.cli.command import command
 from scripts.studies.archive import open_archive
 from scripts.studies.config import load_study
 from scripts.studies.differences import differences, explain
-from scripts.studies.document import Picture, ReportDocument, Table
+from scripts.studies.document import HTML, Picture, ReportDocument, Table, check_report
 from scripts.studies.plots import draw_runs
 from scripts.studies.protocol import Protocol, from_root
 from scripts.studies.report import write_study_report
 from scripts.studies.store import ARCHIVED, FinishedRun, Store, read_run
 from train.errors import ROOT, UserError
+from train.exchange.output_files import file_errors
 
 
 @command()
@@ -63,9 +64,11 @@ def _study(args: argparse.Namespace) -> Path:
     root = ROOT
     folders = args.runs or [root / "runs" / "studies", root / "docs" / "studies" / "archives"]
     name = args.what[0].partition("=")[2]
+    out = args.out or root / "docs" / "studies"
+    check_report(out / name)
     study = load_study(name, args.what[1:])
     protocol = Protocol(study, Store(folders, None), Path(from_root(folders[0])))
-    return write_study_report(name, protocol, args.out or root / "docs" / "studies")
+    return write_study_report(name, protocol, out)
 
 
 def _archive(args: argparse.Namespace) -> Path:
@@ -80,8 +83,23 @@ def _runs(args: argparse.Namespace) -> Path:
     folders = [Path(word) for word in args.what]
     if len(folders) < 2:
         raise UserError(f"{folders[0]}: give at least two run folders, or study=NAME")
+    out = args.out or ROOT / "runs" / "comparison"
+    check_folder(out)
     runs = [read_run(folder) for folder in folders]
-    return comparison(runs).write(args.out or ROOT / "runs" / "comparison")
+    return comparison(runs).write(out)
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds something, and no report of ours.
+
+    Raises:
+        UserError: names it and what it holds.
+    """
+    with file_errors(out):
+        held = sorted(path.name for path in out.iterdir()) if out.exists() else []
+    if held and HTML not in held:
+        raise UserError(f"--out {out} holds {held[0]}, and no report: choose an empty folder")
+    check_report(out)
 
 
 def comparison(runs: Sequence[FinishedRun]) -> ReportDocument:

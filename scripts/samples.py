@@ -17,6 +17,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -82,6 +83,8 @@ def lines_of(options: argparse.Namespace) -> Iterator[Record]:
     for line in StepLines(path).read():
         if options.step not in (None, line["step"]):
             continue
+        if not _is_line(line):
+            raise UserError(f"{path}: the line of step {line['step']} is damaged")
         rows = {
             row: kept
             for row, pieces in enumerate(line["rows"])
@@ -92,11 +95,32 @@ def lines_of(options: argparse.Namespace) -> Iterator[Record]:
             yield {**line, "rows": rows}
 
 
+def _is_line(line: Record) -> bool:
+    """Whether a line holds rows of samples, as train/record/sample_log.py writes them."""
+    rows = line.get("rows")
+    return (
+        isinstance(line.get("data"), str)
+        and isinstance(rows, list)
+        and all(isinstance(row, list) and all(map(_is_sample, row)) for row in rows)
+    )
+
+
+def _is_sample(piece: Any) -> bool:
+    kinds = [type(value) for value in piece] if isinstance(piece, list) else []
+    return kinds == [str, int, int, int, int] and 0 <= piece[3] < piece[4] and min(piece[1:3]) >= 0
+
+
 def show(line: Record, loader: Loader, options: argparse.Namespace) -> None:
     """One line a piece."""
     for row, samples in line["rows"].items():
         for s in samples:
-            text = loader.tokenizer.decode(loader.sample_tokens(s).tolist())
+            try:
+                text = loader.tokenizer.decode(loader.sample_tokens(s).tolist())
+            except LookupError as error:
+                raise UserError(
+                    f"{log_of(options)}: the line of step {line['step']} is damaged: the data has"
+                    f" no {s.source}:{s.document}"
+                ) from error
             begins = repr(text[:_BEGINNING]) if not options.text else f"\n{text}"
             where = f"step {line['step']} row {row}"
             if "rollback" in line:

@@ -164,8 +164,9 @@ def read_ids(file: Path, tokenizer: Tokenizer | None) -> tuple[torch.Tensor, np.
     """
     if file.suffix in (".npy", ".npz"):
         try:
-            loaded = np.load(file, allow_pickle=False)
-            array = loaded["ids"] if file.suffix == ".npz" else loaded
+            with file.open("rb") as opened:  # by numpy it would stay open where it is damaged
+                loaded = np.load(opened, allow_pickle=False)
+                array = loaded["ids"] if file.suffix == ".npz" else loaded
         except _NO_ARRAY as error:
             raise UserError(f"{file} cannot be read as token ids: {one_line(error)}") from error
         if not isinstance(array, np.ndarray):

@@ -12,7 +12,6 @@ train on for the same FLOPs.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from model.config import Attention, ModelConfig, Residual, Router
 from model.flops import parameter_counts, training_flops
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
+from scripts.cli.outputs import check_output, write_json
 
 
 @dataclass(frozen=True)
@@ -117,15 +117,15 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--phase", choices=("full", "warmup", "sparse"), default="sparse")
     parser.add_argument("--json", type=Path, help="also write the table there")
     args = parser.parse_args(words)
+    if args.json:
+        check_output("--json", args.json, '"twins"')
     config = load_model_config(args.model, args.overrides)
     twins = compare(config, args.seq_len, args.phase)
     print_table(f"{config.name}, rows of {args.seq_len} tokens, indexer phase {args.phase}", twins)
     if args.json:
         rows = [asdict(twin) for twin in twins]
         document = {"model": config.name, "seq_len": args.seq_len, "phase": args.phase}
-        args.json.write_text(
-            json.dumps(document | {"twins": rows}, indent=1, allow_nan=False) + "\n"
-        )
+        write_json(args.json, document | {"twins": rows})
 
 
 if __name__ == "__main__":

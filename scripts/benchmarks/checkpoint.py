@@ -12,7 +12,6 @@ the ratio of the medians. The first save of each kind plans and allocates, and i
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -32,6 +31,7 @@ from optim.config import OptimConfig
 from parallel.engine import TorchEngine
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
+from scripts.cli.outputs import check_output, write_json
 from train.checkpoint.manager import Checkpoints, Retention
 
 CPU = torch.device("cpu")
@@ -41,6 +41,8 @@ CPU = torch.device("cpu")
 def main(words: Sequence[str] | None = None) -> None:
     """Print the table."""
     args = parse(words)
+    if args.out:
+        check_output("--out", args.out, '"in front"')
     keep_freed_memory()
     engine, step = build(args)
     state = engine.state()
@@ -61,7 +63,7 @@ def main(words: Sequence[str] | None = None) -> None:
     print(f"share of the time in front: {share:.1%}")
     if args.out:
         record = {"model": args.model, "bytes": size, "share": share, "seconds": seconds} | lines
-        args.out.write_text(json.dumps(record, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(args.out, record)
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:

@@ -12,7 +12,6 @@ the paper's figure 1 at a million tokens. At 128K the ratios are far less striki
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from model.flops import (
 )
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
+from scripts.cli.outputs import PNG, check_output, write_json
 
 CONTEXTS = (4096, 16384, 65536, 131072, 262144, 524288, 1000000)
 Figures = dict[str, Any]
@@ -168,13 +168,12 @@ def main(words: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder of JSON and PNG")
     args = parser.parse_args(words)
+    table, picture = args.out / "efficiency.json", args.out / "efficiency.png"
+    check_output("--out", table, '"deepseek_v3_2"')
+    check_output("--out", picture, PNG)
     models = {n: model_report(load_model_config(n), args.contexts) for n in args.models}
     v32 = reference_report(args.contexts)
     print_report(models, v32)
-    args.out.mkdir(parents=True, exist_ok=True)
-    document = {"models": models, "deepseek_v3_2": v32}
-    (args.out / "efficiency.json").write_text(
-        json.dumps(document, indent=1, allow_nan=False) + "\n"
-    )
-    draw(models, v32, args.out / "efficiency.png")
-    print(f"\nwritten: {args.out / 'efficiency.json'}, {args.out / 'efficiency.png'}")
+    write_json(table, {"models": models, "deepseek_v3_2": v32})
+    draw(models, v32, picture)
+    print(f"\nwritten: {table}, {picture}")

@@ -12,7 +12,6 @@ The floor is the time of the matmuls alone at this machine's measured matmul rat
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -33,6 +32,7 @@ from optim.muon import expand
 from optim.newton_schulz import matmul_flops
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
+from scripts.cli.outputs import check_output, write_json
 
 LR = 1e-3
 SIZE = 1024  # rows and columns of the matmul whose rate bounds the step
@@ -63,6 +63,8 @@ class OptimizerTimes:
 def main(words: Sequence[str] | None = None) -> None:
     """Parse the arguments, run, print, write."""
     args = _arguments(words)
+    if args.json:
+        check_output("--json", Path(args.json), '"floor_seconds"')
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
@@ -77,7 +79,7 @@ def main(words: Sequence[str] | None = None) -> None:
     report = summarise(model.name, ours.table, config, pairs, rate, device)
     print(render(report))
     if args.json:
-        Path(args.json).write_text(json.dumps(asdict(report), indent=2, allow_nan=False) + "\n")
+        write_json(Path(args.json), asdict(report), indent=2)
 
 
 def model_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

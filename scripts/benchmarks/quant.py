@@ -42,6 +42,7 @@ from quant.config import QuantConfig, Recipe
 from quant.formats import FP8_ACTIVATION, FP8_KV, FP8_WEIGHT, MXFP4, fake_quant, quantise
 from quant.probe import QuantProbe
 from scripts.cli.command import command
+from scripts.cli.outputs import check_output, write_json
 from train.config.command_line import compose_run
 from train.config.schema import RunConfig
 from train.preflight.fit import World
@@ -224,6 +225,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--cpu-time", action="store_true", help="count this process' CPU seconds")
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args(words)
+    if args.json:
+        check_output("--json", args.json, '"cast_seconds"')
     clock = time.process_time if args.cpu_time else time.perf_counter
     conditions = {
         "device": args.device, "machine": platform.machine(), "torch": torch.__version__,
@@ -244,4 +247,4 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.json:
         found = {"conditions": conditions, "cast_bytes": x.nbytes, "cast_seconds": casts,
                  "step_seconds": steps}  # fmt: skip
-        args.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+        write_json(args.json, found, indent=2)

@@ -27,6 +27,7 @@ import torch
 
 from model.kernels.allocator import keep_freed_memory
 from scripts.cli.command import command
+from scripts.cli.outputs import check_output, write_json
 from train.build import build
 from train.config.command_line import compose_run
 from train.loop import Trainer
@@ -53,6 +54,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("overrides", nargs="*", help="of all three runs")
     args = parser.parse_args(words)
+    if args.json:
+        check_output("--json", args.json, '"wall_ratios"')
     keep_freed_memory()
     conditions = {
         "machine": platform.machine(), "torch": torch.__version__,
@@ -74,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> None:
         found = {"conditions": conditions, "tokens": tokens, "cpu_seconds": cpu,
                  "wall_seconds": wall, "cpu_ratios": ratios(cpu),
                  "wall_ratios": ratios(wall)}  # fmt: skip
-        args.json.write_text(json.dumps(found, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(args.json, found)
 
 
 def trainer(folder: Path, model: str, rounds: int, overrides: list[str]) -> Trainer:

@@ -31,6 +31,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from scripts.cli.command import command
+from scripts.cli.outputs import PNG, check_output, write_json
+from train.errors import UserError
 
 CHILD = Path(__file__).resolve().with_name("child.py")
 _Measured = dict[str, Any]
@@ -109,6 +111,22 @@ def key_of(spec: _Measured) -> str:
     return f"{spec['dtype']} {spec['case']} {spec['contestant']} {spec['round']}"
 
 
+def earlier_results(path: Path) -> _Measured:
+    """What an earlier start wrote.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        document = json.loads(path.read_bytes())
+        whole = isinstance(document["environment"], dict) and isinstance(document["results"], dict)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        whole, document = False, {}
+    if not whole:
+        raise UserError(f"--out: {path} is damaged: use --fresh, or another file")
+    return document
+
+
 def run_all(args: argparse.Namespace, document: _Measured) -> None:
     """Run what has no result yet, writing after each."""
     specs = plan(args)
@@ -117,7 +135,7 @@ def run_all(args: argparse.Namespace, document: _Measured) -> None:
         key = key_of(spec)
         if "tokens_per_second" not in results.get(key, {}):
             results[key] = run_child(spec, args.timeout)
-            args.out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+            write_json(args.out, document)
         result = results[key]
         text = result.get("failed") or (
             f"{result['tokens_per_second']:,.0f} tokens/s, {result['peak_bytes'] / 1e9:.2f} GB"
@@ -260,17 +278,18 @@ def main(words: Sequence[str] | None = None) -> None:
             result = run_child(spec | {"profile": True}, args.timeout)
             print(f"{key_of(spec)}\n{result.get('profile') or result['failed']}")
         return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
+    check_output("--out", args.out, '"environment"')
+    check_output("--out", args.out.with_suffix(".png"), PNG)
     document: _Measured = {"environment": environment(args), "results": {}}
     if args.out.exists() and not args.fresh:
-        earlier = json.loads(args.out.read_text())
+        earlier = earlier_results(args.out)
         if earlier["environment"] != document["environment"]:
-            raise SystemExit(f"{args.out} holds results of another set-up: use --out or --fresh")
+            raise UserError(f"{args.out} holds results of another set-up: use --out or --fresh")
         document = earlier
     run_all(args, document)
     failed = {k: r["failed"] for k, r in document["results"].items() if "failed" in r}
     document["summary"] = summary(document)
-    args.out.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+    write_json(args.out, document)
     print_summary(document["summary"])
     for key, reason in failed.items():
         print(f"failed: {key}: {reason}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import os
 import re
 import subprocess
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.cli.command import command
+from scripts.cli.outputs import check_output, write_json, write_text
 from train.errors import ROOT, ExitCode, UserError
 
 KERNELS = ROOT / "model/kernels/triton"
@@ -76,6 +76,10 @@ class Compiled:
 def main(words: Sequence[str] | None = None) -> int:
     """Parse the arguments, compile, print, write."""
     args = _arguments(words)
+    if args.json:
+        check_output("--json", Path(args.json), '"spilled"')
+    if args.markdown:
+        check_output("--markdown", Path(args.markdown), "scripts/bench.py triton_aot")
     if os.environ.pop("TRITON_INTERPRET", "0") not in ("", "0"):
         raise UserError("TRITON_INTERPRET=1 interprets kernels instead of compiling them: unset it")
     lines: list[Compiled] = []
@@ -86,11 +90,10 @@ def main(words: Sequence[str] | None = None) -> int:
                 lines.append(compile_one(module, shipped, arch))
                 print(render(lines[-1]), flush=True)
     if args.json:
-        text = json.dumps([asdict(line) for line in lines], indent=2, allow_nan=False)
-        Path(args.json).write_text(text + "\n")
+        write_json(Path(args.json), [asdict(line) for line in lines], indent=2)
     if args.markdown:
         shown = " ".join(["python scripts/bench.py triton_aot", *(words or sys.argv[1:])])
-        Path(args.markdown).write_text(markdown(lines, shown))
+        write_text(Path(args.markdown), markdown(lines, shown))
     faulty = sum(bool(line.faults) for line in lines)
     print(f"{len(lines)} compiled, {faulty} with faults")
     return ExitCode.failure if faulty else ExitCode.finished

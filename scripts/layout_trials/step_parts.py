@@ -34,6 +34,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from parallel.mesh import leave_process_group
 from scripts.cli.command import command
+from scripts.cli.outputs import PNG, check_output, write_json
 from scripts.layout_trials.asked import (
     TrialLayout,
     add_run_options,
@@ -247,6 +248,9 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the profiled ones")
     parser.add_argument("--out", default="runs/step_parts", help="folder of traces and plot")
     args = parser.parse_args(words)
+    table_file, picture = Path(args.out, "step_parts.json"), Path(args.out, "step_parts.png")
+    check_output("--out", table_file, f'"{PARTS[0]}"')
+    check_output("--out", picture, PNG)
     measured: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as corpus:
         write_corpus(corpus)
@@ -259,8 +263,6 @@ def main(words: Sequence[str] | None = None) -> int:
                 [read_trace(out / f"rank{rank}.json") for rank in range(layout.ranks)]
             )
     print(table(measured))
-    Path(args.out, "step_parts.json").write_text(
-        json.dumps(measured, indent=1, allow_nan=False) + "\n"
-    )
-    draw(measured, Path(args.out, "step_parts.png"))
+    write_json(table_file, measured)
+    draw(measured, picture)
     return 0

@@ -39,6 +39,7 @@ from parallel.pipeline_split import check_microbatches, describe_split, stages_p
 from parallel.pipeline_stage import ModelPart
 from parallel.sharded_model import build_sharded_model
 from scripts.cli.command import command
+from scripts.cli.outputs import PNG, check_output, write_text
 from train.errors import ROOT
 
 mpl.use("Agg")
@@ -257,7 +258,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if args.steps < 1:
         parser.error(f"--steps {args.steps} must be 1 or more")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    args.out.mkdir(parents=True, exist_ok=True)
+    check_output("--out", args.out / "timeline.txt", "closed")
+    check_output("--out", args.out / "timeline.png", PNG)
     drawn: dict[str, Timeline] = {}
     report = [
         "{:22} {:>6} {:>8} {:>9} {:>9} {:>9}".format(
@@ -281,5 +283,5 @@ def main(words: Sequence[str] | None = None) -> None:
         report.append(text_of(ranks))
     text = "\n".join([title, *report])
     print(text)
-    (args.out / "timeline.txt").write_text(text + "\n", encoding="utf-8")
+    write_text(args.out / "timeline.txt", text + "\n")
     draw(drawn, args.out / "timeline.png", title)

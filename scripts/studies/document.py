@@ -15,6 +15,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from scripts.cli.outputs import check_output
+from train.exchange.output_files import make_folder, write_bytes
+
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
@@ -24,6 +27,8 @@ img { max-width: 100%; }
 code { background: #f3f3f3; padding: 0 .2rem; overflow-wrap: anywhere; }
 .lead { font-size: 1.15rem; font-weight: 600; border-left: 4px solid #36c; padding-left: .8rem; }
 """
+MARKDOWN, HTML = "report.md", "report.html"
+_ESCAPED = "backslashreplace"  # a damaged receipt may hold what has no UTF-8 form
 
 
 @dataclass(frozen=True)
@@ -65,17 +70,20 @@ class ReportDocument:
         self.sections.setdefault(heading, []).extend(b for b in blocks if b is not None)
 
     def write(self, folder: Path) -> Path:
-        """Write ``report.md``, its PNG files and ``report.html``; returns the Markdown's path."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write ``report.md``, its PNG files and ``report.html``; returns the Markdown's path.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        make_folder(folder)
         images: dict[str, bytes] = {}
         for block in (b for blocks in self.sections.values() for b in blocks):
             if isinstance(block, Picture):
                 images[block.name] = _png(block.figure)
-                (folder / f"{block.name}.png").write_bytes(images[block.name])
-        path = folder / "report.md"
-        path.write_text(self.markdown(), encoding="utf-8")
-        (folder / "report.html").write_text(self.html(images), encoding="utf-8")
-        return path
+                write_bytes(folder / f"{block.name}.png", images[block.name])
+        write_bytes(folder / MARKDOWN, self.markdown().encode(errors=_ESCAPED))
+        write_bytes(folder / HTML, self.html(images).encode(errors=_ESCAPED))
+        return folder / MARKDOWN
 
     def markdown(self) -> str:
         """As Markdown."""
@@ -100,6 +108,17 @@ class ReportDocument:
         return (
             f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
         )
+
+
+def check_report(folder: Path) -> None:
+    """Refuse to write a report over files that are none.
+
+    Raises:
+        UserError: names the file.
+    """
+    check_output("report", folder / HTML, _STYLE)
+    if not (folder / HTML).exists():
+        check_output("report", folder / MARKDOWN, "**\n\n## ")
 
 
 def _png(figure: Figure) -> bytes:

@@ -147,8 +147,12 @@ def parse_run(folder: Path, files: Mapping[str, bytes]) -> FinishedRun:
     try:
         raw = yaml.safe_load(files[CONFIG])
         receipt = json.loads(files[name])
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"{folder} holds no finished run: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{folder / CONFIG} is damaged: it holds no config")
+    if (lacks := _lacks(receipt, name)) is not None:
+        raise UserError(f"{folder / name} is damaged: it holds no {lacks}")
     if name == RECEIPT and not receipt["finished"]:
         raise UserError(f"{folder}: the run stopped after step {receipt['progress']['step']}")
     if receipt["config_sha256"] != config_hash(raw):
@@ -165,6 +169,32 @@ def parse_run(folder: Path, files: Mapping[str, bytes]) -> FinishedRun:
     else:
         records = read_metrics(folder / METRICS)
     return FinishedRun(folder, run, receipt, records, {n: files[n] for n in (CONFIG, name)})
+
+
+# Of a receipt and of an evaluation's: the values that are read here, with their types.
+_READ: dict[str, type] = {
+    "config_sha256": str, "code.source_sha256": str,
+}  # fmt: skip
+_READ_OF = {
+    RECEIPT: _READ | {"finished": bool, "progress.step": int, "final_metrics": dict},
+    EVALUATION: _READ | {"metrics": dict},
+}
+_NUMBERS = ("val_loss", "val_bits_per_byte")
+
+
+def _lacks(receipt: Any, name: str) -> str | None:
+    """The first key that a receipt has not, or with a value of another type; None: all are well."""
+    for key, kind in _READ_OF[name].items():
+        value = receipt
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if type(value) is not kind:
+            return key
+    metrics = receipt["final_metrics" if name == RECEIPT else "metrics"]
+    for key in _NUMBERS:
+        if type(metrics.get(key)) not in (int, float, type(None)):
+            return f"number under {key}"
+    return None
 
 
 class Store:

@@ -4,6 +4,7 @@ import pytest
 
 from model.config import LayerKind, ModelConfig, RopeScaling, Router
 from model.config_json import official_config
+from model.errors import ConfigError
 from tests.parity.configs import tiny_config
 
 RELEASED = {
@@ -107,3 +108,17 @@ def test_official_config_round_trips():
         assert again.router(layer) == config.router(layer)
     assert again.rope_scaling == config.rope_scaling
     assert again.num_nextn_predict_layers == 1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("routed_scaling_factor", 10**400),
+        ("vocab_size", 2**70),
+        ("num_nextn_predict_layers", 2**50),
+    ],
+)
+def test_a_number_that_no_field_holds_is_refused(key, value):
+    with pytest.raises(ConfigError, match=key):
+        ModelConfig.from_official(RELEASED | {key: value})

@@ -112,13 +112,14 @@ def from_transformers_config(values: dict[str, Any]) -> ModelConfig:
         **bases,
         name=str(values.get("name", values.get("model_type", "transformers"))),
         layer_kinds=kinds,
-        compress_ratios=ratios + [0] * shared["num_nextn_predict_layers"],
+        compress_ratios=ratios,
         routers=routers,
         num_hash_layers=routers.count(Router.hash),
         qk_rope_head_dim=round(shared["head_dim"] * rotary),
         rope_scaling=_scaling(values),
     )
     config.validate()
+    config.compress_ratios = ratios + [0] * config.num_nextn_predict_layers
     return config
 
 

@@ -31,9 +31,9 @@ from train.config.transformers_json import transformers_config
 from train.errors import UserError, one_line
 from train.exchange.model_source import ModelSource
 from train.exchange.output_files import (
+    alone_in,
     check_target,
     json_bytes,
-    make_folder,
     replacing,
     write_bytes,
 )
@@ -110,24 +110,25 @@ def export_folder(
         report: called with the bytes done and all bytes.
 
     Raises:
-        UserError: ``target`` holds something else, or the layout cannot hold the model.
+        UserError: ``target`` holds something else or is being written, or the layout cannot hold
+            the model.
     """
     shards = _shards(source, job)
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     origin = {"source": source.origin, "job": job.label()}
     files = small_files(_config(source, job), source.tokenizer() if job.tokenizer else None)
-    check_target(target, files, [*names, INDEX], "export")
-    _check_shards(target, names, origin)
-    make_folder(target)
-    for name, content in files.items():
-        write_bytes(target / name, content)
-    done, total = 0, sum(piece.nbytes for shard in shards for piece in shard)
-    for name, shard in zip(names, shards, strict=True):
-        if not (target / name).exists():
-            _write_shard(target / name, shard, origin)
-        done += sum(piece.nbytes for piece in shard)
-        report(done, total)
-    write_bytes(target / INDEX, json_bytes(index_of(target / name for name in names)))
+    with alone_in(target):
+        check_target(target, files, [*names, INDEX], "export")
+        _check_shards(target, names, origin)
+        for name, content in files.items():
+            write_bytes(target / name, content)
+        done, total = 0, sum(piece.nbytes for shard in shards for piece in shard)
+        for name, shard in zip(names, shards, strict=True):
+            if not (target / name).exists():
+                _write_shard(target / name, shard, origin)
+            done += sum(piece.nbytes for piece in shard)
+            report(done, total)
+        write_bytes(target / INDEX, json_bytes(index_of(target / name for name in names)))
 
 
 def _check_shards(target: Path, names: list[str], origin: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ from train.exchange.export import ShowProgress, small_files
 from train.exchange.model_source import ModelSource, meta_model
 from train.exchange.open import fill_parameter
 from train.exchange.output_files import (
+    alone_in,
     check_target,
     file_errors,
     make_folder,
@@ -47,30 +48,32 @@ def import_checkpoint(
         The checkpoint.
 
     Raises:
-        UserError: ``target`` holds a model already, part of another one, or something else.
+        UserError: ``target`` holds a model already, part of another one or something else, or is
+            being written.
     """
     config = official_config(replace(source.config, yarn_from_seq_len=0))
     if source.quant is not None:
         config[QUANT_KEY] = quant_values(source.quant)
     files = small_files(config, source.tokenizer())
-    checkpoints = Checkpoints(target / CHECKPOINTS)
-    if checkpoints.published():
-        raise UserError(f"{target} holds a model already: choose an empty target folder")
-    check_target(target, files, [_STAGING, CHECKPOINTS], "import")
-    staging = _open_staging(target / _STAGING, source.origin)
-    for name, content in files.items():
-        write_bytes(target / name, content)
-    checkpoints.clean()  # what a killed import left half written
-    state = meta_model(source.config).state_dict()
-    done, total = 0, sum(tensor.nbytes for tensor in state.values())
-    tensors: dict[str, Tensor] = {}
-    for name, meta in state.items():
-        tensors[f"model.{name}"] = _lay_out(staging, name, meta, source)
-        done += meta.nbytes
-        report(done, total)
-    path = checkpoints.save(0, tensors, {"imported_from": source.origin})
-    shutil.rmtree(staging)
-    return path
+    with alone_in(target):
+        checkpoints = Checkpoints(target / CHECKPOINTS)
+        if checkpoints.published():
+            raise UserError(f"{target} holds a model already: choose an empty target folder")
+        check_target(target, files, [_STAGING, CHECKPOINTS], "import")
+        staging = _open_staging(target / _STAGING, source.origin)
+        for name, content in files.items():
+            write_bytes(target / name, content)
+        checkpoints.clean()  # what a killed import left half written
+        state = meta_model(source.config).state_dict()
+        done, total = 0, sum(tensor.nbytes for tensor in state.values())
+        tensors: dict[str, Tensor] = {}
+        for name, meta in state.items():
+            tensors[f"model.{name}"] = _lay_out(staging, name, meta, source)
+            done += meta.nbytes
+            report(done, total)
+        path = checkpoints.save(0, tensors, {"imported_from": source.origin})
+        shutil.rmtree(staging)
+        return path
 
 
 def _open_staging(staging: Path, origin: str) -> Path:

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DiskError
+from train.checkpoint.file_lock import take
 from train.errors import UserError, one_line
+
+_LOCK = ".writing.lock"  # in a folder that is being written; a kill leaves it, unlocked
 
 
 @contextmanager
@@ -90,13 +93,43 @@ def file_errors(path: Path) -> Iterator[None]:
         raise UserError(text) from error
 
 
+@contextmanager
+def alone_in(target: Path) -> Iterator[None]:
+    """Make a folder, and keep other commands from writing into it meanwhile.
+
+    Raises:
+        UserError: another one is writing into it, or it cannot be made.
+    """
+    if target.exists() and not target.is_dir():
+        raise UserError(f"target {target} is a file")
+    make_folder(target)
+    path = target / _LOCK
+    with file_errors(path):
+        file = path.open("ab")
+    with file:
+        # One that has just ended took the name away from under the lock.
+        if take(file.fileno()) is False or not _is_named(path, file.fileno()):
+            raise UserError(f"target {target} is being written by another command")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_named(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
 def check_target(
     target: Path, files: Mapping[str, bytes], others: Collection[str], what: str
 ) -> None:
     """Refuse a folder that holds anything but an earlier part of the same work.
 
     Args:
-        target: may be absent.
+        target: of :func:`alone_in`.
         files: small ones, by name: where one is there, it must be what would be written.
         others: names of the rest, which the caller looks into.
         what: the work, for the message.
@@ -104,12 +137,8 @@ def check_target(
     Raises:
         UserError: names the folder and the first file that is not ours.
     """
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise UserError(f"target {target} is a file")
     known = {*files, *others}
-    known |= {aside_of(target / name).name for name in known}
+    known |= {_LOCK, *(aside_of(target / name).name for name in known)}
     try:
         for path in sorted(target.iterdir()):
             foreign = path.name in files and path.read_bytes() != files[path.name]

@@ -205,7 +205,7 @@ class StepLines:
 
     def read(self) -> list[Record]:
         """All complete lines, in order; none where there is no file."""
-        return [line for _, line in _complete_lines(self.path)] if self.path.exists() else []
+        return [record for _, record in self._complete()] if self.path.exists() else []
 
     def cut(self, last: int, key: str = "step") -> int:
         """Remove the lines behind step ``last``, half ones included; 0 empties the file.
@@ -221,9 +221,25 @@ class StepLines:
         """
         if not self.path.exists():
             return 0
-        kept = [(line, r[key]) for line, r in _complete_lines(self.path) if r[key] <= last]
+        kept = [(line, r[key]) for line, r in self._complete(key) if r[key] <= last]
         replace_durably(self.path, "".join(line for line, _ in kept))
         return kept[-1][1] if kept else 0
+
+    def _complete(self, key: str = "step") -> Iterator[tuple[str, Record]]:
+        """Lines with their records. What a kill or a crash left half written can only be the end.
+
+        Raises:
+            UserError: a line in the middle holds no number under ``key``.
+        """
+        broken = 0
+        for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
+            record = _record_of(line, key)
+            if record is None:
+                broken = broken or number
+            elif broken:
+                raise UserError(f"{self.path}: line {broken} is damaged, and whole lines follow it")
+            else:
+                yield line.decode("utf-8"), record
 
 
 class MetricsFile(StepLines):
@@ -245,32 +261,15 @@ def read_metrics(path: Path) -> list[Record]:
     return StepLines(path).read()
 
 
-def _complete_lines(path: Path) -> Iterator[tuple[str, Record]]:
-    """Lines with their records. What a kill or a crash left half written can only be the end.
-
-    Raises:
-        UserError: a line in the middle holds no step.
-    """
-    broken = 0
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
-        record = _record_of(line)
-        if record is None:
-            broken = broken or number
-        elif broken:
-            raise UserError(f"{path}: line {broken} is damaged, and whole lines follow it")
-        else:
-            yield line.decode("utf-8"), record
-
-
-def _record_of(line: bytes) -> Record | None:
+def _record_of(line: bytes, key: str) -> Record | None:
     """The record in a line; None where it holds none, or not all of it."""
     if not line.endswith(b"\n"):
         return None
     try:
         record = json.loads(line)
-    except ValueError:  # no JSON, or no UTF-8
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
         return None
-    return record if isinstance(record, dict) and "step" in record else None
+    return record if isinstance(record, dict) and type(record.get(key)) is int else None
 
 
 def _json_value(value: Any) -> Any:
