@@ -118,7 +118,7 @@ def test_official_config_round_trips():
         ("vocab_size", 2**70),
         ("num_nextn_predict_layers", 2**50),
     ],
-)
+)  # fmt: skip
 def test_a_number_that_no_field_holds_is_refused(key, value):
     with pytest.raises(ConfigError, match=key):
         ModelConfig.from_official(RELEASED | {key: value})
