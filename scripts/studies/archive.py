@@ -45,11 +45,18 @@ def archive_of(name: str, folder: Path) -> Path:
 
 
 def pack(protocol: Protocol, path: Path) -> None:
-    """Write a study and everything of it that is finished, in place of an older archive."""
+    """Write a study and everything of it that is finished.
+
+    An older archive there gives way, but for its runs while the study is not complete: they may be
+    of another code version, and the only copy.
+    """
     cells = protocol.finished()
     listed = [[*astuple(cell)[:4], run.name] for cell, run in cells.items()]
     content = {"study": plain(protocol.study), "cells": listed}
     files = {STUDY: json.dumps(content, allow_nan=False).encode()}
+    if path.is_file() and any(done < wanted for _, _, wanted, done in protocol.plan()):
+        for name, parts in read_archive(path).items():
+            files |= {f"{name}/{part}": data for part, data in parts.items() if name}
     for run in cells.values():
         files |= {f"{run.name}/{name}": data for name, data in _files_of(run).items()}
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -178,6 +178,16 @@ def test_archived_runs_are_enough_to_continue(tmp_path):
     assert recorded.results("mhc")[1].name == found.name
 
 
+def test_a_study_begun_again_on_other_code_does_not_empty_its_archive(tmp_path):
+    plan, cell = protocol(tmp_path), Cell("mhc", 5, protocol(tmp_path).study.grid("mhc")[0], 0)
+    finish(tmp_path, plan, cell, 3.0)
+    path = archive_of("mhc_vs_plain", tmp_path / "archives")
+    pack(protocol(tmp_path), path)
+    pack(protocol(tmp_path, code="e" * 64), path)
+    assert [run.val_loss for run in Store([path.parent], CODE).runs.values()] == [3.0]
+    assert open_archive(path).recorded == {}, "but the study of today does not rest on it"
+
+
 # ---- conf/study ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", study_names())
 def test_study_composes_and_every_run_has_a_plan(name, tmp_path):
