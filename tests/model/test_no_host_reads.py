@@ -64,5 +64,6 @@ def test_a_planted_read_is_seen(read, monkeypatch):
         step(ALL_KINDS, IndexerPhase.sparse)
 
 
-def test_reference_kernels_read_nothing_either():
-    step(replace(ALL_KINDS, kernels=Kernels.reference), IndexerPhase.sparse)
+@pytest.mark.parametrize("kernels", [Kernels.reference, Kernels.triton])
+def test_other_kernels_read_nothing_either(kernels):
+    step(replace(ALL_KINDS, kernels=kernels), IndexerPhase.sparse)

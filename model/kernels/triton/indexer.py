@@ -43,6 +43,7 @@ from model.kernels.triton.launch import (
     tile_of,
     upcast,
 )
+from model.sequence_plan import Bounds
 
 # Bytes of a chunk of queries' scores, and of the teacher's mass over all visible entries.
 CHUNK_BYTES = 256 << 20
@@ -236,7 +237,13 @@ def _inputs(indexer: IndexerInputs) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.no_grad()
-def index_topk(indexer: IndexerInputs, first_BT: Tensor, stop_BT: Tensor, topk: int) -> Tensor:
+def index_topk(
+    indexer: IndexerInputs,
+    first_BT: Tensor,
+    stop_BT: Tensor,
+    topk: int,
+    bounds: Bounds | None = None,
+) -> Tensor:
     """:func:`model.kernels.indexer.index_topk_reference` in Triton.
 
     The best first; equal scores go to the lower entry.

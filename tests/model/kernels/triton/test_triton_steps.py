@@ -1,28 +1,23 @@
-"""Two whole steps of a small model with attention and the indexer in Triton are the reference's.
+"""Two whole steps of a small model with every op in Triton are those of the reference.
 
-All else is the reference in both. fp32 sums in other orders: 1e-5 of a loss, of what the steps
-changed in all weights, and (a tensor that hardly moves has lost digits) 1e-3 of each change.
+fp32 sums in other orders: 1e-5 of a loss, of what the steps changed in all weights, and (a tensor
+that hardly moves has lost digits) 1e-3 of each change.
 """
 
 import torch
 
 from model.config import IndexerPhase, Kernels
-from model.kernels import select
-from model.kernels.triton import attention, indexer
+from model.kernels.select import active_kernels, op_names
+from model.kernels.triton.launch import counted
 from model.loss import Objective
 from tests.helpers import random_rows, relative, small_model
 
-OURS = {
-    "attention": attention.attention,
-    "index_topk": indexer.index_topk,
-    "indexer_loss": indexer.indexer_loss,
-}
 RATE = 0.05
 
 
-def two_steps(phase):
+def two_steps(phase, kernels):
     """Totals and KLs of two steps of plain descent on packed rows; what they changed, by name."""
-    model = small_model(kernels=Kernels.fast)
+    model = small_model(kernels=kernels)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows = random_rows(1, 22, 128)
     objective = Objective(
@@ -42,16 +37,13 @@ def two_steps(phase):
     return values, {name: p.detach() - before[name] for name, p in model.named_parameters()}
 
 
-def test_two_steps_are_those_of_the_reference(monkeypatch):
-    for name, (plain, *_) in list(select._OPS.items()):
-        monkeypatch.setitem(select._OPS, name, (plain, plain))
-    phases = (IndexerPhase.sparse, IndexerPhase.full)
-    expected = {phase: two_steps(phase) for phase in phases}
-    for name, ours in OURS.items():
-        monkeypatch.setitem(select._OPS, name, (None, ours))
-    for phase in phases:
-        (want, moved), (got, ours) = expected[phase], two_steps(phase)
+def test_two_steps_are_those_of_the_reference():
+    for phase in (IndexerPhase.sparse, IndexerPhase.full):
+        want, moved = two_steps(phase, Kernels.reference)
+        with counted() as launches:
+            got, ours = two_steps(phase, Kernels.triton)
         assert want[1] > 0
+        assert len(launches) >= len(op_names())
         for a, b in zip(got, want, strict=True):
             assert abs(a - b) <= 1e-5 * abs(b)
         flat = [torch.cat([x.flatten() for x in changes.values()]) for changes in (ours, moved)]
@@ -59,3 +51,11 @@ def test_two_steps_are_those_of_the_reference(monkeypatch):
         for name, change in moved.items():
             slack = 1e-6 * flat[1].norm()
             assert (ours[name] - change).norm() < 1e-3 * change.norm() + slack, name
+
+
+def test_every_op_has_its_kernel():
+    cuda = torch.device("cuda")
+    assert set(active_kernels(Kernels.triton, cuda).values()) == {"triton"}
+    assert active_kernels(Kernels.auto, cuda) == active_kernels(Kernels.triton, cuda)
+    assert set(active_kernels(Kernels.torch, cuda).values()) == {"torch"}
+    assert "triton" not in active_kernels(Kernels.auto, torch.device("cpu")).values()
