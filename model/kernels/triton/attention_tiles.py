@@ -69,6 +69,10 @@ TILES: dict[tuple[str, str], dict[int, Tiles]] = {
         },
     },
     ("queries", "range"): {
+        64: {
+            "other": _tile(32, 64, 64, 4, 2, turned=True), "sm_90": _tile(64, 32, 64, 4, 2),
+            "sm_100": _tile(64, 32, 64, 4, 2), "gfx942": _mfma(64, 32, 64, 4, 2),
+        },
         128: {
             "other": _tile(64, 32, 128, 4, 2, turned=True), "sm_90": _tile(64, 32, 128, 4, 2),
             "sm_100": _tile(64, 32, 128, 4, 2), "gfx942": _mfma(64, 32, 128, 4, 2),
@@ -91,8 +95,8 @@ TILES: dict[tuple[str, str], dict[int, Tiles]] = {
     ("pairs", "list"): {
         128: {"other": _tile(16, 64, 128, 4, 1), "gfx942": _mfma(16, 64, 128, 4, 1)},
         512: {
-            "other": _tile(16, 32, 256, 4, 2, turned=True), "sm_90": _tile(16, 64, 256, 4, 2),
-            "sm_100": _tile(16, 64, 512, 8, 2), "gfx942": _mfma(8, 64, 256, 4, 1),
+            "other": _tile(16, 32, 256, 4, 2, turned=True), "sm_90": _tile(16, 128, 256, 8, 2),
+            "sm_100": _tile(16, 32, 256, 4, 2), "gfx942": _mfma(8, 64, 256, 4, 1),
         },
     },
     ("mass", "list"): {
@@ -164,6 +168,11 @@ KERNELS = {
 }
 
 
+_SPILLS = {
+    ("keys", "bits", 512): {"sm_90": "12 bytes; a tile of half the keys would leave wgmma"},
+}
+
+
 def _shipped(kernel: str, mode: str, heads: int, head_dim: int) -> Shipped:
     function = KERNELS[kernel]
     chosen = {"CHOSEN": "*i64" if mode == "bits" else "*i32"}
@@ -176,7 +185,8 @@ def _shipped(kernel: str, mode: str, heads: int, head_dim: int) -> Shipped:
         sizes = {n: v for n, v in sizes.items() if n in function.arg_names}
         tiles[architecture] = Tile(sizes, tile.warps, tile.stages, tile.options)
     name = f"attention {kernel} {mode} K={head_dim} H={heads}"
-    return Shipped(name, function, types, {"MODE": mode, "UPCAST": False}, tiles)
+    fixed = {"MODE": mode, "UPCAST": False}
+    return Shipped(name, function, types, fixed, tiles, _SPILLS.get((kernel, mode, head_dim), {}))
 
 
 _SHAPES = ((64, 512), (12, 128), (6, 64))  # heads, head dim: V4-Flash, v4_small, v4_nano

@@ -31,6 +31,7 @@ from model.kernels.triton.indexer_kernels import (
     range_grad_queries,
 )
 from model.kernels.triton.launch import (
+    ARCHITECTURES,
     INTERPRETER,
     OPS,
     Shipped,
@@ -57,7 +58,7 @@ _LIST_INTERPRETED = Tile({"BN": 32}, 1, 1)
 # The choice is by what compiles, fits and does not spill (``scripts/bench.py triton_aot``).
 _SCORES: Tiles = {
     "other": Tile({"BT": 64, "BE": 64}, 4, 3), "sm_90": Tile({"BT": 128, "BE": 128}, 8, 3),
-    "sm_100": Tile({"BT": 128, "BE": 128}, 8, 3),
+    "sm_100": Tile({"BT": 128, "BE": 64}, 8, 3),
     "gfx942": Tile({"BT": 128, "BE": 128}, 8, 2, _MFMA), INTERPRETER: _RANGE_INTERPRETED,
 }  # fmt: skip
 # By heads: on gfx942 a warp for 16 of them, else warps form the same products.
@@ -69,8 +70,8 @@ _LIST: dict[int, Tiles] = {
     for heads in (16, 32, 64, 128)
 }  # fmt: skip
 _PAIRS: Tiles = {
-    "other": Tile({"BN": 64}, 4, 1), "gfx942": Tile({"BN": 64}, 4, 1, _MFMA),
-    INTERPRETER: _LIST_INTERPRETED,
+    "other": Tile({"BN": 64}, 4, 1), "sm_100": Tile({"BN": 64}, 8, 1),
+    "gfx942": Tile({"BN": 64}, 4, 1, _MFMA), INTERPRETER: _LIST_INTERPRETED,
 }  # fmt: skip
 _QUERIES_RANGE: Tiles = {
     "other": Tile({"BT": 64, "BE": 32}, 4, 2), "gfx942": Tile({"BT": 64, "BE": 32}, 4, 2, _MFMA),
@@ -298,7 +299,12 @@ def _shipped(heads: int, dim: int) -> tuple[Shipped, ...]:
         constants = {"J": heads, "L": dim, "HEADS": _heads(heads), "UPCAST": False, **more}
         compiled = {place: tile for place, tile in tiles.items() if place != INTERPRETER}
         name = f"indexer {name} {heads}x{dim}"
-        return Shipped(name, kernel, {**types, "OUT": out}, constants, compiled)
+        small = dim == 32 and tiles is _KEYS_RANGE
+        why = "32 x 32 products have fewer tiles than warps"
+        replicates = dict.fromkeys(ARCHITECTURES[:-1], why) if small else {}
+        return Shipped(
+            name, kernel, {**types, "OUT": out}, constants, compiled, replicates=replicates
+        )
 
     return (
         one("choice", index_scores, _SCORES, "*i64", RANKED=True),
