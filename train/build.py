@@ -5,17 +5,15 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from data.content import library_versions
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
-from data.tokenizer import Tokenizer
 from model.flops import parameter_shapes
 from model.init import init_weights
 from model.transformer import DeepSeekV4
@@ -31,33 +29,29 @@ from parallel.pipeline_stage import ModelPart
 from parallel.sharded_model import build_sharded_model
 from quant.apply import reads_master
 from train.audit.audit import Audit
-from train.audit.config_reads import ConfigReads
 from train.checkpoint.average import WeightAverage
 from train.checkpoint.manager import Checkpoints
 from train.checkpoint.retention import Retention
+from train.checkpoint.state import RunState
 from train.config.flat import flat_config
-from train.config.schema import Device, Precision, RunConfig, WandbMode, dump
+from train.config.schema import Device, Precision, RunConfig, dump
 from train.errors import UserError
-from train.loop import Trainer, restore
+from train.loop import Trainer
 from train.phase import PhaseSwitch
 from train.preflight.matmul_rate import measured_matmul_rate, times_slower_than_fp32
 from train.preflight.precision import PrecisionChoice
+from train.record.build import build_recorder
 from train.record.continuation import check_prompt
-from train.record.evaluation import Evaluator
-from train.record.metrics import MetricsFile, read_metrics
 from train.record.params_table import table_rows, write_params_table
-from train.record.profiling import PROFILE, ProfilerWindow
 from train.record.receipt import code_version, plain
 from train.record.report import RunReport
-from train.record.sample_log import SampleLog, data_hash
-from train.record.trackers import Console, TensorBoardTracker, Tracker
-from train.record.wandb_tracker import WandbTracker
 from train.recovery.anticipation import Anticipation
 from train.recovery.judge import Recovery
 from train.recovery.stop import StopRequest
-from train.run_folder.folder import CHECKPOINTS, METRICS, holds_run, write_identity
+from train.run_folder.folder import CHECKPOINTS, holds_run, write_identity
 from train.run_folder.identity import RunIdentity
 from train.run_folder.origin import agree_on_ranks
+from train.run_folder.restore import restore
 from train.stages import StagePlan, resolve
 
 PARAMS = "params.csv"
@@ -76,75 +70,47 @@ def build(run: RunConfig, precision: PrecisionChoice | None = None) -> Trainer:
     Raises:
         ValueError: the input cannot be; names the key, the file and the values.
     """
-    config_yaml, config = dump(run), flat_config(run)
-    reads = ConfigReads(run)
-    plan = resolve(run)
-    folder = Path(run.run_dir)
     stop = StopRequest(run.train.time_limit_seconds)
+    plan = resolve(run)
     mesh = build_layout(run)
+    loader = build_data(run)
+    all_ready(run.parallel.timeout_seconds)
+    asked = identify(run, loader)
+    agree_on_ranks(asked)
+    engine = build_engine(run, build_model(run, loader, mesh), mesh)
+    phase = PhaseSwitch(engine, run.quant)
+    state = build_state(run, plan, engine, loader)
+    checkpoints = build_checkpoints(run)
+    identity, trackers = restore(run, asked, state, checkpoints)
+    open_folder(run, plan, identity, state, phase)
+    rate = measured_matmul_rate(engine.device, _DTYPES[run.train.precision])
+    warn_of_emulation(run.train.precision, engine)
+    report = RunReport(run, engine, loader.tokenizer, identity, precision)
+    recorder = build_recorder(run, plan, state, phase.probe, report, rate, trackers)
+    audit = Audit(run, plan, engine)
+    return Trainer(run, plan, engine, phase, state, checkpoints, recorder, audit, stop)
+
+
+def build_data(run: RunConfig) -> Loader:
+    """What plans batches, its data opened."""
     tokenizer = build_tokenizer(run.data)
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
     check_prompt(tokenizer, run.sample.prompt, run.sample.tokens, run.model)
-    all_ready(run.parallel.timeout_seconds)
-    identity = identify(run, config, loader)
-    agree_on_ranks(identity)
-    model = build_model(run, loader, mesh)
-    engine = build_engine(run, model, mesh)
-    phase = PhaseSwitch(engine, run.quant)
-    average = build_average(run, model)
-    evaluator = Evaluator(engine, loader, run.train.eval_tokens, average)
-    last_tokens = run.train.final_eval_tokens
-    if last_tokens is None:
-        last_tokens = run.train.eval_tokens
-    final_evaluator = Evaluator(engine, loader, last_tokens, average)
-    checkpoints = build_checkpoints(run)
-    metrics = MetricsFile(folder / METRICS)
-    recovery = Recovery(run.train.recovery)
+    return loader
+
+
+def build_state(run: RunConfig, plan: StagePlan, engine: Engine, loader: Loader) -> RunState:
+    """What changes while the run trains, at its first step."""
+    average, recovery = build_average(run, engine.model), Recovery(run.train.recovery)
     anticipation = Anticipation(run, plan, engine, loader, recovery.anticipates)
-    data = data_hash(loader.manifest)
-    samples = SampleLog(folder, engine, data, run.train.log_samples)
-    restored = restore(
-        run, plan, identity, engine, loader, average, checkpoints, metrics, samples, recovery,
-        anticipation,
-    )  # fmt: skip
-    identity, progress = restored.identity, restored.progress
-    open_folder(folder, config_yaml, identity, tokenizer, run, plan, engine, phase, evaluator)
-    matmul_rate = measured_matmul_rate(engine.device, _DTYPES[run.train.precision])
-    warn_of_emulation(run.train.precision, engine)
-    return Trainer(
-        run=run,
-        plan=plan,
-        identity=identity,
-        engine=engine,
-        loader=loader,
-        phase=phase,
-        average=average,
-        evaluator=evaluator,
-        final_evaluator=final_evaluator,
-        audit=Audit(run, plan, engine, reads),
-        checkpoints=checkpoints,
-        recovery=recovery,
-        anticipation=anticipation,
-        metrics=metrics,
-        samples=samples,
-        trackers=build_trackers(run, plan, engine, metrics, progress.step, restored.trackers),
-        profiler=build_profiler(run, plan, engine, progress.step),
-        report=RunReport(run, engine, tokenizer, metrics, identity, precision),
-        stop=stop,
-        matmul_rate=sum(engine.gather(matmul_rate)),
-        progress=progress,
-        weights=restored.weights,
-    )
+    return RunState(engine, loader, average, recovery, anticipation)
 
 
-def identify(run: RunConfig, config: dict[str, Any], loader: Loader) -> RunIdentity:
-    """The record of the run that is asked for, its data opened.
-
-    Args:
-        run: the config.
-        config: the same, flat.
-        loader: knows its data.
-    """
+def identify(run: RunConfig, loader: Loader) -> RunIdentity:
+    """The record of the run that is asked for, its data opened."""
+    config = flat_config(run)
+    kernels, device = config["model.kernels"], compute_device(run.train.device)
+    precision, head = config["train.precision"], config["train.head_precision"]
     return RunIdentity(
         config=config,
         tokenizer=loader.manifest["tokenizer"],
@@ -152,14 +118,8 @@ def identify(run: RunConfig, config: dict[str, Any], loader: Loader) -> RunIdent
         code=code_version(),
         libraries=library_versions(run.data),
         layout=plain(run.parallel.resolve(launched_world_size())),
-        kernels={
-            "kernels": config["model.kernels"],
-            "device": compute_device(run.train.device).type,
-        },
-        precision={
-            "compute": config["train.precision"],
-            "head": config["train.head_precision"],
-        },
+        kernels={"kernels": kernels, "device": device.type},
+        precision={"compute": precision, "head": head},
     )
 
 
@@ -237,7 +197,7 @@ def build_engine(run: RunConfig, model: DeepSeekV4, mesh: Mesh | None) -> Engine
     return DistributedEngine(model, optimizer, device, run.optim.grad_clip, mesh)
 
 
-def build_average(run: RunConfig, model: DeepSeekV4) -> WeightAverage | None:
+def build_average(run: RunConfig, model: nn.Module) -> WeightAverage | None:
     """The average of the weights, if one is asked for and something trains."""
     decay = run.train.ema_decay
     if not decay or run.train.eval_only:
@@ -254,72 +214,8 @@ def build_checkpoints(run: RunConfig) -> Checkpoints:
     return Checkpoints(Path(run.run_dir) / CHECKPOINTS, retention, train.async_checkpoint)
 
 
-def build_profiler(run: RunConfig, plan: StagePlan, engine: Engine, done: int) -> ProfilerWindow:
-    """The profiler's window; one that begins before this start, and was not written, is moved.
-
-    Args:
-        run: the config.
-        plan: its stages.
-        engine: of this rank.
-        done: steps that earlier starts have done.
-    """
-    folder, start, steps = Path(run.run_dir), run.train.profile_start, run.train.profile_steps
-    if steps and start <= done:
-        written = any((folder / PROFILE).glob("*.txt"))
-        start, steps = done + 1, 0 if written else min(steps, plan.steps - done)
-        if steps and engine.rank == 0:
-            log.warning(
-                "train.profile_start=%d lies before this start: the profile is of steps %d to %d",
-                run.train.profile_start, start, start + steps - 1,
-            )  # fmt: skip
-    return ProfilerWindow(folder, start, steps, engine.device, engine.rank)
-
-
-def build_trackers(
-    run: RunConfig,
-    plan: StagePlan,
-    engine: Engine,
-    metrics: MetricsFile,
-    done: int,
-    saved: Mapping[str, Any],
-) -> list[Tracker]:
-    """What shows metrics besides their file; on rank 0 only.
-
-    Args:
-        run: the config.
-        plan: its stages.
-        engine: of this rank.
-        metrics: holds the steps that the run has done.
-        done: their number.
-        saved: what the trackers gave to the checkpoint from which the run resumes.
-    """
-    if engine.rank or run.train.eval_only:
-        return []
-    folder, wandb = Path(run.run_dir), run.wandb
-    history = partial(read_metrics, metrics.path)
-    trackers: list[Tracker] = [Console(plan.steps, done, run.train.log_every)]
-    if wandb.mode is not WandbMode.disabled:
-        trackers.append(
-            WandbTracker(
-                wandb.mode is WandbMode.online, wandb.project, wandb.entity,
-                wandb.name or folder.name, folder, plain(run), history, done, saved.get("wandb"),
-            )
-        )  # fmt: skip
-    if run.tensorboard:
-        trackers.append(TensorBoardTracker(folder / "tensorboard", done, history))
-    return trackers
-
-
 def open_folder(
-    folder: Path,
-    config_yaml: str,
-    identity: RunIdentity,
-    tokenizer: Tokenizer,
-    run: RunConfig,
-    plan: StagePlan,
-    engine: Engine,
-    phase: PhaseSwitch,
-    evaluator: Evaluator,
+    run: RunConfig, plan: StagePlan, identity: RunIdentity, state: RunState, phase: PhaseSwitch
 ) -> None:
     """Write what is known before the first step.
 
@@ -330,8 +226,9 @@ def open_folder(
     Raises:
         UserError: evaluation is asked for and nothing is held out.
     """
-    train, seq_len = run.train, plan.stages[0].seq_len
-    if (train.eval_every or train.eval_only) and not evaluator.has_text(seq_len):
+    train, folder, engine = run.train, Path(run.run_dir), state.engine
+    seq_len = plan.stages[0].seq_len
+    if (train.eval_every or train.eval_only) and not state.loader.validation(seq_len, seq_len):
         key = "eval_only" if train.eval_only else "eval_every"
         raise UserError(
             f"train.{key}={getattr(train, key)} needs validation text, but"
@@ -341,5 +238,5 @@ def open_folder(
     rows = engine.gather(table_rows(engine.optimizer.table, train, phase.records))
     if engine.rank or (train.eval_only and holds_run(folder)):
         return
-    write_identity(folder, identity, config_yaml, tokenizer)
+    write_identity(folder, identity, dump(run), state.loader.tokenizer)
     write_params_table(folder / PARAMS, rows, parameter_shapes(run.model))

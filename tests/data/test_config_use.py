@@ -16,7 +16,7 @@ from data.config import DataConfig, SourceConfig, SourceKind, TextUnit, Validati
 from data.loader import build_loader
 from data.prepare import build_tokenizer
 from scripts.prepare_data import main as prepare
-from train.audit.config_reads import ConfigReads
+from tests.train.audit.config_reads import ConfigReads
 from train.errors import ROOT
 
 pytestmark = pytest.mark.core

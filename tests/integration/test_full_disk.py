@@ -59,7 +59,7 @@ def test_full_disk_costs_the_save_and_not_the_run(tmp_path, caplog, behind):
     disk.mkdir()
     mount("-t", "tmpfs", "-o", f"size={size * 3 // 2}", "none", disk)
     try:
-        trainer.trackers.append(RoomAt(3, disk, size * 4))
+        trainer.recorder.trackers.append(RoomAt(3, disk, size * 4))
         with caplog.at_level(logging.ERROR):
             assert trainer.fit() == ExitCode.finished
         assert "checkpoint of step 2 failed: OSError: [Errno 28] No space left" in caplog.text

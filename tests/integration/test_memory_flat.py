@@ -57,7 +57,7 @@ def test_memory_is_flat_over_1000_steps_with_every_option_on(tmp_path):
     )
     trainer = build(run)
     memory = MemoryEvery()
-    trainer.trackers.append(memory)
+    trainer.recorder.trackers.append(memory)
     logging.disable(logging.INFO)  # pytest keeps every line
     try:
         assert trainer.fit() == ExitCode.finished

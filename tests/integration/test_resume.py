@@ -114,7 +114,7 @@ def test_run_used_every_feature(undisturbed):
 def test_killed_between_checkpoints_continues_bitwise(undisturbed, tmp_path):
     run = again(undisturbed, tmp_path / "run")
     trainer = build(run)
-    trainer.trackers.append(KillAfter(5))
+    trainer.recorder.trackers.append(KillAfter(5))
     with pytest.raises(Killed):
         trainer.fit()
     assert [r["step"] for r in metrics_of(run)] == [1, 2, 3, 4, 5]
@@ -126,7 +126,7 @@ def test_killed_between_checkpoints_continues_bitwise(undisturbed, tmp_path):
 def test_signal_saves_and_leaves_with_75(in_fp32, tmp_path, number):
     run = again(in_fp32, tmp_path / "run")
     trainer = build(run)
-    trainer.trackers.append(SignalAfter(2, number))
+    trainer.recorder.trackers.append(SignalAfter(2, number))
     assert trainer.fit() == ExitCode.resumable
     assert [p.name for p in trainer.checkpoints.published()] == ["step_00000002"]
     assert not json.loads((tmp_path / "run" / "receipt.json").read_text())["finished"]
@@ -141,7 +141,7 @@ def test_time_limit_leaves_with_75_and_damage_falls_back(in_fp32, tmp_path):
     newest = tmp_path / "run" / "checkpoints" / "step_00000002" / "__0_0.distcp"
     newest.write_bytes(newest.read_bytes()[:-7])
     trainer = build(run)
-    assert trainer.progress.step == 1
+    assert trainer.state.progress.step == 1
     assert trainer.fit() == ExitCode.finished
     assert_same_run(run, in_fp32)
 
@@ -151,7 +151,7 @@ def test_time_limit_leaves_with_75_and_damage_falls_back(in_fp32, tmp_path):
 def test_killed_after_any_step_continues_bitwise(undisturbed, tmp_path, step):
     run = again(undisturbed, tmp_path / "run")
     trainer = build(run)
-    trainer.trackers.append(KillAfter(step))
+    trainer.recorder.trackers.append(KillAfter(step))
     with pytest.raises(Killed):
         trainer.fit()
     assert fit(run)[0] == ExitCode.finished

@@ -82,7 +82,7 @@ def test_metrics_tell_of_a_rollback_and_hold_no_step_twice(recovered):
     assert [r["step"] for r in records if "anticipated" in r] == list(range(TARGET + 2, TARGET + 7))
     assert rollbacks(records) == [records[TARGET - 1]["tokens"]]
     assert max(r["loss"] for r in records[TARGET:]) < records[TARGET - 1]["loss"]
-    assert trainer.progress.skipped_steps == 0
+    assert trainer.state.progress.skipped_steps == 0
 
 
 class SkipBatches(KillAfter):
@@ -95,7 +95,7 @@ class SkipBatches(KillAfter):
     def show(self, record):
         if record["step"] == self.step:
             for _ in range(self.count):
-                self.trainer.loader.plan(4, 48)
+                self.trainer.state.loader.plan(4, 48)
 
 
 @pytest.mark.core
@@ -107,7 +107,7 @@ def test_rollback_is_the_run_that_never_met_the_batches(recovered, tmp_path):
     assert fit(rolled)[0] == ExitCode.finished
     passed = again(run, tmp_path / "passed", on_spike=Remedy.none)
     trainer = build(passed)
-    trainer.trackers.append(SkipBatches(trainer, TARGET, 4))
+    trainer.recorder.trackers.append(SkipBatches(trainer, TARGET, 4))
     assert trainer.fit() == ExitCode.finished
     assert [r["rollbacks"] for r in metrics_of(rolled)][-1] == 1
     assert without_counters(metrics_of(rolled)) == without_counters(metrics_of(passed))
@@ -131,7 +131,7 @@ class SigkillAfter(SignalAfter):
 def run_until_killed(run, step, times):
     os.environ["OMP_NUM_THREADS"] = "1"
     trainer = build(run)
-    trainer.trackers.append(SigkillAfter(step, times))
+    trainer.recorder.trackers.append(SigkillAfter(step, times))
     trainer.fit()
 
 
@@ -181,7 +181,7 @@ def test_sigterm_before_a_rollback_changes_nothing(recovered, tmp_path, step):
     reference, _ = recovered
     run = again(reference, tmp_path / "run")
     trainer = build(run)
-    trainer.trackers.append(SignalAfter(step, signal.SIGTERM))
+    trainer.recorder.trackers.append(SignalAfter(step, signal.SIGTERM))
     assert trainer.fit() == ExitCode.resumable
     assert fit(run)[0] == ExitCode.finished
     assert metrics_of(run) == metrics_of(reference)
@@ -211,7 +211,7 @@ def test_skip_leaves_the_updates_out(recovered, tmp_path):
             if record["step"] in (self.step, self.step + 4):
                 kept.append({n: t.clone() for n, t in trainer.engine.state().items()})
 
-    trainer.trackers.append(Weights(TARGET))
+    trainer.recorder.trackers.append(Weights(TARGET))
     assert trainer.fit() == ExitCode.finished
     assert differing(*kept) == []
     records = metrics_of(run)
@@ -238,7 +238,7 @@ def test_spoilt_weights_are_not_saved_and_rolled_back(recovered, tmp_path, caplo
     run = again(recovered[0], tmp_path / "run", on_nonfinite=Remedy.rollback)
     run.train.steps, run.train.checkpoint_every = TARGET, 2
     trainer = build(run)
-    trainer.trackers.append(Spoil(trainer, EVERY))
+    trainer.recorder.trackers.append(Spoil(trainer, EVERY))
     assert trainer.fit() == ExitCode.finished
     assert f"no checkpoint of step {EVERY}: its weights are not finite" in caplog.text
     records = metrics_of(run)

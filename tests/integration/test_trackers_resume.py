@@ -97,7 +97,7 @@ class Sigkill(KillAfter):
 def run_until_killed(run):
     os.environ.pop("WANDB_SERVICE", None)  # its own W&B process, as a run of its own has
     trainer = build(run)
-    trainer.trackers.append(Sigkill(run.run_dir))
+    trainer.recorder.trackers.append(Sigkill(run.run_dir))
     trainer.fit()
 
 

@@ -26,7 +26,7 @@ class Fail(KillAfter):
 def build(run, whole=train.build.build):
     trainer = whole(run)
     if os.environ["RANK"] == "1":
-        trainer.trackers.append(Fail(2))
+        trainer.recorder.trackers.append(Fail(2))
     return trainer
 
 train.build.build = build

@@ -98,7 +98,7 @@ def train_all(rank, world, runs, skipped):
 
 
 def state_of(trainer):
-    tensors = trainer.engine.state() | trainer.average.state()
+    tensors = trainer.engine.state() | trainer.state.average.state()
     return {name: whole(tensor).clone() for name, tensor in tensors.items()}
 
 
@@ -119,7 +119,7 @@ def skip_on_last_stage(rank, run):
     """A gradient of the last stage alone is not finite: no bit moves on any rank, then on."""
     trainer = build(on_stages(run, "1f1b"))
     rates = trainer.engine.gather(measured_matmul_rate(torch.device("cpu"), torch.float32))
-    assert trainer.matmul_rate == pytest.approx(sum(rates)), "mfu is that of all ranks"
+    assert trainer.recorder.matmul_rate == pytest.approx(sum(rates)), "mfu is that of all ranks"
     with trainer.stop:
         trainer._next_step()
         before = state_of(trainer)
@@ -127,12 +127,12 @@ def skip_on_last_stage(rank, run):
             forward_backward = spoil_gradient(trainer.engine)
         trainer._next_step()
         assert differing(before, state_of(trainer)) == []
-        assert trainer.progress.skipped_steps == 1
+        assert trainer.state.progress.skipped_steps == 1
         if rank == 1:
             trainer.engine.forward_backward = forward_backward
         trainer._next_step()
     after = state_of(trainer)
-    for name in trainer.average.averages:
+    for name in trainer.state.average.averages:
         moved = before[f"ema.{name}"].lerp(after[f"model.{name}"], 1 - DECAY)
         assert torch.equal(after[f"ema.{name}"], moved), name
     changed = differing(before, after)
@@ -225,10 +225,10 @@ def told(run):
 def roll_back_and_stop(rank, world, whole_run, stopped):
     code, trainer = fit(on_stages(whole_run, "1f1b"))
     assert code == ExitCode.finished
-    assert trainer.recovery.state.rollbacks == 2
+    assert trainer.state.recovery.state.rollbacks == 2
     trainer = build(on_stages(stopped, "1f1b"))
     if rank == 0:
-        trainer.trackers.append(SignalAfter(STOPPED, signal.SIGTERM))
+        trainer.recorder.trackers.append(SignalAfter(STOPPED, signal.SIGTERM))
     assert trainer.fit() == ExitCode.resumable
     assert fit(on_stages(stopped, "1f1b"))[0] == ExitCode.finished
 

@@ -31,11 +31,11 @@ def on_ranks(rank, world, run):
     os.environ["WORLD_SIZE"] = str(world)
     code, trainer = fit(run)
     assert code == ExitCode.finished
-    state = trainer.recovery.state_dict() | {"loader": trainer.loader.state_dict()}
+    state = trainer.state.recovery.state_dict() | {"loader": trainer.state.loader.state_dict()}
     everyone = [None] * world
-    dist.all_gather_object(everyone, (state, trainer.progress))
+    dist.all_gather_object(everyone, (state, trainer.state.progress))
     assert all(theirs == everyone[0] for theirs in everyone)
-    assert trainer.recovery.state.rollbacks == 2
+    assert trainer.state.recovery.state.rollbacks == 2
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,14 @@ def stop_on_ranks(rank, world, run):
     os.environ["WORLD_SIZE"] = str(world)
     trainer = build(run)
     if rank == 0:
-        trainer.trackers.append(SignalAfter(STOPPED, 15))
+        trainer.recorder.trackers.append(SignalAfter(STOPPED, 15))
     assert trainer.fit() == ExitCode.resumable
-    mine = trainer.anticipation.state(STOPPED)
+    mine = trainer.state.anticipation.state(STOPPED)
     whole = {name: tensor.long().full_tensor() for name, tensor in mine.items()}  # gloo: no int16
     again = build(run)
-    read = {name: t.long().full_tensor() for name, t in again.anticipation.state(STOPPED).items()}
+    read = {
+        name: t.long().full_tensor() for name, t in again.state.anticipation.state(STOPPED).items()
+    }
     assert differing(whole, read) == []
 
 
@@ -75,12 +77,12 @@ def test_choices_of_two_ranks_are_read_by_one_process(run, tmp_path):
     spread = replace(run, run_dir=str(tmp_path / "spread"))
     run_distributed(stop_on_ranks, 2, spread)
     trainer = build(spread)
-    chosen = trainer.anticipation.state(STOPPED)
+    chosen = trainer.state.anticipation.state(STOPPED)
     assert {name.split(".")[1] for name in chosen} == {"+1"}
     alone = build(replace(run, run_dir=str(tmp_path / "alone")))
-    alone.trackers.append(SignalAfter(STOPPED, 15))
+    alone.recorder.trackers.append(SignalAfter(STOPPED, 15))
     assert alone.fit() == ExitCode.resumable
-    ours = alone.anticipation.state(STOPPED)
+    ours = alone.state.anticipation.state(STOPPED)
     assert chosen.keys() == ours.keys()
     for name, index_RTK in chosen.items():
         same = float((index_RTK == ours[name]).float().mean())

@@ -38,7 +38,7 @@ def run_on_ranks(rank, world, run):
         found = timeouts()
         assert len(found) > 2
         assert set(found.values()) == {SECONDS}, found
-        if not trainer.progress.step:
+        if not trainer.state.progress.step:
             assert trainer.fit() == ExitCode.finished
 
 

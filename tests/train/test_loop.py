@@ -81,18 +81,18 @@ def test_receipt_says_what_ran(done):
     assert receipt["finished"]
     assert receipt["progress"] == {"step": 3, "tokens": 3 * ROWS * SEQ_LEN, "skipped_steps": 0}
     assert receipt["audit"]["steps"] == [1, 2, 3]
-    assert {"quant", "gradient", "config"} <= set(receipt["audit"]["checks"])
+    assert {"quant", "gradient", "recompute"} <= set(receipt["audit"]["checks"])
     record = read_identity(Path(run.run_dir))
     assert receipt["data"] == {"tokenizer": record.tokenizer, "sources": record.sources}
     assert (receipt["code"], receipt["layout"]) == (record.code, record.layout)
-    assert record.sources == trainer.loader.manifest["sources"]
-    assert receipt["final_metrics"] == read_metrics(trainer.metrics.path)[-1]
+    assert record.sources == trainer.state.loader.manifest["sources"]
+    assert receipt["final_metrics"] == read_metrics(trainer.recorder.metrics.path)[-1]
     assert len(receipt["code"]["source_sha256"]) == len(receipt["config_sha256"]) == 64
     assert receipt["environment"]["libraries"]["torch"] == torch.__version__
     validation = receipt["validation"]
     assert validation["bits_per_byte"] == receipt["final_metrics"]["val_bits_per_byte"]
     assert validation["xz_bits_per_byte"] > 1
-    assert validation["bytes"] == len(trainer.loader.validation_bytes(SEQ_LEN, 4 * SEQ_LEN))
+    assert validation["bytes"] == len(trainer.state.loader.validation_bytes(SEQ_LEN, 4 * SEQ_LEN))
 
 
 def test_metrics_hold_the_promised_fields_every_step(done):
@@ -114,9 +114,9 @@ def test_metrics_hold_the_promised_fields_every_step(done):
 
 def test_mfu_is_flops_over_the_matmul_rate(done):
     run, trainer = done
-    record = read_metrics(trainer.metrics.path)[-1]
+    record = read_metrics(trainer.recorder.metrics.path)[-1]
     flops = training_flops(run.model, SEQ_LEN).total
-    expected = flops * record["tokens_per_second"] / trainer.matmul_rate
+    expected = flops * record["tokens_per_second"] / trainer.recorder.matmul_rate
     assert record["mfu"] == pytest.approx(expected)
     assert record["tokens_per_second"] == pytest.approx(ROWS * SEQ_LEN / record["step_seconds"])
 
@@ -163,9 +163,9 @@ def ema_tensor(folder, step):
 def test_validation_is_nats_and_bits_of_the_same_rows(done):
     """Against one row at a time with the model's own logits."""
     _, trainer = done
-    record = read_metrics(trainer.metrics.path)[-1]
+    record = read_metrics(trainer.recorder.metrics.path)[-1]
     nats = targets = num_bytes = 0
-    for batch in trainer.loader.validation(SEQ_LEN, 4 * SEQ_LEN):
+    for batch in trainer.state.loader.validation(SEQ_LEN, 4 * SEQ_LEN):
         for row in range(len(batch.rows)):
             one = batch.batch(row, row + 1)
             with torch.no_grad():
@@ -215,7 +215,10 @@ def test_evaluations_of_one_state_are_comparable(corpus, tmp_path):
     quant = QuantConfig(recipe=Recipe.fp4_qat)
     cast = evaluation(replace(later, run_dir=str(tmp_path / "cast"), quant=quant))
     apply_quant(trainer.engine.model, quant, QuantProbe())
-    assert cast["val_loss"] == trainer.final_evaluator.evaluate(trainer._last_step())["val_loss"]
+    assert (
+        cast["val_loss"]
+        == trainer.recorder.final_evaluator.evaluate(trainer._last_step())["val_loss"]
+    )
     assert cast["val_loss"] != final
 
 
@@ -246,8 +249,8 @@ def test_init_from_takes_weights_and_a_fresh_optimizer(done, corpus, tmp_path):
             assert torch.equal(tensor, saved[name]), name
         else:
             assert not tensor.any(), name
-    assert trainer.progress.step == 0
-    assert trainer.loader.state_dict()["row"] == 0
+    assert trainer.state.progress.step == 0
+    assert trainer.state.loader.state_dict()["row"] == 0
 
 
 def test_init_from_nothing_is_the_users_error(corpus, tmp_path):
@@ -283,7 +286,7 @@ def test_failed_periodic_save_costs_the_save_only(corpus, tmp_path, caplog, behi
     trainer = build(run)
     trainer.checkpoints.saved_step = 0
     limit = SmallFilesOnly(100_000, until=3)
-    trainer.trackers.append(limit)
+    trainer.recorder.trackers.append(limit)
     try:
         with caplog.at_level(logging.ERROR):
             assert trainer.fit() == ExitCode.finished

@@ -3,9 +3,8 @@
 reference P.2, Honest. It goes by what ran, not by what the config says: gradients, bits before
 and after an update, outputs of the seams. Before the first audited step it checks owners, hash
 tables and the isolation of documents; then it holds the first steps of every stage (and of every
-start) against ``train/audit/checks.py``; then it asks what never showed: parameters without a
-gradient, config keys that nothing read. A resumed run is audited again: another machine may do
-otherwise.
+start) against ``train/audit/checks.py``; then it asks which parameters never had a gradient. A
+resumed run is audited again: another machine may do otherwise.
 """
 
 from __future__ import annotations
@@ -41,8 +40,6 @@ from train.audit.checks import (
     Evidence,
     lr_to_judge,
 )
-from train.audit.config_reads import ConfigReads
-from train.audit.inactive_keys import needed
 from train.audit.seam_watch import watch_seams
 from train.config.schema import RunConfig
 from train.stages import Stage, StagePlan, trains
@@ -54,7 +51,7 @@ AUDITED_STEPS = 3  # at the beginning of every stage and of every start
 _FEW_TOKENS = 16  # an expert that got fewer may have met none whose loss reaches it
 
 
-_OTHER_CHECKS = ("isolation", "hash_table", "sharding", "gradient", "config")
+_OTHER_CHECKS = ("isolation", "hash_table", "sharding", "gradient")
 
 
 class AuditError(RuntimeError):
@@ -68,12 +65,11 @@ class Audit:
         run: what was asked for.
         plan: its stages.
         engine: what runs.
-        reads: which config keys were read so far.
     """
 
-    def __init__(self, run: RunConfig, plan: StagePlan, engine: Engine, reads: ConfigReads) -> None:
+    def __init__(self, run: RunConfig, plan: StagePlan, engine: Engine) -> None:
         assert isinstance(engine.model, DeepSeekV4)
-        self._run, self._plan, self._engine, self._reads = run, plan, engine, reads
+        self._run, self._plan, self._engine = run, plan, engine
         self._model = engine.model
         here = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
         shapes = {**parameter_shapes(run.model), **here}
@@ -187,13 +183,6 @@ class Audit:
                 faults.append(f"gradient: {name} {problem} in {self._steps} step(s)")
             elif problem:
                 self._result["not_exercised"].append(f"{name}: {excuse}")
-        readers = self._engine.gather(self._reads.unread())  # the head may live elsewhere
-        faults += [
-            f"config: {key} was read by nothing"
-            for key in readers[0]
-            if needed(self._run, key) and all(key in unread for unread in readers)
-        ]
-        self._reads.stop()
         _refuse(self._engine, faults)
         log.info(
             "audit: stage %s is as asked for (%d parameters, %d checks, steps %s)",

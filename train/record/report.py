@@ -14,12 +14,13 @@ from data.tokenizer import Tokenizer
 from model.kernels.select import active_kernels
 from model.transformer import DeepSeekV4
 from parallel.engine import Engine
-from train.config.schema import RunConfig, Weights
+from train.config.schema import RunConfig
 from train.preflight.precision import PrecisionChoice
 from train.record.continuation import continue_text
-from train.record.metrics import MetricsFile, read_metrics
+from train.record.metrics import read_metrics
 from train.record.plots import draw_losses
 from train.record.receipt import config_hash, environment, plain, write_json
+from train.run_folder.folder import METRICS
 from train.run_folder.identity import RunIdentity
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,6 @@ class RunReport:
         run: the config.
         engine: holds the model.
         tokenizer: of the run.
-        metrics: of the run.
         identity: what the run is; the receipt quotes it.
         precision: what ``train.precision=auto`` became and why, where that was asked.
     """
@@ -62,11 +62,11 @@ class RunReport:
         run: RunConfig,
         engine: Engine,
         tokenizer: Tokenizer,
-        metrics: MetricsFile,
         identity: RunIdentity,
         precision: PrecisionChoice | None = None,
     ) -> None:
         self._folder, self._seed = Path(run.run_dir), run.seed
+        self._weights = run.train.weights.value
         self._title = f"{run.model.name}, {run.optim.name.value}, {run.train.precision.value}"
         self._sample = (run.sample.prompt, run.sample.tokens, run.sample.temperature)
         self._facts = {
@@ -80,7 +80,6 @@ class RunReport:
         if precision is not None:
             self._facts["precision"] = plain(precision)
         self._engine, self._tokenizer = engine, tokenizer
-        self._metrics = metrics
 
     def write(
         self,
@@ -99,7 +98,7 @@ class RunReport:
             self._write_text()
         if self._engine.rank:
             return
-        records = read_metrics(self._metrics.path)
+        records = read_metrics(self._folder / METRICS)
         draw_losses(records, self._folder / CURVE, self._title)
         receipt = {
             **self._facts,
@@ -112,12 +111,12 @@ class RunReport:
             receipt["validation"] = compare_with_xz(validation)
         write_json(self._folder / RECEIPT, receipt)
 
-    def write_evaluation(self, values: Mapping[str, Any], weights: Weights) -> None:
+    def write_evaluation(self, values: Mapping[str, Any]) -> None:
         """Write what an evaluation without training gave, and of which weights."""
-        found = {**self._facts, "weights": weights.value, "metrics": dict(values)}
+        found = {**self._facts, "weights": self._weights, "metrics": dict(values)}
         write_json(self._folder / EVALUATION, found)
         shown = " ".join(f"{name} {value:.5g}" for name, value in values.items())
-        log.info("evaluation (%s weights): %s", weights.value, shown)
+        log.info("evaluation (%s weights): %s", self._weights, shown)
 
     def _write_text(self) -> None:
         prompt, tokens, temperature = self._sample

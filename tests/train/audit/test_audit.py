@@ -21,6 +21,8 @@ from optim.config import OptimConfig, OptimizerName
 from quant.config import ExpertFormat, QuantConfig, Recipe
 from tests.helpers import small_config
 from tests.integration.small_run import final_tensors, small_run, write_corpus
+from tests.train.audit.config_reads import ConfigReads
+from tests.train.audit.inactive_keys import needed
 from train.audit import audit
 from train.audit.audit import AuditError, longest_document
 from train.build import build
@@ -161,10 +163,6 @@ def bias_in_the_wrong_direction(trainer, stack):
     trainer.engine.update_biases = lambda load, speed: update(load, -speed)
 
 
-def key_read_by_nothing(trainer, stack):
-    trainer.audit._reads.read.remove("train.log_every")
-
-
 def parameter_without_gradient(trainer, stack):
     sink = trainer.engine.model.layers["0"].attn.attn_sink
     sink.register_hook(torch.zeros_like)
@@ -226,7 +224,6 @@ FAULTS = {
     indexer_loss_weighted_twice: ("objective", "0.01 * loss_indexer", {}),
     bias_never_updated: ("bias", "moved by 0, train.bias_update_speed asks for 0.001", {}),
     bias_in_the_wrong_direction: ("bias", "layers.1.ffn.gate.bias moved by 0.001", {}),
-    key_read_by_nothing: ("config", "train.log_every was read by nothing", {}),
     parameter_without_gradient: ("gradient", "layers.0.attn.attn_sink received no gradient", {}),
     expert_without_gradient: ("gradient", "w2.weight had no gradient for expert 2", {}),
     frozen_weight_moves: ("frozen", "head.weight is frozen in this phase but moved", WARMUP),
@@ -256,7 +253,7 @@ def poison(trainer, number):
 
     def poisoned(batches, objective):
         shares = forward_backward(batches, objective)
-        if trainer.progress.step + 1 != number:
+        if trainer.state.progress.step + 1 != number:
             return shares
         for parameter in trainer.engine.model.parameters():
             if parameter.grad is not None:
@@ -357,9 +354,12 @@ HONEST = {
 def test_honest_variant_passes(tmp_path, corpus, name):
     changes = dict(HONEST[name])
     run = one_step(tmp_path / "run", corpus, **changes.pop("train", {}))
-    trainer = build(replace(run, **changes))
+    run = replace(run, **changes)
+    reads = ConfigReads(run)
+    trainer = build(run)
     step(trainer)
     assert trainer.audit.result()["steps"] == [1]
+    assert [key for key in reads.unread() if needed(run, key)] == [], "a wish that nobody fulfils"
 
 
 def test_audit_leaves_the_model_as_it_was(tmp_path, corpus):

@@ -6,7 +6,7 @@ Oracle: hand-made sections of every form that RunConfig has (nested, lists, dict
 import copy
 from dataclasses import asdict, dataclass, field, replace
 
-from train.audit.config_reads import ConfigReads, leaves
+from tests.train.audit.config_reads import ConfigReads, leaves
 
 
 @dataclass

@@ -59,6 +59,7 @@ from train.config.schema import (
 )  # fmt: skip
 from train.errors import USER_ERRORS
 from train.pretrain import _train, main
+from train.record.build import build_profiler
 from train.stages import resolve
 
 
@@ -69,8 +70,8 @@ def row(value: Any, shows: Any, /, **also: Any) -> tuple[Any, Any, dict[str, Any
 
 checkpoints = handed("train.build.Checkpoints", build.build_checkpoints)
 profiler = handed(
-    "train.build.ProfilerWindow",
-    lambda run: build.build_profiler(run, resolve(run), _Engine(), 0),  # pyright: ignore
+    "train.record.build.ProfilerWindow",
+    lambda run: build_profiler(run, resolve(run), _Engine(), 0),  # pyright: ignore
 )
 wandb = handed("wandb.init", _train)
 waits = handed("parallel.lost_rank.lost_rank_ends_the_job", _train)

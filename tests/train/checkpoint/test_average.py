@@ -115,7 +115,7 @@ def test_a_run_starts_from_the_average(averaged, tmp_path):
     saved = tensors_of(checkpoint(run))
     for name, value in trainer.engine.model.named_parameters():
         assert torch.equal(value, saved[f"ema.{name}"]), name
-        assert torch.equal(trainer.average.averages[name], value), name
+        assert torch.equal(trainer.state.average.averages[name], value), name
 
 
 def test_scripts_take_the_average(averaged, tmp_path, capsys):

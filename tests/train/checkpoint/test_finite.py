@@ -81,9 +81,9 @@ def test_run_that_ends_with_what_is_not_finite_keeps_the_last_good_one(
     name, value = WHERE[where]
     run = run_of(tmp_path / "run", corpus, ema_decay=0.5)
     trainer = build(run)
-    state = trainer.engine.state() | trainer.average.state()
+    state = trainer.engine.state() | trainer.state.average.state()
     assert name in state
-    trainer.trackers.append(SpoilAfter(5, state, name, value))
+    trainer.recorder.trackers.append(SpoilAfter(5, state, name, value))
     assert guarded(trainer) == ExitCode.failure
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -103,8 +103,10 @@ def test_run_that_is_stopped_with_what_is_not_finite_does_not_claim_to_be_resuma
 ):
     run = run_of(tmp_path / "run", corpus)
     trainer = build(run)
-    trainer.trackers.append(SpoilAfter(3, trainer.engine.state(), "model.head.weight", math.nan))
-    trainer.trackers.append(SignalAfter(3, 15))
+    trainer.recorder.trackers.append(
+        SpoilAfter(3, trainer.engine.state(), "model.head.weight", math.nan)
+    )
+    trainer.recorder.trackers.append(SignalAfter(3, 15))
     assert guarded(trainer) == ExitCode.failure
     assert "the newest checkpoint is that of step 2" in capsys.readouterr().err
     assert steps_left(run) == [2]
@@ -151,8 +153,8 @@ def test_evaluation_that_is_not_finite_is_no_report(corpus, tmp_path):
 def test_last_evaluation_that_is_not_finite_ends_with_1(corpus, tmp_path, monkeypatch):
     run = run_of(tmp_path / "run", corpus, steps=1)
     trainer = build(run)
-    measure = trainer.final_evaluator.evaluate
-    trainer.final_evaluator.evaluate = lambda step: measure(step) | {"val_loss": math.nan}
+    measure = trainer.recorder.final_evaluator.evaluate
+    trainer.recorder.final_evaluator.evaluate = lambda step: measure(step) | {"val_loss": math.nan}
     with pytest.raises(TrainingFailedError, match="after the last step is not finite"):
         trainer.fit()
     receipt = strict(tmp_path / "run" / "receipt.json")

@@ -42,7 +42,7 @@ def test_killed_run_logs_what_the_undisturbed_one_does(corpus, whole, tmp_path):
     run = logged_run(tmp_path / "run", corpus, checkpoint_every=15)
     for step in (22, 40):
         trainer = build(run)
-        trainer.trackers.append(KillAfter(step))
+        trainer.recorder.trackers.append(KillAfter(step))
         with pytest.raises(Killed):
             trainer.fit()
     fit(run)

@@ -85,7 +85,7 @@ def reference(run, lag):
         step = plan_step(number, tokens, trainer.plan, run.train, run.optim)
         tokens += step.batch_tokens
         trainer.phase.enter(step)
-        rows = trainer.loader.plan(step.num_rows, step.stage.seq_len)
+        rows = trainer.state.loader.plan(step.num_rows, step.stage.seq_len)
         history.append(copy.deepcopy(engine.model))
         objective, load = objective_of(step, rows.counts), {}
         for batch in microbatches(rows, step.num_rows, step.stage.micro_batch_size):
@@ -148,7 +148,7 @@ def test_killed_in_the_mode_continues_bitwise(corpus, tmp_path, lag):
     fit(whole)
     killed = replace(whole, run_dir=str(tmp_path / "killed"))
     trainer = build(killed)
-    trainer.trackers.append(KillAfter(3))
+    trainer.recorder.trackers.append(KillAfter(3))
     with pytest.raises(Killed):
         trainer.fit()
     fit(killed)
@@ -174,7 +174,7 @@ def test_other_microbatches_get_the_same_choices(corpus, tmp_path):
     """Stopped and resumed with microbatches of 1 and 4 rows, a step is given the same experts."""
     run = run_of(tmp_path / "run", corpus, steps=4)
     trainer = build(run)
-    trainer.trackers.append(SignalAfter(3, signal.SIGTERM))
+    trainer.recorder.trackers.append(SignalAfter(3, signal.SIGTERM))
     assert trainer.fit() == ExitCode.resumable
     loads = []
     for size in (1, 2, 4):
@@ -212,7 +212,7 @@ def test_names_of_choices_are_the_same_in_every_checkpoint(corpus, tmp_path):
 def test_choices_under_the_names_of_older_checkpoints_are_read(corpus, tmp_path):
     run = run_of(tmp_path / "run", corpus, steps=4)
     trainer = build(run)
-    trainer.trackers.append(SignalAfter(2, signal.SIGTERM))
+    trainer.recorder.trackers.append(SignalAfter(2, signal.SIGTERM))
     assert trainer.fit() == ExitCode.resumable
     folder = trainer.checkpoints.path(2)
     state = checkpoint_reader.verify(folder)
@@ -225,4 +225,4 @@ def test_choices_under_the_names_of_older_checkpoints_are_read(corpus, tmp_path)
     remove(folder)
     Checkpoints(folder.parent).save(2, tensors, state)
     again = build(run)
-    assert differing(again.anticipation.state(2), trainer.anticipation.state(2)) == []
+    assert differing(again.state.anticipation.state(2), trainer.state.anticipation.state(2)) == []

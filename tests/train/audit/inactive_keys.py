@@ -1,7 +1,7 @@
 """Config keys that a run may rightly leave unread, and when.
 
-The audit takes every other key that nothing read for a wish that was ignored. Each line here is a
-claim that can be wrong, so it gives its reason.
+Every other key that nothing read is a wish that was ignored. Each line here is a claim that can be
+wrong, so it gives its reason.
 """
 
 from __future__ import annotations
