@@ -8,16 +8,17 @@ from __future__ import annotations
 import base64
 import html
 import io
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from markdown_it import MarkdownIt
 from matplotlib.figure import Figure
 
 from scripts.cli.outputs import check_output
 from train.exchange.output_files import make_folder, write_bytes
 
+_RENDERER = MarkdownIt("js-default", {"breaks": True})  # tags in a text are text
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 table { border-collapse: collapse; margin: 1rem 0; }
@@ -93,21 +94,18 @@ class ReportDocument:
         return "\n\n".join(parts) + "\n"
 
     def html(self, images: dict[str, bytes]) -> str:
-        """As one HTML page.
+        """The Markdown as one HTML page, its pictures inside.
 
         Args:
             images: PNG of each picture, by name.
         """
-        parts = [f"<h1>{html.escape(self.title)}</h1>", f'<p class="lead">{_inline(self.lead)}</p>']
-        for heading, blocks in self.sections.items():
-            parts.append(f"<h2>{html.escape(heading)}</h2>")
-            parts += [_html(block, images) for block in blocks]
+        body = _RENDERER.render(self.markdown()).replace("<p>", '<p class="lead">', 1)
+        for name, data in images.items():
+            encoded = base64.b64encode(data).decode()
+            body = body.replace(f'src="{name}.png"', f'src="data:image/png;base64,{encoded}"')
         title = html.escape(self.title)
         head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-        body = "\n".join(parts)
-        return (
-            f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}\n</body></html>\n'
-        )
+        return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}</body></html>\n'
 
 
 def check_report(folder: Path) -> None:
@@ -134,25 +132,3 @@ def _markdown(block: ReportPart) -> str:
         return f"![{block.caption}]({block.name}.png)\n\n{block.caption}"
     lines = [block.head, ["---"] * len(block.head), *block.rows]
     return "\n".join("| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in lines)
-
-
-def _html(block: ReportPart, images: dict[str, bytes]) -> str:
-    if isinstance(block, str):
-        return f"<p>{_inline(block)}</p>"
-    if isinstance(block, Picture):
-        data = base64.b64encode(images[block.name]).decode()
-        caption = html.escape(block.caption)
-        return f'<p><img alt="{caption}" src="data:image/png;base64,{data}"><br>{caption}</p>'
-    head = "".join(f"<th>{_inline(cell)}</th>" for cell in block.head)
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{_inline(cell)}</td>" for cell in row) + "</tr>"
-        for row in block.rows
-    )
-    return f"<table><tr>{head}</tr>{rows}</table>"
-
-
-def _inline(text: str) -> str:
-    """Code spans and bold; the rest is escaped."""
-    escaped = html.escape(text)
-    escaped = re.sub(r"`([^`]*)`", r"<code>\1</code>", escaped)
-    return re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", escaped).replace("\n", "<br>")

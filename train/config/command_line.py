@@ -19,6 +19,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -27,15 +28,7 @@ from train.config.schema import RunConfig, load, unknown_key
 from train.errors import ROOT, UserError
 
 CONF = ROOT / "conf"
-_FLAGS = (
-    "--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--resolve", "--package", "-p",
-    "--run", "-r", "--multirun", "-m", "--info", "-i", "--shell-completion", "-sc",
-    "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--experimental-rerun",
-)  # fmt: skip
-_WITH_VALUE = (
-    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn",
-    "--config-dir", "-cd", "--experimental-rerun",
-)  # fmt: skip
+_FLAGS = get_args_parser()._option_string_actions  # each flag with what Hydra does with it
 _FOREIGN = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 
 
@@ -109,9 +102,9 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
         if arg.startswith("-"):
             flag = arg.split("=")[0]
             if flag not in _FLAGS:
-                raise UserError(f"unknown flag {flag}: {_hint(flag, _FLAGS, 'see --help')}")
+                raise UserError(f"unknown flag {flag}: {_hint(flag, list(_FLAGS), 'see --help')}")
             flags.append("--info=all" if arg in ("--info", "-i") else arg)
-            awaits_value = "=" not in arg and flag in _WITH_VALUE
+            awaits_value = "=" not in arg and _FLAGS[flag].nargs is None
         elif awaits_value:
             flags.append(arg)
             awaits_value = False
