@@ -17,6 +17,7 @@ import torch
 
 from data.batch import IGNORE
 from model.flops import training_flops
+from optim.muon import matmul_dtype
 from quant.apply import apply_quant
 from quant.config import QuantConfig, Recipe
 from quant.probe import QuantProbe
@@ -89,6 +90,8 @@ def test_receipt_says_what_ran(done):
     assert receipt["final_metrics"] == read_metrics(trainer.recorder.metrics.path)[-1]
     assert len(receipt["code"]["source_sha256"]) == len(receipt["config_sha256"]) == 64
     assert receipt["environment"]["libraries"]["torch"] == torch.__version__
+    dtype = matmul_dtype(run.optim.muon.dtype, torch.device("cpu"))
+    assert f"torch.{receipt['muon_dtype']}" == str(dtype)
     validation = receipt["validation"]
     assert validation["bits_per_byte"] == receipt["final_metrics"]["val_bits_per_byte"]
     assert validation["xz_bits_per_byte"] > 1

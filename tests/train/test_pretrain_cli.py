@@ -155,7 +155,7 @@ def test_signal_right_after_the_start_is_resumable(tmp_path, number):
     process.send_signal(number)
     _, told = process.communicate(timeout=120)
     assert process.returncode == ExitCode.resumable, told
-    assert told == f"{number.name}: stopped before the first step; the same command starts again\n"
+    assert told == f"{number.name}: stopped, no step was running; the same command goes on\n"
 
 
 @pytest.mark.slow

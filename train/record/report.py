@@ -13,6 +13,7 @@ from typing import Any
 from data.tokenizer import Tokenizer
 from model.kernels.select import active_kernels
 from model.transformer import DeepSeekV4
+from optim.muon import matmul_dtype
 from parallel.engine import Engine
 from train.config.schema import RunConfig
 from train.preflight.precision import PrecisionChoice
@@ -75,6 +76,8 @@ class RunReport:
             "layout": identity.layout,
             "code": identity.code,
             "environment": environment(engine.device),
+            # What optim.muon.dtype=auto became on this device.
+            "muon_dtype": str(matmul_dtype(run.optim.muon.dtype, engine.device)).split(".")[1],
             "kernels": active_kernels(run.model.kernels, engine.device),
         }
         if precision is not None:

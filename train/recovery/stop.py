@@ -42,7 +42,7 @@ class Stopped(SystemExit):
 
 
 def leave_on_signal() -> None:
-    """Before the first step there is nothing to save: SIGTERM and Ctrl-C leave at once.
+    """Before the first step, and after the last, there is nothing to save: signals end it at once.
 
     Called before anything slow is imported. Raises :class:`Stopped` in this process; a worker that
     it has forked dies by the signal as it would have.
@@ -56,7 +56,7 @@ def leave_on_signal() -> None:
             return
         if launched_rank() == 0:
             name = signal.Signals(number).name
-            told = "stopped before the first step; the same command starts again"
+            told = "stopped, no step was running; the same command goes on"
             sys.stderr.write(f"{name}: {told}\n")
         raise Stopped
 
