@@ -26,7 +26,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 LIBRARY = torch.library.Library("v4", "FRAGMENT")
 OPS = torch.ops.v4
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
+ARCHITECTURES: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 INTERPRETER = "interpreter"
 T = TypeVar("T")
 _counter: ContextVar[Counter[str] | None] = ContextVar("launches", default=None)
