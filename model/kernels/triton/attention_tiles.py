@@ -169,6 +169,7 @@ KERNELS = {
 
 
 _SPILLS = {
+    ("forward", "bits", 512): {"sm_100": "4 bytes; the mask's word beside 128 rows"},
     ("keys", "bits", 512): {"sm_90": "12 bytes; a tile of half the keys would leave wgmma"},
 }
 
