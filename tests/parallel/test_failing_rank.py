@@ -23,8 +23,8 @@ class Fail(KillAfter):
         if record["step"] == self.step:
             raise AuditError("planted: this rank alone does not pass")
 
-def build(run, whole=train.build.build):
-    trainer = whole(run)
+def build(run, *rest, whole=train.build.build):
+    trainer = whole(run, *rest)
     if os.environ["RANK"] == "1":
         trainer.recorder.trackers.append(Fail(2))
     return trainer
