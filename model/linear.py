@@ -55,7 +55,8 @@ def grouped_linear_op(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
 
 def reads_copies(op: LinearOp | GroupedLinearOp) -> bool:
     """Whether an op casts the master to its input's dtype, so that a copy may stand for it."""
-    return op in (linear_op, grouped_linear_op, grouped_linear_reference)
+    plain = getattr(op, "__wrapped__", op)  # of an op that is chosen by device: what it does
+    return plain in (linear_op, grouped_linear_op, grouped_linear_reference)
 
 
 class _Copied(torch.autograd.Function):

@@ -165,7 +165,8 @@ def select(op_name: str, kernels: Kernels) -> Op:
         raise ConfigError(f"model.kernels={kernels!r} is none of {[k.value for k in Kernels]}")
     kernels = Kernels(kernels)
     if kernels in (Kernels.auto, Kernels.fast):
-        return functools.partial(_by_device, op_name)
+        op = functools.partial(_by_device, op_name)
+        return functools.update_wrapper(op, _OPS[op_name].torch)
     kind = _kind(_OPS[op_name], kernels, "cpu" if kernels is Kernels.compiled else "cuda")
     return _implementation(op_name, kind)
 
@@ -202,7 +203,6 @@ def _kind(op: Implementations, kernels: Kernels, device: str) -> Kernels:
     return Kernels.triton if here else Kernels.torch
 
 
-@functools.cache
 def _implementation(op_name: str, kind: Kernels) -> Op:
     op = _OPS[op_name]
     if kind is Kernels.triton:

@@ -67,7 +67,7 @@ def test_readme_command_runs(command, tmp_path):
         words = ["python", *shlex.split(recipe[-1])[1:]]
     launcher = {
         "python": [sys.executable],
-        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--master-port", "0"],
+        "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
     }[words[0]]
     line = [*launcher, *in_folder(words[1:], tmp_path), *added]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

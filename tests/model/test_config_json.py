@@ -96,7 +96,7 @@ def test_a_value_that_cannot_be_is_named(changes, named):
 def test_ours_says_nothing_of_how_it_computes():
     """Keys that a stranger's file cannot mean, and the ablation switch, are not read."""
     config = ModelConfig.from_official(RELEASED | {"kernels": "reference", "attention": "swa"})
-    assert config.kernels.value == "fast"
+    assert config.kernels.value == "auto"
     assert config.kind(2) is LayerKind.csa
 
 

@@ -34,8 +34,9 @@ def op(name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> P
     """Replace an op of the kernel table by ``make(real op)``."""
 
     def plant(patch: pytest.MonkeyPatch) -> None:
-        wrong = make(select_module._OPS[name][0])
-        patch.setitem(select_module._OPS, name, (wrong, wrong))
+        wrong = make(select_module._OPS[name].reference)
+        wrongs = select_module.Implementations(wrong, wrong, None, None)
+        patch.setitem(select_module._OPS, name, wrongs)
 
     return plant
 

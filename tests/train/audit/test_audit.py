@@ -275,7 +275,7 @@ def test_step_that_is_not_finite_is_skipped_alike_in_and_outside_the_audits_wind
     forward_backward = stopped.engine.forward_backward
 
     def then_stop(batches, objective):
-        if stopped.progress.step + 1 == 4:
+        if stopped.state.progress.step + 1 == 4:
             stopped.stop.ask("the test")
         return forward_backward(batches, objective)
 
@@ -284,7 +284,7 @@ def test_step_that_is_not_finite_is_skipped_alike_in_and_outside_the_audits_wind
     resumed = poison(build(runs[1]), 5)
     assert resumed.fit() == 0
     assert resumed.audit.result()["steps"] == [6, 7, 8]
-    assert resumed.progress.skipped_steps == 1
+    assert resumed.state.progress.skipped_steps == 1
     a, b = (final_tensors(run) for run in runs)
     assert a.keys() == b.keys()
     assert all(torch.equal(a[name], b[name]) for name in a)

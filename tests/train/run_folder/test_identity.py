@@ -166,7 +166,7 @@ def test_killed_while_it_writes_the_record(run, monkeypatch, name):
     before = content(folder)
     kill_at(monkeypatch, folder, name, read_identity(folder), dump(run))
     assert content(folder)[str(folder / name)] == before[str(folder / name)]
-    assert start(run).progress.step == 2
+    assert start(run).state.progress.step == 2
 
 
 @pytest.mark.parametrize("name", ["identity.json", "config.yaml", "tokenizer.json"])
@@ -246,7 +246,7 @@ def test_stage_that_is_over_may_change_and_one_to_come_may_not(corpus, tmp_path)
     fit(run)
     whole = with_train(run, steps=0)
     over = [replace(stages[0], mtp_loss_weight=0.1), stages[1]]
-    assert start(with_train(whole, stages=over)).progress.step == 1
+    assert start(with_train(whole, stages=over)).state.progress.step == 1
     refused(
         with_train(whole, stages=[stages[0], replace(stages[1], mtp_loss_weight=0.1)]),
         r"train\.stages\[1\]\.mtp_loss_weight=None, but now train\.stages\[1\]\.mtp_loss_weight=0",
@@ -284,7 +284,7 @@ def test_weights_may_go_on_with_other_data_and_optimizer(done, tmp_path):
 def test_a_bare_checkpoint_knows_what_it_is(done, tmp_path):
     shutil.copytree(Path(done.run_dir, "checkpoints", "step_00000002"), tmp_path / "bare")
     new = replace(done, run_dir=str(tmp_path / "new"), init_from=str(tmp_path / "bare"))
-    assert start(new).progress.step == 0
+    assert start(new).state.progress.step == 0
     other = with_data(new, tokenizer=str(reversed_bytes(tmp_path)))
     with pytest.raises(UserError, match=r"init_from=.*bare holds a run with tokenizer\.hash="):
         build(replace(other, run_dir=str(tmp_path / "other")))
@@ -364,7 +364,7 @@ def test_a_model_leaves_its_folder_when_its_text_is_gone(run, corpus, tmp_path):
     assert generate.main([asked.run_dir, "--prompt", "the", "--tokens", "1"]) == ExitCode.finished
     new = elsewhere(asked, tmp_path / "new")
     new = with_data(corpus_at(new, other_text(run, tmp_path)), tokenizer=asked.run_dir)
-    assert start(new).loader.tokenizer.hash == trained.hash
+    assert start(new).state.loader.tokenizer.hash == trained.hash
 
 
 def test_export_as_another_model_is_refused(run):
@@ -384,7 +384,7 @@ def imported(done, tmp_path):
 
 
 def test_imported_weights_know_their_model_and_tokenizer(imported, tmp_path, caplog):
-    assert start(imported).progress.step == 0
+    assert start(imported).state.progress.step == 0
     assert "does not say" not in caplog.text
     new = replace(imported, run_dir=str(tmp_path / "other"))
     for other, says in (
