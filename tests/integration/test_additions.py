@@ -139,9 +139,6 @@ def _sign_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
          "            form = forms.get(e.records[name].owner, _adamw_form)\n",
          "            form = _muon_form if e.records[name].owner is Owner.muon else _adamw_form\n",
          instead=True),
-    Edit("tests/train/audit/inactive_keys.py",
-         '    ("optim.muon.*", "signs", lambda r: r.optim.name is OptimizerName.sign),\n',
-         '"no Muon in this run", lambda r: r.optim.name is OptimizerName.adamw),\n'),
     Edit("conf/optim/sign.yaml", "# Signs of the momentum.\nname: sign\n"),
 ]  # fmt: skip
 SOURCE = [

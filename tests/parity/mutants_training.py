@@ -66,14 +66,14 @@ def _inputs_attached(real: Any) -> Any:
 
 
 def _sees_the_future(real: Any) -> Any:
-    def topk(indexer: Any, first_BT: Tensor, stop_BT: Tensor, k: int) -> Tensor:
+    def topk(indexer: Any, first_BT: Tensor, stop_BT: Tensor, k: int, *_: Any) -> Tensor:
         return real(indexer, first_BT, torch.full_like(stop_BT, indexer[1].shape[1]), k)
 
     return topk
 
 
 def _takes_the_newest(real: Any) -> Any:
-    def topk(indexer: Any, first_BT: Tensor, stop_BT: Tensor, k: int) -> Tensor:
+    def topk(indexer: Any, first_BT: Tensor, stop_BT: Tensor, k: int, *_: Any) -> Tensor:
         index = stop_BT[..., None] - 1 - torch.arange(k)
         return torch.where(index >= first_BT[..., None], index, -1)
 
