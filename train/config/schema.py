@@ -26,7 +26,7 @@ from optim.config import OptimConfig, ScheduleKind
 from parallel.config import ParallelConfig
 from quant.config import ExpertFormat, QuantConfig
 from train.config.recovery import RecoveryConfig
-from train.errors import UserError, one_line
+from train.errors import UserError
 
 
 class EngineName(StrEnum):
@@ -311,7 +311,7 @@ def load(cfg: DictConfig) -> RunConfig:
     try:
         raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"config: {one_line(error)}") from error
+        raise UserError(describe(error)) from error
     _check_shape(raw, RunConfig, "")
     _refuse_bytes(raw, "")
     try:
@@ -404,9 +404,8 @@ def _check_widths(run: RunConfig) -> None:
 
 def describe(error: OmegaConfBaseException) -> str:
     """One line for an error of the config library: the full key, what was given and wanted."""
-    key = getattr(error, "full_key", None) or "config"
-    text = str(error).splitlines()[0]
-    return f"{key}: {text if len(text) < 3 * _SHOWN else shown(text)}"
+    parts = (getattr(error, "full_key", None) or "config", str(error).splitlines()[0])
+    return ": ".join(shown(part, 3 * _SHOWN) for part in parts)
 
 
 def dump(run: RunConfig) -> str:
@@ -479,10 +478,10 @@ def _check_shape(raw: Any, schema: Any, path: str) -> None:
         _need(not isinstance(raw, list | dict), f"{path}={shown(raw)} must be one value")
 
 
-def shown(value: Any) -> str:
+_SHOWN = 100  # characters
+
+
+def shown(value: Any, most: int = _SHOWN) -> str:
     """A value in a message: on one line, and not too long."""
     text = " ".join(str(value).split())
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
-
-
-_SHOWN = 100  # characters
+    return text if len(text) <= most else f"{text[:_SHOWN]}..."

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -104,6 +104,9 @@ def test_unchanged_configs_are_right():
 
 
 @settings(max_examples=150, derandomize=True, deadline=None, database=None)
+@example(node=(0, ("run_dir",)), value={"a" * 5000: "${nowhere}"})
+@example(node=(0, ("run_dir",)), value={"a" * 5000: "???"})
+@example(node=(0, ("run_dir",)), value={"a\nb": "???"})
 @given(node=st.sampled_from(NODES), value=values)
 def test_any_value_at_any_key_is_a_run_or_one_line(node, value):
     check(node, value)

@@ -92,6 +92,8 @@ def run(tmp_path_factory):
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             tensor.normal_(0.0, 0.02, generator=generator)
+        else:  # experts of a hash router
+            tensor.random_(0, config.n_routed_experts, generator=generator)
     size = sum(t.nbytes for t in model.state_dict().values())
     assert size > 3 * BUDGET
     folder = tmp_path_factory.mktemp("large") / "run"
