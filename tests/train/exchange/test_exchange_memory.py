@@ -108,8 +108,10 @@ def assert_same_values(folder, model):
         assert torch.equal(theirs[name], value), name
 
 
-def shard_size(layout):
-    return ("--to", layout, "--shard-gb", SHARD / 2**30)
+def words(layout):
+    """Of an export whose values are the run's; the quantised layout has dtypes of its own."""
+    dtype = () if layout == "quantised" else ("--dtype", "fp32")
+    return ("--to", layout, "--shard-gb", SHARD / 2**30, *dtype)
 
 
 def test_the_limit_is_one(run):
@@ -120,7 +122,7 @@ def test_the_limit_is_one(run):
 
 @pytest.mark.parametrize("layout", ["transformers", "official", "quantised"])
 def test_export_of_a_model_larger_than_memory(layout, run, tmp_path):
-    convert("export", run[0], tmp_path / "out", *shard_size(layout), "--dtype", "fp32")
+    convert("export", run[0], tmp_path / "out", *words(layout))
     shards = list((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) > 4
     if layout != "quantised":
@@ -129,12 +131,12 @@ def test_export_of_a_model_larger_than_memory(layout, run, tmp_path):
 
 def test_a_folder_larger_than_memory_converts_and_comes_back(run, tmp_path):
     """Folder to folder, and folder to checkpoint."""
-    convert("export", run[0], tmp_path / "a", *shard_size("official"), "--dtype", "fp32")
-    convert("export", tmp_path / "a", tmp_path / "b", *shard_size("quantised"))
+    convert("export", run[0], tmp_path / "a", *words("official"))
+    convert("export", tmp_path / "a", tmp_path / "b", *words("quantised"))
     convert("import", tmp_path / "a", tmp_path / "back")
     assert_same_values(tmp_path / "back", run[1])
     direct = tmp_path / "direct"
-    convert("export", run[0], direct, *shard_size("quantised"))
+    convert("export", run[0], direct, *words("quantised"))
     assert_same_tensors(tmp_path / "b", direct)
 
 
@@ -163,7 +165,7 @@ def kill_when(process, ready):
 
 @pytest.mark.parametrize("layout", ["transformers", "quantised"])
 def test_a_killed_export_goes_on(layout, run, tmp_path):
-    arguments = (*shard_size(layout), "--dtype", "fp32")
+    arguments = words(layout)
     convert("export", run[0], tmp_path / "whole", *arguments)
     target = tmp_path / "killed"
     for wanted in (1, 3):  # killed twice
@@ -179,7 +181,7 @@ def test_a_killed_export_goes_on(layout, run, tmp_path):
 def test_a_killed_import_goes_on(run, tmp_path):
     """Killed while parameters are laid out, then while the checkpoint is written."""
     folder, back = tmp_path / "out", tmp_path / "back"
-    convert("export", run[0], folder, *shard_size("official"), "--dtype", "fp32")
+    convert("export", run[0], folder, *words("official"))
     process = start("import", folder, back)
     kill_when(process, lambda: len(list((back / "importing").glob("*.tensor"))) > 50)
     kept = {path: path.stat().st_mtime_ns for path in (back / "importing").glob("*.tensor")}
