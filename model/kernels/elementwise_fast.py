@@ -8,6 +8,7 @@ backward pass.
 # Legend: N rows, I expert intermediate, R rotation pairs, K channels
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from model.rope import apply_rope
 
 _LIBRARY = torch.library.Library("v4", "FRAGMENT")
 OPS = torch.ops.v4
+_Op = Callable[..., Any]
+_Pair = tuple[_Op, _Op]  # forward, backward
 _MAX_ROTATED = 1024  # PAIR_BUFFER of cpu/elementwise.cpp
 # C arguments: p pointer, i int, l long, f float (see the exports of cpu/elementwise.cpp)
 _C_SIGNATURES = {
@@ -68,24 +71,30 @@ def _rms_norm_backward(
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    def forward(ctx: Any, ops: _Pair, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return OPS.rms_norm(x, weight, eps)
+        ctx.backward_op, ctx.eps = ops[1], eps
+        return ops[0](x, weight, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x, grad_weight = OPS.rms_norm_backward(x, weight, grad.contiguous(), ctx.eps)
-        return grad_x, None if weight is None else grad_weight, None
+        grad_x, grad_weight = ctx.backward_op(x, weight, grad.contiguous(), ctx.eps)
+        return None, grad_x, None if weight is None else grad_weight, None
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """Fused :func:`model.kernels.elementwise.rms_norm`: same arguments and result."""
     if not compiled(x):
         return elementwise.rms_norm(x, weight, eps)
-    return _RmsNorm.apply(x.contiguous(), None if weight is None else weight.float(), eps)
+    return rms_norm_by((OPS.rms_norm, OPS.rms_norm_backward), x, weight, eps)
+
+
+def rms_norm_by(ops: _Pair, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The same by operators of these schemas: forward, backward."""
+    weight = None if weight is None else weight.float().contiguous()
+    return _RmsNorm.apply(ops, x.contiguous(), weight, eps)
 
 
 # ---- SwiGLU -----------------------------------------------------------------------------------
@@ -111,28 +120,35 @@ def _swiglu_backward(
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, gate_NI: Tensor, up_NI: Tensor, weight_N: Tensor | None, limit: float
+        ctx: Any, ops: _Pair, gate_NI: Tensor, up_NI: Tensor, weight_N: Tensor | None, limit: float
     ) -> Tensor:
         ctx.save_for_backward(gate_NI, up_NI, weight_N)
-        ctx.limit = limit
-        return OPS.swiglu(gate_NI, up_NI, weight_N, limit)
+        ctx.backward_op, ctx.limit = ops[1], limit
+        return ops[0](gate_NI, up_NI, weight_N, limit)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NI: Tensor) -> tuple[Tensor | None, ...]:
         gate_NI, up_NI, weight_N = ctx.saved_tensors
-        grad_gate, grad_up, grad_weight = OPS.swiglu_backward(
+        grad_gate, grad_up, grad_weight = ctx.backward_op(
             gate_NI, up_NI, weight_N, grad_NI.contiguous(), ctx.limit
         )
-        return grad_gate, grad_up, None if weight_N is None else grad_weight, None
+        return None, grad_gate, grad_up, None if weight_N is None else grad_weight, None
 
 
 def swiglu(gate_NI: Tensor, up_NI: Tensor, weight_N: Tensor | None, limit: float) -> Tensor:
     """Fused :func:`model.kernels.elementwise.swiglu`: same arguments and result."""
     if not compiled(gate_NI, up_NI):
         return elementwise.swiglu(gate_NI, up_NI, weight_N, limit)
+    return swiglu_by((OPS.swiglu, OPS.swiglu_backward), gate_NI, up_NI, weight_N, limit)
+
+
+def swiglu_by(
+    ops: _Pair, gate_NI: Tensor, up_NI: Tensor, weight_N: Tensor | None, limit: float
+) -> Tensor:
+    """The same by operators of these schemas: forward, backward."""
     weight = None if weight_N is None else weight_N.float().contiguous()
-    return _SwiGlu.apply(gate_NI.contiguous(), up_NI.contiguous(), weight, limit)
+    return _SwiGlu.apply(ops, gate_NI.contiguous(), up_NI.contiguous(), weight, limit)
 
 
 # ---- RoPE -------------------------------------------------------------------------------------
@@ -148,24 +164,30 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, op: _Op, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return OPS.rope(x, cos, sin, 1.0)
+        ctx.op = op
+        return op(x, cos, sin, 1.0)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return OPS.rope(grad.contiguous(), cos, sin, -1.0), None, None
+        return None, ctx.op(grad.contiguous(), cos, sin, -1.0), None, None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Fused :func:`model.rope.apply_rope`: same arguments and result."""
     if not compiled(x) or 2 * cos.shape[-1] > _MAX_ROTATED:
         return apply_rope(x, cos, sin)
+    return rope_by(OPS.rope, x, cos, sin)
+
+
+def rope_by(op: _Op, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same by an operator of this schema, which the backward pass turns back."""
     shape = (*x.shape[: cos.dim() - 1], cos.shape[-1])
     cos, sin = (t.float().expand(shape).contiguous() for t in (cos, sin))
-    return _Rope.apply(x.contiguous(), cos, sin)
+    return _Rope.apply(op, x.contiguous(), cos, sin)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

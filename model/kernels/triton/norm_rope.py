@@ -9,14 +9,14 @@ is summed over a fixed number of runs of rows, then over the runs: in one order 
 # Legend: N rows (of RoPE: of a head of a token), K channels, R rotation pairs
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from model.kernels.elementwise_fast import rms_norm_by, rope_by
 from model.kernels.triton.launch import (
     INTERPRETER,
     OPS,
@@ -167,45 +167,9 @@ define(
 define("triton_rope(Tensor x, Tensor cos, Tensor sin, float sign) -> Tensor", _rope)
 
 
-class _RmsNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.eps = eps
-        return OPS.triton_rms_norm(x, weight, eps)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        grad_x, grad_weight = OPS.triton_rms_norm_backward(x, weight, grad.contiguous(), ctx.eps)
-        return grad_x, None if weight is None else grad_weight, None
-
-
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """:func:`model.kernels.elementwise.rms_norm` in Triton: same arguments and result."""
-    weight = None if weight is None else weight.float().contiguous()
-    return _RmsNorm.apply(x.contiguous(), weight, eps)
-
-
-class _Rope(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return OPS.triton_rope(x, cos, sin, 1.0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return OPS.triton_rope(grad.contiguous(), cos, sin, -1.0), None, None
-
-
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """:func:`model.rope.apply_rope` in Triton: same arguments and result."""
-    shape = (*x.shape[: cos.dim() - 1], cos.shape[-1])
-    cos, sin = (t.float().expand(shape).contiguous() for t in (cos, sin))
-    return _Rope.apply(x.contiguous(), cos, sin)
+# As model.kernels.elementwise.rms_norm and model.rope.apply_rope: same arguments and results.
+rms_norm = partial(rms_norm_by, (OPS.triton_rms_norm, OPS.triton_rms_norm_backward))
+rope = partial(rope_by, OPS.triton_rope)
 
 
 _FLOATS = {

@@ -3,14 +3,14 @@
 # Legend: N rows, I expert intermediate
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from model.kernels.elementwise_fast import swiglu_by
 from model.kernels.triton.launch import OPS, Shipped, Tile, blocks, define, launch
 
 _FORWARD = Tile({"BI": 1024}, warps=4, stages=1)
@@ -88,29 +88,8 @@ define(
 )
 
 
-class _SwiGlu(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, gate_NI: Tensor, up_NI: Tensor, weight_N: Tensor | None, limit: float
-    ) -> Tensor:
-        ctx.save_for_backward(gate_NI, up_NI, weight_N)
-        ctx.limit = limit
-        return OPS.triton_swiglu(gate_NI, up_NI, weight_N, limit)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_NI: Tensor) -> tuple[Tensor | None, ...]:
-        gate_NI, up_NI, weight_N = ctx.saved_tensors
-        grad_gate, grad_up, grad_weight = OPS.triton_swiglu_backward(
-            gate_NI, up_NI, weight_N, grad_NI.contiguous(), ctx.limit
-        )
-        return grad_gate, grad_up, None if weight_N is None else grad_weight, None
-
-
-def swiglu(gate_NI: Tensor, up_NI: Tensor, weight_N: Tensor | None, limit: float) -> Tensor:
-    """:func:`model.kernels.elementwise.swiglu` in Triton: same arguments and result."""
-    weight = None if weight_N is None else weight_N.float().contiguous()
-    return _SwiGlu.apply(gate_NI.contiguous(), up_NI.contiguous(), weight, limit)
+# As model.kernels.elementwise.swiglu: same arguments and result.
+swiglu = partial(swiglu_by, (OPS.triton_swiglu, OPS.triton_swiglu_backward))
 
 
 def _shipped(width: int) -> tuple[Shipped, ...]:
