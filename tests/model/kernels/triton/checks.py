@@ -98,18 +98,17 @@ def distance(ours, exact, norm=None):
     return float(gap / norm) if norm else float(gap)
 
 
-def check(op, reference, inputs, grads, allowance=1.0, norms=None):
+def check(op, reference, inputs, grads, norms=None):
     """Hold an op against its reference in float64, forward and backward.
 
-    The yardstick is the reference in the inputs' own dtype: an error at most ``allowance`` times
-    its error plus ``ROUNDING``. Twice with shuffled programs: equal bits.
+    The yardstick is the reference in the inputs' own dtype: an error at most its error
+    plus ``ROUNDING``. Twice with shuffled programs: equal bits.
 
     Args:
         op: in Triton.
         reference: the plain op.
         inputs: of both.
         grads: of the outputs.
-        allowance: how much of the plain path's own error is granted.
         norms: of a gradient, by its number, what errors are measured by where its terms cancel.
     """
     rounding = max(ROUNDING[x.dtype] for x in inputs if getattr(x, "dtype", None) in ROUNDING)
@@ -130,7 +129,7 @@ def check(op, reference, inputs, grads, allowance=1.0, norms=None):
                 continue
             assert torch.equal(once, again), f"{name} {number} depends on the order of programs"
             norm = (norms or {}).get(number) if name == "gradient" else None
-            bound = allowance * distance(eager, truth, norm) + rounding
+            bound = distance(eager, truth, norm) + rounding
             error = distance(once, truth, norm)
             assert error <= bound, f"{name} {number}: {error:.2e} > {bound:.2e}"
             assert once.dtype == eager.dtype, f"{name} {number}"

@@ -60,7 +60,7 @@ def losses(rows, mode, with_mass=False):
 
 def hold(rows, mode, inputs, with_mass=False):
     ours, plain = losses(rows, mode, with_mass)
-    check(ours, plain, inputs, [torch.tensor(0.7)], allowance=2.0)
+    check(ours, plain, inputs, [torch.tensor(0.7)])
 
 
 @pytest.mark.parametrize(
