@@ -31,6 +31,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from data.cache import raise_if_full
 from parallel.launch import check_launch, launched_rank
 from train.config.command_line import CONF, normalise, sweeps
 from train.config.schema import RunConfig, load
@@ -119,11 +120,22 @@ def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
         # An evaluation reads, maybe in the folder of a run that is training.
         with nullcontext() if run.train.eval_only else owned(folder):
             check_run_folder(run)
-            trainer = build(run, precision)
-            code = trainer.fit()
+            with _told_if_full(folder):
+                trainer = build(run, precision)
+                code = trainer.fit()
     if trainer.stop.signalled:
         raise Stopped
     return code
+
+
+@contextmanager
+def _told_if_full(folder: Path) -> Iterator[None]:
+    """Tell in one line of a full disk under metrics, trackers and samples; a save survives it."""
+    try:
+        yield
+    except Exception as error:
+        raise_if_full(error, folder, "run_dir")
+        raise
 
 
 def cli(args: Sequence[str]) -> int:

@@ -3,9 +3,12 @@
 The disk is real and small: a tmpfs that holds one checkpoint and a half. Needs the right to mount.
 """
 
+import contextlib
 import logging
 import subprocess
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +20,12 @@ from tests.integration.small_run import (
     small_run,
     write_corpus,
 )
+from tests.train.test_pretrain_cli import SHORT
 from train.build import build
 from train.checkpoint import reader as checkpoint_reader
 from train.errors import ExitCode
+from train.pretrain import cli
+from train.record.recorder import Recorder
 
 
 class RoomAt:
@@ -37,6 +43,22 @@ class RoomAt:
 
     def close(self):
         pass
+
+
+def fill(folder: Path) -> None:
+    """Leave no byte on the disk of a folder."""
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    mount("-t", "tmpfs", "-o", f"size={size}", "none", folder)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def mount(*args):
@@ -57,8 +79,7 @@ def test_full_disk_costs_the_save_and_not_the_run(tmp_path, caplog, behind):
     trainer = build(run)
     disk = trainer.checkpoints.folder
     disk.mkdir()
-    mount("-t", "tmpfs", "-o", f"size={size * 3 // 2}", "none", disk)
-    try:
+    with small_disk(disk, size * 3 // 2):
         trainer.recorder.trackers.append(RoomAt(3, disk, size * 4))
         with caplog.at_level(logging.ERROR):
             assert trainer.fit() == ExitCode.finished
@@ -67,5 +88,23 @@ def test_full_disk_costs_the_save_and_not_the_run(tmp_path, caplog, behind):
         checkpoint_reader.verify(disk / "step_00000001")
         assert metrics_of(run) == metrics_of(whole)
         assert differing(final_tensors(run), final_tensors(whole)) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_full_disk_under_a_steps_metrics_is_one_line_and_resumable(tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with small_disk(folder, 64 << 20):
+        assert cli([*SHORT, "train.steps=1", f"run_dir={folder}"]) == ExitCode.finished
+        lines = folder / "metrics.jsonl"  # its last page is full: the next line needs another
+        text = lines.read_text()
+        lines.write_text(text[:-1] + " " * (-len(text) % 4096) + "\n")
+        write = Recorder.write
+        monkeypatch.setattr(Recorder, "write", lambda *a, **k: (fill(folder), write(*a, **k)))
+        capsys.readouterr()
+        assert cli([*SHORT, f"run_dir={folder}"]) == ExitCode.failure
+        told = capsys.readouterr().err
+        assert f"error: run_dir: No space left on device: the disk of {folder}" in told
+        assert "Traceback" not in told
+        monkeypatch.undo()
+        (folder / "filler").unlink()
+        assert cli([*SHORT, f"run_dir={folder}"]) == ExitCode.finished
