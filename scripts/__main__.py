@@ -17,7 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.cli.group import listing, run_command
+from scripts.cli.group import run_command, show_list
 
 MOVED = {  # old script -> how it is called now
     "bench_step": "bench step",
@@ -58,8 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     name, *rest = list(sys.argv[1:] if words is None else words) or ["--help"]
     if name in ("-h", "--help"):
-        print(f"{(__doc__ or '').strip()}\n\ncommands:\n{listing(COMMANDS)}")
-        return 0
+        return show_list(__doc__, "commands", COMMANDS)
     return run_command("v4", COMMANDS, MOVED, name, rest)
 
 

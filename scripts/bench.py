@@ -16,7 +16,7 @@ from pathlib import Path
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from scripts.cli.group import listing, run_command
+from scripts.cli.group import run_command, show_list
 
 BENCHMARKS = {
     "step": "scripts.benchmarks.step",
@@ -40,8 +40,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """
     name, *rest = list(sys.argv[1:] if words is None else words) or ["--help"]
     if name in ("-h", "--help"):
-        print(f"{(__doc__ or '').strip()}\n\nbenchmarks:\n{listing(BENCHMARKS)}")
-        return 0
+        return show_list(__doc__, "benchmarks", BENCHMARKS)
     return run_command("bench", BENCHMARKS, {}, name, rest)
 
 

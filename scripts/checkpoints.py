@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from scripts.cli.command import command, tell
+from scripts.cli.parser import CommandParser
 from train.checkpoint import manager as checkpoint
 from train.checkpoint import reader as checkpoint_reader
 from train.checkpoint.files import MANIFEST, DamagedCheckpointError, open_manifest, step_of
@@ -50,9 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, run: object, about: str) -> argparse.ArgumentParser:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +22,11 @@ from tqdm import tqdm
 from quant.export import Stored
 from scripts.cli.command import command
 from scripts.cli.model_options import add_weights_option
+from scripts.cli.parser import CommandParser
 from train.config.schema import Weights
 from train.errors import UserError
 from train.exchange.export import ExportFormat, ExportJob, FloatType, export_folder
+from train.exchange.model_card import UNKNOWN_LICENCE
 from train.exchange.open import open_source
 
 EPILOG = """examples:
@@ -41,9 +44,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     parser.add_argument("source", type=Path, help="run folder, checkpoint, or model folder")
     parser.add_argument("target", type=Path, help="folder to write; empty, or a stopped export")
     layouts, dtypes = (
@@ -59,6 +60,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="of the quantised layout (default: fp4)")  # fmt: skip
     parser.add_argument("--shard-gb", type=float, default=4.0, help="largest shard, GiB")
     parser.add_argument("--no-tokenizer", action="store_true", help="write tensors and config only")
+    parser.add_argument("--license", default=UNKNOWN_LICENCE, metavar="ID",
+                        help="identifier for the model card, as model hubs have it")  # fmt: skip
     add_weights_option(parser)
     return parser.parse_args(arguments)
 
@@ -71,6 +74,8 @@ def export(options: argparse.Namespace) -> None:
     """
     if not 0 < options.shard_gb < math.inf:
         raise UserError(f"--shard-gb {options.shard_gb} must be above 0, and finite")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", options.license):
+        raise UserError(f"--license {options.license!r} must be one word, such as mit")
     layout = ExportFormat(options.to)
     idle = "dtype" if layout is ExportFormat.quantised else "experts"
     if (given := getattr(options, idle)) is not None:
@@ -83,6 +88,7 @@ def export(options: argparse.Namespace) -> None:
         experts=Stored(options.experts or "fp4"),
         shard_bytes=int(options.shard_gb * 2**30),
         tokenizer=not options.no_tokenizer,
+        licence=options.license,
     )
     source = open_source(options.source, Weights(options.weights))
     with tqdm(desc="exporting", unit="B", unit_scale=True, disable=None) as bar:

@@ -27,6 +27,7 @@ from quant.kv import KVCast
 from quant.probe import QuantProbe
 from scripts.cli.command import command
 from scripts.cli.model_options import add_model_options, open_model
+from scripts.cli.parser import CommandParser
 from train.config.schema import is_text
 from train.errors import TrainingFailedError, UserError, one_line
 from train.record.continuation import encode_prompt
@@ -46,9 +47,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     add_model_options(parser)
     parser.add_argument("--prompt", action="append", default=[], help="a text; may be repeated")
     parser.add_argument("--prompt-file", type=Path, action="append", default=[],

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from scripts.cli.command import command
 from scripts.cli.model_options import add_weights_option
+from scripts.cli.parser import CommandParser
 from train.config.schema import Weights
 from train.exchange.import_model import import_checkpoint
 from train.exchange.open import open_source
@@ -37,9 +38,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     parser.add_argument("source", type=Path, help="model folder")
     parser.add_argument("target", type=Path, help="folder to write; empty, or a stopped import")
     add_weights_option(parser)

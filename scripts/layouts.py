@@ -52,6 +52,7 @@ from parallel.config import SCHEDULES
 from parallel.mesh import leave_process_group
 from scripts.cli.command import command
 from scripts.cli.outputs import check_output, write_json, write_text
+from scripts.cli.parser import CommandParser
 from scripts.layout_trials.asked import (
     TrialLayout,
     add_run_options,
@@ -358,9 +359,7 @@ def markdown(lines: list[list[str]], notes: list[str]) -> str:
 
 def options() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     add_run_options(parser, DEFAULT, steps=20)
     parser.add_argument("--orders", type=int, default=6, help="permuted accumulation orders")
     parser.add_argument(

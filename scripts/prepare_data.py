@@ -21,6 +21,7 @@ from data.prepare import Corpus, build_tokenizer
 from data.token_store import TokenStore
 from data.tokenise import SHARD_BYTES, StoreJob, write_store
 from scripts.cli.command import command
+from scripts.cli.parser import CommandParser
 from train.errors import UserError
 
 EPILOG = """examples:
@@ -49,9 +50,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     v = ValidationConfig()
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, help="folder of the new store")
     what.add_argument("--verify", type=Path, help="compare a store with its checksums and leave")

@@ -21,6 +21,7 @@ if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.cli.command import command
+from scripts.cli.parser import CommandParser
 from scripts.studies.archive import open_archive
 from scripts.studies.config import load_study
 from scripts.studies.differences import differences, explain
@@ -47,9 +48,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("what", nargs="+", help="study=NAME KEY=VALUE ..., an archive, or runs")
     parser.add_argument(
         "--out", type=Path, help="where to write (default: docs/studies, or runs/comparison)"

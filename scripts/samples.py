@@ -26,6 +26,7 @@ from data.global_batch import Sample
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
 from scripts.cli.command import command
+from scripts.cli.parser import CommandParser
 from train.errors import ExitCode, UserError
 from train.record.metrics import Record, StepLines
 from train.record.sample_log import data_hash
@@ -50,9 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="run folder")
     wanted = parser.add_mutually_exclusive_group(required=True)
     wanted.add_argument("--step", type=int, help="all rows of this step")

@@ -29,8 +29,9 @@ from tqdm import tqdm
 from data.tokenizer import Tokenizer
 from scripts.cli.command import command
 from scripts.cli.model_options import add_model_options, open_model
+from scripts.cli.parser import CommandParser
 from train.errors import UserError, one_line
-from train.exchange.output_files import replacing
+from train.exchange.output_files import make_folder, replacing
 from train.exchange.score import Totals, check_document, documents, token_nll
 
 EPILOG = """the NPZ holds
@@ -52,9 +53,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     add_model_options(parser)
     parser.add_argument("file", type=Path, help="text, .npy or .npz")
     parser.add_argument("--out", type=Path, help="NPZ to write")
@@ -95,13 +94,12 @@ def score(options: argparse.Namespace) -> None:
 
 
 def check_out(out: Path, source: Path) -> None:
-    """Refuse an output that is not a new file or an earlier score.
+    """Refuse an output that is not a new file or an earlier score; make the folder it is for.
 
     Raises:
         UserError: names it.
     """
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: its folder does not exist")
+    make_folder(out.absolute().parent)
     if not out.exists():
         return
     if not out.is_file():

@@ -33,6 +33,7 @@ if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.cli.command import command
+from scripts.cli.parser import CommandParser
 from scripts.studies.archive import archive_of, pack
 from scripts.studies.config import StudyConfig, load_study, study_names
 from scripts.studies.estimate import Estimate
@@ -54,11 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=f"studies: {', '.join(study_names())}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = CommandParser(description=__doc__, epilog=f"studies: {', '.join(study_names())}")
     parser.add_argument("words", nargs="*", metavar="study=NAME KEY=VALUE")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and leave")
     parser.add_argument("--report-only", action="store_true", help="no runs, only the report")

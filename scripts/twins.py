@@ -11,7 +11,6 @@ train on for the same FLOPs.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from model.flops import parameter_counts, training_flops
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json
+from scripts.cli.parser import CommandParser
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,7 @@ def print_table(title: str, twins: list[Twin]) -> None:
 @command()
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, compute, print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="v4_nano", help="name in conf/model, or a YAML")
     parser.add_argument("overrides", nargs="*", help="key=value of the model, e.g. index_topk=64")
     parser.add_argument("--seq-len", type=int, default=4096, help="tokens of a row")

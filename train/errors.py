@@ -8,6 +8,9 @@ What libraries and the operating system raise is translated where it enters.
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
 
@@ -62,3 +65,22 @@ FAILURES: tuple[type[Exception], ...] = (TrainingFailedError, data.errors.DiskEr
 def one_line(error: BaseException) -> str:
     """Text of an error with its white space, line ends included, folded."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def ends_when_unread(work: Callable[[], int]) -> int:
+    """Exit code of a command; it ends without a word when nobody reads its output any more.
+
+    What is still buffered is written here, and not while the interpreter ends, where a reader that
+    is gone (``| head``) would give a message that nobody asked for.
+
+    Args:
+        work: the command; a ``SystemExit`` of a parser of options is its end too.
+    """
+    try:
+        try:
+            return work()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.failure

@@ -42,6 +42,7 @@ from train.errors import (
     DoesNotFitError,
     ExitCode,
     UserError,
+    ends_when_unread,
     one_line,
 )
 from train.preflight.reach import check_reach
@@ -262,7 +263,7 @@ def command(words: Sequence[str]) -> int:
         level=logging.INFO if launched_rank() == 0 else logging.WARNING, format="%(message)s"
     )
     stop_with_launcher()
-    return cli(words)
+    return ends_when_unread(lambda: cli(words))
 
 
 if __name__ == "__main__":

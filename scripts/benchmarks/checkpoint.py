@@ -32,6 +32,7 @@ from parallel.engine import TorchEngine
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json
+from scripts.cli.parser import CommandParser
 from train.checkpoint.manager import Checkpoints, Retention
 
 CPU = torch.device("cpu")
@@ -68,9 +69,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", default="v4_nano", help="of conf/model")
     parser.add_argument("--saves", type=int, default=8, help="of each kind that count")
     parser.add_argument("--steps", type=int, default=2, help="between saves")

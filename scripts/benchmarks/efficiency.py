@@ -11,7 +11,6 @@ the paper's figure 1 at a million tokens. At 128K the ratios are far less striki
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from model.flops import (
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import PNG, check_output, write_json
+from scripts.cli.parser import CommandParser
 
 CONTEXTS = (4096, 16384, 65536, 131072, 262144, 524288, 1000000)
 Figures = dict[str, Any]
@@ -157,9 +157,7 @@ def finish_axes(axes: Axes, title: str) -> None:
 @command()
 def main(words: Sequence[str] | None = None) -> None:
     """Parse, compute, print, write."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--models", nargs="+", default=["v4_flash", "v4_pro"], help="names in conf/model, or YAMLs"
     )

@@ -33,6 +33,7 @@ from optim.newton_schulz import matmul_flops
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json
+from scripts.cli.parser import CommandParser
 
 LR = 1e-3
 SIZE = 1024  # rows and columns of the matmul whose rate bounds the step
@@ -240,9 +241,7 @@ def render(r: OptimizerTimes) -> str:
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", default="v4_nano", help="preset of conf/model (default v4_nano)")
     parser.add_argument("--repeats", type=int, default=15, help="timed steps of each (default 15)")
     parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each (default 2)")

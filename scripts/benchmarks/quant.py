@@ -15,7 +15,6 @@ torchao comes with `pip install -e '.[bench]'`; without it there is nothing to c
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import logging
@@ -43,6 +42,7 @@ from quant.formats import FP8_ACTIVATION, FP8_KV, FP8_WEIGHT, MXFP4, fake_quant,
 from quant.probe import QuantProbe
 from scripts.cli.command import command
 from scripts.cli.outputs import check_output, write_json
+from scripts.cli.parser import CommandParser
 from train.config.command_line import compose_run
 from train.config.schema import RunConfig
 from train.preflight.fit import World
@@ -215,9 +215,7 @@ def show_steps(times: _Times) -> None:
 @command()
 def main(words: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", default="v4_nano", help="with its batch and optimizer")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)

@@ -13,7 +13,6 @@ The paper reports about 20 % overhead while anticipatory routing is on, on its h
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
@@ -28,6 +27,7 @@ import torch
 from model.kernels.allocator import keep_freed_memory
 from scripts.cli.command import command
 from scripts.cli.outputs import check_output, write_json
+from scripts.cli.parser import CommandParser
 from train.build import build
 from train.config.command_line import compose_run
 from train.loop import Trainer
@@ -46,9 +46,7 @@ _Times = dict[str, list[float]]
 @command()
 def main(words: Sequence[str] | None = None) -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--model", default="v4_micro", help="with its batch and optimizer")
     parser.add_argument("--rounds", type=int, default=12, help="that count")
     parser.add_argument("--json", type=Path, help="file to write")

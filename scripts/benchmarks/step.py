@@ -32,6 +32,7 @@ from matplotlib.figure import Figure
 
 from scripts.cli.command import command
 from scripts.cli.outputs import PNG, check_output, write_json
+from scripts.cli.parser import CommandParser
 from train.errors import UserError
 
 CHILD = Path(__file__).resolve().with_name("child.py")
@@ -229,9 +230,7 @@ def draw(lines: list[_Measured], path: Path) -> None:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=["16x256", "8x512", "1x4096", "1x8192"])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=("fp32", "bf16"))
     parser.add_argument(

@@ -27,6 +27,7 @@ from typing import Any
 
 from scripts.cli.command import command
 from scripts.cli.outputs import check_output, write_json, write_text
+from scripts.cli.parser import CommandParser
 from train.errors import ROOT, ExitCode, UserError
 
 KERNELS = ROOT / "model/kernels/triton"
@@ -295,9 +296,7 @@ def markdown(lines: Sequence[Compiled], shown: str) -> str:
 
 
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument(
         "--arch", nargs="+", choices=list(SHARED), default=list(SHARED), help="default: all"
     )

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import ParamSpec
 
-from train.errors import FAILURES, USER_ERRORS, ExitCode, one_line
+from train.errors import FAILURES, USER_ERRORS, ExitCode, ends_when_unread, one_line
 
 P = ParamSpec("P")
 
@@ -40,26 +40,17 @@ def command(
             if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may know few characters
                 sys.stdout.reconfigure(errors="backslashreplace")
             with _sigterm_interrupts():
-                return _guarded(lambda: main(*args, **kwargs))
+                return ends_when_unread(lambda: _ended(lambda: main(*args, **kwargs)))
 
         return run
 
     return decorate
 
 
-def _guarded(work: Callable[[], int | None]) -> int:
-    try:
-        return _ended(work)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return ExitCode.failure
-
-
 def _ended(work: Callable[[], int | None]) -> int:
-    """Exit code of ``work``, all its output written."""
+    """Exit code of ``work``; its errors are told in one line."""
     try:
         code = work()
-        sys.stdout.flush()
         return ExitCode.finished if code is None else code
     except USER_ERRORS as error:
         return tell(error, ExitCode.user_error)

@@ -10,8 +10,24 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from train.errors import ExitCode, UserError
+from train.errors import ExitCode, UserError, ends_when_unread
 from train.recovery.stop import Stopped, leave_on_signal
+
+
+def show_list(about: str | None, what: str, commands: Mapping[str, str]) -> int:
+    """Print what a group of commands is for, and the commands.
+
+    Args:
+        about: the group's own text.
+        what: they are called.
+        commands: name -> module.
+    """
+
+    def show() -> int:
+        print(f"{(about or '').strip()}\n\n{what}:\n{listing(commands)}")
+        return ExitCode.finished
+
+    return ends_when_unread(show)
 
 
 def listing(commands: Mapping[str, str]) -> str:

@@ -42,6 +42,7 @@ from parallel.pipeline_stage import ModelPart
 from parallel.sharded_model import build_sharded_model
 from quant.apply import reads_master
 from scripts.cli.command import command
+from scripts.cli.parser import CommandParser
 from train.config.command_line import compose_run
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -231,9 +232,7 @@ def write_csv(path: Path, parts: Iterable[tuple[int, RankPart]]) -> None:
 
 def options() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("model", help="of conf/model")
     parser.add_argument("--parallel", help="of conf/parallel (default: named as the model)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other config")

@@ -40,6 +40,7 @@ from parallel.pipeline_stage import ModelPart
 from parallel.sharded_model import build_sharded_model
 from scripts.cli.command import command
 from scripts.cli.outputs import PNG, check_output, write_text
+from scripts.cli.parser import CommandParser
 from train.errors import ROOT
 
 mpl.use("Agg")
@@ -243,9 +244,7 @@ def text_of(ranks: Timeline, width: int = 100) -> str:
 @command()
 def main(words: Sequence[str] | None = None) -> None:
     """Print the table and the lines, write the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = CommandParser(description=__doc__)
     parser.add_argument("schedules", nargs="*", default=SCHEDULES, help=", ".join(SCHEDULES))
     parser.add_argument("--pp", type=int, default=2, help="ranks")
     parser.add_argument("--model", default="v4_tiny", help="of conf/model")

@@ -24,8 +24,8 @@ from omegaconf import DictConfig
 from train.config.schema import RunConfig, load
 from train.errors import UserError
 from train.record.metrics import Record, read_metrics
-from train.record.receipt import config_hash, plain
-from train.record.report import EVALUATION, RECEIPT
+from train.record.receipt import RECEIPT, config_hash, plain
+from train.record.report import EVALUATION
 from train.run_folder.folder import CHECKPOINTS, CONFIG, METRICS
 
 log = logging.getLogger(__name__)

@@ -29,6 +29,7 @@ from quant.export import INDEX, Stored, index_of, quantise_official, stored_as
 from train.config.model_json import CONFIG_JSON, QUANT_KEY, quant_values
 from train.config.transformers_json import transformers_config
 from train.errors import UserError, one_line
+from train.exchange.model_card import CARD, UNKNOWN_LICENCE, model_card
 from train.exchange.model_source import ModelSource
 from train.exchange.output_files import (
     alone_in,
@@ -40,6 +41,7 @@ from train.exchange.output_files import (
 from train.exchange.tokenizer_files import tokenizer_files
 
 SHARD_BYTES = 4 << 30
+GENERATION_JSON = "generation_config.json"
 ShowProgress = Callable[[int, int], None]  # bytes done, all bytes
 
 
@@ -68,6 +70,7 @@ class ExportJob:
         experts: stored format of the routed experts in the quantised layout.
         shard_bytes: a shard holds no more, unless a single tensor does.
         tokenizer: write it too.
+        licence: identifier in the model card.
     """
 
     layout: ExportFormat
@@ -75,6 +78,7 @@ class ExportJob:
     experts: Stored = Stored.fp4
     shard_bytes: int = SHARD_BYTES
     tokenizer: bool = True
+    licence: str = UNKNOWN_LICENCE
 
     def label(self) -> str:
         """Tells jobs apart whose shards differ."""
@@ -101,7 +105,7 @@ def export_folder(
     job: ExportJob,
     report: ShowProgress = lambda done, total: None,
 ) -> None:
-    """Write a source as a folder of safetensors, ``config.json`` and the tokenizer.
+    """Write a source as a folder of safetensors, configs, the tokenizer and a model card.
 
     Args:
         source: what to write.
@@ -116,7 +120,7 @@ def export_folder(
     shards = _shards(source, job)
     names = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     origin = {"source": source.origin, "job": job.label()}
-    files = small_files(_config(source, job), source.tokenizer() if job.tokenizer else None)
+    files = _files(source, job)
     with alone_in(target):
         check_target(target, files, [*names, INDEX], "export")
         _check_shards(target, names, origin)
@@ -283,6 +287,18 @@ def _config(source: ModelSource, job: ExportJob) -> dict[str, Any]:
             "weight_block_size": [128, 128],
         }
     return values
+
+
+def _files(source: ModelSource, job: ExportJob) -> dict[str, bytes]:
+    """All that is not a tensor, by name."""
+    config, tokenizer = _config(source, job), source.tokenizer() if job.tokenizer else None
+    dtype = config["dtype"] if job.layout is not ExportFormat.quantised else job.experts.value
+    card = model_card(source.config, job.layout.value, dtype, source.provenance, job.licence)
+    files = small_files(config, tokenizer) | {CARD: card.encode()}
+    if tokenizer is not None:
+        ends = {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+        files[GENERATION_JSON] = json_bytes(ends)
+    return files
 
 
 def small_files(config: dict[str, Any], tokenizer: Tokenizer | None) -> dict[str, bytes]:

@@ -23,6 +23,7 @@ from quant.export import INDEX, scale_name
 from quant.importing import decode, scale_shape
 from train.config.model_json import CONFIG_JSON, read_config_json
 from train.errors import UserError, one_line
+from train.exchange.model_card import Provenance
 from train.exchange.model_source import check_values, meta_model
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ class FolderSource:
             self._check(name)
         self._refuse_unknown()
         self.origin = f"sha256 {self._digest()}"
+        self.provenance = Provenance()
 
     def read(self, name: str) -> Tensor:
         """See :class:`ModelSource`."""

@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.transformer import DeepSeekV4
 from quant.config import QuantConfig
 from train.errors import UserError
+from train.exchange.model_card import Provenance
 
 
 class ModelSource(Protocol):
@@ -27,12 +28,14 @@ class ModelSource(Protocol):
         quant: how the model was quantised while it trained; None: not at all, or not known.
         origin: changes when the content does.
         shapes: of every official tensor.
+        provenance: how the model came to be, as far as the place knows.
     """
 
     config: ModelConfig
     quant: QuantConfig | None
     origin: str
     shapes: dict[str, torch.Size]
+    provenance: Provenance
 
     def read(self, name: str) -> Tensor:
         """Value of an official tensor, on the CPU; quantised ones are decoded to fp32.

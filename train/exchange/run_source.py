@@ -24,15 +24,23 @@ from train.checkpoint.average import require, saved_name
 from train.checkpoint.files import MANIFEST, open_manifest, sha256_of
 from train.checkpoint.hold import Hold
 from train.checkpoint.manager import Checkpoints
+from train.config.flat import flat_config
 from train.config.model_json import CONFIG_JSON, read_config_json
 from train.config.schema import RunConfig, Weights
 from train.errors import UserError
+from train.exchange.model_card import Provenance
 from train.exchange.model_source import check_values, meta_model
+from train.record.receipt import read_receipt
 from train.run_folder.folder import CHECKPOINTS, CONFIG, TOKENIZER, read_run
 from train.run_folder.origin import check_export
 from train.stages import resolve
 
 log = logging.getLogger(__name__)
+
+_TOLD = (
+    "optim.name", "optim.lr", "train.seq_len", "train.global_batch_tokens", "train.precision",
+    "quant.recipe", "seed",
+)  # fmt: skip
 
 
 class RunSource:
@@ -53,6 +61,7 @@ class RunSource:
         self._run: RunConfig | None = None
         self.origin = f"sha256 {sha256_of(self.path / MANIFEST)}, {weights.value} weights"
         self.config, self.quant = self._read_config(self._state)
+        self.provenance = self._provenance(weights)
         model = meta_model(self.config)
         self._meta = model.state_dict()
         parameters = {name for name, _ in model.named_parameters()}
@@ -89,6 +98,20 @@ class RunSource:
             where = "" if stored is None else f"{self._root / TOKENIZER}: "
             raise UserError(f"{where}{error}") from error
         return tokenizer
+
+    def _provenance(self, weights: Weights) -> Provenance:
+        if self._run is None:  # an imported model
+            return Provenance()
+        progress, values = self._state.get("progress", {}), flat_config(self._run)
+        return Provenance(
+            run=self._root.name,
+            step=progress.get("step", 0),
+            tokens=progress.get("tokens", 0),
+            val_loss=self._state.get("val_loss"),
+            weights=weights.value,
+            settings={key: values[key] for key in _TOLD},
+            receipt=read_receipt(self._root),
+        )
 
     def _folded(self, name: str) -> dict[str, Tensor]:
         assert self._held is not None

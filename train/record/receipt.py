@@ -18,8 +18,9 @@ from typing import Any
 import torch
 
 from train.checkpoint.files import replace_durably
-from train.errors import ROOT
+from train.errors import ROOT, UserError, one_line
 
+RECEIPT = "receipt.json"
 _PACKAGES = ("train", "model", "optim", "parallel", "quant", "data", "conf")
 _SOURCES = {".py", ".cpp", ".h"}
 _LIBRARIES = ("torch", "numpy", "hydra-core", "datasets", "tokenizers", "triton", "deepspeed")
@@ -85,6 +86,24 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write beside, then replace: a reader never sees half a file."""
     text = json.dumps(plain(content), indent=1, sort_keys=True, allow_nan=False)
     replace_durably(path, text + "\n")
+
+
+def read_receipt(folder: Path) -> dict[str, Any]:
+    """The receipt of a run's folder; empty where there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = folder / RECEIPT
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it holds no record")
+    return content
 
 
 def _git(root: Path, *arguments: str) -> str | None:

@@ -20,13 +20,13 @@ from train.preflight.precision import PrecisionChoice
 from train.record.continuation import continue_text
 from train.record.metrics import read_metrics
 from train.record.plots import draw_losses
-from train.record.receipt import config_hash, environment, plain, write_json
+from train.record.receipt import RECEIPT, config_hash, environment, plain, write_json
 from train.run_folder.folder import METRICS
 from train.run_folder.identity import RunIdentity
 
 log = logging.getLogger(__name__)
 
-CURVE, TEXT, RECEIPT, EVALUATION = "loss.png", "sample.txt", "receipt.json", "evaluation.json"
+CURVE, TEXT, EVALUATION = "loss.png", "sample.txt", "evaluation.json"
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class Watched:
         self.source, self.reads, self.stop_after = source, 0, stop_after
         self.config, self.quant = source.config, source.quant
         self.origin, self.shapes = source.origin, source.shapes
-        self.tokenizer = source.tokenizer
+        self.tokenizer, self.provenance = source.tokenizer, source.provenance
 
     def read(self, name):
         self.reads += 1

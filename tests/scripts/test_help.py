@@ -1,0 +1,83 @@
+"""What every command has in common when it is asked what it takes, and when nobody reads on."""
+
+import argparse
+import os
+import sys
+from importlib import import_module
+
+import pytest
+
+from scripts.__main__ import COMMANDS
+from scripts.__main__ import main as v4
+from scripts.bench import BENCHMARKS
+from scripts.cli.parser import CommandParser
+
+COMMANDS_OF_WORDS = {"pretrain", "bench"}  # take no options of their own
+PARSED = {n: m for n, m in {**COMMANDS, **BENCHMARKS}.items() if n not in COMMANDS_OF_WORDS}
+HELP = [["--help"], *([name, "--help"] for name in COMMANDS)]
+HELP += [["bench", name, "--help"] for name in BENCHMARKS]
+
+
+@pytest.fixture
+def parsers(monkeypatch):
+    """Every parser that is made meanwhile."""
+    made = []
+    before = argparse.ArgumentParser.__init__
+
+    def init(self, *args, **kwargs):
+        made.append(self)
+        before(self, *args, **kwargs)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "__init__", init)
+    return made
+
+
+def tells(parser, action):
+    """Whether the help of an option says its default."""
+    default = action.default
+    if default in (None, "", [], argparse.SUPPRESS) or default is False or action.required:
+        return True
+    several = isinstance(default, list | tuple)
+    shown = " ".join(map(str, default)) if several else str(default)
+    return bool(action.help) and shown in parser._get_formatter()._expand_help(action)
+
+
+@pytest.mark.parametrize("name", list(PARSED))
+def test_help_of_every_option_tells_its_default(name, parsers, capsys):
+    with pytest.raises(SystemExit):
+        import_module(PARSED[name]).main(["--help"])
+    assert "usage" in capsys.readouterr().out
+    parsers = [parser for parser in parsers if parser.description != "Hydra"]  # reads YAML there
+    assert parsers
+    for parser in parsers:
+        assert isinstance(parser, CommandParser), name
+        for action in parser._actions:
+            assert tells(parser, action), f"{name}: {action.option_strings or action.dest}"
+
+
+def ended_unread(words):
+    """Exit code and errors of ``v4 WORDS``, as a process whose reader has left (``| head -0``)."""
+    errors, into_errors = os.pipe()
+    child = os.fork()
+    if child == 0:
+        unread, out = os.pipe()
+        os.close(unread)
+        os.dup2(out, 1)
+        os.dup2(into_errors, 2)
+        sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "w") for n in (1, 2))
+        code = 99
+        try:
+            code = v4(words)
+            sys.stdout.flush()  # what the interpreter does at its end
+        except BaseException as error:
+            os.write(2, repr(error).encode())
+        os._exit(code)
+    os.close(into_errors)
+    with os.fdopen(errors) as file:
+        told = file.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), told
+
+
+@pytest.mark.parametrize("words", HELP, ids=" ".join)
+def test_nothing_is_said_where_nobody_reads(words):
+    assert ended_unread(words) == (1, "")
