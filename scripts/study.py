@@ -4,12 +4,14 @@
     python scripts/study.py study=muon_vs_adamw
     python scripts/study.py study=mhc_vs_plain steps=200 seeds=[1,2,3,4,5,6,7]
     python scripts/study.py study=attention --launcher joblib
+    python scripts/study.py study=attention --share 2/3 --also copied/from_one --time-limit 3600
 
 Every arm first gets its learning rate from a search on a seed of its own; then fresh seeds train
 each arm on the same data order. The same command goes on where it was stopped, finished runs are
-passed over (same config, same code), runs that studies share are trained once. The report lies in
-docs/studies/NAME, what it was made from in docs/studies/archives/NAME.tar.xz; runs are made below
-runs/studies. KEY=VALUE changes a key of conf/study/NAME.yaml (steps, seeds, search.fraction,
+passed over (same config, same code), runs that studies share are trained once. Several machines
+each take a --share; a run is known by its receipt, wherever it was made (--also). The report lies
+in docs/studies/NAME, what it was made from in docs/studies/archives/NAME.tar.xz; runs are made
+below runs/studies. KEY=VALUE changes a key of conf/study/NAME.yaml (steps, seeds, search.fraction,
 arms.NAME.lr, ...): see scripts/studies/config.py.
 
 Exit codes: 0 all runs are finished, 2 input that cannot be, 75 stopped and resumable, 1 otherwise.
@@ -20,12 +22,16 @@ from __future__ import annotations
 import argparse
 import fcntl
 import logging
+import math
+import re
 import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -35,10 +41,13 @@ if not __package__:  # run as a file
 from scripts.cli.command import command
 from scripts.cli.parser import CommandParser
 from scripts.studies.archive import archive_of, pack
-from scripts.studies.config import StudyConfig, load_study, study_names
-from scripts.studies.estimate import Estimate
+from scripts.studies.config import AGAIN, StudyConfig, load_study, study_names
+from scripts.studies.estimate import Cost, Estimate
 from scripts.studies.protocol import Protocol, Sweep, from_root
-from scripts.studies.report import write_study_report
+from scripts.studies.report import lead, write_study_report
+from scripts.studies.results import gather
+from scripts.studies.sequential import effect_found
+from scripts.studies.statistics import paired
 from scripts.studies.store import Store
 from train.errors import ROOT, ExitCode, UserError
 from train.record.receipt import source_hash
@@ -70,8 +79,17 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--any-code", action="store_true", help="also count runs of another code version"
     )
     parser.add_argument(
-        "--time-limit", type=float, default=0.0, help="start no batch after this many seconds"
-    )
+        "--time-limit", type=float, default=0.0,
+        help="start no run that by the estimate would end after this many seconds",
+    )  # fmt: skip
+    parser.add_argument(
+        "--also", type=Path, action="append", default=[],
+        help="runs or archives of other machines, copied here (may be repeated)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--share", default="1/1", metavar="I/N",
+        help="this machine takes the I-th of N shares: whole seeds, so that pairs stay together",
+    )  # fmt: skip
     return parser.parse_intermixed_args(argv)
 
 
@@ -83,7 +101,12 @@ def _study(words: Sequence[str]) -> tuple[str, StudyConfig]:
 
 
 def _run(name: str, study: StudyConfig, args: argparse.Namespace) -> int:
-    store = Store([args.out, args.archive / PACKED], None if args.any_code else source_hash())
+    for folder in args.also:
+        if not folder.exists():
+            raise UserError(f"--also {folder}: there is no such folder or archive")
+    folders = [args.out, args.archive / PACKED, *args.also]
+    parse_share(args.share)
+    store = Store(folders, None if args.any_code else source_hash())
     protocol = Protocol(study, store, Path(from_root(args.out)))
     print_plan(name, protocol)
     if args.dry_run:
@@ -98,16 +121,19 @@ def _run(name: str, study: StudyConfig, args: argparse.Namespace) -> int:
 
 def _run_all(protocol: Protocol, args: argparse.Namespace, lock: int, name: str) -> ExitCode:
     """Start batch after batch; after each there is a report of what is known."""
-    began = time.monotonic()
-    while (batch := next(protocol.batches(), None)) is not None:
-        if args.time_limit and time.monotonic() - began > args.time_limit:
-            print("the time limit is reached: the same command continues")
+    began, share = time.monotonic(), parse_share(args.share)
+    while (batch := first_of_share(protocol, share)) is not None:
+        left = args.time_limit - (time.monotonic() - began) if args.time_limit else math.inf
+        batch = fitting(batch, left, Estimate(protocol)) if args.time_limit else batch
+        if not batch.cells:
+            print("the next run would not end within the time limit: the same command continues")
             return ExitCode.resumable
         code = _start(protocol, batch, args.launcher, lock)
         protocol.store.scan()
         missing = sum(protocol.find(cell) is None for cell in batch.cells)
         pack(protocol, archive_of(name, args.archive / PACKED))
         write_study_report(name, protocol, args.archive)
+        print_progress(name, protocol)
         if code != ExitCode.finished:
             return code
         if missing:
@@ -115,23 +141,125 @@ def _run_all(protocol: Protocol, args: argparse.Namespace, lock: int, name: str)
                 f"{batch.title}: {missing} of {len(batch.cells)} runs left no receipt of this"
                 " config and code; was a source file changed meanwhile?"
             )
+    others = sum(len(batch.cells) for batch in protocol.batches())
+    if others:
+        print(f"this share is done; {others} runs of other shares are missing: give --also")
+        return ExitCode.resumable
     return ExitCode.finished
 
 
+def parse_share(text: str) -> tuple[int, int]:
+    """I and N of ``I/N``.
+
+    Raises:
+        UserError: it is not such a text, or I is not in 1 .. N.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    mine, shares = (int(part) for part in match.groups()) if match else (0, 0)
+    if not 1 <= mine <= shares:
+        raise UserError(f"--share {text} must be I/N with I in 1 .. N, as 1/2")
+    return mine, shares
+
+
+def first_of_share(protocol: Protocol, share: tuple[int, int]) -> Sweep | None:
+    """The next batch, cut to the runs of one share; None: nothing of it can start now.
+
+    A seed is one machine's in every arm, so that machines differ between pairs and not in them. Of
+    a search a hash of arm and learning rate says whose a run is.
+    """
+    mine, shares = share
+    seeds = protocol.study.seeds
+    for batch in protocol.batches():
+        cells = [
+            cell
+            for cell in batch.cells
+            if (
+                zlib.crc32(f"{cell.arm} {cell.lr!r}".encode())
+                if batch.swept == "optim.lr"
+                else seeds.index(cell.seed)
+            )
+            % shares
+            == mine - 1
+        ]
+        if cells:
+            return replace(batch, cells=tuple(cells))
+    return None
+
+
+def fitting(batch: Sweep, seconds: float, estimate: Estimate) -> Sweep:
+    """The first runs of a batch that end within a time, by the estimate; maybe none."""
+    kept, needed = [], 0.0
+    for cell in batch.cells:
+        needed += estimate.seconds(cell)
+        if needed > seconds:
+            break
+        kept.append(cell)
+    return replace(batch, cells=tuple(kept))
+
+
+def print_progress(name: str, protocol: Protocol) -> None:
+    """What the finished runs say so far, and what is left."""
+    done = sum(done for _, _, _, done in protocol.plan())
+    print(f"so far, {done} runs: {lead(gather(name, protocol))}")
+    print(cost_line(protocol, Estimate(protocol)), flush=True)
+
+
 def print_plan(name: str, protocol: Protocol) -> None:
-    """What is to run, what is finished, how long it may take."""
+    """What is to run, what is finished, what it costs, what it can find."""
     estimate = Estimate(protocol)
-    total = 0.0
     print(f"study {name}: {protocol.study.question}")
-    print(f"{'runs':<28}{'wanted':>7}{'finished':>9}{'steps':>7}{'minutes left':>14}")
+    head = ("wanted", "finished", "steps", "M tokens left", "minutes left")
+    print(f"{'runs':<28}{head[0]:>7}{head[1]:>9}{head[2]:>7}{head[3]:>15}{head[4]:>14}")
     for title, cell, wanted, done in protocol.plan():
-        seconds = (wanted - done) * estimate.seconds(cell)
-        total += seconds
-        print(f"{title:<28}{wanted:>7}{done:>9}{cell.steps:>7}{seconds / 60:>14.1f}")
-    print(f"about {total / 60:.0f} minutes in turn, {estimate.basis}; a search may grow")
+        cost = estimate.cost(cell, wanted - done)
+        print(
+            f"{title:<28}{wanted:>7}{done:>9}{cell.steps:>7}{cost.tokens / 1e6:>15.2f}"
+            f"{cost.seconds / 60:>14.1f}"
+        )
+    print(f"{cost_line(protocol, estimate)}, {estimate.basis}; a search may grow")
+    print(power_line(protocol))
     other = len(protocol.store.other_code)
     if other:
         print(f"{other} finished runs are of another code version (--any-code counts them)")
+
+
+def cost_line(protocol: Protocol, estimate: Estimate) -> str:
+    """Runs, tokens and hours that are left, in turn."""
+    least = _cost_text(estimate.left())
+    if not protocol.study.is_sequential:
+        return f"left: {least} in turn"
+    most = _cost_text(estimate.left(at_most=True))
+    return f"left to the next look: {least}; at most: {most}; in turn"
+
+
+def _cost_text(cost: Cost) -> str:
+    return f"{cost.runs} runs, {cost.tokens / 1e6:.2f} M tokens, {cost.seconds / 3600:.2f} hours"
+
+
+def power_line(protocol: Protocol) -> str:
+    """The error rate, and the smallest effect that the study is likely to find."""
+    study, asked = protocol.study, protocol.study.sequential
+    if not protocol.others:
+        return "A/A alone: there is no effect to find"
+    looks = study.looks if study.is_sequential else (len(study.seeds),)
+    # without looks each comparison is tested at the whole level; Holm's p stands beside it
+    arms = len(protocol.others) if study.is_sequential else 1
+    effect = effect_found(
+        looks, study.level, arms, asked.spending, asked.futility, study.again, asked.power
+    )
+    text = (
+        f"verdicts after {', '.join(map(str, looks))} seeds; equal arms get one in at most"
+        f" {study.level:.0%} of {'studies' if study.is_sequential else 'comparisons'}; an effect of"
+        f" {effect:.2f} sigmas of a pair is found with {asked.power:.0%} power"
+    )
+    losses, again = protocol.results(study.baseline), protocol.results(AGAIN) if study.again else {}
+    test = paired(
+        {seed: run.val_loss for seed, run in again.items()},
+        {seed: run.val_loss for seed, run in losses.items()}, study.level,
+    )  # fmt: skip
+    if test is None:
+        return text
+    return f"{text}: {effect * test.deviation:.4f} nats where pairs spread as the A/A pair's do"
 
 
 def _start(protocol: Protocol, batch: Sweep, launcher: str, lock: int) -> ExitCode:

@@ -74,6 +74,24 @@ class CatchUpConfig:
 
 
 @dataclass
+class SequentialConfig:
+    """Verdicts before all seeds are spent (``scripts/studies/sequential.py``).
+
+    Attributes:
+        looks: seeds after which open arms are judged, ascending; the last is all seeds. Empty: one
+            verdict, over all seeds.
+        spending: exponent; by n of N seeds ``level * (n / N) ** spending`` may be spent.
+        futility: an arm whose chance of a verdict from the seeds left is smaller is stopped.
+        power: for which the smallest effect is stated.
+    """
+
+    looks: list[int] = field(default_factory=list)
+    spending: float = 1.0
+    futility: float = 0.1
+    power: float = 0.8
+
+
+@dataclass
 class StudyConfig:
     """Everything that fixes a study.
 
@@ -89,6 +107,7 @@ class StudyConfig:
         catch_up: steps to another arm's loss.
         again: also run the baseline from other initial weights (A/A, the noise floor).
         level: of the two-sided test, a fraction.
+        sequential: verdicts before all seeds are spent.
     """
 
     question: str = ""
@@ -102,6 +121,7 @@ class StudyConfig:
     catch_up: CatchUpConfig = field(default_factory=CatchUpConfig)
     again: bool = True
     level: float = 0.05
+    sequential: SequentialConfig = field(default_factory=SequentialConfig)
 
     def validate(self) -> None:
         """Refuse what cannot give an answer.
@@ -109,7 +129,10 @@ class StudyConfig:
         Raises:
             UserError: names the keys and their values.
         """
-        for ok, message in (*self._basic_checks(), *self._arm_checks(), *self._catch_up_checks()):
+        for ok, message in (
+            *self._basic_checks(), *self._arm_checks(), *self._catch_up_checks(),
+            *self._sequential_checks(),
+        ):  # fmt: skip
             if not ok:
                 raise UserError(message)
 
@@ -175,6 +198,36 @@ class StudyConfig:
                 f"catch_up.fractions={ask.fractions} must ascend inside (0, 1)",
             ),
         ]
+
+    def _sequential_checks(self) -> list[tuple[bool, str]]:
+        asked, seeds = self.sequential, len(self.seeds)
+        looks = asked.looks
+        return [
+            (
+                not looks or (looks == sorted({*looks}) and looks[0] >= 2 and looks[-1] == seeds),
+                f"sequential.looks={looks} must ascend from 2 or more to the number of"
+                f" seeds={self.seeds}, which is {seeds}",
+            ),
+            (
+                0 < asked.spending <= 10,
+                f"sequential.spending={asked.spending} must lie in (0, 10]",
+            ),
+            (
+                0 <= asked.futility <= 0.5,
+                f"sequential.futility={asked.futility} must lie in [0, 0.5]",
+            ),
+            (0 < asked.power < 1, f"sequential.power={asked.power} must lie in (0, 1)"),
+        ]
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """Numbers of seeds at which verdicts may fall; one where the study is not sequential."""
+        return tuple(self.sequential.looks) or (len(self.seeds),)
+
+    @property
+    def is_sequential(self) -> bool:
+        """Whether arms may end before all seeds are spent."""
+        return bool(self.sequential.looks) and len(self.arms) > 1
 
     def grid(self, arm: str) -> list[float]:
         """First learning rates of an arm's search."""

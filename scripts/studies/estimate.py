@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 
 import torch
 
@@ -14,6 +15,20 @@ from train.preflight.matmul_rate import measured_matmul_rate
 
 START_SECONDS = 15.0  # imports, corpus, audit, evaluations
 _UNMEASURED_MFU = 0.2  # of a small model on a CPU
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What runs take: their number, trained tokens, seconds in turn."""
+
+    runs: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.runs + other.runs, self.tokens + other.tokens, self.seconds + other.seconds
+        )
 
 
 class Estimate:
@@ -30,6 +45,17 @@ class Estimate:
         self._protocol = protocol
         measured = [run for run in protocol.store.runs.values() if run.records]
         self._per_flop, self.basis = _seconds_per_flop(protocol, measured)
+
+    def cost(self, cell: Cell, runs: int) -> Cost:
+        """Of several runs such as one."""
+        run = self._protocol.config(cell)
+        tokens = 0 if run.train.eval_only else cell.steps * run.train.global_batch_tokens
+        return Cost(runs, runs * tokens, runs * self.seconds(cell))
+
+    def left(self, at_most: bool = False) -> Cost:
+        """What the study still takes: to its next look, or with all seeds of every open arm."""
+        plan = self._protocol.plan(at_most)
+        return sum((self.cost(cell, wanted - done) for _, cell, wanted, done in plan), Cost())
 
     def seconds(self, cell: Cell) -> float:
         """Wall-clock of one run."""

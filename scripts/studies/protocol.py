@@ -13,7 +13,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
+
 from scripts.studies.config import AGAIN, StudyConfig
+from scripts.studies.sequential import Design, Standing, design, take_look
 from scripts.studies.store import FinishedRun, Store, identity_of
 from train.config.command_line import compose_run
 from train.config.schema import Precision, RunConfig
@@ -71,6 +74,25 @@ class Choice:
     missing: tuple[float, ...] = ()
     best: float | None = None
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class ArmStanding:
+    """What is decided of an arm so far.
+
+    Attributes:
+        wanted: seeds it is to have by now.
+        judged: seeds of the last look that is complete; 0: none yet.
+        critical: |t| that was needed there.
+        sign: +1 above the baseline, -1 below, 0 no verdict.
+        end: why it gets no more seeds; empty while it is open.
+    """
+
+    wanted: int
+    judged: int = 0
+    critical: float = math.inf
+    sign: int = 0
+    end: str = ""
 
 
 def from_root(path: Path) -> str:
@@ -183,12 +205,76 @@ class Protocol:
             arm: its name, or :data:`AGAIN`.
             steps: of the runs; 0: the arm's own.
         """
+        steps = steps or self.steps_of(arm)
+        return self._found(arm, steps, self.seeds_by_now(arm, steps))
+
+    def seeds_by_now(self, arm: str, steps: int = 0) -> list[int]:
+        """Seeds that an arm is to have: all, or those up to the next look.
+
+        Args:
+            arm: its name, or :data:`AGAIN`.
+            steps: of the runs; 0: the arm's own.
+        """
+        wanted = dict(self._wanted_seeds())
+        return wanted.get((arm, steps or self.steps_of(arm)), list(self.study.seeds))
+
+    def _found(self, arm: str, steps: int, seeds: Sequence[int]) -> dict[int, FinishedRun]:
         rate = self.choice(arm).best
         if rate is None:
             return {}
-        cells = [Cell(arm, steps or self.steps_of(arm), rate, seed) for seed in self.study.seeds]
-        found = {cell.seed: self.find(cell) for cell in cells}
+        found = {seed: self.find(Cell(arm, steps, rate, seed)) for seed in seeds}
         return {seed: run for seed, run in found.items() if run is not None}
+
+    # ---- looks -------------------------------------------------------------------------------
+    @property
+    def others(self) -> list[str]:
+        """Arms that are compared with the baseline."""
+        return [name for name in self.study.arms if name != self.study.baseline]
+
+    @property
+    def bounds(self) -> Design:
+        """Looks and critical values."""
+        study, asked = self.study, self.study.sequential
+        return design(study.looks, study.level, len(self.others), asked.spending, asked.futility)
+
+    def standings(self) -> dict[str, ArmStanding]:
+        """Where the comparison of each arm stands, from the finished runs alone."""
+        study, bounds = self.study, self.bounds
+        standing = Standing.fresh(1, len(self.others))
+        for look, n in enumerate(bounds.looks):
+            if not standing.open_RA.any() or (found := self._losses(n, standing)) is None:
+                break
+            take_look(bounds, look, standing, *found)
+        done = int(standing.seeds_RA.max(initial=0))
+        coming = next((n for n in bounds.looks if n > done), len(study.seeds))
+        return {
+            arm: ArmStanding(
+                coming if standing.open_RA[0, i] else int(standing.seeds_RA[0, i]),
+                int(standing.seeds_RA[0, i]), float(standing.needed_RA[0, i]),
+                int(standing.sign_RA[0, i]), _end(standing, i, len(study.seeds)),
+            )
+            for i, arm in enumerate(self.others)
+        }  # fmt: skip
+
+    def _losses(self, n: int, standing: Standing) -> tuple[np.ndarray, np.ndarray | None] | None:
+        """Differences of the open arms and of the A/A pair on the first n seeds; None: not yet."""
+        study = self.study
+        seeds = study.seeds[:n]
+        wanted = [study.baseline, *([AGAIN] if study.again else [])]
+        wanted += [
+            arm for arm, is_open in zip(self.others, standing.open_RA[0], strict=True) if is_open
+        ]
+        losses: dict[str, np.ndarray] = {}
+        for arm in wanted:
+            runs = self._found(arm, self.steps_of(arm), seeds)
+            if len(runs) < n:
+                return None
+            losses[arm] = np.array([runs[seed].val_loss for seed in seeds])
+        base_N, nothing = losses[study.baseline], np.zeros(n)
+        with np.errstate(invalid="ignore"):
+            x_AN = np.stack([losses[a] - base_N if a in losses else nothing for a in self.others])
+            again_N = losses[AGAIN] - base_N if study.again else None
+        return x_AN[None], None if again_N is None else again_N[None]
 
     def _search_cell(self, arm: str, rate: float) -> Cell:
         steps = max(1, round(self.steps_of(arm) * self.study.search.fraction))
@@ -201,16 +287,36 @@ class Protocol:
             if cells:
                 yield Sweep(f"search, {arm}", cells, "optim.lr")
 
-    def _wanted(self) -> list[tuple[str, int]]:
-        """Arm and steps of everything that trains on the study's seeds, in order."""
-        study, ask = self.study, self.study.catch_up
-        wanted = [(arm, self.steps_of(arm)) for arm in self.trained_arms]
-        wanted += [(ask.arm, self.shortened(f)) for f in ask.fractions if ask.arm]
-        return wanted + ([(AGAIN, self.steps_of(AGAIN))] if study.again else [])
+    def _wanted_seeds(self, at_most: bool = False) -> list[tuple[tuple[str, int], list[int]]]:
+        """(arm, steps) of everything that has the study's seeds, in order, and which seeds by now.
 
-    def _evaluated(self) -> list[tuple[str, int]]:
-        """The same of arms that evaluate what others trained."""
-        return [(arm, self.steps_of(arm)) for arm in self.study.arms if self._evaluates(arm)]
+        Arms that evaluate what others trained come last.
+
+        Args:
+            at_most: what it would be if every open arm stayed open.
+        """
+        study, ask = self.study, self.study.catch_up
+        wanted = dict.fromkeys([*study.arms, AGAIN], len(study.seeds))
+        if study.is_sequential:
+            for arm, standing in self.standings().items():
+                ended = standing.end or not at_most
+                wanted[arm] = standing.wanted if ended else len(study.seeds)
+            for arm in self.others:  # what it evaluates must have been trained
+                source = study.arms[arm].evaluates
+                if source and source != study.baseline:
+                    wanted[source] = max(wanted[source], wanted[arm])
+            wanted[study.baseline] = max(wanted[arm] for arm in self.others)
+            wanted[AGAIN] = wanted[study.baseline]
+        found = [((arm, self.steps_of(arm)), wanted[arm]) for arm in self.trained_arms]
+        if study.again:
+            found.append(((AGAIN, self.steps_of(AGAIN)), wanted[AGAIN]))
+        if ask.arm:
+            both = min(wanted[ask.arm], wanted[ask.to])
+            found += [((ask.arm, self.shortened(f)), both) for f in ask.fractions]
+        found += [
+            ((arm, self.steps_of(arm)), wanted[arm]) for arm in study.arms if self._evaluates(arm)
+        ]
+        return [(key, study.seeds[:n]) for key, n in found]
 
     def finished(self) -> dict[Cell, FinishedRun]:
         """Every run that the study's answer rests on, the search's too."""
@@ -219,19 +325,20 @@ class Protocol:
             for arm in self.trained_arms
             for rate in self.choice(arm).tried
         ]
-        for arm, steps in [*self._wanted(), *self._evaluated()]:
+        for (arm, steps), seeds in self._wanted_seeds():
             rate = self.choice(arm).best
             if rate is not None:
-                cells += [Cell(arm, steps, rate, seed) for seed in self.results(arm, steps)]
+                cells += [Cell(arm, steps, rate, seed) for seed in seeds]
         found = {cell: self.find(cell) for cell in cells}
         return {cell: run for cell, run in found.items() if run is not None}
 
     def _seeds(self) -> Iterator[Sweep]:
-        study = self.study
-        for arm, steps in self._wanted():
+        for (arm, steps), seeds in self._wanted_seeds():
+            if self._evaluates(arm):
+                continue
             rate = self.choice(arm).best
             assert rate is not None
-            cells = [Cell(arm, steps, rate, seed) for seed in study.seeds]
+            cells = [Cell(arm, steps, rate, seed) for seed in seeds]
             cells = [cell for cell in cells if not self._is_done(cell)]
             if cells:
                 short = "" if steps == self.steps_of(arm) else f", {steps} steps"
@@ -248,10 +355,13 @@ class Protocol:
                 if self.find(cell) is None and source.has_weights:
                     yield Sweep(f"evaluation, {name}, seed {seed}", (cell,), "seed")
 
-    def plan(self) -> Iterator[tuple[str, Cell, int, int]]:
+    def plan(self, at_most: bool = False) -> Iterator[tuple[str, Cell, int, int]]:
         """Title, an example, how many runs are wanted and how many are finished, in order.
 
         What depends on a learning rate that is not chosen yet is shown at the grid's middle.
+
+        Args:
+            at_most: with all seeds of every open arm; otherwise up to the next look.
         """
         study = self.study
         for arm in self.trained_arms:
@@ -259,11 +369,11 @@ class Protocol:
             wanted = len(choice.tried) + len(choice.missing)
             example = self._search_cell(arm, grid[len(grid) // 2])
             yield f"search, {arm}", example, wanted, len(choice.tried)
-        for arm, steps in [*self._wanted(), *self._evaluated()]:
+        for (arm, steps), seeds in self._wanted_seeds(at_most):
             grid = study.grid(study.baseline if arm == AGAIN else arm)
             rate = self.choice(arm).best or grid[len(grid) // 2]
-            done = len(self.results(arm, steps))
-            yield f"seeds, {arm}", Cell(arm, steps, rate, study.seeds[0]), len(study.seeds), done
+            done = len(self._found(arm, steps, seeds))
+            yield f"seeds, {arm}", Cell(arm, steps, rate, study.seeds[0]), len(seeds), done
 
     def _is_done(self, cell: Cell) -> bool:
         """A run whose weights an arm still has to evaluate must have left them."""
@@ -343,3 +453,14 @@ class Protocol:
 
     def _evaluates(self, arm: str) -> bool:
         return arm != AGAIN and bool(self.study.arms[arm].evaluates)
+
+
+def _end(standing: Standing, arm: int, seeds: int) -> str:
+    """Why an arm of one study gets no more seeds."""
+    if standing.open_RA[0, arm]:
+        return ""
+    if standing.lost_RA[0, arm]:
+        return "a run diverged"
+    if standing.sign_RA[0, arm]:
+        return "verdict"
+    return "all seeds" if standing.seeds_RA[0, arm] == seeds else "hardly a verdict to come"

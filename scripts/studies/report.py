@@ -14,7 +14,7 @@ from typing import Any
 
 from scripts.studies.document import Picture, ReportDocument, Table
 from scripts.studies.plots import draw_catch_up, draw_curves, draw_differences, draw_search
-from scripts.studies.protocol import Protocol
+from scripts.studies.protocol import ArmStanding, Protocol
 from scripts.studies.results import ACTS, ArmResult, CatchUp, Comparison, StudyResults, gather
 from scripts.studies.statistics import Crossing, Finding, Paired, Spread, spread
 from train.record.receipt import plain, write_json
@@ -69,12 +69,26 @@ def _verdict(results: StudyResults, found: Comparison) -> str:
     if test is None:
         return f"{found.arm} against {base}: no runs to compare yet"
     effect = f"{_number(test.mean)} +- {test.half_width:.3f} nats, p {test.p:.2g}"
+    if found.standing is not None:
+        return _sequential_verdict(results, found, found.standing, test)
     if found.verdict is Finding.none:
         return f"{found.arm} against {base}: no verdict ({effect}{_waiting(results, test)})"
     text = f"{found.arm} has {_WORDS[found.verdict]} {base} ({effect}"
     if len(results.comparisons) > 1 and found.corrected_p >= results.study.level:
         text += f"; not after Holm's correction, p {found.corrected_p:.2g}"
     return text + ")"
+
+
+def _sequential_verdict(
+    results: StudyResults, found: Comparison, standing: ArmStanding, test: Paired
+) -> str:
+    base, seeds = results.study.baseline, len(results.study.seeds)
+    width = f" +- {test.half_width:.3f}" if standing.judged else ""
+    effect = f"{_number(test.mean)}{width} nats, {len(test.differences)} of {seeds} seeds"
+    if standing.sign:
+        return f"{found.arm} has {_WORDS[found.verdict]} {base} ({effect})"
+    said = f"no verdict, {standing.end}" if standing.end else "no verdict yet"
+    return f"{found.arm} against {base}: {said} ({effect})"
 
 
 def _waiting(results: StudyResults, test: Paired) -> str:
@@ -111,6 +125,20 @@ def _design(results: StudyResults) -> str:
         f" answer. Test: Student's t on paired differences, two-sided at {study.level:.0%}; a"
         " verdict also needs a mean difference above the noise floor of the A/A pair (the"
         f" baseline from other initial weights on the same data): {_floor(results)}."
+        f"{_looks(results)}"
+    )
+
+
+def _looks(results: StudyResults) -> str:
+    study = results.study
+    if not study.is_sequential:
+        return ""
+    return (
+        f" Open arms are judged after {_list(study.looks)} seeds by bounds on |t| under which equal"
+        f" arms get any verdict in at most {study.level:.0%} of studies, looks and arms together"
+        " (simulated; Holm's steps between arms). Intervals are those of these bounds. An arm ends"
+        " with its verdict, with a run that diverged, or when a verdict from the seeds left has a"
+        f" probability below {study.sequential.futility:.0%}."
     )
 
 
@@ -122,15 +150,19 @@ def _floor(results: StudyResults) -> str:
 
 def _comparisons(results: StudyResults) -> list[Table | Picture | str]:
     rows, level = [], results.study.level
+    sequential = results.study.is_sequential
     for found in results.comparisons:
         verdict = _WORDS.get(found.verdict, found.verdict.value).removesuffix(" than")
+        if found.standing is not None and not found.standing.sign:
+            verdict += f": {found.standing.end}" if found.standing.end else " yet"
         rows.append(_test_row(found.arm, found.test, verdict, found))
     if results.again_test is not None:
         verdict = "no verdict" if results.again_test.p >= level else "differs: beware"
         rows.append(_test_row("A/A", results.again_test, verdict, None))
     head = [
         "arm", f"minus {results.study.baseline} (nats)", f"{1 - level:.0%} interval", "sigma of a"
-        " pair", "p", "p (Holm)", "seeds", "parameters", "FLOPs", "verdict",
+        " pair", "p", "|t|, needed" if sequential else "p (Holm)", "seeds", "parameters", "FLOPs",
+        "verdict",
     ]  # fmt: skip
     blocks: list[Table | Picture | str] = [Table(head, rows)]
     if any(c.test for c in results.comparisons) or results.again_test is not None:
@@ -149,13 +181,22 @@ def _test_row(name: str, test: Paired | None, verdict: str, found: Comparison | 
     if test is None:
         values = ["", "", "", "", "", "0"]
     else:
-        corrected = f"{found.corrected_p:.2g}" if found is not None else ""
+        corrected = _corrected(found, test) if found is not None else ""
         values = [
             _number(test.mean), f"+- {test.half_width:.4f}", f"{test.deviation:.4f}",
             f"{test.p:.2g}", corrected, str(len(test.differences)),
         ]  # fmt: skip
     costs = ["1", "1"] if found is None else [f"{found.parameters:.3f}", f"{found.flops:.3f}"]
     return [name, *values, *costs, verdict]
+
+
+def _corrected(found: Comparison, test: Paired) -> str:
+    """What holds for the whole family: Holm's p, or |t| beside the bound of the last look."""
+    if found.standing is None:
+        return f"{found.corrected_p:.2g}"
+    error = test.deviation / math.sqrt(len(test.differences))
+    size = abs(test.mean) / error if error else math.inf
+    return f"{size:.2f}, {found.standing.critical:.2f}" if found.standing.judged else f"{size:.2f}"
 
 
 def _catch_up(results: StudyResults, found: CatchUp) -> list[Table | Picture | str]:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from model.flops import parameter_counts
 from scripts.studies.config import AGAIN, StudyConfig
 from scripts.studies.estimate import flops_per_token
-from scripts.studies.protocol import Choice, Protocol
+from scripts.studies.protocol import ArmStanding, Choice, Protocol
 from scripts.studies.statistics import (
     Crossing,
     Finding,
@@ -94,6 +94,8 @@ class Comparison:
         corrected_p: Holm's, over the study's comparisons.
         parameters: the arm's over the baseline's.
         flops: the same per token.
+        standing: what the looks decided; None where the study is not sequential. The half-width of
+            ``test`` is then that of the last look's bound, which allows for all looks and arms.
     """
 
     arm: str
@@ -102,6 +104,7 @@ class Comparison:
     corrected_p: float
     parameters: float
     flops: float
+    standing: ArmStanding | None = None
 
     @property
     def equal_cost(self) -> bool:
@@ -140,7 +143,8 @@ class StudyResults:
         floor: of the noise, nats; 0 where A/A was not run.
         catch_up: None where it is not asked or not there yet.
         search_steps: of a run of the search.
-        missing: runs still to do.
+        missing: runs still to do, of a sequential study up to the next look.
+        again_seeds: that the noise floor is to stand on by now.
     """
 
     name: str
@@ -153,6 +157,7 @@ class StudyResults:
     catch_up: CatchUp | None = None
     search_steps: int = 0
     missing: int = 0
+    again_seeds: int = 0
 
     @property
     def baseline(self) -> ArmResult:
@@ -163,7 +168,7 @@ class StudyResults:
     def again_is_complete(self) -> bool:
         """Whether the noise floor stands on all seeds; no verdict is given before."""
         test = self.again_test
-        return test is not None and len(test.differences) == len(self.study.seeds)
+        return test is not None and len(test.differences) == self.again_seeds
 
     @property
     def runs(self) -> list[FinishedRun]:
@@ -183,11 +188,12 @@ def gather(name: str, protocol: Protocol) -> StudyResults:
     arms = {arm: _arm(protocol, arm) for arm in names}
     again = _arm(protocol, AGAIN) if study.again else None
     results = StudyResults(name, study, arms, again, search_steps=protocol.search_steps)
+    results.again_seeds = len(protocol.seeds_by_now(AGAIN))
     _check_same_text(results.runs)
     base = results.baseline
     if again is not None:
         results.again_test = paired(again.losses, base.losses, study.level)
-    results.comparisons = _compare(results)
+    results.comparisons = _compare(results, protocol.standings() if study.is_sequential else {})
     if study.catch_up.arm:
         results.catch_up = _catch_up(protocol, arms)
     results.missing = sum(wanted - done for _, _, wanted, done in protocol.plan())
@@ -220,7 +226,7 @@ def _arm(protocol: Protocol, name: str) -> ArmResult:
     )  # fmt: skip
 
 
-def _compare(results: StudyResults) -> list[Comparison]:
+def _compare(results: StudyResults, standings: Mapping[str, ArmStanding]) -> list[Comparison]:
     study, base, again = results.study, results.baseline, results.again_test
     others = [arm for arm in results.arms.values() if arm is not base]
     tests = [paired(arm.losses, base.losses, study.level) for arm in others]
@@ -236,8 +242,14 @@ def _compare(results: StudyResults) -> list[Comparison]:
         complete = test is not None and len(test.differences) == len(study.seeds)
         complete = complete and (not study.again or results.again_is_complete)
         verdict = judge(test, study.level, floor) if test and complete else Finding.none
+        standing = standings.get(arm.name)
+        if standing is not None:
+            verdict = {-1: Finding.below, 0: Finding.none, 1: Finding.above}[standing.sign]
+            if test is not None and math.isfinite(standing.critical):
+                error = test.deviation / math.sqrt(len(test.differences))
+                test = replace(test, half_width=standing.critical * error)
         ratios = arm.parameters / base.parameters, arm.flops / base.flops
-        found.append(Comparison(arm.name, test, verdict, p, *ratios))
+        found.append(Comparison(arm.name, test, verdict, p, *ratios, standing))
     return found
 
 

@@ -220,7 +220,8 @@ class Store:
                 for path in sorted(folder.rglob(name)):
                     self._take(path.parent)
             if self._scan_archives:
-                for path in sorted(folder.rglob(f"*{ARCHIVED}")):
+                archives = [folder] if folder.is_file() else folder.rglob(f"*{ARCHIVED}")
+                for path in sorted(archives):
                     for run, files in read_archive(path).items():
                         if CONFIG in files:  # else: what says of the study itself
                             self._take(path / run, files)

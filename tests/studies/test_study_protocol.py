@@ -6,6 +6,7 @@ functions of the learning rate, so that the right choice is known.
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -260,5 +261,6 @@ def test_dry_run_prints_the_plan_and_runs_nothing(tmp_path, capsys):
     assert study.main([*words, "--archive", str(tmp_path / "docs"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "seeds, post_training" in printed
-    assert "minutes in turn" in printed
+    assert re.search(r"left: 14 runs, \d+\.\d+ M tokens, \d+\.\d+ hours in turn", printed)
+    assert re.search(r"an effect of \d+\.\d+ sigmas of a pair is found with 80% power", printed)
     assert not Path(tmp_path / "runs").exists()
