@@ -39,6 +39,14 @@ class OnBadLine(StrEnum):
     skip = "skip"  # left out, counted and told
 
 
+class LongDocuments(StrEnum):
+    """What becomes of a document that is longer than a row."""
+
+    split = "split"  # it fills several rows
+    truncate = "truncate"  # its first row is trained on, the rest is not
+    skip = "skip"  # it is not trained on
+
+
 @dataclass
 class SourceConfig:
     """One source of documents.
@@ -60,6 +68,10 @@ class SourceConfig:
         packages: of ``embedded``: ``stdlib`` or the names of installed packages.
         weight: share of the trained tokens, all sources together 1. None for all sources: every
             token once per epoch, each source by its size.
+        min_tokens: shorter documents are not trained on; 0 = all are.
+        long_tokens: from this many tokens on a document is long; 0 = none is (no stream's).
+        long_times: how often a long document comes in a pass; with weights the source's share
+            stays.
     """
 
     kind: SourceKind = SourceKind.embedded
@@ -73,6 +85,9 @@ class SourceConfig:
     streaming: bool = False
     packages: list[str] = field(default_factory=lambda: ["stdlib", "torch", "numpy"])
     weight: float | None = number(None, above=0, most=1)
+    min_tokens: int = number(0, least=0)
+    long_tokens: int = number(0, least=0)
+    long_times: int = number(1, least=1, most=1000)
 
 
 @dataclass
@@ -90,12 +105,19 @@ class FimConfig:
 class PackingConfig:
     """Packing of documents into rows.
 
+    A pool holds documents inside which rows are filled by best fit and shuffled: so many that
+    both hold.
+
     Attributes:
-        pool_documents: documents of a pool, inside which rows are filled by best fit and shuffled;
-            with weights parts of so many.
+        pool_documents: documents of a pool, at least; with weights parts of so many.
+        pool_rows: rows that the tokens of a pool fill, at least: one of 64 rows may stay almost
+            empty, so padding is below 2 %. 0 = only documents are counted, as before 2026-11-30.
+        long_documents: split, truncate or skip documents that are longer than a row.
     """
 
     pool_documents: int = number(256, least=1)
+    pool_rows: int = number(64, least=0)
+    long_documents: LongDocuments = LongDocuments.split
 
 
 @dataclass
@@ -200,9 +222,7 @@ class DataConfig:
             if "vocab_size" in out:
                 out["cache_dir"] = "neither texts nor a tokenizer are prepared"
         for name, source in self.sources.items():
-            for key, used_by in _SOURCE_KEYS.items():
-                if source.kind not in used_by:
-                    out[f"sources.{name}.{key}"] = f"data.sources.{name}.kind={source.kind.value}"
+            out |= _unused_of(name, source)
         return out
 
 
@@ -217,6 +237,22 @@ _SOURCE_KEYS: dict[str, set[SourceKind]] = {
     "revision": {SourceKind.hub},
     "packages": {SourceKind.embedded},
 }
+_OF_NO_STREAM = ("long_tokens", "long_times")  # a stream is read in its own order
+
+
+def _unused_of(name: str, source: SourceConfig) -> dict[str, str]:
+    """Keys of a source that act on nothing, and why."""
+    key, kind = f"data.sources.{name}", source.kind
+    out = {
+        f"sources.{name}.{unused}": f"{key}.kind={kind.value}"
+        for unused, used_by in _SOURCE_KEYS.items()
+        if kind not in used_by
+    }
+    if source.streaming:
+        out |= {f"sources.{name}.{unused}": f"{key}.streaming=true" for unused in _OF_NO_STREAM}
+    return out
+
+
 # These follow other keys or only say where and how fast work is done: no harm where there is none.
 _NO_WISH = {"vocab_size", "cache_dir", "workers"}
 
@@ -244,6 +280,9 @@ def _check_source(name: str, source: SourceConfig) -> None:
         raise ConfigError(f"{key}.path='' must be given for {key}.kind={kind}")
     if source.streaming and source.kind in (SourceKind.embedded, SourceKind.store):
         raise ConfigError(f"{key}.streaming=true cannot be with {key}.kind={kind}")
+    long = f"{key}.long_tokens={source.long_tokens} and {key}.long_times={source.long_times}"
+    if (source.long_tokens > 0) != (source.long_times > 1):
+        raise ConfigError(f"{long} belong together: give both or none")
     if not source.text_key:
         raise ConfigError(f"{key}.text_key='' must name a column for {key}.kind={kind}")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.batch import IGNORE, Batch, BatchCounts
-from data.packing import Row, Span
+from data.packing import NO_CUT, Cut, Row, Span
 
 
 class DocumentName(NamedTuple):
@@ -70,6 +70,7 @@ class GlobalBatch:
         target_bytes: bytes of text that the targets of the first depth stand for; validation only.
         read_tokens: tokens of each source that were read up to the end of this batch; training
             only.
+        cut: what became of documents longer than a row up to the end of this batch; training only.
     """
 
     counts: BatchCounts
@@ -77,6 +78,7 @@ class GlobalBatch:
     seq_len: int
     target_bytes: int = 0
     read_tokens: Mapping[str, int] = field(default_factory=dict)
+    cut: Cut = NO_CUT
 
     def source_shares(self) -> dict[str, float]:
         """Fractions of the tokens read so far; empty where there is one source."""

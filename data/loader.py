@@ -3,31 +3,34 @@
 Life of a token: a source gives documents, a store holds their ids (data/prepare.py), a pool draws
 documents (data/mixture.py), packing cuts and places them into rows (data/packing.py), the rows of a
 pool are shuffled by its key (data/position.py), and :meth:`Loader.plan` takes them in that order.
+A thread draws the pool that comes next (data/pools_ahead.py).
 
-The position is (epoch, pool, row), and where each weighted source stood before the pool. It depends
+The position is (epoch, pool, row), and where the sources stood before the pool. It depends
 neither on how many rows a step takes nor on ranks: every process plans the whole global batch and
 reads only its own rows from disk.
 """
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.config import DataConfig, SourceKind
+from data.config import DataConfig, LongDocuments, SourceKind
 from data.content import sources_content, tokenizer_content
 from data.errors import ConfigError
 from data.global_batch import DocumentName, GlobalBatch, PackedRow, Sample, count
 from data.mixture import Mixture, StoreSource
-from data.packing import Row
-from data.pool import Cursor, DocumentSource, Fim, Pool
-from data.position import Position, rows_of
+from data.packing import Cut
+from data.pool import Cursor, DocumentSource, Fim
+from data.pools_ahead import PoolsAhead
+from data.position import Position
 from data.prepare import cached_stores, open_store
 from data.sources import DocumentStream
 from data.stream import StreamSource
@@ -37,6 +40,7 @@ from data.tokenizer import Tokenizer
 from data.validation import ValidationSet
 
 VALIDATION_ROWS = 64  # rows of a validation batch
+log = logging.getLogger(__name__)
 
 
 class Loader:
@@ -50,6 +54,7 @@ class Loader:
         num_predict_depths: K, 1 + MTP depths.
         token_counts_V: int64 [V], occurrences of each id in the training text.
         streams: the streamed sources.
+        long: what becomes of documents longer than a row.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class Loader:
         num_predict_depths: int,
         token_counts_V: Tensor,
         streams: Sequence[StreamSource] = (),
+        long: LongDocuments = LongDocuments.split,
     ) -> None:
         self.mixture = mixture
         self.tokenizer = tokenizer
@@ -71,8 +77,9 @@ class Loader:
         self._validation = validation_set
         self._depths = num_predict_depths
         self._streams = list(streams)
-        self._pool: tuple[Any, Pool | None] | None = None
-        self._rows: tuple[Position, list[Row]] | None = None
+        self._long = long
+        self.cut = Cut()
+        self._pools = PoolsAhead(mixture, long, self._rewind)
         self._ahead: deque[tuple[GlobalBatch, dict[str, Any]]] = deque()
         self._taken: dict[str, Any] = {}  # state after the last batch taken, while some are ahead
 
@@ -116,15 +123,22 @@ class Loader:
 
     def _take(self, num_rows: int, seq_len: int) -> GlobalBatch:
         taken: list[PackedRow] = []
+        barren = 0  # passes that ended without a row since the last row
         while len(taken) < num_rows:
             position = self.position.at(seq_len)
-            pool = self._pool_at(position)
-            if pool is None:
-                self.position = position.next_epoch()
+            planned = self._pools.at(position)
+            if planned is None:
+                barren += 1
+                self._check_barren(barren, seq_len)
+                self.position = position.next_epoch(self.mixture.start)
                 continue
-            rows = self._rows_at(pool, position)
+            pool, rows, cut = planned
+            if position.row == 0:
+                self._count_cut(cut, seq_len)
             stop = min(len(rows), position.row + num_rows - len(taken))
             taken += [PackedRow(pool, spans) for spans in rows[position.row : stop]]
+            barren = 0 if rows else barren
+            self._pools.draw_ahead(position)
             behind = stop == len(rows)
             self.position = (
                 position.next_pool(pool.after) if behind else replace(position, row=stop)
@@ -133,8 +147,27 @@ class Loader:
             for span in spans:
                 self.read_tokens[pool.name(span.document).source] += span.length
         return GlobalBatch(
-            count(taken, self._depths), taken, seq_len, read_tokens=dict(self.read_tokens)
-        )
+            count(taken, self._depths), taken, seq_len,
+            read_tokens=dict(self.read_tokens), cut=self.cut,
+        )  # fmt: skip
+
+    def _count_cut(self, cut: Cut, seq_len: int) -> None:
+        """Add up what became of long documents; the first that loses tokens is told."""
+        if cut.tokens and not self.cut.tokens:
+            log.warning(
+                "data.packing.long_documents=%s: %d documents longer than a row of %d tokens lose"
+                " %d tokens; from here on long_documents and left_out_tokens in metrics.jsonl say"
+                " how many", self._long.value, cut.documents, seq_len, cut.tokens,
+            )  # fmt: skip
+        self.cut += cut
+
+    def _check_barren(self, passes: int, seq_len: int) -> None:
+        if passes > 1:
+            raise ConfigError(
+                f"data.packing.long_documents={self._long.value}: a whole pass over data.sources"
+                f" gives no row of {seq_len} tokens: every document is longer, or shorter than its"
+                " source's min_tokens"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The position; JSON values only."""
@@ -151,23 +184,37 @@ class Loader:
             "earlier": [list(pair) for pair in p.earlier],
             "cursors": [list(cursor) for cursor in p.cursors],
             "read_tokens": dict(self.read_tokens),
-            "streams": {s.name: s.state(draws.get(s.name)) for s in self._streams},
+            "cut": [self.cut.documents, self.cut.tokens],
+            "streams": {
+                s.name: s.state(draws[s.name], None if self.mixture.weighted else p.epoch)
+                for s in self._streams
+            },
         }
+
+    def _rewind(self, position: Position) -> None:
+        """Let streams be read from where a pool begins that was not the next one."""
+        draws = self.mixture.draws(position.cursors)
+        for source in self._streams:
+            epoch = None if self.mixture.weighted else position.epoch
+            source.seek(source.state(draws[source.name], epoch))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint stood; of the same data: train/run_folder/identity.py."""
-        if self.mixture.start and not state.get("cursors"):
+        cursors = tuple(Cursor(*map(int, cursor)) for cursor in state.get("cursors", ()))
+        if not cursors and self.mixture.weighted:
             raise ConfigError(
                 "data.sources: the checkpoint is of an older version, which mixed weighted sources"
                 " by documents: their order cannot go on"
             )
+        if not cursors:  # of code whose pools all held the same number of documents
+            cursors = (Cursor(int(state["pool"]) * self.mixture.pool_documents),)
         earlier = tuple((int(length), int(rows)) for length, rows in state["earlier"])
-        cursors = tuple(Cursor(*map(int, cursor)) for cursor in state.get("cursors", ()))
         place = {name: int(state[name]) for name in ("epoch", "pool", "row", "seq_len")}
         self.position = Position(**place, earlier=earlier, cursors=cursors)
         read = state.get("read_tokens", {})  # older checkpoints have none
         self.read_tokens = {name: int(read.get(name, 0)) for name in self.mixture.names}
-        self._pool = self._rows = None
+        self.cut = Cut(*map(int, state.get("cut", (0, 0))))
+        self._pools.forget()
         self._ahead.clear()
         for source in self._streams:
             source.seek(state["streams"][source.name])
@@ -220,18 +267,6 @@ class Loader:
             )
         return torch.nn.functional.pad(self.token_counts_V, (0, vocab_size - own))
 
-    def _pool_at(self, position: Position) -> Pool | None:
-        place = (position.epoch, position.pool, position.cursors, position.first_seq_len)
-        if self._pool is None or self._pool[0] != place:
-            self._pool = (place, self.mixture.pool(*place))
-        return self._pool[1]
-
-    def _rows_at(self, pool: Pool, position: Position) -> list[Row]:
-        start = replace(position, row=0)
-        if self._rows is None or self._rows[0] != start:
-            self._rows = (start, rows_of(pool, start))
-        return self._rows[1]
-
 
 def build_loader(
     cfg: DataConfig, tokenizer: Tokenizer, seed: int, num_predict_depths: int
@@ -254,14 +289,16 @@ def build_loader(
         )
     stores = _open_stores(cfg, tokenizer)
     streams = {
-        name: StreamSource(name, DocumentStream(name, s), tokenizer, cfg.validation, seed)
+        name: StreamSource(
+            name, DocumentStream(name, s), tokenizer, cfg.validation, seed, s.min_tokens
+        )
         for name, s in cfg.named_sources().items()
         if s.streaming
     }
     mixture = Mixture(
         _sources(cfg, stores, streams, seed),
         _weights(cfg),
-        cfg.packing.pool_documents,
+        cfg.packing,
         Fim(cfg.fim.rate, tokenizer.fim_ids),
         seed,
     )
@@ -273,6 +310,7 @@ def build_loader(
         num_predict_depths,
         torch.from_numpy(_token_counts(cfg, stores, streams)),
         list(streams.values()),
+        cfg.packing.long_documents,
     )
 
 
@@ -306,10 +344,13 @@ def _sources(
     """One for each weighted source; all stores as one where there are no weights."""
     names = list(cfg.named_sources())
     if _weights(cfg) is None and not streams:
-        return [StoreSource("all", {name: stores[name].train for name in names}, seed)]
+        parts = {name: stores[name].train for name in names}
+        return [StoreSource("all", parts, seed, cfg.named_sources())]
     return [
-        streams[name] if name in streams else StoreSource(name, {name: stores[name].train}, seed)
-        for name in names
+        streams[name]
+        if name in streams
+        else StoreSource(name, {name: stores[name].train}, seed, {name: source})
+        for name, source in cfg.named_sources().items()
     ]
 
 
@@ -350,7 +391,7 @@ def _manifest(
         "sources": sources_content(cfg, stores),
         "weights": {name: source.weight for name, source in cfg.named_sources().items()},
         "fim_rate": cfg.fim.rate,
-        "pool_documents": cfg.packing.pool_documents,
+        "packing": {**asdict(cfg.packing), "long_documents": cfg.packing.long_documents.value},
     }
 
 

@@ -1,13 +1,17 @@
 """Which documents a pool holds: sources, weights, epochs.
 
 A source counts its draws 0, 1, 2 ...; draw j is place ``j mod N`` of its pass ``j div N`` in that
-pass's own permutation. A pool takes the next draws.
+pass's own permutation. A pool takes the next draws: ``data.packing.pool_documents`` of them, and
+more until their tokens fill ``pool_rows`` rows.
 
-* No weights: all sources together are one long list, every document once per epoch. Pool p holds
-  places ``p*P .. p*P + P - 1`` of the epoch's permutation, the last pool fewer.
-* Weights: the sources take turns by tokens (data/shares.py) until parts of P documents stand in the
-  pool; the next pool goes on there, also inside a document. Each source passes through its own
-  epochs, so that the mixture has a single epoch without end.
+* No weights: all sources together are one long list, every document once per epoch. Pools hold the
+  next places of the epoch's permutation, the last pool what is left.
+* Weights: the sources take turns by tokens (data/shares.py) until the pool is full; the next pool
+  goes on there, also inside a document. Each source passes through its own epochs, so that the
+  mixture has a single epoch without end.
+
+Documents below a source's ``min_tokens`` have no place in a pass, those from ``long_tokens`` on
+have ``long_times`` places.
 
 A stream stands for itself in its own order: place j is its j-th document. Its first documents are
 its validation text and skipped; later documents that repeat them are left out of their pool.
@@ -19,11 +23,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from data.config import PackingConfig, SourceConfig
 from data.errors import ConfigError
 from data.global_batch import DocumentName
 from data.keyed import mix, permute
-from data.pool import Cursor, DocumentSource, Drawn, Fim, Pool, as_trained
-from data.shares import Turns
+from data.packing import kept_length
+from data.pool import Cursor, Document, DocumentSource, Drawn, Fim, Pool, as_trained
+from data.shares import CHUNK, Turns
 from data.token_store import StoredDocuments
 
 _ORDER, _FIM = 1, 2  # purposes of keys
@@ -36,14 +42,26 @@ class StoreSource:
         name: for messages.
         parts: source -> the training documents of its store, in a fixed order.
         seed: of the run.
+        sources: which documents of a store have how many places in a pass; none given: one each.
+
+    Raises:
+        ConfigError: a source has no document of its ``min_tokens``.
     """
 
-    def __init__(self, name: str, parts: Mapping[str, StoredDocuments], seed: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        parts: Mapping[str, StoredDocuments],
+        seed: int,
+        sources: Mapping[str, SourceConfig] | None = None,
+    ) -> None:
         self.name = name
         self._parts = list(parts.values())
         self.names: Sequence[str] = tuple(parts)
         self._ends = np.cumsum([len(part) for part in self._parts], dtype=np.int64)
-        self._count = int(self._ends[-1])
+        chosen = {name: (sources or {}).get(name, SourceConfig()) for name in parts}
+        self._places = _places(parts, chosen)
+        self._count = int(self._ends[-1]) if self._places is None else len(self._places)
         self._key = mix(seed, *name.encode())
 
     def draw(self, start: int, count: int) -> list[tuple[int, Drawn]]:
@@ -59,6 +77,8 @@ class StoreSource:
         if not len(places):
             return None
         index_N = permute(places, self._count, mix(self._key, _ORDER, epoch))
+        if self._places is not None:
+            index_N = self._places[index_N]
         part_N = np.searchsorted(self._ends, index_N, side="right")
         return [
             self._drawn(part, place - self._begin(part), epoch)
@@ -95,7 +115,7 @@ class Mixture:
         sources: what is drawn from.
         weights: shares of the tokens, one for each source; None for a single source, whose passes
             are the epochs.
-        pool_documents: documents of a pool.
+        packing: how large a pool is.
         fim: fill-in-the-middle.
         seed: of the run.
     """
@@ -104,20 +124,32 @@ class Mixture:
         self,
         sources: Sequence[DocumentSource],
         weights: Sequence[float] | None,
-        pool_documents: int,
+        packing: PackingConfig,
         fim: Fim,
         seed: int,
     ) -> None:
         self._sources = list(sources)
         self._fim = fim
         self._seed = seed
-        self._pool_documents = pool_documents
-        self._turns = None if weights is None else Turns(sources, weights, fim)
+        self._packing = packing
+        self._turns = (
+            None if weights is None else Turns(sources, weights, fim, packing.long_documents)
+        )
 
     @property
     def start(self) -> tuple[Cursor, ...]:
-        """Where the weighted sources stand before the first pool; empty without weights."""
-        return () if self._turns is None else tuple(Cursor() for _ in self._sources)
+        """Where the sources stand before the first pool: one cursor each, or one of the pass."""
+        return tuple(Cursor() for _ in self._sources)
+
+    @property
+    def pool_documents(self) -> int:
+        """Documents of a pool, at least."""
+        return self._packing.pool_documents
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the sources take turns by weights."""
+        return self._turns is not None
 
     @property
     def names(self) -> list[str]:
@@ -125,28 +157,42 @@ class Mixture:
         return [name for source in self._sources for name in source.names]
 
     def draws(self, cursors: tuple[Cursor, ...]) -> dict[str, int]:
-        """The next draw of every weighted source."""
+        """The next draw of every source; without weights the next place of the pass."""
         names = [source.name for source in self._sources]
-        return {name: cursor.draw for name, cursor in zip(names, cursors, strict=False)}
+        return {name: cursor.draw for name, cursor in zip(names, cursors, strict=True)}
 
     def pool(
-        self, epoch: int, number: int, cursors: tuple[Cursor, ...] = (), seq_len: int = 0
+        self, epoch: int, number: int, cursors: tuple[Cursor, ...], seq_len: int
     ) -> Pool | None:
         """A pool of an epoch; None after the last.
 
         Args:
             epoch: pass over the data.
             number: of the pool in the epoch.
-            cursors: where the weighted sources stand before it.
+            cursors: where the sources stand before it.
             seq_len: tokens of its first row: where weighted sources cut long documents.
         """
         key = mix(self._seed, epoch, number)
+        wanted, rows = self._packing.pool_documents, self._packing.pool_rows
         if self._turns is not None:
-            taken = self._turns.take(cursors, self._pool_documents, seq_len)
-            return Pool(taken.documents, self._fim.ids, key, taken.spans, taken.cursors)
-        (source,) = self._sources
-        drawn = source.draw_epoch(epoch, number * self._pool_documents, self._pool_documents)
-        return None if drawn is None else self._pool(drawn, key)
+            taken = self._turns.take(cursors, wanted, seq_len, rows)
+            return Pool(taken.documents, self._fim.ids, key, taken.spans, taken.cursors, taken.cut)
+        (source,), (place, *_) = self._sources, cursors[0]
+        documents: list[Document] = []
+        tokens = 0
+        while wanted or tokens < rows * seq_len:
+            count = wanted or CHUNK
+            drawn = source.draw_epoch(epoch, place, count)
+            if drawn is None:
+                break
+            some = as_trained(drawn, self._fim)
+            long = self._packing.long_documents
+            tokens += sum(kept_length(document.length, seq_len, long) for document in some)
+            documents += some
+            place, wanted = place + count, 0
+        if place == cursors[0].draw:
+            return None
+        return Pool(documents, self._fim.ids, key, after=(Cursor(place),))
 
     def document(self, name: DocumentName) -> Pool:
         """A pool of one document, as it was trained on in its pass.
@@ -156,8 +202,34 @@ class Mixture:
         """
         for source in self._sources:
             if name.source in source.names:
-                return self._pool([source.find(name)], 0)
+                return Pool(as_trained([source.find(name)], self._fim), self._fim.ids, 0)
         raise ConfigError(f"data.sources has no {name.source}")
 
-    def _pool(self, drawn: list[Drawn], key: int) -> Pool:
-        return Pool(as_trained(drawn, self._fim), self._fim.ids, key)
+
+def _places(
+    parts: Mapping[str, StoredDocuments], sources: Mapping[str, SourceConfig]
+) -> np.ndarray | None:
+    """Documents by place of a pass, int64; None: every document has one."""
+    asked = [(s.min_tokens, s.long_tokens, s.long_times) for s in sources.values()]
+    if all(some == (0, 0, 1) for some in asked):
+        return None
+    found, begin = [], 0
+    for name, part in parts.items():
+        source, index_N = sources[name], np.arange(len(part))
+        length_N = part.lengths(index_N)
+        times_N = (length_N >= source.min_tokens).astype(np.int64)
+        if source.long_tokens:
+            times_N[length_N >= source.long_tokens] *= source.long_times
+        if not times_N.any():
+            raise ConfigError(
+                f"data.sources.{name}.min_tokens={source.min_tokens}: no training document is so"
+                f" long, the longest has {length_N.max(initial=0)} tokens"
+            )
+        if source.long_tokens > length_N.max(initial=0):
+            raise ConfigError(
+                f"data.sources.{name}.long_tokens={source.long_tokens}: no training document is so"
+                f" long, the longest has {length_N.max(initial=0)} tokens"
+            )
+        found.append(np.repeat(begin + index_N, times_N))
+        begin += len(part)
+    return np.concatenate(found)

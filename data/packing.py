@@ -2,15 +2,19 @@
 
 A document longer than a row fills whole rows with its leading tokens; what is left of each document
 is placed, longest first, into the row with the least room that still holds it (reference C.4).
-Nothing is dropped: every token of a pool stands in exactly one row, and padding fills the rest. The
-result depends only on the lengths.
+Every token given stands in exactly one row, and padding fills the rest. The result depends only on
+the lengths. What else may become of a document longer than a row, :func:`keep` does beforehand and
+counts.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
+
+from data.config import LongDocuments
 
 
 class Span(NamedTuple):
@@ -29,9 +33,49 @@ class Span(NamedTuple):
 Row = tuple[Span, ...]
 
 
+@dataclass(frozen=True)
+class Cut:
+    """What ``data.packing.long_documents`` did, added up.
+
+    Attributes:
+        documents: documents, or parts of them, that were longer than a row.
+        tokens: of them that are not trained on.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+
+    def __add__(self, other: Cut) -> Cut:
+        """Both."""
+        return Cut(self.documents + other.documents, self.tokens + other.tokens)
+
+
 def whole_documents(lengths: Iterable[int]) -> list[Span]:
     """One span for each document."""
     return [Span(document, 0, length) for document, length in enumerate(lengths) if length]
+
+
+NO_CUT = Cut()
+
+
+def kept_length(length: int, seq_len: int, long: LongDocuments) -> int:
+    """Leading tokens of a document (or of a part of one) that are trained on in such rows."""
+    if length <= seq_len or long is LongDocuments.split:
+        return length
+    return seq_len if long is LongDocuments.truncate else 0
+
+
+def keep(spans: Sequence[Span], seq_len: int, long: LongDocuments) -> tuple[list[Span], Cut]:
+    """What of some spans is trained on in rows of a length, and what that did to long ones."""
+    kept: list[Span] = []
+    cut = Cut()
+    for span in spans:
+        length = kept_length(span.length, seq_len, long)
+        if span.length > seq_len:
+            cut += Cut(1, span.length - length)
+        if length:
+            kept.append(span._replace(stop=span.start + length))
+    return kept, cut
 
 
 def pack(spans: Sequence[Span], seq_len: int) -> list[Row]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from data.fim import EXTRA_TOKENS, FimCut, fim_cut, fim_tokens
 from data.global_batch import DocumentName
-from data.packing import Span, whole_documents
+from data.packing import NO_CUT, Cut, Span, whole_documents
 from data.token_store import TokenDocuments
 
 
@@ -53,10 +53,10 @@ class DocumentSource(Protocol):
 
 
 class Cursor(NamedTuple):
-    """Where a weighted source stands (data/shares.py).
+    """Where a weighted source stands (data/shares.py), or a pass over sources without weights.
 
     Attributes:
-        draw: number of its next document, or of the one that was begun.
+        draw: number of its next document, or of the one that was begun; of a pass the place.
         offset: tokens of that document that were given.
         tokens: given since the start of the run.
     """
@@ -116,12 +116,14 @@ class Pool:
         fim_ids: the tokenizer's ids for fill-in-the-middle.
         key: of the pool, for the order of its rows.
         spans: the parts that stand in this pool, disjoint; None: the whole documents.
-        after: where the weighted sources stand behind this pool.
+        after: where the sources stand behind this pool.
+        cut: what was left out of long documents when they were drawn.
 
     Attributes:
         lengths: tokens of the whole documents; int64.
         spans: the parts that stand in this pool.
         after: as given.
+        cut: as given.
     """
 
     def __init__(
@@ -131,9 +133,11 @@ class Pool:
         key: int,
         spans: list[Span] | None = None,
         after: tuple[Cursor, ...] = (),
+        cut: Cut = NO_CUT,
     ) -> None:
         self.key = key
         self.after = after
+        self.cut = cut
         self._documents = documents
         self._fim_ids = fim_ids
         self.lengths = np.array([d.length for d in documents], dtype=np.int64)

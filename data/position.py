@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from data.config import LongDocuments
 from data.keyed import mix, permute
-from data.packing import Row, pack, unread
+from data.packing import Cut, Row, keep, pack, unread
 from data.pool import Cursor, Pool
 
 
@@ -26,7 +27,7 @@ class Position:
         row: rows taken from the pool with ``seq_len``.
         seq_len: tokens of a row; 0 before the first.
         earlier: (tokens of a row, rows taken) before the row length changed inside this pool.
-        cursors: where the weighted sources stood before this pool.
+        cursors: where the sources stood before this pool: each weighted one, or the one pass.
     """
 
     epoch: int = 0
@@ -52,17 +53,29 @@ class Position:
         """The start of the pool that follows in this epoch."""
         return Position(self.epoch, self.pool + 1, 0, self.seq_len, (), cursors)
 
-    def next_epoch(self) -> Position:
+    def next_epoch(self, cursors: tuple[Cursor, ...]) -> Position:
         """The start of the next pass."""
-        return Position(self.epoch + 1, 0, 0, self.seq_len, (), self.cursors)
+        return Position(self.epoch + 1, 0, 0, self.seq_len, (), cursors)
 
 
-def rows_of(pool: Pool, position: Position) -> list[Row]:
-    """The rows of a pool at a position's row length, those taken earlier left out."""
+def rows_of(pool: Pool, position: Position, long: LongDocuments) -> tuple[list[Row], Cut]:
+    """The rows of a pool at a position's row length, those taken earlier left out.
+
+    Args:
+        pool: the documents.
+        position: in this pool.
+        long: what becomes of documents longer than a row.
+
+    Returns:
+        The rows, and what this row length (not an earlier one) did to long documents.
+    """
     spans = pool.spans
     for number, (seq_len, taken) in enumerate(position.earlier):
-        spans = unread(_shuffled(pack(spans, seq_len), mix(pool.key, number))[taken:])
-    return _shuffled(pack(spans, position.seq_len), mix(pool.key, len(position.earlier)))
+        kept, _ = keep(spans, seq_len, long)
+        spans = unread(_shuffled(pack(kept, seq_len), mix(pool.key, number))[taken:])
+    kept, cut = keep(spans, position.seq_len, long)
+    rows = _shuffled(pack(kept, position.seq_len), mix(pool.key, len(position.earlier)))
+    return rows, cut if position.earlier else cut + pool.cut
 
 
 def _shuffled(rows: list[Row], key: int) -> list[Row]:

@@ -53,6 +53,7 @@ class StreamSource:
         tokenizer: makes the ids.
         validation: ``data.validation``.
         seed: of the run, for fill-in-the-middle.
+        min_tokens: shorter documents are left out.
     """
 
     def __init__(
@@ -62,13 +63,16 @@ class StreamSource:
         tokenizer: Tokenizer,
         validation: ValidationConfig,
         seed: int,
+        min_tokens: int = 0,
     ) -> None:
         self.name = name
+        self._min_tokens = min_tokens
         self.names: Sequence[str] = (name,)
         self._stream = stream
         self._encoder = PieceEncoder(tokenizer)
         self._read_count = 0
-        self._draws: deque[tuple[int, Any]] = deque()  # first documents of draws, states before
+        # (pass, place) of the first documents of draws, states before
+        self._draws: deque[tuple[tuple[int, int], Any]] = deque()
         self._key = mix(seed, *name.encode())
         reserved = reserved_documents(stream, validation.bytes)
         self._first = len(reserved)
@@ -85,23 +89,25 @@ class StreamSource:
 
     def draw(self, start: int, count: int) -> list[tuple[int, Drawn]]:
         """Draws of passes one after the other; the length of a pass is known once it was read."""
+        begin = start
         while True:
             epoch, place = self._locate(start)
-            before = self._stream.state()
             drawn = self.draw_epoch(epoch, place, count)
             if drawn is None:
+                self._check_barren(begin, start)
                 continue  # the pass ended here: now its length is known
             if drawn:
-                self._draws.append((start, before))
                 first = start - place - self._first
                 return [(first + document.name.document, document) for document in drawn]
             start += self._read_count
+            self._check_barren(begin, start)
 
     def draw_epoch(self, epoch: int, start: int, count: int) -> list[Drawn] | None:
         """The next documents of a pass, without those that repeat validation text."""
-        self._resume = self._stream.state()
+        self._draws.append(((epoch, start), self._stream.state()))
         places: list[int] = []
-        ids = list(self._encode(self._stream.each(self._first + start, count), places))
+        texts = self._stream.each(self._first + start, count)
+        ids = list(self._encode(texts, places, self._min_tokens))
         if not self._read_count:
             return None
         documents = ListDocuments(ids)
@@ -128,14 +134,17 @@ class StreamSource:
             " no text there or repeats validation text"
         )
 
-    def state(self, draw: int | None = None) -> list[Any]:
-        """Where the last draw began, or the one that read document ``draw``, for :meth:`seek`.
+    def state(self, draw: int, epoch: int | None = None) -> list[Any]:
+        """Where the draw began that read a document, for :meth:`seek`.
 
-        What was read before is not asked for again.
+        What was read before is not asked for again. A thread may be drawing meanwhile.
+
+        Args:
+            draw: number of the document among all draws or, given a pass, its place there.
+            epoch: the pass.
         """
-        if draw is None:
-            return list(self._resume)
-        while len(self._draws) > 1 and self._draws[1][0] <= draw:
+        asked = self._locate(draw) if epoch is None else (epoch, draw)
+        while len(self._draws) > 1 and self._draws[1][0] <= asked:
             self._draws.popleft()
         return list(self._draws[0][1]) if self._draws else list(self._resume)
 
@@ -144,6 +153,15 @@ class StreamSource:
         self._draws.clear()
         self._resume = (int(state[0]), state[1])
         self._stream.seek(*self._resume)
+
+    def _check_barren(self, begin: int, start: int) -> None:
+        """Refuse a stream of which a whole pass gave nothing."""
+        length = self._stream.length
+        if length is not None and start - begin > length - self._first:
+            raise ConfigError(
+                f"data.sources.{self.name}.min_tokens={self._min_tokens}: no document of the stream"
+                " is so long, or none is left of those that repeat no validation text"
+            )
 
     def _locate(self, start: int) -> tuple[int, int]:
         if self._stream.length is None:
@@ -158,18 +176,25 @@ class StreamSource:
             self.token_counts += np.bincount(id_T, minlength=vocab_size)
             self._sampled += 1
 
-    def _encode(self, texts: Iterable[str], places: list[int]) -> Iterator[np.ndarray]:
-        """Ids of the documents that have text and repeat no validation document.
+    def _encode(
+        self, texts: Iterable[str], places: list[int], min_tokens: int = 0
+    ) -> Iterator[np.ndarray]:
+        """Ids of the documents that have text, are long enough and repeat no validation document.
 
         Their places among the texts go to ``places``, the count of texts to ``_read_count``.
         """
+        read: deque[int] = deque()
 
         def kept() -> Iterator[str]:
             for place, text in enumerate(texts):
                 self._read_count = place + 1
                 if text.strip() and self._counter.repeats(text) <= self._max_overlap:
-                    places.append(place)
+                    read.append(place)
                     yield text
 
         self._read_count = 0
-        return self._encoder.documents(kept())
+        for id_T in self._encoder.documents(kept()):
+            place = read.popleft()
+            if len(id_T) >= min_tokens:
+                places.append(place)
+                yield id_T

@@ -9,6 +9,7 @@ from data.keyed import mix
 from data.loader import build_loader
 from data.stream import ListDocuments
 from data.tokenizer import ByteTokenizer, train_bpe
+from tests.data.pools import pools_of
 
 pytestmark = pytest.mark.core
 
@@ -55,7 +56,7 @@ def num_fim(pool):
 
 def test_fim_documents_change_with_the_epoch_not_with_the_call(make_loader):
     loader = make_loader(fim=0.5)
-    first, again, later = (loader.mixture.pool(e, 0) for e in (0, 0, 1))
+    first, again, later = (loader.mixture.pool(e, 0, loader.mixture.start, 256) for e in (0, 0, 1))
     assert num_fim(first) == num_fim(again) > 0
     assert first.lengths.tolist() == again.lengths.tolist()
     assert first.lengths.tolist() != later.lengths.tolist()
@@ -65,16 +66,14 @@ def test_fim_takes_other_documents_in_another_epoch(make_loader):
     mixture = make_loader(fim=0.5).mixture
     taken = [set(), set()]
     for epoch, found in enumerate(taken):
-        number = 0
-        while (pool := mixture.pool(epoch, number)) is not None:
+        for pool in pools_of(mixture, epoch):
             found.update(d.drawn.index for d in pool._documents if d.cut is not None)
-            number += 1
     assert taken[0]
     assert taken[0] != taken[1]
 
 
 def test_fim_changes_no_document_that_it_does_not_take(make_loader):
-    plain, some = make_loader(fim=0.0).mixture.pool(0, 0), make_loader(fim=0.4).mixture.pool(0, 0)
+    plain, some = (next(pools_of(make_loader(fim=rate).mixture)) for rate in (0.0, 0.4))
     same = plain.lengths == some.lengths
     assert 0 < num_fim(some) < len(same)
     assert same.sum() == len(same) - num_fim(some)

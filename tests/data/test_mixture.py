@@ -9,6 +9,7 @@ from data.config import SourceConfig
 from data.global_batch import Sample
 from data.loader import build_loader
 from data.prepare import build_tokenizer
+from tests.data.pools import pools_of
 
 pytestmark = pytest.mark.core
 
@@ -79,10 +80,8 @@ def test_without_weights_every_document_comes_once(two_sources):
     loader = build_loader(two_sources, build_tokenizer(two_sources), 0, 1)
     (source,) = loader.mixture._sources
     drawn = []
-    number = 0
-    while (pool := loader.mixture.pool(0, number)) is not None:
+    for pool in pools_of(loader.mixture):
         drawn += [(id(d.drawn.documents), d.drawn.index) for d in pool._documents]
-        number += 1
     assert len(set(drawn)) == len(drawn) == sum(len(part) for part in source._parts)
     assert len(source._parts) == 2
 

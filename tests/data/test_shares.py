@@ -56,7 +56,7 @@ def test_every_source_stays_within_the_bound(seed):
     for number in range(60):
         seq_len = 32 if number < 40 else 100
         longest = [min(seq_len, max(some)) for some in lengths]
-        documents, spans, cursors = pick.take(cursors, 7, seq_len)
+        documents, spans, cursors, _ = pick.take(cursors, 7, seq_len)
         assert 1 <= len(documents) <= 7
         for document, span in zip(documents, spans, strict=True):
             given[int(document.drawn.name[0])] += span.length
@@ -83,7 +83,7 @@ def test_pieces_come_in_the_order_of_their_marks_whatever_the_pools(seed):
     for num_documents in (1, 5, 64):
         pick, cursors, found = turns(lengths, weights), tuple(Cursor() for _ in weights), []
         while len(found) < len(expected):
-            documents, spans, cursors = pick.take(cursors, num_documents, 32)
+            documents, spans, cursors, _ = pick.take(cursors, num_documents, 32)
             here = []
             for document, span in zip(documents, spans, strict=True):
                 source, number, _ = document.drawn.name
@@ -173,7 +173,7 @@ def test_resume_is_exact_and_independent_of_rows_per_step(
     leaflets_and_tweets, lengths, streaming, fim
 ):
     cfg = config(leaflets_and_tweets, streaming, books=0.3, tweets=0.7)
-    cfg.fim.rate, cfg.packing.pool_documents = fim, 24
+    cfg.fim.rate, cfg.packing.pool_documents, cfg.packing.pool_rows = fim, 24, 4
 
     def make():
         return build_loader(cfg, build_tokenizer(cfg), 0, 2)
@@ -199,6 +199,7 @@ def test_resume_is_exact_and_independent_of_rows_per_step(
 
 def test_every_token_of_a_pass_stands_in_one_row(leaflets_and_tweets):
     cfg = config(leaflets_and_tweets, books=0.9, tweets=0.1)
+    cfg.packing.pool_rows = 0  # so that a pass ends soon
     loader = build_loader(cfg, build_tokenizer(cfg), 0, 1)
     spans = {}
     for seq_len in itertools.chain([100] * 30, [5000] * 2, [300] * 60):

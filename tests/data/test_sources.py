@@ -15,6 +15,7 @@ from data.config import ValidationConfig as Validation
 from data.loader import build_loader
 from data.prepare import build_tokenizer, cached_stores
 from data.sources import DocumentStream, fingerprint, open_documents
+from tests.data.pools import pools_of
 
 TEXTS = [f"document {i} \u00e9 " + " ".join(f"w{i}x{j}" for j in range(3 + i)) for i in range(30)]
 
@@ -85,7 +86,7 @@ def config_of(cache: Path, **sources: SourceConfig) -> DataConfig:
         tokenizer="byte",
         cache_dir=str(cache),
         sources=sources,
-        packing=PackingConfig(pool_documents=6),
+        packing=PackingConfig(pool_documents=6, pool_rows=4),
         validation=Validation(bytes=300, max_overlap=0.5),
     )
 
@@ -94,13 +95,14 @@ def test_a_streamed_epoch_holds_every_document_once_in_order(files, data_cache):
     cfg = config_of(data_cache, s=source_of(files, "jsonl", streaming=True))
     cfg.validate()
     loader = build_loader(cfg, build_tokenizer(cfg), 0, 1)
-    read = [documents_of(loader.mixture.pool(0, number)) for number in range(6)]
+    pools = list(pools_of(loader.mixture))
+    assert len(pools) > 3
+    read = [documents_of(pool) for pool in pools]
     trained = list(chain(*read))
     held = TEXTS[: len(TEXTS) - len(trained)]
     assert trained == TEXTS[len(held) :]
     assert loader.validation_bytes(64) == b"".join(text.encode()[1:] for text in held)
-    assert loader.mixture.pool(0, 5) is None
-    assert documents_of(loader.mixture.pool(1, 0)) == read[0]
+    assert documents_of(next(pools_of(loader.mixture, 1))) == read[0]
 
 
 def test_a_streamed_document_is_found_again_by_its_place(files, data_cache):
@@ -115,8 +117,6 @@ def test_a_streamed_document_is_found_again_by_its_place(files, data_cache):
 
 
 def documents_of(pool) -> list[str]:
-    if pool is None:
-        return []
     texts = [pool.tokens(d, 0, int(n)) for d, n in enumerate(pool.lengths)]
     assert all(tokens[-1] == 256 for tokens in texts)
     return [bytes(tokens[:-1].tolist()).decode() for tokens in texts]
@@ -129,7 +129,7 @@ def test_a_streamed_copy_of_validation_text_is_not_trained_on(tmp_path, data_cac
     cfg = config_of(data_cache, s=source)
     loader = build_loader(cfg, build_tokenizer(cfg), 0, 1)
     assert TEXTS[20].encode()[1:] in loader.validation_bytes(1000)
-    trained = list(chain(*(documents_of(loader.mixture.pool(0, n)) for n in range(5))))
+    trained = list(chain(*map(documents_of, pools_of(loader.mixture))))
     assert "start " + TEXTS[20] not in trained
     assert set(TEXTS[:10]) <= set(trained)
 

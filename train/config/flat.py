@@ -19,6 +19,10 @@ _PLACES = {"until_tokens", "global_batch_tokens", "ramp_from_tokens", "ramp_toke
 _DEFAULTED = ("seq_len", "global_batch_tokens", "micro_batch_size", "indexer_phase")
 
 
+# What older code did where it had no such key: not what the default is today.
+_BEFORE_THE_KEY = {"data.packing.pool_rows": 0}
+
+
 class _Missing:
     """Stands for the value of a key that one side does not have."""
 
@@ -46,15 +50,16 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
 def pairs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Every key with both values, in the order of ``now``.
 
-    A key that one of them lacks has its default; so has one that is newer than the record. The
-    value now of one that no config has any more is :data:`GONE`.
+    A key that one of them lacks has its default; so has one that is newer than the record, unless
+    older code did something else. The value now of one that no config has any more is :data:`GONE`.
     """
     for key in dict.fromkeys([*now, *before]):
         default = _schema().get(_pattern(key), ABSENT)
         if key not in now and default is ABSENT and not _known(key):
             yield key, before[key], GONE
         else:
-            yield key, before.get(key, default), now.get(key, default)
+            older = _BEFORE_THE_KEY.get(key, default)
+            yield key, before.get(key, older), now.get(key, default)
 
 
 def still_to_come(

@@ -70,6 +70,8 @@ METRICS = (
     Metric("anticipated", "1 where earlier weights chose the experts", Reduction.same),
     Metric("documents", "document pieces of the step", Reduction.same),
     Metric("padding", "fraction of the step's positions", Reduction.same),
+    Metric("long_documents", "documents longer than their rows, since the start", Reduction.same),
+    Metric("left_out_tokens", "tokens of them that are not trained on", Reduction.same),
     Metric("share.*", "fraction of the tokens read so far, per source", Reduction.same),
     Metric(
         "expert_load_cv", "deviation / mean of tokens per expert, mean over layers", Reduction.same

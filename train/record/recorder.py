@@ -136,6 +136,8 @@ class Recorder:
             "rollbacks": recovery.rollbacks,
             "documents": rows.counts.documents,
             "padding": 1 - rows.counts.tokens / step.batch_tokens,
+            "long_documents": rows.cut.documents,
+            "left_out_tokens": rows.cut.tokens,
             **{f"share.{name}": share for name, share in rows.source_shares().items()},
             **load_values(shares.expert_load),
             **monitor_values({**shares.monitors, **quantisation}),

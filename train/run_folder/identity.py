@@ -99,6 +99,8 @@ TABLE = tuple(UseRule(*row) for row in (
     ("data.tokenizer",               ANY, ANY, ANY, ANY, _NO),
     ("data.vocab_size",              ANY, ANY, ANY, ANY, _NO),
     ("data.sources.*.weight",        _NO, ANY, ANY, ANY, _NO),
+    ("data.sources.*.min_tokens",    _NO, ANY, ANY, ANY, _NO),
+    ("data.sources.*.long_t*",       _NO, ANY, ANY, ANY, _NO),
     ("data.sources.*",               ANY, ANY, ANY, ANY, _NO),
     ("data.validation.seed",         SAY, ANY, ANY, ANY, _NO),  # order of the evaluated rows
     ("data.validation.*",            ANY, ANY, ANY, ANY, _NO),

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from data.config import OnBadLine, SourceConfig, SourceKind, TextUnit
+from data.config import LongDocuments, OnBadLine, SourceConfig, SourceKind, TextUnit
 from data.sources import open_documents
 from model.config import Attention, IndexerPhase, Kernels, LayerKind, Residual, Router
 from optim.config import (
@@ -181,7 +181,14 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "data.sources.weight": row(0.5, "weights sum to 0.5"),
     "data.workers": row(2, workers),
     "data.fim.rate": row(1.0, data),
-    "data.packing.pool_documents": row(2, data),
+    "data.sources.min_tokens": row(40, data),
+    "data.sources.long_tokens": row(
+        30, data, data__sources__t__long_times=3, data__sources__t__long_tokens=50),
+    "data.sources.long_times": row(
+        2, data, data__sources__t__long_times=3, data__sources__t__long_tokens=50),
+    "data.packing.pool_documents": row(2, data, data__packing__pool_rows=0),
+    "data.packing.pool_rows": row(1, data, data__packing__pool_documents=1),
+    "data.packing.long_documents": row(LongDocuments.truncate, data),
     "data.validation.bytes": row(900, data),
     "data.validation.max_fraction": row(0.05, data, data__validation__bytes=2000),
     "data.validation.seed": row(1, data, **HELD_OUT),
