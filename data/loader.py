@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from data.config import DataConfig, LongDocuments, SourceKind
 from data.content import sources_content, tokenizer_content
+from data.epochs import most_epochs, uses
 from data.errors import ConfigError
 from data.global_batch import DocumentName, GlobalBatch, PackedRow, Sample, count
-from data.mixture import Mixture, StoreSource
+from data.mixture import Mixture, StoreSource, pass_tokens
 from data.packing import Cut
 from data.pool import Cursor, DocumentSource, Fim
 from data.pools_ahead import PoolsAhead
@@ -55,6 +56,8 @@ class Loader:
         token_counts_V: int64 [V], occurrences of each id in the training text.
         streams: the streamed sources.
         long: what becomes of documents longer than a row.
+        source_tokens: training tokens of a pass over each source; None of a stream.
+        weights: shares of the sources; empty: one list of all.
     """
 
     def __init__(
@@ -67,7 +70,11 @@ class Loader:
         token_counts_V: Tensor,
         streams: Sequence[StreamSource] = (),
         long: LongDocuments = LongDocuments.split,
+        source_tokens: Mapping[str, int | None] | None = None,
+        weights: Mapping[str, float] | None = None,
     ) -> None:
+        self.source_tokens = dict(source_tokens or {})
+        self.weights = dict(weights or {})
         self.mixture = mixture
         self.tokenizer = tokenizer
         self.manifest = manifest
@@ -198,6 +205,14 @@ class Loader:
             epoch = None if self.mixture.weighted else position.epoch
             source.seek(source.state(draws[source.name], epoch))
 
+    def epochs(self, read_tokens: Mapping[str, int]) -> float | None:
+        """Passes over the source passed over most often; None where no source's length is known.
+
+        Args:
+            read_tokens: of each source, as a batch tells them.
+        """
+        return most_epochs(uses(self.source_tokens, self.weights, read_tokens))
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where a checkpoint stood; of the same data: train/run_folder/identity.py."""
         cursors = tuple(Cursor(*map(int, cursor)) for cursor in state.get("cursors", ()))
@@ -297,7 +312,7 @@ def build_loader(
     }
     mixture = Mixture(
         _sources(cfg, stores, streams, seed),
-        _weights(cfg),
+        weights_of(cfg),
         cfg.packing,
         Fim(cfg.fim.rate, tokenizer.fim_ids),
         seed,
@@ -311,6 +326,11 @@ def build_loader(
         torch.from_numpy(_token_counts(cfg, stores, streams)),
         list(streams.values()),
         cfg.packing.long_documents,
+        {
+            name: pass_tokens(stores[name].train, source) if name in stores else None
+            for name, source in cfg.named_sources().items()
+        },
+        dict(zip(cfg.named_sources(), weights_of(cfg) or (), strict=False)),
     )
 
 
@@ -332,7 +352,8 @@ def _open_stores(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, TokenStore]
     return stores
 
 
-def _weights(cfg: DataConfig) -> list[float] | None:
+def weights_of(cfg: DataConfig) -> list[float] | None:
+    """Shares of the sources, in their order; None: one list of all."""
     weights = [source.weight for source in cfg.named_sources().values()]
     given = [weight for weight in weights if weight is not None]
     return given if len(given) == len(weights) and len(weights) > 1 else None
@@ -343,7 +364,7 @@ def _sources(
 ) -> list[DocumentSource]:
     """One for each weighted source; all stores as one where there are no weights."""
     names = list(cfg.named_sources())
-    if _weights(cfg) is None and not streams:
+    if weights_of(cfg) is None and not streams:
         parts = {name: stores[name].train for name in names}
         return [StoreSource("all", parts, seed, cfg.named_sources())]
     return [
@@ -404,7 +425,7 @@ def _token_counts(
     names = list(cfg.named_sources())
     parts = [(streams[n] if n in streams else stores[n]).token_counts for n in names]
     counts_SV = np.stack(parts)
-    weights = _weights(cfg)
+    weights = weights_of(cfg)
     if weights is None:
         return counts_SV.sum(axis=0)
     share_S = np.array(weights) / counts_SV.sum(axis=1) * counts_SV.sum()

@@ -206,6 +206,12 @@ class Mixture:
         raise ConfigError(f"data.sources has no {name.source}")
 
 
+def pass_tokens(part: StoredDocuments, source: SourceConfig) -> int:
+    """Tokens of one pass over a source: short documents left out, long ones as often as asked."""
+    places = _places({"": part}, {"": source})
+    return part.num_tokens if places is None else int(part.lengths(places).sum())
+
+
 def _places(
     parts: Mapping[str, StoredDocuments], sources: Mapping[str, SourceConfig]
 ) -> np.ndarray | None:

@@ -32,6 +32,7 @@ MOVED = {  # old script -> how it is called now
 }
 COMMANDS = {
     "pretrain": "train.pretrain:command",
+    "plan": "scripts.plan",
     "prepare_data": "scripts.prepare_data",
     "score": "scripts.score",
     "generate": "scripts.generate",

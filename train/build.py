@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from data.content import library_versions
+from data.epochs import planned_uses
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
 from model.flops import parameter_shapes
@@ -21,7 +22,7 @@ from optim.build import build_optimizer
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
-from parallel.launch import launched_world_size
+from parallel.launch import launched_rank, launched_world_size
 from parallel.lost_rank import all_ready
 from parallel.mesh import Mesh, build_mesh, init_process_group
 from parallel.pipeline_engine import PipelineEngine
@@ -38,7 +39,9 @@ from train.config.schema import Device, Precision, RunConfig, dump
 from train.errors import UserError
 from train.loop import Trainer
 from train.phase import PhaseSwitch
+from train.preflight.banner import announce
 from train.preflight.matmul_rate import measured_matmul_rate, times_slower_than_fp32
+from train.preflight.pace import Pace, long_run
 from train.preflight.precision import PrecisionChoice
 from train.record.build import build_recorder
 from train.record.continuation import check_prompt
@@ -77,18 +80,18 @@ def build(run: RunConfig, precision: PrecisionChoice | None = None) -> Trainer:
     all_ready(run.parallel.timeout_seconds)
     asked = identify(run, loader)
     agree_on_ranks(asked)
+    rate = foretell(run, plan, loader)
     engine = build_engine(run, build_model(run, loader, mesh), mesh)
     phase = PhaseSwitch(engine, run.quant)
     state = build_state(run, plan, engine, loader)
     checkpoints = build_checkpoints(run)
     identity, trackers = restore(run, asked, state, checkpoints)
     open_folder(run, plan, identity, state, phase)
-    rate = measured_matmul_rate(engine.device, _DTYPES[run.train.precision])
     warn_of_emulation(run.train.precision, engine)
     report = RunReport(run, engine, loader.tokenizer, identity, precision)
     recorder = build_recorder(run, plan, state, phase.probe, report, rate, trackers)
-    audit = Audit(run, plan, engine)
-    return Trainer(run, plan, engine, phase, state, checkpoints, recorder, audit, stop)
+    audit, pace = Audit(run, plan, engine), Pace(run, plan)
+    return Trainer(run, plan, engine, phase, state, checkpoints, recorder, audit, stop, pace)
 
 
 def build_data(run: RunConfig) -> Loader:
@@ -97,6 +100,23 @@ def build_data(run: RunConfig) -> Loader:
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
     check_prompt(tokenizer, run.sample.prompt, run.sample.tokens, run.model)
     return loader
+
+
+def foretell(run: RunConfig, plan: StagePlan, loader: Loader) -> float:
+    """Tell what the run will do, before anything large is made.
+
+    Returns:
+        FLOPs per second of matmuls on this rank's device.
+    """
+    device = compute_device(run.train.device)
+    if not run.train.eval_only:
+        uses = planned_uses(loader.source_tokens, loader.weights, plan.end_tokens)
+        announce(run, plan, uses, device.type)
+    rate = measured_matmul_rate(device, _DTYPES[run.train.precision])
+    if launched_rank() == 0 and not run.train.eval_only:
+        for line in long_run(run, plan, rate * launched_world_size()):
+            log.warning("%s", line)
+    return rate
 
 
 def build_state(run: RunConfig, plan: StagePlan, engine: Engine, loader: Loader) -> RunState:

@@ -22,6 +22,7 @@ from train.config.recovery import Remedy
 from train.config.schema import RunConfig
 from train.errors import ExitCode, TrainingFailedError
 from train.phase import PhaseSwitch
+from train.preflight.pace import Pace
 from train.record.recorder import Recorder
 from train.recovery.judge import Verdict
 from train.recovery.stop import StopRequest
@@ -45,6 +46,7 @@ class Trainer:
         recorder: what the run tells of itself.
         audit: of the first steps.
         stop: whether to leave early.
+        pace: tells how long the run will take.
     """
 
     run: RunConfig
@@ -56,6 +58,7 @@ class Trainer:
     recorder: Recorder
     audit: Audit
     stop: StopRequest
+    pace: Pace
     _told_next: dict[str, Any] = field(default_factory=dict)  # fields of the next line of metrics
 
     def fit(self) -> int:
@@ -72,6 +75,7 @@ class Trainer:
             self.checkpoints.saved_step = self.state.progress.step
             while self.state.progress.step < self.plan.steps:
                 self._next_step()
+                self.pace.step_done(self.state.progress.step, self.state.progress.tokens)
                 early = self.engine.agree(bool(self.stop.reason))
                 if early and self.state.progress.step < self.plan.steps:
                     return self._leave_early()

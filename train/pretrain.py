@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.cache import raise_if_full
 from parallel.launch import check_launch, launched_rank
-from train.config.command_line import CONF, normalise, sweeps
+from train.config.command_line import CONF, normalise, options, sweeps
 from train.config.schema import RunConfig, load
 from train.config.sweep import forget_refused, in_own_folder
 from train.errors import (
@@ -68,6 +68,8 @@ def main(cfg: DictConfig) -> int:
         Stopped: a signal ended it; it is saved.
     """
     run, precision = checked(cfg)
+    if run.dry_run:
+        return _dry_run(run)
     with untouched_if_refused(run.run_dir):
         return _train(run, precision)
 
@@ -112,7 +114,8 @@ def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
     make_writable(folder)
     from model.kernels.allocator import keep_freed_memory  # noqa: PLC0415
     from parallel.lost_rank import lost_rank_ends_the_job  # noqa: PLC0415
-    from train.build import build, join_ranks  # noqa: PLC0415
+    from train.build import build, build_checkpoints, join_ranks  # noqa: PLC0415
+    from train.run_folder.finished import is_finished  # noqa: PLC0415
     from train.run_folder.lock import owned  # noqa: PLC0415
 
     keep_freed_memory()
@@ -121,6 +124,8 @@ def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
         # An evaluation reads, maybe in the folder of a run that is training.
         with nullcontext() if run.train.eval_only else owned(folder):
             check_run_folder(run)
+            if is_finished(run, resolve(run), build_checkpoints(run)):
+                return ExitCode.finished
             with _told_if_full(folder):
                 trainer = build(run, precision)
                 code = trainer.fit()
@@ -137,6 +142,21 @@ def _told_if_full(folder: Path) -> Iterator[None]:
     except Exception as error:
         raise_if_full(error, folder, "run_dir")
         raise
+
+
+def _dry_run(run: RunConfig) -> int:
+    """All that a start checks and tells before it makes a model; on rank 0 alone."""
+    if launched_rank():
+        return ExitCode.finished
+    from train.build import build_data, foretell  # noqa: PLC0415
+
+    folder = Path(run.run_dir)
+    with untouched_if_refused(run.run_dir, always=True):
+        make_writable(folder)
+        check_run_folder(run)
+    foretell(run, resolve(run), build_data(run))
+    log.info("dry_run=true: nothing was trained; what was read of the text is kept in its cache")
+    return ExitCode.finished
 
 
 def cli(args: Sequence[str]) -> int:
@@ -158,6 +178,14 @@ def cli(args: Sequence[str]) -> int:
         return ExitCode.user_error
 
     def job(cfg: DictConfig) -> None:
+        choices = HydraConfig.get().runtime.choices
+        if launched_rank() == 0 and choices.get("train") not in options("train"):
+            log.warning(
+                "conf/train/%s.yaml is not there: batch, schedule and learning rate are the"
+                " defaults of train/config/schema.py, which fit no size; give them, or train=NAME"
+                " of a size like it",
+                choices.get("train"),
+            )
         code = _guarded(lambda: main(in_own_folder(cfg, sys.argv[1:])), untold)
         codes.append(code)
         if os.getpid() != pid and code:  # a launcher's worker process: the list stays behind

@@ -9,6 +9,7 @@ import graphlib
 
 import pytest
 
+from scripts.__main__ import COMMANDS
 from train.errors import ROOT
 
 pytestmark = pytest.mark.core
@@ -56,7 +57,9 @@ def test_no_arrow_goes_up(package):
 def test_no_room_is_crowded(package):
     for folder in [ROOT / package, *(p for p in (ROOT / package).rglob("*") if p.is_dir())]:
         files = [p for p in folder.iterdir() if p.is_file()]
-        assert len(files) <= MOST, f"{folder}: {len(files)} files"
+        # At the top of scripts/ stands one file a command, with their list and the Slurm script.
+        most = max(MOST, len(COMMANDS) + 2) if folder == ROOT / "scripts" else MOST
+        assert len(files) <= most, f"{folder}: {len(files)} files"
 
 
 def test_no_run_imports_what_exchanges_models():

@@ -122,3 +122,18 @@ def test_samples_name_what_stands_in_a_row(two_sources, weighted):
         loader.sample_tokens(Sample("b", 10_000, 0, 0, 1))
     with pytest.raises(ValueError, match=r"data\.sources has no c"):
         loader.sample_tokens(Sample("c", 0, 0, 0, 1))
+
+
+@pytest.mark.parametrize(
+    "wishes", [{}, {"min_tokens": 900}, {"long_tokens": 2000, "long_times": 3}]
+)
+def test_epochs_are_passes(make_loader, small_config, wishes):
+    """After the rows of one pass every source says 1, and nothing of the next pass was read."""
+    for key, value in wishes.items():
+        setattr(small_config.sources["docs"], key, value)
+    loader, batch = make_loader(), None
+    assert loader.epochs({}) == 0
+    while loader.position.epoch == 0:
+        before, batch = batch, loader.plan(1, 256)
+    told = loader.epochs((before or batch).read_tokens)
+    assert told == pytest.approx(1.0, abs=256 / sum(n or 0 for n in loader.source_tokens.values()))

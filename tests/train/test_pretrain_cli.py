@@ -179,3 +179,15 @@ def test_error_raised_inside_a_library_is_not_the_users():
     with pytest.raises(ValueError, match="invalid literal") as caught:
         int("x")
     assert not isinstance(caught.value, USER_ERRORS)
+
+
+def test_a_size_without_its_recipe_is_told(tmp_path, monkeypatch, caplog):
+    """Its batch, schedule and learning rate are then those of no size."""
+    monkeypatch.setattr("train.pretrain.main", lambda cfg: ExitCode.finished)
+    monkeypatch.setattr("train.pretrain.options", lambda group: ["v4_nano"])
+    for model, told in (("v4_nano", 0), ("v4_tiny", 1)):
+        caplog.clear()
+        assert cli([f"model={model}", f"run_dir={tmp_path}/run"]) == ExitCode.finished
+        lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+        assert len(lines) == told
+        assert all("conf/train/v4_tiny.yaml is not there" in line for line in lines)

@@ -268,6 +268,7 @@ class RunConfig:
         engine: torch, or deepspeed.
         init_from: run folder or checkpoint whose weights a new run starts from; empty: fresh.
         tensorboard: also write TensorBoard event files.
+        dry_run: check everything, tell what the run would do, and leave before its first step.
     """
 
     run_dir: str = "runs/default"
@@ -284,6 +285,7 @@ class RunConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     tensorboard: bool = False
+    dry_run: bool = False
 
 
 ConfigStore.instance().store("run_schema", RunConfig)

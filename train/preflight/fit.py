@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -160,12 +160,26 @@ def smallest_layouts(
     """
     needs, ranks = Needs(run, plan), 1
     while ranks <= _MAX_RANKS:
-        tried = ((layout, needs.peak(layout, device)) for layout in _layouts(run, plan, ranks))
-        found = [(layout, memory) for layout, memory in tried if memory.total <= bytes_per_rank]
+        found = [f for f in layouts_on(needs, plan, device, ranks) if f[1].total <= bytes_per_rank]
         if found:
-            return sorted(found, key=lambda f: (f[0].pp, f[1].total))[:count]
+            return found[:count]
         ranks *= 2
     return []
+
+
+def layouts_on(
+    needs: Needs, plan: StagePlan, device: str, ranks: int
+) -> list[tuple[ParallelConfig, Memory]]:
+    """Layouts of a number of ranks over which every batch splits, fewest pipeline stages first.
+
+    Args:
+        needs: of the run.
+        plan: its stages.
+        device: cpu or cuda.
+        ranks: processes, all of which are used.
+    """
+    tried = ((layout, needs.peak(layout, device)) for layout in _layouts(needs.run, plan, ranks))
+    return sorted(tried, key=lambda found: (found[0].pp, found[1].total))
 
 
 def report(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World) -> str:
@@ -190,11 +204,8 @@ def report(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World
             )
     lines = [
         f"{run.model.name}: {counts.total:,} parameters, {counts.active:,} active a token",
-        "GB per rank".ljust(22) + "".join(name.rjust(18) for name, _, _ in columns),
+        *memory_table([(name, memory) for name, _, memory in columns]),
     ]
-    for kind in (*vars(columns[0][2]), "total"):
-        cells = [getattr(memory, kind) / GB for _, _, memory in columns]
-        lines.append(kind.ljust(22) + "".join(f"{cell:18,.2f}" for cell in cells))
     lines.append(
         f"this world: {world.ranks} {world.device} rank(s) of {_gb(world.bytes_per_rank)}, {layout}"
     )
@@ -205,9 +216,18 @@ def report(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World
         for candidate, memory in found:
             lines.append(
                 f"  {candidate.world_size:5} {device} rank(s) of {size / GB:.0f} GB:"
-                f" {_flags(candidate)} ({_gb(memory.total)} a rank)"
+                f" {layout_flags(candidate)} ({_gb(memory.total)} a rank)"
             )
     return "\n".join(lines)
+
+
+def memory_table(columns: Sequence[tuple[str, Memory]]) -> list[str]:
+    """GB of a rank by kind, a column each."""
+    lines = ["GB per rank".ljust(22) + "".join(name.rjust(18) for name, _ in columns)]
+    for kind in (*vars(columns[0][1]), "total"):
+        cells = [getattr(memory, kind) / GB for _, memory in columns]
+        lines.append(kind.ljust(22) + "".join(f"{cell:18,.2f}" for cell in cells))
+    return lines
 
 
 @dataclass
@@ -429,9 +449,9 @@ def _microbatches(layout: ParallelConfig, stage: Stage) -> int:
 def _layouts(run: RunConfig, plan: StagePlan, ranks: int) -> Iterator[ParallelConfig]:
     """Powers of two of pp and ep on ``ranks`` ranks over which every batch splits."""
     pp = 1
-    while pp <= min(ranks, run.model.num_hidden_layers):
+    while pp <= min(ranks, run.model.num_hidden_layers) and ranks % pp == 0:
         shard, ep = ranks // pp, 1
-        while ep <= shard and run.model.n_routed_experts % ep == 0:
+        while ep <= shard and shard % ep == 0 and run.model.n_routed_experts % ep == 0:
             if all(_splits(stage, shard) for stage in plan.reached()):
                 # the schedule asked for, or the one that admits any number of microbatches
                 schedules = (run.parallel.schedule, "zbvzerobubble") if pp > 1 else ("1f1b",)
@@ -457,7 +477,8 @@ def _admits(layout: ParallelConfig, model: ModelConfig, plan: StagePlan) -> bool
     return True
 
 
-def _flags(layout: ParallelConfig) -> str:
+def layout_flags(layout: ParallelConfig) -> str:
+    """A layout as one types it."""
     flags = f"parallel.pp={layout.pp} parallel.dp_shard={layout.dp_shard} parallel.ep={layout.ep}"
     return flags + (f" parallel.schedule={layout.schedule}" if layout.pp > 1 else "")
 

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from data.epochs import SourceUse
 from optim.config import ScheduleKind
 from optim.schedule import check_run_length, decay_start
 from parallel.launch import launched_rank
 from train.config.recovery import Anticipatory, Remedy
 from train.config.schema import RunConfig
 from train.errors import UserError
+from train.preflight.forecast import quantity
 from train.stages import StagePlan
 
 log = logging.getLogger(__name__)
 
 _LONG_WARMUP = 1 / 3  # of the run's steps
+MOST_EPOCHS = 4.0  # a token read more often teaches measurably less than a new one
 _EVERY = (
     "eval_every", "checkpoint_every", "keep_checkpoints_every", "monitor_every", "log_every",
 )  # fmt: skip
@@ -78,6 +81,21 @@ def warnings(run: RunConfig, plan: StagePlan) -> Iterator[str]:
             f" train.recovery.window={recovery.window} before it, and no stage has more than"
             f" {longest} steps"
         )
+
+
+def data_warnings(uses: Sequence[SourceUse]) -> Iterator[str]:
+    """Sources that a run passes over too often.
+
+    Args:
+        uses: what it reads of each.
+    """
+    for use in uses:
+        if use.epochs is not None and use.epochs > MOST_EPOCHS:
+            yield (
+                f"{use.epochs:,.1f} epochs: the run reads the {quantity(use.tokens or 0)} training"
+                f" tokens of {use.name} more than {MOST_EPOCHS:g} times and will learn them by"
+                " heart; give more text (data.sources), or fewer train.steps"
+            )
 
 
 def never(run: RunConfig, plan: StagePlan) -> Iterator[str]:

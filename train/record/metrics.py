@@ -72,6 +72,7 @@ METRICS = (
     Metric("padding", "fraction of the step's positions", Reduction.same),
     Metric("long_documents", "documents longer than their rows, since the start", Reduction.same),
     Metric("left_out_tokens", "tokens of them that are not trained on", Reduction.same),
+    Metric("epochs", "passes over the source passed over most often", Reduction.same),
     Metric("share.*", "fraction of the tokens read so far, per source", Reduction.same),
     Metric(
         "expert_load_cv", "deviation / mean of tokens per expert, mean over layers", Reduction.same

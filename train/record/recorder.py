@@ -122,7 +122,7 @@ class Recorder:
         engine, shares, progress = self.state.engine, result.shares, self.state.progress
         recovery = self.state.recovery.state
         seconds = engine.largest(seconds)
-        rate = step.batch_tokens / seconds
+        rate, epochs = step.batch_tokens / seconds, self.state.loader.epochs(rows.read_tokens)
         quantisation = engine.add_up(self.probe.metrics()) if step.monitors else {}
         return {
             "step": progress.step,
@@ -138,6 +138,7 @@ class Recorder:
             "padding": 1 - rows.counts.tokens / step.batch_tokens,
             "long_documents": rows.cut.documents,
             "left_out_tokens": rows.cut.tokens,
+            **({} if epochs is None else {"epochs": epochs}),
             **{f"share.{name}": share for name, share in rows.source_shares().items()},
             **load_values(shares.expert_load),
             **monitor_values({**shares.monitors, **quantisation}),

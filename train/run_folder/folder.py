@@ -177,18 +177,30 @@ def _content(folder: Path) -> list[str]:
 
 
 @contextmanager
-def untouched_if_refused(run_dir: str) -> Iterator[None]:
-    """Folders made for a run that was then refused go again, as far as they are empty."""
+def untouched_if_refused(run_dir: str, always: bool = False) -> Iterator[None]:
+    """Folders made for a run that was then refused go again, as far as they are empty.
+
+    Args:
+        run_dir: of the run.
+        always: they go although nothing was refused.
+    """
     folder, new = Path(run_dir).absolute(), list[Path]()
     with contextlib.suppress(OSError):
         new = [path for path in (folder, *folder.parents) if not path.exists()]
+    refused = True
     try:
         yield
+        refused = always
     except USER_ERRORS:
-        with contextlib.suppress(OSError):
-            for path in new:
-                path.rmdir()
         raise
+    except BaseException:
+        refused = False
+        raise
+    finally:
+        if refused:
+            with contextlib.suppress(OSError):
+                for path in new:
+                    path.rmdir()
 
 
 def make_writable(folder: Path) -> None:

@@ -128,6 +128,7 @@ TABLE = tuple(UseRule(*row) for row in (
     ("wandb.*",                      ANY, ANY, ANY, ANY, _NO),
     ("sample.*",                     ANY, ANY, ANY, ANY, _NO),
     ("tensorboard",                  ANY, ANY, ANY, ANY, _NO),
+    ("dry_run",                      ANY, ANY, ANY, ANY, _NO),
     ("init_from",                    _NO, ANY, _NO, ANY, _NO),
     ("*",                            _NO, ANY, ANY, ANY, _NO),  # whatever a later key may mean
 ))  # fmt: skip

@@ -75,6 +75,7 @@ profiler = handed(
 )
 wandb = handed("wandb.init", _train)
 waits = handed("parallel.lost_rank.lost_rank_ends_the_job", _train)
+started = handed("train.build.build", lambda run: full(run, Path()))
 hub = handed("datasets.load_dataset", lambda run: open_documents("t", run.data.sources["t"], "x"))
 embedded = handed("data.sources.embedded_documents", lambda run: data(run, Path()))
 workers = handed(
@@ -107,6 +108,7 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "engine": row(EngineName.deepspeed, "engine=deepspeed is not built yet"),
     "init_from": row("nowhere", "init_from=nowhere"),
     "tensorboard": row(True, outcome),
+    "dry_run": row(True, started),
     # ---- model
     "model.name": row("mine", memory),
     "model.vocab_size": row(300, params),
