@@ -13,6 +13,7 @@ from typing import Any
 
 from conf.ranges import number, out_of_range
 from model.errors import ConfigError
+from model.scaled import LARGEST, scaled_shape
 
 
 class IndexerPhase(StrEnum):
@@ -82,6 +83,8 @@ class ModelConfig:
     """What fixes the shapes and the maths of a model; sizes in elements unless said otherwise."""
 
     name: str = "v4_nano"
+    # Place in the family v4_scaled, its number of layers; 0: of no family (model/scaled.py).
+    scale: int = number(0, least=0, most=LARGEST)
     vocab_size: int = number(4096, least=1)
     hidden_size: int = number(256, least=1)
     num_hidden_layers: int = number(6, least=1)
@@ -253,6 +256,7 @@ class ModelConfig:
                 len(given) in (0, layers),
                 f"{p}.{name} has {len(given)} entries but {p}.num_hidden_layers={layers}",
             )
+        self._family(p, need)
         if out:
             return out
         for layer, ratio in enumerate(self.compress_ratios[:layers]):
@@ -279,6 +283,16 @@ class ModelConfig:
         self._divisibility(p, need)
         self._released_only(p, need)
         return out
+
+    def _family(self, p: str, need: Any) -> None:
+        """A scale says something of the shape, or nothing: other sizes are of no family."""
+        shape = scaled_shape(self.scale) if self.scale else {}
+        for key in ("num_hidden_layers", "hidden_size"):
+            need(
+                not shape or getattr(self, key) == shape[key],
+                f"{p}.scale={self.scale} is a place in the family model=v4_scaled, where"
+                f" {p}.{key}={shape.get(key)}, but {p}.{key}={getattr(self, key)}",
+            )
 
     def _divisibility(self, p: str, need: Any) -> None:
         heads, groups = self.num_attention_heads, self.o_groups

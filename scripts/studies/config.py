@@ -33,12 +33,14 @@ class ArmConfig:
         lr: learning rates that the search tries first, ascending; empty: those of the baseline.
         evaluates: another arm, whose trained weights this arm evaluates and does not train.
         fraction: of the study's steps that this arm trains for, with its own decay.
+        steps: of its runs instead; 0: ``fraction`` of the study's.
     """
 
     overrides: list[str] = field(default_factory=list)
     lr: list[float] = field(default_factory=list)
     evaluates: str = ""
     fraction: float = 1.0
+    steps: int = 0
 
 
 @dataclass
@@ -74,6 +76,18 @@ class CatchUpConfig:
 
 
 @dataclass
+class LawConfig:
+    """A law of the final loss over training FLOPs (``scripts/studies/law.py``).
+
+    Attributes:
+        arms: the points, by FLOPs; empty: the question is not asked. The last one is also
+            predicted from the others.
+    """
+
+    arms: list[str] = field(default_factory=list)
+
+
+@dataclass
 class SequentialConfig:
     """Verdicts before all seeds are spent (``scripts/studies/sequential.py``).
 
@@ -105,6 +119,7 @@ class StudyConfig:
         seeds: of data order and initialisation, the same in every arm.
         search: the choice of learning rates.
         catch_up: steps to another arm's loss.
+        law: of the loss over FLOPs.
         again: also run the baseline from other initial weights (A/A, the noise floor).
         level: of the two-sided test, a fraction.
         sequential: verdicts before all seeds are spent.
@@ -119,6 +134,7 @@ class StudyConfig:
     seeds: list[int] = field(default_factory=list)
     search: SearchConfig = field(default_factory=SearchConfig)
     catch_up: CatchUpConfig = field(default_factory=CatchUpConfig)
+    law: LawConfig = field(default_factory=LawConfig)
     again: bool = True
     level: float = 0.05
     sequential: SequentialConfig = field(default_factory=SequentialConfig)
@@ -131,7 +147,7 @@ class StudyConfig:
         """
         for ok, message in (
             *self._basic_checks(), *self._arm_checks(), *self._catch_up_checks(),
-            *self._sequential_checks(),
+            *self._sequential_checks(), *self._law_checks(),
         ):  # fmt: skip
             if not ok:
                 raise UserError(message)
@@ -174,6 +190,11 @@ class StudyConfig:
                     f"arms.{name}.fraction={arm.fraction} must lie in (0, 1]",
                 ),
                 (
+                    arm.steps >= 0 and (not arm.steps or arm.fraction == 1),
+                    f"arms.{name}.steps={arm.steps} must be 0 or more, and stands alone:"
+                    f" arms.{name}.fraction={arm.fraction}",
+                ),
+                (
                     bool(arm.evaluates) or len(self.grid(name)) >= 3,
                     f"arms.{name}.lr={self.grid(name)} needs 3 values: a best one between others",
                 ),
@@ -197,6 +218,16 @@ class StudyConfig:
                 and bool(ask.fractions),
                 f"catch_up.fractions={ask.fractions} must ascend inside (0, 1)",
             ),
+        ]
+
+    def _law_checks(self) -> list[tuple[bool, str]]:
+        arms, names = self.law.arms, list(self.arms)
+        return [
+            (
+                not arms or (len({*arms}) == len(arms) >= 5 and {*arms} <= {*names}),
+                f"law.arms={arms} must be at least 5 of arms={names}, each once: a law has three"
+                " numbers, and one point is predicted",
+            )
         ]
 
     def _sequential_checks(self) -> list[tuple[bool, str]]:

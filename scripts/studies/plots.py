@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from scripts.studies.law import Law, Prediction
 from scripts.studies.results import ArmResult, CatchUp, StudyResults, curve_of
 from scripts.studies.statistics import Paired
 from scripts.studies.store import FinishedRun
@@ -117,6 +118,26 @@ def draw_catch_up(found: CatchUp, arm: ArmResult, to: ArmResult) -> Figure:
     target = list(found.target.values())
     axes.axhline(statistics.fmean(target), color=_COLOURS[1], label=f"{to.name}, full length")
     axes.axhspan(min(target), max(target), color=_COLOURS[1], alpha=0.15)
+    axes.legend()
+    return figure
+
+
+def draw_law(
+    law: Law, points: Mapping[float, Sequence[float]], predicted: Prediction | None
+) -> Figure:
+    """Final losses over a run's FLOPs, the law through them, and the point that it predicts."""
+    figure, axes = _axes("final loss of each seed", "training FLOPs of a run", "nats per token")
+    for flops, losses in points.items():
+        axes.plot([flops] * len(losses), losses, "o", color=_COLOURS[0], alpha=0.6)
+    line = np.geomspace(min(points), 3 * max(points), 100)
+    label = f"exponent {law.exponent.value:.3g}"
+    axes.plot(line, [law.loss(float(x)) for x in line], color=_COLOURS[0], label=label)
+    if predicted is not None:
+        said = predicted.predicted
+        bar = [[said.value - said.low], [said.high - said.value]]
+        axes.errorbar(predicted.flops, said.value, yerr=bar, fmt="x", capsize=4,
+                      color=_COLOURS[1], label="predicted from the others")  # fmt: skip
+    axes.set_xscale("log")
     axes.legend()
     return figure
 

@@ -163,7 +163,7 @@ class Protocol:
         """Steps of an arm's runs."""
         config = self.study.arms[self.study.baseline if arm == AGAIN else arm]
         trained = self.study.arms[config.evaluates] if config.evaluates else config
-        return self.shortened(trained.fraction)
+        return trained.steps or self.shortened(trained.fraction)
 
     @property
     def trained_arms(self) -> list[str]:

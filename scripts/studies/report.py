@@ -13,9 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from scripts.studies.document import Picture, ReportDocument, Table
-from scripts.studies.plots import draw_catch_up, draw_curves, draw_differences, draw_search
+from scripts.studies.law import Estimated
+from scripts.studies.plots import (
+    draw_catch_up,
+    draw_curves,
+    draw_differences,
+    draw_law,
+    draw_search,
+)
 from scripts.studies.protocol import ArmStanding, Protocol
-from scripts.studies.results import ACTS, ArmResult, CatchUp, Comparison, StudyResults, gather
+from scripts.studies.results import (
+    ACTS,
+    ArmResult,
+    CatchUp,
+    Comparison,
+    StudyResults,
+    gather,
+    law_points,
+)
 from scripts.studies.statistics import Crossing, Finding, Paired, Spread, spread
 from train.record.receipt import plain, write_json
 
@@ -36,6 +51,8 @@ def study_document(results: StudyResults) -> ReportDocument:
     """The report."""
     document = ReportDocument(f"Study {results.name}", lead(results))
     document.add("Question", results.study.question, _design(results))
+    if results.study.law.arms:
+        document.add("The law", *_law(results))
     document.add("Comparisons", *_comparisons(results))
     if results.catch_up is not None:
         document.add("Steps to the other arm's loss", *_catch_up(results, results.catch_up))
@@ -54,6 +71,8 @@ def lead(results: StudyResults) -> str:
     if blocked:
         return f"No answer: {blocked[0].name}: {blocked[0].choice.reason}."
     parts = [_verdict(results, comparison) for comparison in results.comparisons]
+    if results.study.law.arms:  # its arms differ in size, so their losses must
+        parts = [_law_line(results)]
     if not parts and results.again_test is not None:
         test = results.again_test
         said = "differs from" if test.p < results.study.level else "no verdict, as it must be:"
@@ -89,6 +108,22 @@ def _sequential_verdict(
         return f"{found.arm} has {_WORDS[found.verdict]} {base} ({effect})"
     said = f"no verdict, {standing.end}" if standing.end else "no verdict yet"
     return f"{found.arm} against {base}: {said} ({effect})"
+
+
+def _law_line(results: StudyResults) -> str:
+    law, point = results.law, results.predicted
+    if law is None or point is None:
+        return "no law yet: a point is missing"
+    said = "as predicted" if point.holds else "not as predicted"
+    return (
+        f"the loss falls with FLOPs to the power of -{_estimated(law.exponent)} towards"
+        f" {_estimated(law.irreducible)} nats; the costliest point is {said} from the others"
+        f" ({point.measured:.4f}, predicted {_estimated(point.predicted)})"
+    )
+
+
+def _estimated(number: Estimated) -> str:
+    return f"{number.value:.4g} ({number.low:.4g} to {number.high:.4g})"
 
 
 def _waiting(results: StudyResults, test: Paired) -> str:
@@ -197,6 +232,36 @@ def _corrected(found: Comparison, test: Paired) -> str:
     error = test.deviation / math.sqrt(len(test.differences))
     size = abs(test.mean) / error if error else math.inf
     return f"{size:.2f}, {found.standing.critical:.2f}" if found.standing.judged else f"{size:.2f}"
+
+
+def _law(results: StudyResults) -> list[Table | Picture | str]:
+    law, points = results.law, law_points(results)
+    asked = [results.arms[name] for name in results.study.law.arms]
+    rows = [
+        [
+            arm.name, f"{arm.run_flops:.3g}", f"{arm.tokens:,}",
+            f"{statistics.fmean(points[arm.run_flops]):.4f}" if arm.run_flops in points else "",
+            f"{law.loss(arm.run_flops):.4f}" if law is not None else "",
+        ]
+        for arm in asked
+    ]  # fmt: skip
+    blocks: list[Table | Picture | str] = [
+        "L(C) = E + A (C / C0)^-alpha by least squares over the mean losses; C is a run's training"
+        " FLOPs. Intervals are those of the seeds, not of the law's form.",
+        Table(["point", "FLOPs of a run", "tokens", "validation loss", "the law"], rows),
+    ]
+    if law is not None:
+        numbers = (("E, nats", law.irreducible), ("A, nats", law.reducible),
+                   ("alpha", law.exponent))  # fmt: skip
+        interval = f"value ({1 - results.study.level:.0%} interval)"
+        table = Table(
+            ["number", interval],
+            [[name, _estimated(number)] for name, number in numbers]
+            + [["C0, FLOPs", f"{law.centre:.3g}"], ["sigma of a seed", f"{law.deviation:.4f}"]],
+        )
+        caption = "loss over FLOPs; line: the law; cross: predicted from the others"
+        blocks += [table, Picture("law", caption, draw_law(law, points, results.predicted))]
+    return blocks
 
 
 def _catch_up(results: StudyResults, found: CatchUp) -> list[Table | Picture | str]:
@@ -400,4 +465,6 @@ def as_json(results: StudyResults) -> dict[str, Any]:
         "comparisons": [plain(c) for c in results.comparisons],
         "again": plain(results.again_test) if results.again_test else None,
         "catch_up": plain(results.catch_up) if results.catch_up else None,
+        "law": plain(results.law) if results.law else None,
+        "predicted": plain(results.predicted) if results.predicted else None,
     }

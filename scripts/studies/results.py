@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from model.flops import parameter_counts
 from scripts.studies.config import AGAIN, StudyConfig
 from scripts.studies.estimate import flops_per_token
+from scripts.studies.law import Law, Prediction, fit_law, predict_last
 from scripts.studies.protocol import ArmStanding, Choice, Protocol
 from scripts.studies.statistics import (
     Crossing,
@@ -45,6 +46,7 @@ class ArmResult:
         parameters: of everything.
         active: that one token uses.
         flops: forward and backward, per token.
+        tokens: that one run trains on.
     """
 
     name: str
@@ -54,6 +56,12 @@ class ArmResult:
     parameters: int
     active: int
     flops: float
+    tokens: int
+
+    @property
+    def run_flops(self) -> float:
+        """Training FLOPs of one run."""
+        return self.flops * self.tokens
 
     @property
     def losses(self) -> dict[int, float]:
@@ -142,6 +150,8 @@ class StudyResults:
         again_test: A/A pairs.
         floor: of the noise, nats; 0 where A/A was not run.
         catch_up: None where it is not asked or not there yet.
+        law: the same, of the loss over FLOPs.
+        predicted: the last point of the law, from the others.
         search_steps: of a run of the search.
         missing: runs still to do, of a sequential study up to the next look.
         again_seeds: that the noise floor is to stand on by now.
@@ -155,6 +165,8 @@ class StudyResults:
     again_test: Paired | None = None
     floor: float = 0.0
     catch_up: CatchUp | None = None
+    law: Law | None = None
+    predicted: Prediction | None = None
     search_steps: int = 0
     missing: int = 0
     again_seeds: int = 0
@@ -196,8 +208,23 @@ def gather(name: str, protocol: Protocol) -> StudyResults:
     results.comparisons = _compare(results, protocol.standings() if study.is_sequential else {})
     if study.catch_up.arm:
         results.catch_up = _catch_up(protocol, arms)
+    points = law_points(results)
+    if study.law.arms and len(points) == len(study.law.arms):
+        results.law = fit_law(points, study.level)
+        results.predicted = predict_last(points, study.level)
     results.missing = sum(wanted - done for _, _, wanted, done in protocol.plan())
     return results
+
+
+def law_points(results: StudyResults) -> dict[float, list[float]]:
+    """FLOPs of a run -> final losses, of the arms of a law that have two finite runs or more."""
+    points = {}
+    for name in results.study.law.arms:
+        arm = results.arms[name]
+        losses = [loss for loss in arm.losses.values() if math.isfinite(loss)]
+        if len(losses) >= 2:
+            points[arm.run_flops] = losses
+    return points
 
 
 def _check_same_text(runs: list[FinishedRun]) -> None:
@@ -222,7 +249,7 @@ def _arm(protocol: Protocol, name: str) -> ArmResult:
     overrides = [*config.overrides, *(["other initial weights"] if name == AGAIN else [])]
     return ArmResult(
         name, overrides, protocol.choice(name), runs, counts.total, counts.active,
-        flops_per_token(run),
+        flops_per_token(run), run.train.steps * run.train.global_batch_tokens,
     )  # fmt: skip
 
 

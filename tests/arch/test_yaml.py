@@ -32,7 +32,8 @@ def missing_paths(group: str, option: str) -> list[str]:
 
 @pytest.mark.parametrize(("group", "option"), CHOICES, ids=lambda v: v)
 def test_option_composes_and_has_a_plan(group, option):
-    run = compose_run([f"{group}={option}", *missing_paths(group, option)])
+    family = ["model=v4_scaled"] if (group, option) == ("train", "v4_scaled") else []
+    run = compose_run([f"{group}={option}", *family, *missing_paths(group, option)])
     plan = resolve(run)
     assert plan.steps > 0
     if group == "model":

@@ -19,9 +19,11 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+import train.config.scaled  # noqa: F401  the resolver of conf/model/v4_scaled.yaml
 from conf.ranges import number, out_of_range
 from data.config import DataConfig
 from model.config import IndexerPhase, Kernels, ModelConfig
+from model.errors import ConfigError
 from optim.config import OptimConfig, ScheduleKind
 from parallel.config import ParallelConfig
 from quant.config import ExpertFormat, QuantConfig
@@ -313,6 +315,9 @@ def load(cfg: DictConfig) -> RunConfig:
     try:
         raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
     except OmegaConfBaseException as error:
+        _, refused, why = str(error).splitlines()[0].partition(f"{ConfigError.__name__} raised ")
+        if refused:  # a rule of conf/ refused its own key (train/config/scaled.py)
+            raise UserError(why.partition(": ")[2]) from error
         raise UserError(describe(error)) from error
     _check_shape(raw, RunConfig, "")
     _refuse_bytes(raw, "")

@@ -15,6 +15,7 @@ from optim.config import ScheduleKind
 from optim.schedule import check_run_length, decay_start
 from parallel.launch import launched_rank
 from train.config.recovery import Anticipatory, Remedy
+from train.config.scaled import scaled_line
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.preflight.forecast import quantity
@@ -39,6 +40,8 @@ def check_reach(run: RunConfig, plan: StagePlan) -> None:
     for problem in _impossible(run, plan):
         raise UserError(problem)
     if launched_rank() == 0:
+        if run.model.scale:
+            log.info("%s", scaled_line(run.model.scale))
         for line in warnings(run, plan):
             log.warning("%s", line)
         absent = list(never(run, plan))

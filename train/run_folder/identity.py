@@ -84,6 +84,7 @@ TABLE = tuple(UseRule(*row) for row in (
     ("kernels.*",                    SAY, ANY, ANY, ANY, _NO),
     # The model: what may differ where weights are taken over gives their tensors no other meaning.
     ("model.name",                   _NO, ANY, ANY, ANY, _NO),
+    ("model.scale",                  _NO, ANY, ANY, ANY, _NO),
     ("model.kernels",                SAY, ANY, ANY, ANY, _NO),
     ("model.loss_chunk_tokens",      SAY, ANY, ANY, ANY, _NO),
     ("model.initializer_range",      _NO, ANY, ANY, ANY, _NO),

@@ -111,6 +111,7 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "dry_run": row(True, started),
     # ---- model
     "model.name": row("mine", memory),
+    "model.scale": row(5, "model.scale=5 is a place in the family"),
     "model.vocab_size": row(300, params),
     "model.hidden_size": row(64, params),
     "model.num_hidden_layers": row(2, "compress_ratios has 4 entries"),
