@@ -15,9 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from scripts.studies.sequential import Array
+
 _ALPHAS = np.geomspace(0.01, 1.0, 600)
 _DRAWS = 2000  # refits behind an interval
 
