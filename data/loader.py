@@ -260,6 +260,14 @@ class Loader:
         """
         return self._validation.text(self._validation.rows(seq_len, num_tokens))
 
+    def validation_beginning(self, most: int) -> bytes:
+        """The first bytes of the held-out text; none where none is held out.
+
+        Args:
+            most: bytes.
+        """
+        return self._validation.beginning(most)
+
     def sample_tokens(self, sample: Sample) -> np.ndarray:
         """Ids of a piece that a row held; int64. A stream is read up to it, so do not train on.
 

@@ -75,6 +75,10 @@ class ValidationSet:
         spans = sorted(span for row in rows for span in row)
         return b"".join(self._texts[d][a:b] for d, a, b in map(self._scored, spans))
 
+    def beginning(self, most: int) -> bytes:
+        """The first bytes of the first document that holds more than white space; maybe none."""
+        return next((text[:most] for text in self._texts if text.strip()), b"")
+
     def _scored(self, span: Span) -> tuple[int, int, int]:
         """Document and byte range of the targets of a span."""
         ends = self._byte_ends[span.document]

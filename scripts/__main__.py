@@ -41,6 +41,7 @@ COMMANDS = {
     "checkpoints": "scripts.checkpoints",
     "samples": "scripts.samples",
     "report": "scripts.report",
+    "watch": "scripts.watch",
     "study": "scripts.study",
     "layouts": "scripts.layouts",
     "twins": "scripts.twins",

@@ -36,6 +36,7 @@ from train.checkpoint.retention import Retention
 from train.checkpoint.state import RunState
 from train.config.flat import flat_config
 from train.config.schema import Device, Precision, RunConfig, dump
+from train.display.build import build_recorder
 from train.errors import UserError
 from train.loop import Trainer
 from train.phase import PhaseSwitch
@@ -43,8 +44,7 @@ from train.preflight.banner import announce
 from train.preflight.matmul_rate import measured_matmul_rate, times_slower_than_fp32
 from train.preflight.pace import Pace, long_run
 from train.preflight.precision import PrecisionChoice
-from train.record.build import build_recorder
-from train.record.continuation import check_prompt
+from train.record.continuation import check_prompt, first_words
 from train.record.params_table import table_rows, write_params_table
 from train.record.receipt import code_version, plain
 from train.record.report import RunReport
@@ -58,6 +58,7 @@ from train.run_folder.restore import restore
 from train.stages import StagePlan, resolve
 
 PARAMS = "params.csv"
+PROMPT_BYTES = 64  # of held-out text, where no prompt is given
 log = logging.getLogger(__name__)
 _DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16}
 _SLOW = 1.5  # times longer than fp32: worth saying
@@ -88,7 +89,8 @@ def build(run: RunConfig, precision: PrecisionChoice | None = None) -> Trainer:
     identity, trackers = restore(run, asked, state, checkpoints)
     open_folder(run, plan, identity, state, phase)
     warn_of_emulation(run.train.precision, engine)
-    report = RunReport(run, engine, loader.tokenizer, identity, precision)
+    prompt = sample_prompt(run, loader)
+    report = RunReport(run, engine, loader.tokenizer, prompt, identity, precision)
     recorder = build_recorder(run, plan, state, phase.probe, report, rate, trackers)
     audit, pace = Audit(run, plan, engine), Pace(run, plan)
     return Trainer(run, plan, engine, phase, state, checkpoints, recorder, audit, stop, pace)
@@ -98,7 +100,7 @@ def build_data(run: RunConfig) -> Loader:
     """What plans batches, its data opened."""
     tokenizer = build_tokenizer(run.data)
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
-    check_prompt(tokenizer, run.sample.prompt, run.sample.tokens, run.model)
+    check_prompt(tokenizer, sample_prompt(run, loader), run.sample.tokens, run.model)
     return loader
 
 
@@ -117,6 +119,14 @@ def foretell(run: RunConfig, plan: StagePlan, loader: Loader) -> float:
         for line in long_run(run, plan, rate * launched_world_size()):
             log.warning("%s", line)
     return rate
+
+
+def sample_prompt(run: RunConfig, loader: Loader) -> str:
+    """What the sample continues: the user's text, else how the held-out text begins."""
+    if run.sample.prompt is not None:
+        return run.sample.prompt
+    room = run.model.max_position_embeddings - run.sample.tokens  # a token has a byte at least
+    return first_words(loader.validation_beginning(max(1, min(PROMPT_BYTES, room))))
 
 
 def build_state(run: RunConfig, plan: StagePlan, engine: Engine, loader: Loader) -> RunState:

@@ -67,7 +67,7 @@ class Trainer:
         Returns:
             An :class:`ExitCode`: finished or resumable.
         """
-        with self.stop, self.checkpoints:
+        with self.stop, self.checkpoints, self.recorder:
             if self.run.train.eval_only:
                 self.phase.enter(self._last_step())
                 self.recorder.evaluate_only(self._last_step())
@@ -94,7 +94,7 @@ class Trainer:
             routed = state.anticipation.rows(step, rows)
             with self.audit.watching(step, rows) as observer:
                 self.phase.probe.begin_step(step.monitors)
-                watched = recorder.samples.watch(rows, routed)
+                watched = recorder.watch(step, rows, routed)
                 result = train_step(self.engine, watched, step, observer, state.recovery)
         verdict = state.recovery.after(step, result)
         if verdict.remedy is Remedy.rollback:

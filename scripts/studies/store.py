@@ -31,7 +31,7 @@ from train.run_folder.folder import CHECKPOINTS, CONFIG, METRICS
 log = logging.getLogger(__name__)
 
 ARCHIVED = ".tar.xz"
-_NOT_IDENTITY = ("run_dir", "init_from", "wandb", "tensorboard")
+_NOT_IDENTITY = ("run_dir", "init_from", "wandb", "tensorboard", "sample")
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from tests.train.checkpoint.folders import locate
 from train.build import build
 from train.checkpoint.files import STATE
 from train.config.schema import SampleConfig, WandbConfig, WandbMode
+from train.display.wandb_tracker import last_step, logged_steps
 from train.errors import ExitCode
-from train.record.wandb_tracker import last_step, logged_steps
 
 STEPS, EVERY, KILLED_AFTER = 8, 3, 5
 

@@ -69,7 +69,7 @@ def test_folder_holds_what_was_promised(done):
     folder = Path(run.run_dir)
     assert {p.name for p in folder.iterdir()} == {
         "config.yaml", "params.csv", "metrics.jsonl", "checkpoints", "receipt.json", "loss.png",
-        "sample.txt", "identity.json", "tokenizer.json",
+        "sample.txt", "identity.json", "tokenizer.json", "report.html",
     }  # fmt: skip
     assert [p.name for p in trainer.checkpoints.published()] == ["step_00000002", "step_00000003"]
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"

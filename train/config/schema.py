@@ -229,15 +229,16 @@ class TrainConfig:
 
 @dataclass
 class SampleConfig:
-    """Text written at the end of a run.
+    """Text that the model writes at each evaluation and at the end of a run.
 
     Attributes:
-        prompt: what the model continues.
+        prompt: what the model continues; null: the first words of the held-out text, and where none
+            is held out an end-of-document token.
         tokens: length of the continuation; 0 = no text.
         temperature: 0 = the likeliest token each time.
     """
 
-    prompt: str = "The function returns"
+    prompt: str | None = None
     tokens: int = number(120, least=0, most=1_000_000)
     temperature: float = number(0.7, least=0)
 

@@ -55,6 +55,13 @@ def continue_text(
     return prompt + tokenizer.decode(ids[begin:])
 
 
+def first_words(text: bytes) -> str:
+    """A beginning of a text, without the word or character that its end may have cut."""
+    whole = text.decode(errors="ignore")
+    words = whole.rsplit(maxsplit=1)
+    return words[0].rstrip() if len(words) == 2 else whole.rstrip()
+
+
 def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
     """Ids of a beginning; where it has none, an end-of-document token starts the text."""
     return tokenizer.encode(text) or [tokenizer.eos_id]

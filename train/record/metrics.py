@@ -42,90 +42,193 @@ class Metric:
 
     Attributes:
         name: of the field; stable.
-        unit: of the value.
+        unit: what it is, and its unit.
         reduction: over microbatches and ranks.
         measured: whether equal runs may differ in it.
+        healthy: range in which a run that learns stays; empty: it is no sign of health.
+        advice: what to do where it is not.
     """
 
     name: str
     unit: str
     reduction: Reduction
     measured: bool = False
+    healthy: str = ""
+    advice: str = ""
 
+
+_BALANCE = (
+    "raise train.bias_update_speed or train.balance_loss_weight, or take more tokens a step"
+    " (train.global_batch_tokens)"
+)
+_OVERFIT = (
+    "the text is learnt by heart: take more text or fewer steps, and keep the best weights with"
+    " train.keep_best_checkpoints"
+)
+_SLOWER = (
+    "lower optim.lr or lengthen optim.schedule.warmup_steps; train.recovery takes a run back behind"
+    " steps that failed"
+)
+_FORMAT = "keep that part in a wider format (quant.experts, quant.kv, quant.indexer)"
 
 METRICS = (
     Metric("step", "optimizer steps done", Reduction.same),
     Metric("tokens", "tokens trained, padding included", Reduction.same),
     Metric("stage", "name of the stage", Reduction.same),
-    Metric("loss", "nats per target token", Reduction.sum),
-    Metric("loss_mtp", "nats per target token, mean over depths", Reduction.sum),
-    Metric("loss_indexer", "nats per query, mean over csa layers", Reduction.sum),
-    Metric("loss_balance", "1 at perfect balance, mean over learned layers", Reduction.sum),
-    Metric("grad_norm", "global norm before clipping", Reduction.same),
+    Metric(
+        "loss", "nats per target token", Reduction.sum,
+        healthy="falls from log(vocabulary); spikes pass in a few steps", advice=_SLOWER,
+    ),
+    Metric(
+        "loss_mtp", "nats per target token, mean over depths", Reduction.sum,
+        healthy="falls with loss, some tenths above it", advice="lower train.mtp_loss_weight",
+    ),
+    Metric(
+        "loss_indexer", "nats per query, mean over csa layers", Reduction.sum,
+        healthy="falls, and stays below 1",
+        advice="raise train.indexer_loss_weight, or give the indexer a stage of phase warmup",
+    ),
+    Metric(
+        "loss_balance", "1 at perfect balance, mean over learned layers", Reduction.sum,
+        healthy="1 to 1.2", advice=_BALANCE,
+    ),
+    Metric(
+        "grad_norm", "global norm before clipping", Reduction.same,
+        healthy="within 10 times its usual value", advice=_SLOWER,
+    ),
     Metric("lr", "learning rate", Reduction.same),
-    Metric("skipped_steps", "steps whose update was left out, since the start", Reduction.same),
-    Metric("loss_spikes", "loss spikes since the start, abandoned steps included", Reduction.same),
-    Metric("rollbacks", "rollbacks since the start", Reduction.same),
+    Metric(
+        "skipped_steps", "steps whose update was left out, since the start", Reduction.same,
+        healthy="0", advice=_SLOWER,
+    ),
+    Metric(
+        "loss_spikes", "loss spikes since the start, abandoned steps included", Reduction.same,
+        healthy="0, or a few in a long run", advice=_SLOWER,
+    ),
+    Metric(
+        "rollbacks", "rollbacks since the start", Reduction.same, healthy="0", advice=_SLOWER
+    ),
     Metric("abandoned_steps", "steps that a rollback took away before this one", Reduction.same),
     Metric("anticipated", "1 where earlier weights chose the experts", Reduction.same),
     Metric("documents", "document pieces of the step", Reduction.same),
-    Metric("padding", "fraction of the step's positions", Reduction.same),
+    Metric(
+        "padding", "fraction of the step's positions", Reduction.same, healthy="below 0.1",
+        advice="shorten train.seq_len, or fill more of a row: data.packing",
+    ),
     Metric("long_documents", "documents longer than their rows, since the start", Reduction.same),
-    Metric("left_out_tokens", "tokens of them that are not trained on", Reduction.same),
-    Metric("epochs", "passes over the source passed over most often", Reduction.same),
+    Metric(
+        "left_out_tokens", "tokens of them that are not trained on", Reduction.same, healthy="0",
+        advice="lengthen train.seq_len, or data.packing.long_documents=split",
+    ),
+    Metric(
+        "epochs", "passes over the source passed over most often", Reduction.same,
+        healthy="up to 4", advice=_OVERFIT,
+    ),
     Metric("share.*", "fraction of the tokens read so far, per source", Reduction.same),
     Metric(
-        "expert_load_cv", "deviation / mean of tokens per expert, mean over layers", Reduction.same
-    ),
-    Metric("expert_load_max", "largest / mean tokens per expert, worst layer", Reduction.same),
-    Metric("dead_experts", "experts that got no token, all layers", Reduction.same),
-    Metric("clamped", "fraction of expert activations", Reduction.mean),
-    Metric("indexer_captured_mass", "fraction of the teacher's mass in the top-k", Reduction.mean),
-    Metric("indexer_recall", "fraction of the teacher's top-k in the indexer's", Reduction.mean),
-    Metric(
-        "indexer_leaves_out", "fraction of queries that see more than top-k entries", Reduction.mean
+        "expert_load_cv", "deviation / mean of tokens per expert, mean over layers",
+        Reduction.same, healthy="below 0.5 after the first steps", advice=_BALANCE,
     ),
     Metric(
-        "past_window", "fraction of tokens whose document began before the window", Reduction.same
+        "expert_load_max", "largest / mean tokens per expert, worst layer", Reduction.same,
+        healthy="below 0.9 of its bound n_routed_experts / num_experts_per_tok", advice=_BALANCE,
     ),
     Metric(
-        "past_hca_block",
-        "fraction of tokens behind their document's first HCA block",
-        Reduction.same,
+        "dead_experts", "experts that got no token, all layers", Reduction.same,
+        healthy="0 where a step has 20 copies of tokens for each expert", advice=_BALANCE,
     ),
-    Metric("stream_gain", "norm after / norm before a block", Reduction.mean),
-    Metric("quant_error_*", "squared error / squared norm, per part of quant", Reduction.mean),
-    Metric("quant_zeroed_*", "fraction of non-zero values rounded to zero", Reduction.mean),
+    Metric(
+        "clamped", "fraction of expert activations", Reduction.mean, healthy="below 0.01",
+        advice="lower optim.lr, or raise model.swiglu_limit",
+    ),
+    Metric(
+        "indexer_captured_mass", "fraction of the teacher's mass in the top-k", Reduction.mean,
+        healthy="above 0.9 late in a run",
+        advice="raise model.index_topk or train.indexer_loss_weight",
+    ),
+    Metric(
+        "indexer_recall", "fraction of the teacher's top-k in the indexer's", Reduction.mean,
+        healthy="rises, above 0.7 late in a run",
+        advice="raise train.indexer_loss_weight, or give the indexer a stage of phase warmup",
+    ),
+    Metric(
+        "indexer_leaves_out", "fraction of queries that see more than top-k entries",
+        Reduction.mean, healthy="above 0, or the indexer chooses nothing",
+        advice="lower model.index_topk, or train on longer rows and documents",
+    ),
+    Metric(
+        "past_window", "fraction of tokens whose document began before the window",
+        Reduction.same, healthy="above 0, or compressed attention sees nothing",
+        advice="lower model.sliding_window, or train on longer rows and documents",
+    ),
+    Metric(
+        "past_hca_block", "fraction of tokens behind their document's first HCA block",
+        Reduction.same, healthy="above 0, or HCA layers see no entry",
+        advice="lower the ratios of HCA layers, or train on longer rows and documents",
+    ),
+    Metric(
+        "stream_gain", "norm after / norm before a block", Reduction.mean, healthy="0.5 to 4",
+        advice=_SLOWER,
+    ),
+    Metric(
+        "quant_error_*", "squared error / squared norm, per part of quant", Reduction.mean,
+        healthy="below 0.02 in FP4, 0.001 in FP8", advice=_FORMAT,
+    ),
+    Metric(
+        "quant_zeroed_*", "fraction of non-zero values rounded to zero", Reduction.mean,
+        healthy="below 0.2", advice=_FORMAT,
+    ),
     Metric("quant_saturated_*", "fraction of values at the largest element", Reduction.mean),
     Metric(
-        "quant_scale_log2_*", "log2 of largest / smallest group scale in a block", Reduction.mean
+        "quant_scale_log2_*", "log2 of largest / smallest group scale in a block", Reduction.mean,
+        healthy="below 7, or FP8 cannot hold the block", advice=_FORMAT,
     ),
-    Metric("quant_lossy_*", "fraction of blocks that FP8 cannot hold", Reduction.mean),
-    Metric("val_loss", "nats per target token", Reduction.sum),
-    Metric("val_bits_per_byte", "bits per byte of validation text", Reduction.sum),
-    Metric("val_loss_average", "val_loss of the averaged weights", Reduction.sum),
+    Metric(
+        "quant_lossy_*", "fraction of blocks that FP8 cannot hold", Reduction.mean,
+        healthy="0", advice=_FORMAT,
+    ),
+    Metric(
+        "val_loss", "nats per target token", Reduction.sum,
+        healthy="at most 1 % above its lowest value", advice=_OVERFIT,
+    ),
+    Metric(
+        "val_bits_per_byte", "bits per byte of validation text", Reduction.sum,
+        healthy="below that of xz -9e at the end", advice="train longer, or a larger model",
+    ),
+    Metric(
+        "val_loss_average", "val_loss of the averaged weights", Reduction.sum,
+        healthy="below val_loss until the learning rate decays",
+        advice="lower train.ema_decay: the average reaches back too far",
+    ),
     Metric("val_bits_per_byte_average", "bits per byte of the averaged weights", Reduction.sum),
     Metric("tokens_per_second", "tokens per second, padding included", Reduction.same, True),
     Metric("step_seconds", "seconds", Reduction.max, True),
     Metric("step_cpu_seconds", "CPU seconds of the process, all threads", Reduction.max, True),
-    Metric("eval_seconds", "seconds of the evaluation after the step", Reduction.max, True),
     Metric(
-        "checkpoint_seconds",
-        "seconds the run stood still to save before the step",
-        Reduction.same,
-        True,
+        "eval_seconds", "seconds of the evaluation after the step", Reduction.max, True,
+        healthy="a few percent of the steps between evaluations",
+        advice="raise train.eval_every or lower train.eval_tokens",
     ),
     Metric(
-        "checkpoint_background_seconds",
-        "seconds of a save that ended behind the steps",
-        Reduction.same,
-        True,
+        "checkpoint_seconds", "seconds the run stood still to save before the step",
+        Reduction.same, True, healthy="a few percent of the steps between checkpoints",
+        advice="train.async_checkpoint=true, or raise train.checkpoint_every",
     ),
-    Metric("peak_memory_bytes", "bytes, largest of any rank", Reduction.max, True),
     Metric(
-        "mfu", "fraction of the measured matmul rate of all ranks' devices", Reduction.same, True
+        "checkpoint_background_seconds", "seconds of a save that ended behind the steps",
+        Reduction.same, True, healthy="below the time between checkpoints",
+        advice="raise train.checkpoint_every",
     ),
-)
+    Metric(
+        "peak_memory_bytes", "bytes, largest of any rank", Reduction.max, True,
+        healthy="below what the device has",
+        advice="lower train.micro_batch_size, or train.activation_checkpoint=block",
+    ),
+    Metric(
+        "mfu", "fraction of the measured matmul rate of all ranks' devices", Reduction.same, True,
+        healthy="steady; low for small models", advice="raise train.micro_batch_size",
+    ),
+)  # fmt: skip
 _BY_NAME = {metric.name: metric for metric in METRICS}
 MEASURED = frozenset(metric.name for metric in METRICS if metric.measured)
 
@@ -281,7 +384,9 @@ def _json_value(value: Any) -> Any:
     return value
 
 
-def describe(records: Iterable[Metric] = METRICS) -> str:
-    """The table as Markdown, for the documents."""
-    rows = [f"| `{m.name}` | {m.unit} | {m.reduction} | {m.measured} |" for m in records]
-    return "\n".join(["| field | unit | reduction | measured |", "|---|---|---|---|", *rows])
+def describe(metrics: Iterable[Metric] = METRICS) -> str:
+    """The table as Markdown, for the documents (``docs/metrics.md``)."""
+    head = ("metric", "what it is, unit", "healthy", "where it is not")
+    rows = [(f"`{m.name}`", m.unit + " *" * m.measured, m.healthy, m.advice) for m in metrics]
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in lines)

@@ -21,6 +21,7 @@ from train.checkpoint.files import replace_durably
 from train.errors import ROOT, UserError, one_line
 
 RECEIPT = "receipt.json"
+HARNESS = "harness"  # results of lm-evaluation-harness, added by ``scripts/eval.py``
 _PACKAGES = ("train", "model", "optim", "parallel", "quant", "data", "conf")
 _SOURCES = {".py", ".cpp", ".h"}
 _LIBRARIES = ("torch", "numpy", "hydra-core", "datasets", "tokenizers", "triton", "deepspeed")

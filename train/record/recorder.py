@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data.batch import Batch, BatchCounts
 from data.global_batch import GlobalBatch
 from model.config import LayerKind, ModelConfig
 from model.flops import training_flops
@@ -28,7 +29,7 @@ from train.record.metrics import (
 from train.record.profiling import ProfilerWindow
 from train.record.report import FinalEvaluation, RunReport
 from train.record.sample_log import SampleLog
-from train.record.trackers import Tracker
+from train.record.tracker import Screen, Tracker
 from train.recovery.anticipation import RoutedRows
 from train.step import StepPlan, StepResult, StepRows
 
@@ -51,6 +52,8 @@ class Recorder:
         evaluator: validation loss.
         final_evaluator: the same after the last step.
         matmul_rate: of all ranks' devices together, FLOPs per second.
+        steps: of the whole run.
+        screen: shows how far a slow step is; one of the trackers.
     """
 
     state: RunState
@@ -64,8 +67,19 @@ class Recorder:
     evaluator: Evaluator
     final_evaluator: Evaluator
     matmul_rate: float
+    steps: int
+    screen: Screen | None
     _seconds: tuple[float, float] = (0.0, 0.0)  # of the step just done: wall clock, CPU
     _val_loss: float | None = None  # of an evaluation after the step just done
+    _began: float = 0.0  # of the step that is being computed
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """However the run ends, its screen is free for what is said of that."""
+        if self.screen is not None:
+            self.screen.close()
 
     @property
     def files(self) -> list[Path]:
@@ -76,11 +90,26 @@ class Recorder:
     def running(self, step: StepPlan) -> Iterator[None]:
         """Time a step, profile it if asked for, and log the samples that it read."""
         self.profiler.before(step.number)
-        began, cpu_began = time.perf_counter(), time.process_time()
+        self._began, cpu_began = time.perf_counter(), time.process_time()
         yield
-        self._seconds = time.perf_counter() - began, time.process_time() - cpu_began
+        self._seconds = time.perf_counter() - self._began, time.process_time() - cpu_began
         self.profiler.after(step.number)
         self.samples.write(step.number)
+
+    def watch(self, step: StepPlan, planned: GlobalBatch, rows: StepRows) -> StepRows:
+        """Rows that tell, as they are read, which samples they hold and how far the step is.
+
+        Args:
+            step: that is being computed.
+            planned: its batch.
+            rows: the same, with experts where they were chosen ahead.
+        """
+        rows = self.samples.watch(planned, rows)
+        if self.screen is None:
+            return rows
+        share = step.num_rows // self.state.engine.data_degree
+        count = -(-share // step.stage.micro_batch_size)
+        return CountedRows(rows, step.number, count, self._began, self.screen)
 
     def write(
         self,
@@ -110,6 +139,8 @@ class Recorder:
             record |= reach(rows, self.model)
         if evaluate:
             record |= self.evaluator.evaluate(step)
+            if step.number < self.steps:  # else the end writes it
+                self.report.write_text()
         self._val_loss = record.get("val_loss")
         if self.state.engine.rank == 0:
             self.metrics.write(record)
@@ -197,6 +228,37 @@ class Recorder:
         _refuse_not_finite("the evaluation", values)
         if self.state.engine.rank == 0:
             self.report.write_evaluation(values)
+
+
+@dataclass
+class CountedRows:
+    """Rows that tell a screen which microbatch is read.
+
+    Attributes:
+        rows: of the global batch.
+        step: number of the step.
+        of: microbatches that this rank reads.
+        began: when the step did, as ``time.perf_counter``.
+        screen: is told.
+    """
+
+    rows: StepRows
+    step: int
+    of: int
+    began: float
+    screen: Screen
+    _read: int = 0
+
+    @property
+    def counts(self) -> BatchCounts:
+        """Normalisers of the whole batch."""
+        return self.rows.counts
+
+    def batch(self, start: int, stop: int) -> Batch:
+        """Tensors of some of the rows."""
+        self._read += 1
+        self.screen.microbatch(self.step, self._read, self.of, time.perf_counter() - self.began)
+        return self.rows.batch(start, stop)
 
 
 def flops_per_token(config: ModelConfig, step: StepPlan) -> float:

@@ -20,7 +20,15 @@ from train.preflight.precision import PrecisionChoice
 from train.record.continuation import continue_text
 from train.record.metrics import read_metrics
 from train.record.plots import draw_losses
-from train.record.receipt import RECEIPT, config_hash, environment, plain, write_json
+from train.record.receipt import (
+    HARNESS,
+    RECEIPT,
+    config_hash,
+    environment,
+    plain,
+    read_receipt,
+    write_json,
+)
 from train.run_folder.folder import METRICS
 from train.run_folder.identity import RunIdentity
 
@@ -54,6 +62,7 @@ class RunReport:
         run: the config.
         engine: holds the model.
         tokenizer: of the run.
+        prompt: what the sample continues.
         identity: what the run is; the receipt quotes it.
         precision: what ``train.precision=auto`` became and why, where that was asked.
     """
@@ -63,13 +72,14 @@ class RunReport:
         run: RunConfig,
         engine: Engine,
         tokenizer: Tokenizer,
+        prompt: str,
         identity: RunIdentity,
         precision: PrecisionChoice | None = None,
     ) -> None:
         self._folder, self._seed = Path(run.run_dir), run.seed
         self._weights = run.train.weights.value
-        self._title = f"{run.model.name}, {run.optim.name.value}, {run.train.precision.value}"
-        self._sample = (run.sample.prompt, run.sample.tokens, run.sample.temperature)
+        self._title = run_title(run)
+        self._sample = (prompt, run.sample.tokens, run.sample.temperature)
         self._facts = {
             "config_sha256": config_hash(run),
             "data": {"tokenizer": identity.tokenizer, "sources": identity.sources},
@@ -98,7 +108,7 @@ class RunReport:
             validation: of a finished run, None of one that stopped early.
         """
         if validation is not None and validation.is_finite:
-            self._write_text()
+            self.write_text(tell=True)
         if self._engine.rank:
             return
         records = read_metrics(self._folder / METRICS)
@@ -112,6 +122,8 @@ class RunReport:
         }
         if validation is not None:
             receipt["validation"] = compare_with_xz(validation)
+        if harness := read_receipt(self._folder).get(HARNESS):
+            receipt[HARNESS] = harness  # of this or of an earlier step
         write_json(self._folder / RECEIPT, receipt)
 
     def write_evaluation(self, values: Mapping[str, Any]) -> None:
@@ -121,7 +133,12 @@ class RunReport:
         shown = " ".join(f"{name} {value:.5g}" for name, value in values.items())
         log.info("evaluation (%s weights): %s", self._weights, shown)
 
-    def _write_text(self) -> None:
+    def write_text(self, tell: bool = False) -> None:
+        """Let the model write the sample. Collective.
+
+        Args:
+            tell: show it on the console too.
+        """
         prompt, tokens, temperature = self._sample
         if not tokens:
             return
@@ -133,7 +150,13 @@ class RunReport:
         if self._engine.rank:
             return
         (self._folder / TEXT).write_text(text + "\n", encoding="utf-8")
-        log.info("sample (%s):\n%s", self._folder / TEXT, text)
+        if tell:
+            log.info("sample (%s):\n%s", self._folder / TEXT, text)
+
+
+def run_title(run: RunConfig) -> str:
+    """What a run is, in a line."""
+    return f"{run.model.name}, {run.optim.name.value}, {run.train.precision.value}"
 
 
 def compare_with_xz(validation: FinalEvaluation) -> dict[str, Any]:

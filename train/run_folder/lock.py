@@ -63,6 +63,19 @@ def owned(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_held(folder: Path) -> bool:
+    """Whether a process writes to a folder, as far as one who only reads can tell."""
+    path = folder / LOCK
+    holder = _read(path)
+    if not holder:
+        return False
+    if holder.get("boot") == _boot() and holder.get("pids") == _pid_namespace():
+        return _started(holder.get("pid")) == holder.get("started")
+    with contextlib.suppress(OSError):
+        return time.time() - path.stat().st_mtime < _TIMEOUT
+    return False
+
+
 class FolderLock:
     """The lock of one folder.
 

@@ -33,11 +33,11 @@ from tests.helpers import random_rows
 from train import build
 from train.config.recovery import Remedy
 from train.config.schema import Device, RunConfig
+from train.display import console
 from train.errors import USER_ERRORS
 from train.phase import PhaseSwitch
 from train.preflight import fit
 from train.pretrain import _train
-from train.record import trackers
 from train.record.metrics import read_metrics, unmeasured
 from train.record.params_table import table_rows
 from train.recovery.judge import Recovery
@@ -127,7 +127,7 @@ def outcome(run: RunConfig, folder: Path) -> Any:
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())
-    logger = trackers.log
+    logger = console.log
     before, logger.level = logger.level, logging.INFO
     logger.addHandler(handler)
     try:

@@ -57,9 +57,9 @@ from train.config.schema import (
     dump,
     validate,
 )  # fmt: skip
+from train.display.build import build_profiler
 from train.errors import USER_ERRORS
 from train.pretrain import _train, main
-from train.record.build import build_profiler
 from train.stages import resolve
 
 
@@ -70,7 +70,7 @@ def row(value: Any, shows: Any, /, **also: Any) -> tuple[Any, Any, dict[str, Any
 
 checkpoints = handed("train.build.Checkpoints", build.build_checkpoints)
 profiler = handed(
-    "train.record.build.ProfilerWindow",
+    "train.display.build.ProfilerWindow",
     lambda run: build_profiler(run, resolve(run), _Engine(), 0),  # pyright: ignore
 )
 wandb = handed("wandb.init", _train)

@@ -12,9 +12,9 @@ from parallel.engine import TorchEngine
 from tests.helpers import small_model
 from train import build
 from train.config.schema import Precision
+from train.display.console import Console
 from train.preflight.matmul_rate import measured_matmul_rate
 from train.record.continuation import continue_text
-from train.record.trackers import Console
 from train.recovery.stop import StopRequest
 
 

@@ -12,15 +12,19 @@ from parallel.engine import Engine
 from quant.probe import QuantProbe
 from train.checkpoint.state import RunState
 from train.config.schema import RunConfig, WandbMode
+from train.display.console import Console
+from train.display.health import Health
+from train.display.page import Page
+from train.display.tensorboard_tracker import TensorBoardTracker
+from train.display.wandb_tracker import WandbTracker
 from train.record.evaluation import Evaluator
 from train.record.metrics import MetricsFile, read_metrics
 from train.record.profiling import PROFILE, ProfilerWindow
 from train.record.receipt import plain
 from train.record.recorder import Recorder
-from train.record.report import RunReport
+from train.record.report import RunReport, run_title
 from train.record.sample_log import SampleLog, data_hash
-from train.record.trackers import Console, TensorBoardTracker, Tracker
-from train.record.wandb_tracker import WandbTracker
+from train.record.tracker import Tracker
 from train.run_folder.folder import METRICS
 from train.stages import StagePlan
 
@@ -62,7 +66,9 @@ def build_recorder(
     trackers = [] if reads else build_trackers(run, plan, metrics, done, saved)
     profiler = build_profiler(run, plan, engine, done)
     told = (metrics, samples, trackers, profiler, report)
-    return Recorder(state, run.model, probe, *told, evaluator, final_evaluator, rate)
+    screen = next((t for t in trackers if isinstance(t, Console)), None)
+    evaluators = (evaluator, final_evaluator)
+    return Recorder(state, run.model, probe, *told, *evaluators, rate, plan.steps, screen)
 
 
 def _cut_lines(state: RunState, metrics: MetricsFile, samples: SampleLog) -> None:
@@ -115,7 +121,9 @@ def build_trackers(
     """
     folder, wandb = Path(run.run_dir), run.wandb
     history = partial(read_metrics, metrics.path)
-    trackers: list[Tracker] = [Console(plan.steps, done, run.train.log_every)]
+    console, health = Console(plan.steps, done, run.train.log_every), Health(run.model, history)
+    page = Page(folder, run_title(run), plan.steps, health)
+    trackers: list[Tracker] = [console, health, page]
     if wandb.mode is not WandbMode.disabled:
         trackers.append(
             WandbTracker(
