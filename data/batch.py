@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -13,24 +13,32 @@ IGNORE = -1  # label of a position that predicts nothing
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of packed documents.
+    """Rows of packed documents, or a part of each (:meth:`part`).
 
     Attributes:
         input_ids_BT: int64 token ids; padding holds 0.
         document_ids_BT: int64, equal for the tokens of one document inside a row, -1 for padding. A
-            document occupies one contiguous run of a row.
+            document occupies one contiguous run of a row. Of whole rows, also in a part.
         labels_BTK: int64; ``[b, t, k]`` is the token ``1 + k`` places after position t of the same
             document (taken
             from the document itself, also where the row cuts it), or ``IGNORE`` where that lies
             beyond the document.
         routing: experts to use instead of the gates' own choices, int64 [B * T, experts per token]
-            by name of the gate; None: every gate chooses.
+            by name of the gate, of the part that computes it; None: every gate chooses.
     """
 
     input_ids_BT: Tensor
     document_ids_BT: Tensor
     labels_BTK: Tensor
     routing: Mapping[str, Tensor] | None = None
+
+    def part(self, index: int, count: int) -> Batch:
+        """The ``index``-th of ``count`` equal parts of every row; document ids stay whole."""
+        size = self.input_ids_BT.shape[1] // count
+        here = slice(index * size, (index + 1) * size)
+        return replace(
+            self, input_ids_BT=self.input_ids_BT[:, here], labels_BTK=self.labels_BTK[:, here]
+        )
 
     def pinned(self) -> Batch:
         """The same with all that a device copies in pinned memory."""

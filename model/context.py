@@ -1,6 +1,6 @@
 """What every layer of one forward pass shares: plan, RoPE tables, phase and what to report."""
 
-# Legend: B rows, T tokens, R rotation pairs, E entries
+# Legend: B rows, T tokens, R rotation pairs, L entries computed here
 from __future__ import annotations
 
 from dataclasses import dataclass, field
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model.config import IndexerPhase, ModelConfig
+from model.kv_exchange import KVExchange, WholeRows
 from model.rope import rope_frequencies, rope_tables
 from model.sequence_plan import SequencePlan, build_sequence_plan
 
@@ -34,7 +35,7 @@ class ForwardContext:
         plan: positions and visibility.
         window_rope: (cos, sin) [B, T, R] of window-only layers.
         compressed_rope: (cos, sin) [B, T, R] of compressed layers.
-        entry_rope: ratio -> (cos, sin) [B, E, R] of the compressed entries.
+        entry_rope: ratio -> (cos, sin) [B, L, R] of the entries that are computed here.
         phase: the indexer's phase.
         indexer_loss: compute the indexer's KL.
         balance_loss: compute the balance loss.
@@ -43,6 +44,7 @@ class ForwardContext:
             its own).
         record: filled with the indices that were chosen, by FQN; None: nothing is kept.
         past: the cache of a text that is being decoded; None: the plan holds all there is.
+        kv_exchange: brings what other ranks hold of the rows.
     """
 
     plan: SequencePlan
@@ -56,20 +58,28 @@ class ForwardContext:
     replay: dict[str, Tensor] = field(default_factory=dict)
     record: dict[str, Tensor] | None = None
     past: Past | None = None
+    kv_exchange: KVExchange = field(default_factory=WholeRows)
 
 
 def build_context(
-    config: ModelConfig, document_ids_BT: Tensor, yarn: bool, device: torch.device | None = None
+    config: ModelConfig,
+    document_ids_BT: Tensor,
+    yarn: bool,
+    device: torch.device | None = None,
+    kv_exchange: KVExchange = WholeRows(),  # noqa: B008  has no state
 ) -> ForwardContext:
     """Plan and RoPE tables of a batch.
 
     Args:
         config: the model.
-        document_ids_BT: equal inside a document, -1 for padding; best on the host.
+        document_ids_BT: of whole rows: equal inside a document, -1 for padding; best on the host.
         yarn: compressed layers use YaRN.
         device: of the layers; None: that of the ids.
+        kv_exchange: reaches what is not here; says which part of the rows is.
     """
-    plan = build_sequence_plan(document_ids_BT, config.ratios)
+    plan = build_sequence_plan(
+        document_ids_BT, config.ratios, config.sliding_window, kv_exchange.shard
+    )
     plan = plan.to(document_ids_BT.device if device is None else device)
     window = rope_frequencies(config, compressed=False)
     compressed = rope_frequencies(config, compressed=True, yarn=yarn)
@@ -77,5 +87,6 @@ def build_context(
         plan=plan,
         window_rope=rope_tables(plan.position_BT, window),
         compressed_rope=rope_tables(plan.position_BT, compressed),
-        entry_rope={m: rope_tables(p.position_BE, compressed) for m, p in plan.compressed.items()},
+        kv_exchange=kv_exchange,
+        entry_rope={m: rope_tables(p.position_BL, compressed) for m, p in plan.compressed.items()},
     )

@@ -4,10 +4,16 @@ Window, CSA, HCA, indexer, MTP and balance loss all read it; no layer counts pos
 Documents are maximal runs of equal ids in a row; padding has id -1, forms no entries, sees nothing
 and is seen by nothing. A plan is built on the host and moved to the device, so that nothing has to
 be read back: what loops need as numbers (:class:`Bounds`) stays on the host.
+
+Under context parallelism every rank builds the plan of the whole row and keeps what its own tokens
+need (:class:`SequenceShard`): positions are those of the document, an entry belongs to the rank
+that holds its last token, and entries are numbered along the whole row. So every rank knows, without
+asking, who holds which entry.
 """
 
-# Legend: B rows, T tokens, E compressed entries of a row (padded to a common count), M tokens of an
-# entry's own block
+# Legend: B rows, T tokens that are here, E compressed entries of a row (padded to a common count),
+# L entries that are computed here, M tokens of an entry's own block, U tokens here and before,
+# F entries of all ranks, padding included
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
@@ -17,6 +23,29 @@ import torch
 from torch import Tensor
 
 P = TypeVar("P")
+
+
+class SequenceShard(NamedTuple):
+    """The contiguous part of every row that a rank holds (context parallelism).
+
+    Attributes:
+        index: number of the part.
+        count: of parts, all of one length; 1: rows are whole.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def tokens(self, row_tokens: int) -> slice:
+        """Row positions of the part.
+
+        Raises:
+            ValueError: the parts would differ in length.
+        """
+        if row_tokens % self.count:
+            raise ValueError(f"rows of {row_tokens} tokens cannot be cut into {self.count} parts")
+        size = row_tokens // self.count
+        return slice(self.index * size, (self.index + 1) * size)
 
 
 class Bounds(NamedTuple):
@@ -36,6 +65,35 @@ class Bounds(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """The tokens that feed the entries which are computed here.
+
+    Attributes:
+        tokens_BLM: row of the tokens here and before that takes each place of each block; U (one
+            past them) where there is none.
+        slot_BU: the place l * M + j that a token takes in ``tokens``, or L * M where it feeds none.
+        lead: 1: the first block is the one before the first entry, and makes no entry itself.
+    """
+
+    tokens_BLM: Tensor
+    slot_BU: Tensor
+    lead: int = 0
+
+
+@dataclass(frozen=True)
+class Gathering:
+    """Where the entries of all ranks come from.
+
+    Attributes:
+        source_BE: place of entry e among those of all ranks, rank after rank; F for none.
+        target_BF: its inverse; E for none.
+    """
+
+    source_BE: Tensor
+    target_BF: Tensor
+
+
+@dataclass(frozen=True)
 class CompressedPlan:
     """Compressed entries of one ratio, numbered along the row, document after document.
 
@@ -45,48 +103,56 @@ class CompressedPlan:
 
     Attributes:
         ratio: tokens per entry (M).
-        tokens_BEM: row positions of the tokens of each entry's own block; T (one past the row)
-            where there is none.
-        slot_BT: the place e * M + j that token t takes in ``tokens``, or E * M where it feeds no
-            entry.
-        valid_BE: entry exists.
-        has_previous_BE: the entry is not its document's first.
-        position_BE: position in the document of the block's first token.
-        first_BT: first visible entry of query t.
+        num_entries: E of the whole row, padding included.
+        disjoint: blocks of entries that read their own block alone.
+        overlapping: blocks of entries that read the one before too; of whole rows the same.
+        valid_BL: an entry that is computed here exists.
+        has_previous_BL: it is not its document's first.
+        position_BL: position in the document of its block's first token.
+        first_BT: first visible entry of query t, of the whole row.
         stop_BT: one past the last visible entry of query t.
         bounds: of these two over all rows.
+        gathering: of a shard: how the row's entries are put together.
     """
 
     ratio: int
-    tokens_BEM: Tensor
-    slot_BT: Tensor
-    valid_BE: Tensor
-    has_previous_BE: Tensor
-    position_BE: Tensor
+    num_entries: int
+    disjoint: Blocks
+    overlapping: Blocks
+    valid_BL: Tensor
+    has_previous_BL: Tensor
+    position_BL: Tensor
     first_BT: Tensor
     stop_BT: Tensor
     bounds: Bounds
+    gathering: Gathering | None = None
 
-    @property
-    def num_entries(self) -> int:
-        """E, padding included."""
-        return self.valid_BE.shape[1]
+    def to(self, device: torch.device) -> CompressedPlan:
+        """The same on a device; does not wait for it."""
+        disjoint = overlapping = _moved(self.disjoint, device)
+        if self.overlapping is not self.disjoint:
+            overlapping = _moved(self.overlapping, device)
+        gathering = None if self.gathering is None else _moved(self.gathering, device)
+        there = _moved(self, device)
+        return replace(there, disjoint=disjoint, overlapping=overlapping, gathering=gathering)
 
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """Positions and visibility of one batch.
+    """Positions and visibility of one batch, or of one shard of its rows.
 
     Attributes:
         valid_BT: not padding.
         position_BT: position inside the document, 0 in padding.
-        start_BT: row position of the document's first token; for padding one past the token (sees
-            nothing).
+        start_BT: row of the document's first token among the tokens here and those of the window
+            before; 0 where it lies still before; for padding one past the token (sees nothing).
         document_BT: number of the document in the batch, 0 .. num_documents - 1; padding runs are
             counted too.
-        length_BT: tokens of the document that holds t.
+        length_BT: tokens of the document that holds t, wherever they are.
         num_documents: runs in the batch.
         compressed: a plan for every ratio in use.
+        shard: the part of every row that is here.
+        row_tokens: of whole rows.
     """
 
     valid_BT: Tensor
@@ -96,11 +162,22 @@ class SequencePlan:
     length_BT: Tensor
     num_documents: int
     compressed: dict[int, CompressedPlan]
+    shard: SequenceShard
+    row_tokens: int
+
+    def some_queries(self, count: int = 64) -> Tensor:
+        """Those of ``count`` positions spread over a row that are here, counted from the shard's start.
+
+        On the host: how many they are is known without a device.
+        """
+        here = self.shard.tokens(self.row_tokens)
+        pick = torch.linspace(0, self.row_tokens - 1, min(count, self.row_tokens)).long()
+        return pick[(pick >= here.start) & (pick < here.stop)] - here.start
 
     def to(self, device: torch.device) -> SequencePlan:
         """The same on a device; does not wait for it."""
         there = _moved(self, device)
-        compressed = {m: _moved(plan, device) for m, plan in self.compressed.items()}
+        compressed = {m: plan.to(device) for m, plan in self.compressed.items()}
         return replace(there, compressed=compressed)
 
 
@@ -113,15 +190,27 @@ def _moved(plan: P, device: torch.device) -> P:
     return replace(plan, **tensors)  # pyright: ignore[reportArgumentType]
 
 
-def build_sequence_plan(document_ids_BT: Tensor, ratios: tuple[int, ...]) -> SequencePlan:
+def build_sequence_plan(
+    document_ids_BT: Tensor,
+    ratios: tuple[int, ...],
+    window: int = 1,
+    shard: SequenceShard = SequenceShard(),  # noqa: B008  immutable
+) -> SequencePlan:
     """Build the plan of a batch.
 
     Args:
-        document_ids_BT: integer ids, -1 for padding; best on the host, where the plan is built.
+        document_ids_BT: integer ids of whole rows, -1 for padding; best on the host, where the plan
+            is built.
         ratios: compression ratios that layers use.
+        window: tokens of the window, the query's own included; counts at a shard's edge only.
+        shard: the part of every row that is here.
+
+    Raises:
+        ValueError: rows that do not divide into shards.
     """
     document_ids_BT = document_ids_BT.cpu()
     B, T = document_ids_BT.shape
+    here = shard.tokens(T)
     valid_BT = document_ids_BT >= 0
     row_T = torch.arange(T)
     begins_BT = torch.ones(B, T, dtype=torch.bool)
@@ -130,55 +219,101 @@ def build_sequence_plan(document_ids_BT: Tensor, ratios: tuple[int, ...]) -> Seq
     document_BT = begins_BT.flatten().cumsum(0).view(B, T) - 1
     num_documents = int(document_BT[-1, -1]) + 1
     lengths = torch.bincount(document_BT.flatten(), minlength=num_documents)
+    start_BT = torch.where(valid_BT, run_start_BT, row_T + 1)[:, here]
+    first_key = max(0, here.start - (window - 1))
     return SequencePlan(
-        valid_BT=valid_BT,
-        position_BT=torch.where(valid_BT, row_T - run_start_BT, 0),
-        start_BT=torch.where(valid_BT, run_start_BT, row_T + 1),
-        document_BT=document_BT,
-        length_BT=lengths[document_BT],
+        valid_BT=valid_BT[:, here],
+        position_BT=torch.where(valid_BT, row_T - run_start_BT, 0)[:, here],
+        start_BT=(start_BT - first_key).clamp(min=0),
+        document_BT=document_BT[:, here],
+        length_BT=lengths[document_BT[:, here]],
         num_documents=num_documents,
         compressed={
-            m: _compressed(row_T - run_start_BT, run_start_BT, valid_BT, m) for m in ratios
+            m: _compressed(row_T - run_start_BT, run_start_BT, valid_BT, m, shard) for m in ratios
         },
+        shard=shard,
+        row_tokens=T,
     )
 
 
 def _compressed(
-    position_BT: Tensor, start_BT: Tensor, valid_BT: Tensor, ratio: int
+    position_BT: Tensor, start_BT: Tensor, valid_BT: Tensor, ratio: int, shard: SequenceShard
 ) -> CompressedPlan:
     B, T = position_BT.shape
-    E = max(T // ratio, 1)
-    row_T = torch.arange(T)
+    E, here = max(T // ratio, 1), shard.tokens(T)
     closes_BT = valid_BT & ((position_BT + 1) % ratio == 0)
     count_BT = closes_BT.cumsum(dim=1)  # entries closed at or before t, in the whole row
     target_BT = torch.where(closes_BT, count_BT - 1, E)
     last_BE = torch.full((B, E + 1), -1, dtype=torch.int64)
-    last_BE = last_BE.scatter(1, target_BT, row_T.expand(B, T))[:, :E]
-    valid_BE = torch.arange(E) < count_BT[:, -1:]
-    tokens_BEM = last_BE[..., None] + torch.arange(1 - ratio, 1)
-    tokens_BEM = torch.where(valid_BE[..., None], tokens_BEM, T)
-    slot_BT = torch.full((B, T + 1), E * ratio, dtype=torch.int64)
-    places = torch.arange(E * ratio).expand(B, -1)
-    slot_BT = slot_BT.scatter(1, tokens_BEM.flatten(1), places)[:, :T]
-    # padding entries all wrote to the dropped column T
-    position_BE = position_BT.gather(1, last_BE.clamp(min=0)) - (ratio - 1)
-    position_BE = torch.where(valid_BE, position_BE, 0)
+    last_BE = last_BE.scatter(1, target_BT, torch.arange(T).expand(B, T))[:, :E]
     before_BT = count_BT - closes_BT.long()  # entries closed strictly before t
-    first_BT = torch.where(valid_BT, before_BT.gather(1, start_BT), 0)
-    stop_BT = torch.where(valid_BT, count_BT, 0)
+    first_BT = torch.where(valid_BT, before_BT.gather(1, start_BT), 0)[:, here]
+    stop_BT = torch.where(valid_BT, count_BT, 0)[:, here]
     sees_BT = stop_BT > first_BT
     bounds = Bounds(
         torch.where(sees_BT, first_BT, E).amin(dim=0),
         torch.where(sees_BT, stop_BT, 0).amax(dim=0),
     )
+    gathering = None
+    if shard.count > 1:
+        last_BE, gathering = _owned(last_BE, count_BT, ratio, shard)
+    valid_BL = last_BE >= 0
+    position_BL = position_BT.gather(1, last_BE.clamp(min=0)) - (ratio - 1)
+    position_BL = torch.where(valid_BL, position_BL, 0)
+    has_previous_BL = valid_BL & (position_BL > 0)
+    disjoint = overlapping = _blocks(last_BE, valid_BL, ratio, here, ratio - 1)
+    if here.start:
+        last = torch.cat((last_BE[:, :1] - ratio, last_BE), dim=1)
+        valid = torch.cat((has_previous_BL[:, :1], valid_BL), dim=1)
+        overlapping = replace(_blocks(last, valid, ratio, here, 2 * ratio - 1), lead=1)
     return CompressedPlan(
         ratio=ratio,
-        tokens_BEM=tokens_BEM,
-        slot_BT=slot_BT,
-        valid_BE=valid_BE,
-        has_previous_BE=valid_BE & (position_BE > 0),
-        position_BE=position_BE,
+        num_entries=E,
+        disjoint=disjoint,
+        overlapping=overlapping,
+        valid_BL=valid_BL,
+        has_previous_BL=has_previous_BL,
+        position_BL=position_BL,
         first_BT=first_BT,
         stop_BT=stop_BT,
         bounds=bounds,
+        gathering=gathering,
     )
+
+
+def _blocks(last_BL: Tensor, valid_BL: Tensor, ratio: int, here: slice, before: int) -> Blocks:
+    """Blocks that end at some row positions, read from the shard and some rows before it."""
+    (B, L), before = last_BL.shape, min(before, here.start)
+    U = before + here.stop - here.start
+    tokens_BLM = last_BL[..., None] + torch.arange(1 - ratio, 1) - (here.start - before)
+    tokens_BLM = torch.where(valid_BL[..., None], tokens_BLM, U)
+    slot_BU = torch.full((B, U + 1), L * ratio, dtype=torch.int64)
+    places = torch.arange(L * ratio).expand(B, -1)
+    # blocks that do not exist all write to the dropped column U
+    slot_BU = slot_BU.scatter(1, tokens_BLM.flatten(1), places)[:, :U]
+    return Blocks(tokens_BLM, slot_BU)
+
+
+def _owned(
+    last_BE: Tensor, count_BT: Tensor, ratio: int, shard: SequenceShard
+) -> tuple[Tensor, Gathering]:
+    """The last tokens of the entries that end in a shard, and how all shards' are put together.
+
+    Two entries end at least ``ratio`` tokens apart, so no shard has more than its length in such
+    steps, rounded up; all are padded to that, and every rank sends as much.
+    """
+    (B, E), T = last_BE.shape, count_BT.shape[1]
+    size = T // shard.count
+    L = -(-size // ratio)
+    ends_BP = count_BT[:, size - 1 :: size]  # entries up to the end of each shard
+    begins_BP = torch.nn.functional.pad(ends_BP[:, :-1], (1, 0))
+    number_BL = begins_BP[:, shard.index, None] + torch.arange(L)
+    exists_BL = number_BL < ends_BP[:, shard.index, None]
+    own_BL = last_BE.gather(1, number_BL.clamp(max=E - 1)).masked_fill(~exists_BL, -1)
+    F = shard.count * L
+    holder_BE = last_BE.clamp(min=0) // size
+    source_BE = holder_BE * L + torch.arange(E) - begins_BP.gather(1, holder_BE)
+    source_BE = torch.where(last_BE >= 0, source_BE, F)
+    target_BF = torch.full((B, F + 1), E, dtype=torch.int64)
+    target_BF = target_BF.scatter(1, source_BE, torch.arange(E).expand(B, E))[:, :F]
+    return own_BL, Gathering(source_BE, target_BF)

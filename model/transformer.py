@@ -15,6 +15,7 @@ from model.block import Aux, Block
 from model.config import IndexerPhase, ModelConfig, Residual
 from model.context import ForwardContext, build_context
 from model.hyper_connections import HyperHead, PlainHead
+from model.kv_exchange import KVExchange, WholeRows
 from model.linear import Linear
 from model.loss import ModelOutput, Objective, cross_entropy_sum, project
 from model.mtp import MTPBlock
@@ -31,6 +32,8 @@ class DeepSeekV4(nn.Module):
         compute_dtype: dtype of the streams and of most matmuls; parameters stay fp32 masters.
         head_dtype: operands of the head's products; the logits are fp32 either way.
         yarn: whether compressed layers use YaRN now (``yarn_from_seq_len`` delays it).
+        kv_exchange: what an objective's passes take of the rows (:meth:`forward`): all, or a shard;
+            passes for logits take whole rows.
 
     Raises:
         ValueError: a config that cannot be.
@@ -43,6 +46,7 @@ class DeepSeekV4(nn.Module):
         self.compute_dtype = torch.float32
         self.head_dtype = torch.float32
         self.yarn = True
+        self.kv_exchange: KVExchange = WholeRows()
         self.embed = nn.Embedding(
             config.vocab_size,
             config.hidden_size,
@@ -75,14 +79,23 @@ class DeepSeekV4(nn.Module):
         x_BTD = self.embed_tokens(ids_BT)
         return x_BTD.unsqueeze(2).repeat(1, 1, self.config.num_streams, 1)
 
-    def context(self, document_ids_BT: Tensor) -> ForwardContext:
-        """Plan and tables of a batch."""
+    def context(
+        self,
+        document_ids_BT: Tensor,
+        kv_exchange: KVExchange = WholeRows(),  # noqa: B008  has no state
+    ) -> ForwardContext:
+        """Plan and tables of a batch.
+
+        Args:
+            document_ids_BT: as in :meth:`forward`.
+            kv_exchange: says what is here of the rows; by default they are whole.
+        """
         device = next(self.parameters()).device
-        return build_context(self.config, document_ids_BT, self.yarn, device)
+        return build_context(self.config, document_ids_BT, self.yarn, device, kv_exchange)
 
     def training_context(self, document_ids_BT: Tensor, objective: Objective) -> ForwardContext:
-        """The same, with what an objective asks of the layers."""
-        context = self.context(document_ids_BT)
+        """The same of what is here of the rows, with what an objective asks of the layers."""
+        context = self.context(document_ids_BT, self.kv_exchange)
         context.phase = IndexerPhase(objective.indexer_phase)
         context.indexer_loss = objective.indexer_weight != 0
         context.balance_loss = objective.balance_weight != 0
@@ -141,8 +154,10 @@ class DeepSeekV4(nn.Module):
         """One microbatch's share of the objective.
 
         Args:
-            input_ids_BT: token ids.
-            document_ids_BT: equal inside a document, -1 for padding; best on the host.
+            input_ids_BT: token ids; of a shard of the rows where ``kv_exchange`` says so, as are
+                the labels.
+            document_ids_BT: of whole rows: equal inside a document, -1 for padding; best on the
+                host.
             labels_BTK: the token 1 + k places ahead, negative where there is none.
             objective: weights and the normalisers of the whole global batch.
         """

@@ -33,7 +33,8 @@ class ParallelConfig:
         dp_shard: ranks that share one copy of the parameters (FSDP2); -1 = the rest of the world.
         ep: ranks that share the routed experts; divides ``dp_replicate * dp_shard * cp``.
         pp: pipeline stages.
-        cp: sequence shards.
+        cp: contiguous shards in which ranks hold every row, unless a stage of training has its own
+            number: ``dp_shard * cp`` ranks share parameters either way.
         schedule: order of microbatches in the pipeline; only with ``pp`` above 1.
         timeout_seconds: a rank that keeps the others waiting for so long in training is given up;
             longer than any save, evaluation or compilation may hold one rank up.
@@ -43,7 +44,7 @@ class ParallelConfig:
     dp_shard: int = number(-1, least=-1)
     ep: int = number(1, least=-1)
     pp: int = number(1, least=-1)
-    cp: int = number(1, least=-1)
+    cp: int = number(1, least=1)
     schedule: str = "1f1b"
     timeout_seconds: float = number(600.0, above=0, most=1e9)
 
@@ -79,11 +80,6 @@ class ParallelConfig:
         if self.pp == 1 and self.schedule != "1f1b":
             raise ConfigError(
                 f"{prefix}.schedule={self.schedule} needs {prefix}.pp above 1 (now {self.pp})"
-            )
-        if self.cp > 1:
-            raise ConfigError(
-                f"{prefix}.cp={self.cp}: context parallelism is not built yet, only"
-                f" {prefix}.cp=1 runs"
             )
 
     def resolve(self, world_size: int, prefix: str = "parallel") -> ParallelConfig:
@@ -123,14 +119,22 @@ class ParallelConfig:
         return out
 
     @property
-    def data_degree(self) -> int:
-        """Ranks that hold different tokens (after :meth:`resolve`)."""
-        return self.row_degree * self.cp
+    def shard_degree(self) -> int:
+        """Ranks that share one copy of the parameters (after :meth:`resolve`)."""
+        return self.dp_shard * self.cp
 
     @property
-    def row_degree(self) -> int:
-        """Ranks over which the rows of a global batch are spread (after :meth:`resolve`)."""
-        return self.dp_replicate * self.dp_shard
+    def data_degree(self) -> int:
+        """Ranks that hold different tokens (after :meth:`resolve`)."""
+        return self.dp_replicate * self.shard_degree
+
+    def row_degree(self, cp: int) -> int:
+        """Groups of ranks over which the rows of a batch are spread (after :meth:`resolve`).
+
+        Args:
+            cp: shards of a row.
+        """
+        return self.data_degree // cp
 
     @property
     def world_size(self) -> int:

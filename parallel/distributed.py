@@ -1,8 +1,9 @@
-"""The engine of several processes: data parallelism (FSDP2, HSDP) and expert parallelism.
+"""The engine of several processes: data, expert and context parallelism.
 
-A step is the same as one process's: the rows are cut over the data ranks, losses are shares of the
-global objective and are added up over ranks once, as are expert loads and monitors; gradients are
-summed by FSDP. Whatever decides something (finite or not, stop or not) is the same on all ranks.
+A step is the same as one process's: the rows are cut over the data ranks, each row maybe over
+several, losses are shares of the global objective and are added up over ranks once, as are expert
+loads and monitors; gradients are summed by FSDP. Whatever decides something (finite or not, stop or
+not) is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from data.batch import Batch
+from model.kv_exchange import WholeRows
 from model.loss import Objective
+from model.transformer import DeepSeekV4
 from optim.build import Optimizer
 from optim.clip import scale_grads_, sharded_grad_norm
 from parallel.collectives import add_up, add_up_loose, gathered
+from parallel.context_parallel import ShardedRows
 from parallel.engine import Shares, TorchEngine, Update
 from parallel.fsdp import follow_requires_grad, fsdp_modules
 from parallel.mesh import Mesh
-from parallel.prefetch import prefetched
 
 
 class DistributedEngine(TorchEngine):
@@ -54,15 +57,24 @@ class DistributedEngine(TorchEngine):
         super().__init__(model, optimizer, device, grad_clip)
         self._roots = [root for root in roots or [model] if isinstance(root, FSDPModule)]
         assert len(self._roots) == len(roots or [model]), "shard the model first"
-        self._data = mesh.data
+        self._mesh = mesh
         self._group = dist.distributed_c10d._get_default_group()
         self.rank = dist.get_rank()
-        self.data_rank, self.data_degree = mesh.data_rank, mesh.data.size()
+        self.cut_rows(mesh.layout.cp)
+
+    def cut_rows(self, cp: int) -> None:
+        """From now on rows are held in ``cp`` shards; no weight moves."""
+        self.data_rank, self.data_degree = self._mesh.data_rank // cp, self._mesh.data.size() // cp
+        exchange = ShardedRows(self._mesh.contexts[cp].get_group(1)) if cp > 1 else WholeRows()
+        self.shard = exchange.shard
+        for root in self._roots:
+            assert isinstance(root, DeepSeekV4)
+            root.kv_exchange = exchange
 
     def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
         """Accumulate shards of the gradient; replicas are added up with the last microbatch."""
         shares = Shares()
-        for batch, last in _with_last(prefetched(batches, self.device)):
+        for batch, last in _with_last(self._shards(batches)):
             for root in self._roots:
                 root.set_requires_all_reduce(last)
             output = self._forward(batch, objective)
@@ -82,6 +94,10 @@ class DistributedEngine(TorchEngine):
         records = super().choices(batches, objective)
         self._let_go()
         return records
+
+    def embedding_gradient(self, batch: Batch, objective: Objective) -> Tensor | None:
+        """As in the base class, of whole rows."""
+        return self._whole_rows(super().embedding_gradient(batch, objective))
 
     def optimizer_step(self, lr: float, finite: bool) -> Update:
         """Clip and update; with a norm or loss that is not finite, only drop the gradients."""
@@ -103,8 +119,11 @@ class DistributedEngine(TorchEngine):
             follow_requires_grad(root)
 
     def spread_rows(self, mine: Tensor) -> Tensor:
-        """The rows of all data ranks, in order."""
-        return DTensor.from_local(mine, self._data, [Shard(0)], run_check=False)
+        """The rows of all data ranks, in order; of each the shards."""
+        if self.shard.count == 1:
+            return DTensor.from_local(mine, self._mesh.data, [Shard(0)], run_check=False)
+        mesh = self._mesh.contexts[self.shard.count]
+        return DTensor.from_local(mine, mesh, [Shard(0), Shard(1)], run_check=False)
 
     def agree(self, flag: bool) -> bool:
         """Whether any rank raised ``flag``."""
@@ -125,6 +144,15 @@ class DistributedEngine(TorchEngine):
         shared = torch.tensor(number, device=self.device)
         dist.broadcast(shared, src=0)
         return int(shared)
+
+    def _whole_rows(self, x_BSD: Tensor | None) -> Tensor | None:
+        """Shards of rows put together."""
+        if x_BSD is None or self.shard.count == 1:
+            return x_BSD
+        parts = [torch.empty_like(x_BSD) for _ in range(self.shard.count)]
+        group = self._mesh.contexts[self.shard.count].get_group(1)
+        dist.all_gather(parts, x_BSD.contiguous(), group=group)
+        return torch.cat(parts, dim=1)
 
     def _let_go(self) -> None:
         """The root's group stays gathered after a forward pass alone."""

@@ -21,6 +21,7 @@ from model.config import Router
 from model.loss import ModelOutput, Objective
 from model.moe.balance import update_bias
 from model.moe.router import Gate
+from model.sequence_plan import SequenceShard
 from model.weight_copies import WeightCopies
 from optim.build import Optimizer
 from optim.clip import clip_grad_norm
@@ -85,6 +86,7 @@ class Engine(Protocol):
         rank: number of this process; 0 writes files.
         data_rank: which share of a batch's rows this process computes.
         data_degree: number of such shares.
+        shard: which part of those rows it computes.
         sharded: whether parameters are shards (DTensor), gathered anew for each use.
     """
 
@@ -94,10 +96,14 @@ class Engine(Protocol):
     rank: int
     data_rank: int
     data_degree: int
+    shard: SequenceShard
     sharded: bool
 
     def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
-        """Run this process's microbatches and leave the gradient of the whole global batch."""
+        """Run this process's microbatches and leave the gradient of the whole global batch.
+
+        Here and below microbatches are of whole rows; the engine takes its shard of them.
+        """
         ...
 
     def evaluate(self, batches: Iterable[Batch], objective: Objective) -> Shares:
@@ -113,6 +119,10 @@ class Engine(Protocol):
 
         None on ranks that do not hold the embedding.
         """
+        ...
+
+    def cut_rows(self, cp: int) -> None:
+        """From now on rows are held in ``cp`` shards (context parallelism)."""
         ...
 
     def optimizer_step(self, lr: float, finite: bool) -> Update:
@@ -132,7 +142,7 @@ class Engine(Protocol):
         ...
 
     def spread_rows(self, mine: Tensor) -> Tensor:
-        """Values of this process's rows as part of the global batch's, for a checkpoint."""
+        """Values [R, T, ...] of what this process has of the global batch, for a checkpoint."""
         ...
 
     def agree(self, flag: bool) -> bool:
@@ -168,6 +178,7 @@ class TorchEngine:
 
     rank = data_rank = 0
     data_degree = 1
+    shard = SequenceShard()
     sharded = False
 
     def __init__(
@@ -181,7 +192,7 @@ class TorchEngine:
         """Accumulate the gradients of all microbatches; their losses are normalised already."""
         self._copy_weights()
         shares = Shares()
-        for batch in prefetched(batches, self.device):
+        for batch in self._shards(batches):
             output = self._forward(batch, objective)
             output.total.backward()
             shares.add(output)
@@ -192,7 +203,7 @@ class TorchEngine:
         """Run microbatches without gradients."""
         self._copy_weights()
         shares = Shares()
-        for batch in prefetched(batches, self.device):
+        for batch in self._shards(batches):
             shares.add(self._forward(batch, objective))
         return shares
 
@@ -201,7 +212,7 @@ class TorchEngine:
         """What every gate and indexer chooses in each microbatch, by name."""
         self._copy_weights()
         records: list[dict[str, Tensor]] = []
-        for batch in prefetched(batches, self.device):
+        for batch in self._shards(batches):
             records.append({})
             self._forward(batch, replace(objective, record=records[-1]))
         return records
@@ -210,8 +221,12 @@ class TorchEngine:
         """Gradient [B, T, D] of a batch's objective by the embeddings it reads first."""
         self._copy_weights()
         with self._embedding_as_leaf(self.model) as leaves:
-            output = self._forward(batch, objective)
+            output = self._forward(batch.part(*self.shard), objective)
             return torch.autograd.grad(output.total, leaves[0])[0]
+
+    def cut_rows(self, cp: int) -> None:
+        """Rows stay whole."""
+        assert cp == 1, cp
 
     def optimizer_step(self, lr: float, finite: bool) -> Update:
         """Clip and update; with a norm or loss that is not finite, only drop the gradients."""
@@ -265,6 +280,10 @@ class TorchEngine:
     def gather(self, value: Any) -> list[Any]:
         """There is nobody else."""
         return [value]
+
+    def _shards(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """This process's part of each, read ahead where the device gains by it."""
+        return prefetched((batch.part(*self.shard) for batch in batches), self.device)
 
     def _copy_weights(self) -> None:
         """Weights may have moved since the last pass: by a step, a load, a swap for an average."""

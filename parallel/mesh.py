@@ -1,17 +1,20 @@
 """The mesh: one DeviceMesh with axes pp, dp_replicate, dp_shard, cp and ep.
 
-``ep`` is folded out of the data axes: consecutive data ranks share the routed experts. What it
-leaves of the data axes shards each expert once more (FSDP) or, across replicas, copies it. So both
-``dp_replicate`` and ``dp_shard`` are made of two parts, one outside and one inside an ep group:
+``cp`` and ``ep`` are folded out of the data axes: consecutive data ranks hold one row, and share the
+routed experts. Parameters are sharded over ``dp_shard * cp`` ranks, whatever ``cp`` is, so a stage
+of training may cut rows otherwise than the one before and no weight moves. What ``ep`` leaves of the
+data axes shards each expert once more (FSDP) or, across replicas, copies it. So both axes are made
+of two parts, one outside and one inside an ep group:
 
-    dp_replicate = replicas * replicas_in_ep        ep = replicas_in_ep * shards_in_ep
-    dp_shard     = shards * shards_in_ep            experts: copied over replicas, FSDP over shards
+    dp_replicate  = replicas * replicas_in_ep       ep = replicas_in_ep * shards_in_ep
+    dp_shard * cp = shards * shards_in_ep           experts: copied over replicas, FSDP over shards
 """
 
 from __future__ import annotations
 
 import datetime
 import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from model.config import ModelConfig
+from model.config import LayerKind, ModelConfig
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from parallel.pipeline_split import check_pipeline
@@ -35,12 +38,14 @@ class Mesh:
 
     Attributes:
         layout: resolved degrees.
-        root: all axes, ep folded out: pp, replicas, replicas_in_ep, shards, shards_in_ep, cp.
-        dense: dp_replicate and dp_shard, for all parameters but routed experts.
+        root: all axes, ep folded out: pp, replicas, replicas_in_ep, shards, shards_in_ep.
+        dense: dp_replicate and dp_shard (cp in it), for all parameters but routed experts.
         experts: replicas and shards that are left of the data axes, for the routed experts.
         ep: ranks that share the routed experts.
         data: all data ranks of this pipeline stage.
         pipeline: ranks that hold the stages for this process's tokens.
+        contexts: by cp, the data ranks as groups that hold the same rows, by the shards of a row;
+            of every cp above 1 that a stage has.
     """
 
     layout: ParallelConfig
@@ -50,6 +55,7 @@ class Mesh:
     ep: DeviceMesh
     data: DeviceMesh
     pipeline: DeviceMesh
+    contexts: dict[int, DeviceMesh]
 
     @property
     def data_rank(self) -> int:
@@ -91,18 +97,18 @@ def check_layout(layout: ParallelConfig, model: ModelConfig, prefix: str = "para
         raise ConfigError(
             f"{prefix}.ep={layout.ep} must divide model.n_routed_experts={model.n_routed_experts}"
         )
-    if layout.dp_shard % layout.ep and layout.ep % layout.dp_shard:
-        raise ConfigError(
-            f"{prefix}.ep={layout.ep} must divide {prefix}.dp_shard={layout.dp_shard}, or be a"
-            " multiple of it"
-        )
-    shards = layout.dp_shard // math.gcd(layout.dp_shard, layout.ep)
+    sharded = f"{prefix}.dp_shard={layout.dp_shard}"
+    if layout.cp > 1:
+        sharded += f" * {prefix}.cp={layout.cp}"
+    if layout.shard_degree % layout.ep and layout.ep % layout.shard_degree:
+        raise ConfigError(f"{prefix}.ep={layout.ep} must divide {sharded}, or be a multiple of it")
+    shards = layout.shard_degree // math.gcd(layout.shard_degree, layout.ep)
     E, D, I = model.n_routed_experts, model.hidden_size, model.moe_intermediate_size  # noqa: E741
     if layout.ep > 1 and not all(expert_shard_dim(s, layout.ep, shards) >= 0
                                  for s in ((E, I, D), (E, D, I))):  # fmt: skip
         raise ConfigError(
             f"{prefix}.ep={layout.ep} leaves {E // layout.ep} experts to {shards} ranks of"
-            f" {prefix}.dp_shard={layout.dp_shard}, which divide neither them nor"
+            f" {sharded}, which divide neither them nor"
             f" model.moe_intermediate_size={I} nor model.hidden_size={D}"
         )
 
@@ -119,8 +125,36 @@ def expert_shard_dim(shape: tuple[int, ...], ep: int, shards: int) -> int:
     return next((dim for dim, size in enumerate(sizes) if size % shards == 0), -1)
 
 
+def check_contexts(layout: ParallelConfig, model: ModelConfig, cps: Mapping[str, int]) -> None:
+    """Refuse numbers of shards that this layout or this model cannot have.
+
+    Args:
+        layout: resolved.
+        model: the model.
+        cps: shards of a row, by the config path that asks for them.
+
+    Raises:
+        ValueError: names the key, its value and what it does not go with.
+    """
+    for key, cp in cps.items():
+        if layout.shard_degree % cp:
+            raise ConfigError(
+                f"{key}={cp} must divide the parallel.dp_shard={layout.dp_shard} * parallel.cp="
+                f"{layout.cp} ranks that share parameters"
+            )
+        kinds = [model.kind(layer) for layer in range(model.num_hidden_layers)]
+        if cp > 1 and LayerKind.dense in kinds:
+            raise ConfigError(
+                f"{key}={cp} cuts rows into shards, but layer {kinds.index(LayerKind.dense)} of"
+                f" model.attention={model.attention} is dense: it would need whole rows"
+            )
+
+
 def build_mesh(
-    layout: ParallelConfig, device_type: str, timeout: datetime.timedelta | None = None
+    layout: ParallelConfig,
+    device_type: str,
+    timeout: datetime.timedelta | None = None,
+    cps: Iterable[int] = (),
 ) -> Mesh:
     """Make the mesh of a checked layout. Collective.
 
@@ -129,16 +163,16 @@ def build_mesh(
         device_type: cpu or cuda.
         timeout: how long stages wait for each other; None: as long as torch lets them. The
             other axes' groups take what :func:`parallel.lost_rank.all_ready` gives them.
+        cps: shards of a row that stages ask for, besides that of the layout.
     """
-    in_ep = math.gcd(layout.dp_shard, layout.ep)
+    in_ep = math.gcd(layout.shard_degree, layout.ep)
     replicas_in_ep = layout.ep // in_ep
     sizes = {
         "pp": layout.pp,
         "replicas": layout.dp_replicate // replicas_in_ep,
         "replicas_in_ep": replicas_in_ep,
-        "shards": layout.dp_shard // in_ep,
+        "shards": layout.shard_degree // in_ep,
         "shards_in_ep": in_ep,
-        "cp": layout.cp,
     }
     own: dict[int | str, Any] | None = None
     if timeout is not None and device_type == "cpu" and layout.pp > 1:
@@ -150,13 +184,19 @@ def build_mesh(
         device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=own
     )
     replicate = root["replicas", "replicas_in_ep"]._flatten("dp_replicate")
-    shard = root["shards", "shards_in_ep", "cp"]._flatten("dp_shard")
+    shard = root["shards", "shards_in_ep"]._flatten("dp_shard")
+    data = root["replicas", "replicas_in_ep", "shards", "shards_in_ep"]._flatten("data")
     return Mesh(
         layout=layout,
         root=root,
         dense=DeviceMesh._concatenate([replicate, shard]) if layout.dp_replicate > 1 else shard,
         experts=root["replicas", "shards"] if sizes["replicas"] > 1 else root["shards"],
         ep=root["replicas_in_ep", "shards_in_ep"]._flatten("ep"),
-        data=root["replicas", "replicas_in_ep", "shards", "shards_in_ep", "cp"]._flatten("data"),
+        data=data,
         pipeline=root["pp"],
+        contexts={
+            cp: data._unflatten(0, (data.size() // cp, cp), (f"rows_of_{cp}", f"cp_of_{cp}"))
+            for cp in sorted({layout.cp, *cps})
+            if cp > 1
+        },
     )

@@ -1,6 +1,6 @@
 """Shared front and back of every attention: queries, window KV, sink, output (reference B.3)."""
 
-# Legend: B rows, T tokens, D hidden, Q query latent, H heads, K head dim, G output groups
+# Legend: B rows, T tokens, U tokens here and of the window before, D hidden, Q query latent, H heads, K head dim, G output groups
 from __future__ import annotations
 
 import torch
@@ -66,8 +66,9 @@ class WindowAttention(nn.Module):
             ), {}
         entries, finish = self.entries(u_BTD, q_latent_BTQ, context)
         window = u_BTD.shape[1] if self.kind is LayerKind.dense else self.window
+        (kv_BUK,) = context.kv_exchange.tokens_before(self.window - 1, kv_BTK)
         result = self._attention(
-            q_BTHK, kv_BTK, self.attn_sink, context.plan.start_BT, window, entries
+            q_BTHK, kv_BUK, self.attn_sink, context.plan.start_BT, window, entries
         )
         aux = finish(q_BTHK, result) if finish is not None else {}
         return self.output(result.o_BTHK, rope), aux

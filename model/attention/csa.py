@@ -38,14 +38,14 @@ class CompressedSparseAttention(WindowAttention):
     def entries(self, u_BTD: Tensor, q_latent_BTQ: Tensor, context: ForwardContext) -> Entries:
         """The chosen entries, or in the full phases all visible ones."""
         plan, entry_rope = context.plan.compressed[self.ratio], context.entry_rope[self.ratio]
-        entries = EntrySet(
-            self.compressor(u_BTD, plan, entry_rope), plan.first_BT, plan.stop_BT,
-            bounds=plan.bounds,
-        )  # fmt: skip
+        kv_BEK = self.compressor(u_BTD, plan, entry_rope, context.kv_exchange)
+        entries = EntrySet(kv_BEK, plan.first_BT, plan.stop_BT, bounds=plan.bounds)
         sparse = context.phase is IndexerPhase.sparse
         if not (sparse or context.indexer_loss or context.monitors):
             return entries, None
-        indexer = self.indexer(u_BTD, q_latent_BTQ, plan, context.compressed_rope, entry_rope)
+        indexer = self.indexer(
+            u_BTD, q_latent_BTQ, plan, context.compressed_rope, entry_rope, context.kv_exchange
+        )
         if sparse:
             index_BTN = context.replay.get(self.name)
             if index_BTN is None:
@@ -78,7 +78,8 @@ class _IndexerFinish(Finish):
             )
         if self.context.monitors:
             found = indexer_monitors(
-                self.indexer, q_BTHK, result.lse_BTH, self.entries, self.layer.topk
-            )
+                self.indexer, q_BTHK, result.lse_BTH, self.entries, self.layer.topk,
+                self.context.plan.some_queries(),
+            )  # fmt: skip
             aux |= {f"indexer_{key}": value for key, value in found.items()}
         return aux

@@ -11,6 +11,7 @@ from model.config import ModelConfig
 from model.context import RopeTable
 from model.kernels.indexer import IndexerInputs
 from model.kernels.select import select
+from model.kv_exchange import KVExchange
 from model.linear import ActivationCast, Linear
 from model.sequence_plan import CompressedPlan
 
@@ -44,11 +45,12 @@ class LightningIndexer(nn.Module):
         plan: CompressedPlan,
         rope: RopeTable,
         entry_rope: RopeTable,
+        exchange: KVExchange,
     ) -> IndexerInputs:
         """Queries [B, T, J, L], keys [B, E, L], head weights [B, T, J] with both factors."""
         u, q_latent = u_BTD.detach(), q_latent_BTQ.detach()
         q_BTJL, w_BTJ = self.queries(u, q_latent, rope)
-        return q_BTJL, self.compressor(u, plan, entry_rope), w_BTJ
+        return q_BTJL, self.compressor(u, plan, entry_rope, exchange), w_BTJ
 
     def queries(
         self, u_BTD: Tensor, q_latent_BTQ: Tensor, rope: RopeTable

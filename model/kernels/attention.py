@@ -5,7 +5,7 @@ also holds a learned sink per head. The reference forms every score; ``attention
 holds more than a chunk of queries.
 """
 
-# Legend: B rows, T tokens, H heads, K head dim, E entries, N chosen entries
+# Legend: B rows, T tokens, U window keys, H heads, K head dim, E entries, N chosen entries
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -52,12 +52,13 @@ class AttentionResult(NamedTuple):
     mass_BTN: Tensor | None = None
 
 
-def window_mask(start_BT: Tensor, window: int) -> Tensor:
-    """[B, T, T] bool: key j is in the document of query t and among its last ``window`` tokens."""
+def window_mask(start_BT: Tensor, window: int, num_keys: int) -> Tensor:
+    """[B, T, U] bool: key u is in the document of query t and among its last ``window`` tokens."""
     T = start_BT.shape[1]
-    row_T = torch.arange(T, device=start_BT.device)
-    lowest_BT = torch.maximum(start_BT, row_T - (window - 1))
-    return (row_T >= lowest_BT[..., None]) & (row_T <= row_T[:, None])
+    row_U = torch.arange(num_keys, device=start_BT.device)
+    query_T = row_U[num_keys - T :]
+    lowest_BT = torch.maximum(start_BT, query_T - (window - 1))
+    return (row_U >= lowest_BT[..., None]) & (row_U <= query_T[:, None])
 
 
 def entry_mask(entries: EntrySet) -> Tensor:
@@ -73,7 +74,7 @@ def entry_mask(entries: EntrySet) -> Tensor:
 
 def attention_reference(
     q_BTHK: Tensor,
-    kv_BTK: Tensor,
+    kv_BUK: Tensor,
     sink_H: Tensor,
     start_BT: Tensor,
     window: int,
@@ -83,15 +84,16 @@ def attention_reference(
 
     Args:
         q_BTHK: rotated queries.
-        kv_BTK: rotated window keys, which are the values too.
+        kv_BUK: rotated window keys, which are the values too; the last T of them are of the
+            queries' own tokens, those in front of tokens before (a shard of a row).
         sink_H: sink logits.
-        start_BT: first row position each query may see.
+        start_BT: first of these keys that each query may see.
         window: tokens of the window, the query's own included.
         entries: compressed entries, or None in a window-only layer.
     """
-    keys_BNK, mask_BTN = kv_BTK, window_mask(start_BT, window)
+    keys_BNK, mask_BTN = kv_BUK, window_mask(start_BT, window, kv_BUK.shape[1])
     if entries is not None:
-        keys_BNK = torch.cat((kv_BTK, entries.kv_BEK), dim=1)
+        keys_BNK = torch.cat((kv_BUK, entries.kv_BEK), dim=1)
         mask_BTN = torch.cat((mask_BTN, entry_mask(entries)), dim=2)
     scores_BTHN = (
         torch.einsum("bthk,bnk->bthn", q_BTHK, keys_BNK).float() * q_BTHK.shape[-1] ** -0.5

@@ -5,7 +5,7 @@ Everything inside is fp32, also for bf16 tensors. Falls back on ``attention_fast
 cannot run: other devices, no compiler, or a head dim that is no multiple of 16.
 """
 
-# Legend: B rows, T tokens, H heads, K head dim, E entries, N chosen
+# Legend: B rows, T tokens, U window keys, H heads, K head dim, E entries, N chosen
 from __future__ import annotations
 
 from dataclasses import replace
@@ -20,8 +20,8 @@ from model.kernels.attention_fast import attention_chunked
 from model.kernels.cpu_build import KernelLibrary, kernel_library
 
 _SIGNATURES = {
-    "attention_forward": "ppppppppppp" + "lllllll" + "fi",
-    "attention_backward": "ppppppppppppppp" + "lllllll" + "fi",
+    "attention_forward": "ppppppppppp" + "llllllll" + "fi",
+    "attention_backward": "ppppppppppppppp" + "llllllll" + "fi",
 }
 
 
@@ -38,7 +38,7 @@ class _CpuAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         q_BTHK: Tensor,
-        kv_BTK: Tensor,
+        kv_BUK: Tensor,
         sink_H: Tensor,
         entry_kv_BEK: Tensor | None,
         start_BT: Tensor,
@@ -46,9 +46,9 @@ class _CpuAttention(torch.autograd.Function):
         entries: EntrySet | None,
         library: KernelLibrary,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        q_BTHK, kv_BTK, sink_H = (
+        q_BTHK, kv_BUK, sink_H = (
             q_BTHK.contiguous(),
-            kv_BTK.contiguous(),
+            kv_BUK.contiguous(),
             sink_H.float().contiguous(),
         )
         sets = _indices(entries, entry_kv_BEK)
@@ -56,12 +56,12 @@ class _CpuAttention(torch.autograd.Function):
         lse_BTH = q_BTHK.new_empty(q_BTHK.shape[:-1], dtype=torch.float32)
         index_BTN = sets[-1]
         mass_BTN = None if index_BTN is None else torch.empty(index_BTN.shape)
-        sizes = _sizes(q_BTHK, sets, window)
+        sizes = _sizes(q_BTHK, kv_BUK, sets, window)
         library.call(
-            "attention_forward", q_BTHK.dtype, q_BTHK, kv_BTK, sink_H, sets[0], start_BT, *sets[1:],
+            "attention_forward", q_BTHK.dtype, q_BTHK, kv_BUK, sink_H, sets[0], start_BT, *sets[1:],
             o_BTHK, lse_BTH, mass_BTN, *sizes,
         )  # fmt: skip
-        ctx.save_for_backward(q_BTHK, kv_BTK, sink_H, start_BT, o_BTHK, lse_BTH, *sets)
+        ctx.save_for_backward(q_BTHK, kv_BUK, sink_H, start_BT, o_BTHK, lse_BTH, *sets)
         ctx.sizes, ctx.library = sizes, library
         ctx.mark_non_differentiable(*[x for x in (lse_BTH, mass_BTN) if x is not None])
         return o_BTHK, lse_BTH, mass_BTN
@@ -91,16 +91,19 @@ def _indices(entries: EntrySet | None, kv_BEK: Tensor | None) -> list[Tensor | N
     return [None if tensor is None else tensor.contiguous() for tensor in given]
 
 
-def _sizes(q_BTHK: Tensor, sets: list[Tensor | None], window: int) -> tuple[float, ...]:
-    kv, index = sets[0], sets[-1]
-    entries = 0 if kv is None else kv.shape[1]
+def _sizes(
+    q_BTHK: Tensor, kv_BUK: Tensor, sets: list[Tensor | None], window: int
+) -> tuple[float, ...]:
+    table, index = sets[0], sets[-1]
+    entries = 0 if table is None else table.shape[1]
     chosen = 0 if index is None else index.shape[-1]
-    return (*q_BTHK.shape, entries, chosen, window, q_BTHK.shape[-1] ** -0.5)
+    keys = kv_BUK.shape[1]
+    return (*q_BTHK.shape, keys, entries, chosen, window, q_BTHK.shape[-1] ** -0.5)
 
 
 def attention_cpu(
     q_BTHK: Tensor,
-    kv_BTK: Tensor,
+    kv_BUK: Tensor,
     sink_H: Tensor,
     start_BT: Tensor,
     window: int,
@@ -109,12 +112,12 @@ def attention_cpu(
     """Same as ``attention_reference``: the C++ kernel where it can run, else in chunks."""
     library = _library(q_BTHK)
     if library is None:
-        return attention_chunked(q_BTHK, kv_BTK, sink_H, start_BT, window, entries)
+        return attention_chunked(q_BTHK, kv_BUK, sink_H, start_BT, window, entries)
     entry_kv = None if entries is None else entries.kv_BEK
     detached = None
     if entries is not None:  # the Function owns the differentiable entries; the set only indices
         detached = replace(entries, kv_BEK=entries.kv_BEK.detach())
     o, lse, mass = _CpuAttention.apply(
-        q_BTHK, kv_BTK, sink_H, entry_kv, start_BT.contiguous(), window, detached, library
+        q_BTHK, kv_BUK, sink_H, entry_kv, start_BT.contiguous(), window, detached, library
     )
     return AttentionResult(o, lse, mass)

@@ -5,7 +5,7 @@ visible ones) with a mask while the slice is short, or gathered per query when t
 smaller than the slice.
 """
 
-# Legend: B rows, C queries of a chunk, H heads, K head dim, E entries, N chosen, G keys of a group,
+# Legend: B rows, U window keys, C queries of a chunk, H heads, K head dim, E entries, N chosen, G keys of a group,
 # J, L indexer heads and head dim
 from __future__ import annotations
 
@@ -51,14 +51,15 @@ def _chunks(T: int, size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, T))
 
 
-def _window_keys(start_BT: Tensor, chunk: slice, window: int) -> _Keys:
-    low = max(0, chunk.start - window + 1)
-    device = start_BT.device
-    key_G = torch.arange(low, chunk.stop, device=device)
-    query_C = torch.arange(chunk.start, chunk.stop, device=device)
+def _window_keys(start_BT: Tensor, chunk: slice, window: int, num_keys: int) -> _Keys:
+    before, device = num_keys - start_BT.shape[1], start_BT.device
+    first, stop = chunk.start + before, chunk.stop + before
+    low = max(0, first - window + 1)
+    key_G = torch.arange(low, stop, device=device)
+    query_C = torch.arange(first, stop, device=device)
     lowest_BC = torch.maximum(start_BT[:, chunk], query_C - (window - 1))
     mask = (key_G >= lowest_BC[..., None]) & (key_G <= query_C[:, None])
-    return _Keys(low, chunk.stop, mask, None)
+    return _Keys(low, stop, mask, None)
 
 
 def _bounds(entries: EntrySet) -> Bounds:
@@ -141,7 +142,7 @@ class _ChunkedAttention(torch.autograd.Function):
     def forward(
         ctx: Any,
         q_BTHK: Tensor,
-        kv_BTK: Tensor,
+        kv_BUK: Tensor,
         sink_H: Tensor,
         entry_kv_BEK: Tensor | None,
         start_BT: Tensor,
@@ -154,7 +155,7 @@ class _ChunkedAttention(torch.autograd.Function):
         ctx.size = _chunk_size(q_BTHK, B * H, 2 * window + _typical_entries(entries), T)
         for chunk in _chunks(T, ctx.size):
             q = q_BTHK[:, chunk]
-            groups = _groups(kv_BTK, entry_kv_BEK, start_BT, window, entries, chunk)
+            groups = _groups(kv_BUK, entry_kv_BEK, start_BT, window, entries, chunk)
             scores = [_score(q, keys, k.mask_BCG) for k, keys, _ in groups]
             sink = sink_H.float().expand(B, q.shape[1], H)
             top = sink
@@ -171,17 +172,17 @@ class _ChunkedAttention(torch.autograd.Function):
             )
             o_BTHK[:, chunk] = out / total[..., None]
             lse_BTH[:, chunk] = top + total.log()
-        ctx.save_for_backward(q_BTHK, kv_BTK, sink_H, entry_kv_BEK, start_BT, o_BTHK, lse_BTH)
+        ctx.save_for_backward(q_BTHK, kv_BUK, sink_H, entry_kv_BEK, start_BT, o_BTHK, lse_BTH)
         ctx.window, ctx.entries = window, entries
         ctx.mark_non_differentiable(lse_BTH)
         return o_BTHK, lse_BTH
 
     @staticmethod
     def backward(ctx: Any, grad_o_BTHK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q_BTHK, kv_BTK, sink_H, entry_kv_BEK, start_BT, o_BTHK, lse_BTH = ctx.saved_tensors
+        q_BTHK, kv_BUK, sink_H, entry_kv_BEK, start_BT, o_BTHK, lse_BTH = ctx.saved_tensors
         scale = q_BTHK.shape[-1] ** -0.5
         grad_q = torch.empty_like(q_BTHK)
-        grad_kv = torch.zeros_like(kv_BTK, dtype=torch.float32)
+        grad_kv = torch.zeros_like(kv_BUK, dtype=torch.float32)
         grad_entries = (
             None if entry_kv_BEK is None else torch.zeros_like(entry_kv_BEK, dtype=torch.float32)
         )
@@ -192,7 +193,7 @@ class _ChunkedAttention(torch.autograd.Function):
             delta = (grad_o.float() * o_BTHK[:, chunk].float()).sum(dim=-1)
             grad_sink -= ((sink_H.float() - lse).exp() * delta).sum(dim=(0, 1))
             grad_q_chunk = torch.zeros(q.shape, device=q.device, dtype=torch.float32)
-            groups = _groups(kv_BTK, entry_kv_BEK, start_BT, ctx.window, ctx.entries, chunk)
+            groups = _groups(kv_BUK, entry_kv_BEK, start_BT, ctx.window, ctx.entries, chunk)
             for k, keys, is_entry in groups:
                 p = _score(q, keys, k.mask_BCG).sub_(lse[..., None]).exp_()
                 grad_s = _dot(grad_o, keys).float().sub_(delta[..., None]).mul_(p).mul_(scale)
@@ -208,7 +209,7 @@ class _ChunkedAttention(torch.autograd.Function):
             grad_entries = grad_entries.to(entry_kv_BEK.dtype)
         return (
             grad_q,
-            grad_kv.to(kv_BTK.dtype),
+            grad_kv.to(kv_BUK.dtype),
             grad_sink.to(sink_H.dtype),
             grad_entries,
             None,
@@ -227,7 +228,7 @@ def _typical_entries(entries: EntrySet | None) -> int:
 
 
 def _groups(
-    kv_BTK: Tensor,
+    kv_BUK: Tensor,
     entry_kv_BEK: Tensor | None,
     start_BT: Tensor,
     window: int,
@@ -235,8 +236,8 @@ def _groups(
     chunk: slice,
 ) -> list[tuple[_Keys, Tensor, bool]]:
     """Key groups of a chunk: (keys, their vectors, is it entries?)."""
-    near = _window_keys(start_BT, chunk, window)
-    groups = [(near, _take(kv_BTK, near), False)]
+    near = _window_keys(start_BT, chunk, window, kv_BUK.shape[1])
+    groups = [(near, _take(kv_BUK, near), False)]
     if entries is not None and entry_kv_BEK is not None:
         far = _entry_keys(entries, chunk)
         if far is not None:
@@ -246,7 +247,7 @@ def _groups(
 
 def attention_chunked(
     q_BTHK: Tensor,
-    kv_BTK: Tensor,
+    kv_BUK: Tensor,
     sink_H: Tensor,
     start_BT: Tensor,
     window: int,
@@ -259,7 +260,7 @@ def attention_chunked(
         entries is not None
     ):  # the Function owns the differentiable entries; the set carries indices only
         detached = replace(entries, kv_BEK=entries.kv_BEK.detach())
-    o, lse = _ChunkedAttention.apply(q_BTHK, kv_BTK, sink_H, entry_kv, start_BT, window, detached)
+    o, lse = _ChunkedAttention.apply(q_BTHK, kv_BUK, sink_H, entry_kv, start_BT, window, detached)
     return AttentionResult(o, lse)
 
 

@@ -108,9 +108,9 @@ def indexer_monitors(
     lse_BTH: Tensor,
     entries: EntrySet,
     topk: int,
-    num_queries: int = 64,
+    pick: Tensor,
 ) -> dict[str, Tensor]:
-    """How good the choice is, on some queries of each row that see more than ``topk`` entries.
+    """How good the choice is, on those of the picked queries that see more than ``topk`` entries.
 
     Returns:
         ``captured_mass``: share of the teacher's mass over all visible entries that the indexer's
@@ -125,8 +125,7 @@ def indexer_monitors(
         "leaves_out.sum": acts_BT.sum().float(),
         "leaves_out.count": (visible_BT > 0).sum().float(),
     }
-    T = q_BTHK.shape[1]
-    pick = torch.linspace(0, T - 1, min(num_queries, T), device=q_BTHK.device).long()
+    pick = pick.to(q_BTHK.device, non_blocking=True)
     first, stop, acts_BP = entries.first_BT[:, pick], entries.stop_BT[:, pick], acts_BT[:, pick]
     all_visible = EntrySet(entries.kv_BEK, first, stop)
     mask_BPE = entry_mask(all_visible)

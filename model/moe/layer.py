@@ -56,7 +56,7 @@ class MoE(nn.Module):
             y_ND = y_ND + self.shared_experts(u_ND).float()
         aux = {f"load:{self.gate_name}": expert_load(routing.index_NK, valid_N, self.num_experts)}
         if context.balance_loss and self.gate.router is Router.learned:
-            aux["balance"] = balance_loss(routing, context.plan)
+            aux["balance"] = balance_loss(routing, context.plan, context.kv_exchange)
         if context.monitors:
             aux |= clamped_share(gate_RI, up_RI, self.limit)
         return y_ND.to(u_BTD.dtype).view(B, T, D), aux

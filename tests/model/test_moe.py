@@ -9,6 +9,7 @@ from model.linear import grouped_linear_op, grouped_linear_reference
 from model.moe.balance import balance_loss, expert_load, update_bias
 from model.moe.dispatch import LocalDispatcher
 from model.moe.router import Gate, Routing
+from model.kv_exchange import WholeRows
 from model.sequence_plan import build_sequence_plan
 
 N, D, E, K = 40, 16, 6, 2
@@ -134,7 +135,7 @@ def test_balance_loss_is_per_document_and_ignores_padding():
     plan = build_sequence_plan(ids, ())
     score = torch.rand(N, E, requires_grad=True)
     index = torch.stack([torch.randperm(E)[:K] for _ in range(N)])
-    mine = balance_loss(Routing(index, torch.rand(N, K), score), plan)
+    mine = balance_loss(Routing(index, torch.rand(N, K), score), plan, WholeRows())
     expected = torch.zeros(())
     for document in range(plan.num_documents):
         tokens = [

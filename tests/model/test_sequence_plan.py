@@ -40,19 +40,19 @@ def test_plan_matches_walk_over_tokens(ratio):
     entry_plan = plan.compressed[ratio]
     for b, row in enumerate(ids.tolist()):
         entries, per_token = naive(row, ratio)
-        assert entry_plan.valid_BE[b].sum() == len(entries)
+        assert entry_plan.valid_BL[b].sum() == len(entries)
         for e, tokens in enumerate(entries):
-            assert entry_plan.tokens_BEM[b, e].tolist() == tokens
+            assert entry_plan.disjoint.tokens_BLM[b, e].tolist() == tokens
             position = per_token[tokens[0]][1]
-            assert entry_plan.position_BE[b, e] == position
-            assert bool(entry_plan.has_previous_BE[b, e]) == (position > 0)
+            assert entry_plan.position_BL[b, e] == position
+            assert bool(entry_plan.has_previous_BL[b, e]) == (position > 0)
             for j, t in enumerate(tokens):
-                assert entry_plan.slot_BT[b, t] == e * ratio + j
+                assert entry_plan.disjoint.slot_BU[b, t] == e * ratio + j
         fed = {t for tokens in entries for t in tokens}
         none = entry_plan.num_entries * ratio
         for t, expected in enumerate(per_token):
             if t not in fed:
-                assert entry_plan.slot_BT[b, t] == none
+                assert entry_plan.disjoint.slot_BU[b, t] == none
             if expected is None:
                 assert not plan.valid_BT[b, t]
                 assert entry_plan.first_BT[b, t] == entry_plan.stop_BT[b, t]
@@ -79,6 +79,6 @@ def test_visible_entries_end_before_query():
     plan = build_sequence_plan(ids, (4,)).compressed[4]
     for b, t in torch.cartesian_prod(torch.arange(len(ROWS)), torch.arange(ids.shape[1])).tolist():
         for e in range(int(plan.first_BT[b, t]), int(plan.stop_BT[b, t])):
-            tokens = plan.tokens_BEM[b, e]
+            tokens = plan.disjoint.tokens_BLM[b, e]
             assert int(tokens.max()) <= t
             assert (ids[b, tokens] == ids[b, t]).all()

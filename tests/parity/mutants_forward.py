@@ -251,7 +251,7 @@ def _context(change: Callable[[Any, Any], Any]) -> Plant:
 def _pool_index(context: Any, config: Any) -> Any:
     frequencies = context_module.rope_frequencies(config, compressed=True)
     for m, plan in context.plan.compressed.items():
-        context.entry_rope[m] = context_module.rope_tables(plan.position_BE // m, frequencies)
+        context.entry_rope[m] = context_module.rope_tables(plan.position_BL // m, frequencies)
     return context
 
 
@@ -339,9 +339,9 @@ def _plan(change: Callable[[Any, Any, Tensor], Any]) -> Plant:
     """Change the sequence plan, given how it is built and the document ids."""
 
     def make(real: Any) -> Any:
-        def build(document_ids_BT: Tensor, ratios: tuple[int, ...]) -> Any:
-            plan = real(document_ids_BT, ratios)
-            one_document = real(torch.zeros_like(document_ids_BT), ratios)
+        def build(document_ids_BT: Tensor, *rest: Any) -> Any:
+            plan = real(document_ids_BT, *rest)
+            one_document = real(torch.zeros_like(document_ids_BT), *rest)
             return change(plan, one_document, document_ids_BT)
 
         return build
@@ -358,17 +358,17 @@ def _each_ratio(change: Callable[[Any], Any]) -> Plant:
 
 
 def _first_has_previous(p: Any) -> Any:
-    return replace(p, has_previous_BE=torch.ones_like(p.has_previous_BE))
+    return replace(p, has_previous_BL=torch.ones_like(p.has_previous_BL))
 
 
 def _crosses(p: Any) -> Any:
-    later = torch.ones_like(p.valid_BE)
+    later = torch.ones_like(p.valid_BL)
     later[:, 0] = False
-    return replace(p, has_previous_BE=later & p.valid_BE)
+    return replace(p, has_previous_BL=later & p.valid_BL)
 
 
 def _unfinished_block(p: Any) -> Any:
-    last = p.valid_BE.sum(dim=1, keepdim=True)
+    last = p.valid_BL.sum(dim=1, keepdim=True)
     return replace(p, stop_BT=torch.minimum(p.stop_BT + 1, last))
 
 

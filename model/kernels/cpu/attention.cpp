@@ -13,7 +13,8 @@ namespace {
 const float NONE = -__builtin_inff();  // score of a masked key
 
 struct Shape {
-  long B, T, H, K, E, N, window;  // N: chosen entries per query, 0: all in [first, stop)
+  long B, T, H, K, U, E, N, window;  // U: window keys, the queries' own last; N: chosen entries per
+                                     // query, 0: all in [first, stop)
   float scale;
 };
 
@@ -48,7 +49,7 @@ struct Work {
 
   static long gathered(const Shape& s) { return round_up(s.N ? s.N : 1, LANES); }
   static long longest(const Shape& s) {
-    long window = s.window < s.T ? s.window : s.T;
+    long window = s.window < s.U ? s.window : s.U;
     return round_up(window + 2 * LANES, LANES) + round_up((s.N ? s.N : s.E) + 2 * LANES, LANES);
   }
 
@@ -145,10 +146,10 @@ void forward(const Shape& s, const T* q, const T* kv, const float* sink, const T
              const int64_t* first, const int64_t* stop, const int64_t* index, T* o, float* lse, float* mass,
              int threads) {
   for (long b = 0; b < s.B; ++b) {
-    Table window(s.T, s.K), compressed(entries ? s.E : 1, s.K);
+    Table window(s.U, s.K), compressed(entries ? s.E : 1, s.K);
 #pragma omp parallel num_threads(threads)
     {
-      fill_table(window, kv + b * s.T * s.K);
+      fill_table(window, kv + b * s.U * s.K);
       if (entries) fill_table(compressed, entries + b * s.E * s.K);
       Work w(s);
 #pragma omp for schedule(static, 1)
@@ -156,8 +157,8 @@ void forward(const Shape& s, const T* q, const T* kv, const float* sink, const T
         for_queries(s.T, part, threads, [&](long t) {
           long i = b * s.T + t;
           load_row(w.q.p, q + i * s.H * s.K, s.H * s.K, s.H * s.K);
-          w.look(window, nullptr, entries ? &compressed : nullptr, nullptr, t, start[i], entries ? first[i] : 0,
-                 entries ? stop[i] : 0, index ? index + i * s.N : nullptr);
+          w.look(window, nullptr, entries ? &compressed : nullptr, nullptr, s.U - s.T + t, start[i],
+                 entries ? first[i] : 0, entries ? stop[i] : 0, index ? index + i * s.N : nullptr);
           w.scores();
           memset(w.out.p, 0, s.H * s.K * sizeof(float));
           for (long h = 0; h < s.H; ++h)
@@ -175,14 +176,14 @@ template <typename T>
 void backward(const Shape& s, const T* q, const T* kv, const float* sink, const T* entries, const int64_t* start,
               const int64_t* first, const int64_t* stop, const int64_t* index, const T* o, const float* lse,
               const T* grad_o, T* grad_q, float* grad_kv, float* grad_entries, float* grad_sink, int threads) {
-  const long tokens = round_up(s.T, LANES) * s.K, entry_rows = entries ? round_up(s.E, LANES) * s.K : 0;
+  const long tokens = round_up(s.U, LANES) * s.K, entry_rows = entries ? round_up(s.E, LANES) * s.K : 0;
   Parts private_kv(threads, tokens), private_entries(threads, entry_rows), private_sink(threads, s.H);
   for (int part = 0; part < threads; ++part) private_sink.zeroed(part);
   for (long b = 0; b < s.B; ++b) {
-    Table window(s.T, s.K), compressed(entries ? s.E : 1, s.K);
+    Table window(s.U, s.K), compressed(entries ? s.E : 1, s.K);
 #pragma omp parallel num_threads(threads)
     {
-      fill_table(window, kv + b * s.T * s.K);
+      fill_table(window, kv + b * s.U * s.K);
       if (entries) fill_table(compressed, entries + b * s.E * s.K);
       Work w(s);
 #pragma omp for schedule(static, 1)
@@ -194,8 +195,8 @@ void backward(const Shape& s, const T* q, const T* kv, const float* sink, const 
           load_row(w.q.p, q + i * width, width, width);
           load_row(w.grad_o.p, grad_o + i * width, width, width);
           load_row(w.out.p, o + i * width, width, width);
-          w.look(window, to_kv, entries ? &compressed : nullptr, to_entries, t, start[i], entries ? first[i] : 0,
-                 entries ? stop[i] : 0, index ? index + i * s.N : nullptr);
+          w.look(window, to_kv, entries ? &compressed : nullptr, to_entries, s.U - s.T + t, start[i],
+                 entries ? first[i] : 0, entries ? stop[i] : 0, index ? index + i * s.N : nullptr);
           w.scores();
           for (int n = 0; n < w.count; ++n)
             score(w.dp.p, w.stride, w.grad_o.p, w.segments[n], s.H, s.K);
@@ -225,7 +226,7 @@ void backward(const Shape& s, const T* q, const T* kv, const float* sink, const 
           store_row(grad_q + i * width, w.out.p, width);
         });
       }
-      add_up(grad_kv + b * s.T * s.K, private_kv, s.T * s.K, threads);
+      add_up(grad_kv + b * s.U * s.K, private_kv, s.U * s.K, threads);
       if (entries) add_up(grad_entries + b * s.E * s.K, private_entries, s.E * s.K, threads);
     }
   }
@@ -241,16 +242,16 @@ void backward(const Shape& s, const T* q, const T* kv, const float* sink, const 
   extern "C" void attention_forward_##SUFFIX(                                                                     \
       const T* q, const T* kv, const float* sink, const T* entries, const int64_t* start, const int64_t* first,   \
       const int64_t* stop, const int64_t* index, T* o, float* lse, float* mass, long B, long Tk, long H, long K,  \
-      long E, long N, long window, float scale, int threads) {                                                    \
-    forward<T>({B, Tk, H, K, E, N, window, scale}, q, kv, sink, entries, start, first, stop, index, o, lse, mass, \
-               threads);                                                                                          \
+      long U, long E, long N, long window, float scale, int threads) {                                            \
+    forward<T>({B, Tk, H, K, U, E, N, window, scale}, q, kv, sink, entries, start, first, stop, index, o, lse,    \
+               mass, threads);                                                                                    \
   }                                                                                                               \
   extern "C" void attention_backward_##SUFFIX(                                                                    \
       const T* q, const T* kv, const float* sink, const T* entries, const int64_t* start, const int64_t* first,   \
       const int64_t* stop, const int64_t* index, const T* o, const float* lse, const T* grad_o, T* grad_q,        \
-      float* grad_kv, float* grad_entries, float* grad_sink, long B, long Tk, long H, long K, long E, long N,     \
-      long window, float scale, int threads) {                                                                    \
-    backward<T>({B, Tk, H, K, E, N, window, scale}, q, kv, sink, entries, start, first, stop, index, o, lse,      \
+      float* grad_kv, float* grad_entries, float* grad_sink, long B, long Tk, long H, long K, long U, long E,     \
+      long N, long window, float scale, int threads) {                                                            \
+    backward<T>({B, Tk, H, K, U, E, N, window, scale}, q, kv, sink, entries, start, first, stop, index, o, lse,   \
                 grad_o, grad_q, grad_kv, grad_entries, grad_sink, threads);                                       \
   }
 EXPORT(float, f32)

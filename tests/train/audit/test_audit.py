@@ -186,7 +186,9 @@ def frozen_weight_moves(trainer, stack):
 
 def documents_seen_as_one(trainer, stack):
     model = trainer.engine.model
-    model.context = lambda ids_BT: build_context(model.config, torch.zeros_like(ids_BT), True)
+    model.context = lambda ids_BT, *more: build_context(
+        model.config, torch.zeros_like(ids_BT), True, None, *more
+    )
 
 
 def fp32_where_bf16_was_asked(trainer, stack):

@@ -1,0 +1,117 @@
+"""Whole steps under context parallelism beside one process (reference P.2, Layout-free).
+
+Bounds as in test_layouts.py: losses of the step within 1e-6, every gradient within 1e-5 by the
+measure of docs/layouts.md. What gates and indexers choose is equal.
+"""
+
+# Legend: B rows, T tokens, S tokens of a shard, K prediction depths
+import pytest
+import torch
+
+from data.batch import IGNORE, Batch, BatchCounts
+from tests.helpers import Rows, relative, run_distributed
+from tests.parallel.ranks import alone, forward_backward, gradients, objective, spread, worst_gradient
+from train.step import microbatches
+
+# Rows of 256 tokens: as 701, 1399, 501, 1495 of 4096 are (odd, over shards' edges); one document;
+# shards in which none begins; lengths that leave shards of 2, 4 or 8 without a new entry; padding.
+ROW = 256
+LENGTHS = (
+    [43, 87, 31, 95], [256], [5, 251], [3] * 85, [100, 3, 3, 3, 3, 3, 3, 3, 3, 100], [61, 2, 130],
+    [127, 129], [129, 127],
+)  # fmt: skip
+
+
+def packed_rows(vocab_size, lengths=LENGTHS, row=ROW, depths=2):
+    """Documents of given lengths, the last of which goes on behind the row, labels and all."""
+    generator = torch.Generator().manual_seed(0)
+    B = len(lengths)
+    ids, documents = torch.zeros(B, row, dtype=torch.long), torch.full((B, row), -1)
+    labels = torch.full((B, row, depths), IGNORE)
+    for b, some in enumerate(lengths):
+        begin = 0
+        for number, length in enumerate(some):
+            end = begin + length
+            text = torch.randint(1, vocab_size, (length + depths,), generator=generator)
+            ids[b, begin:end], documents[b, begin:end] = text[:length], number
+            for k in range(depths):
+                known = length - 1 - k if end < row else length
+                labels[b, begin : begin + known, k] = text[1 + k : 1 + k + known]
+            begin = end
+    counts = BatchCounts(
+        tokens=int((documents >= 0).sum()),
+        targets_K=tuple(int((labels[..., k] != IGNORE).sum()) for k in range(depths)),
+        documents=sum(map(len, lengths)),
+    )
+    return Rows(Batch(ids, documents, labels), counts)
+
+
+def compare_step(rank, world, degrees, size, micro, checkpoint, changes):
+    reference = alone(size, **changes)
+    rows = packed_rows(reference.model.config.vocab_size)
+    engine, _ = spread(reference, degrees, checkpoint=checkpoint)
+    one = forward_backward(reference, rows, len(LENGTHS))
+    many = forward_backward(engine, rows, len(LENGTHS), micro)
+    assert abs(float(many.total - one.total)) <= 1e-6 * float(one.total), (many.total, one.total)
+    assert one.losses["loss_indexer"] > 0
+    for name, value in one.losses.items():
+        assert relative(many.losses[name], value) < 1e-6, (name, many.losses, one.losses)
+    for name, load in one.expert_load.items():
+        assert torch.equal(many.expert_load[name], load), name
+    for name, value in one.monitors.items():
+        if not name.startswith("stream_gain"):  # a mean over microbatches
+            assert relative(many.monitors[name], value) < 1e-4, name
+    distance, name = worst_gradient(gradients(engine), gradients(reference))
+    assert distance < 1e-5, (distance, name)
+    compare_choices(engine, reference, rows, micro)
+
+
+def compare_choices(engine, reference, rows, micro):
+    """Experts of every token, and the set of entries of every query."""
+    wanted, found = (
+        e.choices(microbatches(rows, len(LENGTHS), micro, e.data_rank, e.data_degree), objective(rows))
+        for e in (reference, engine)
+    )
+    here = slice(engine.data_rank * len(found), (engine.data_rank + 1) * len(found))
+    for theirs, mine in zip(wanted[here], found, strict=True):
+        assert mine.keys() <= theirs.keys()
+        for name, chosen in mine.items():
+            B = micro
+            expected = theirs[name].view(B, ROW, -1).chunk(engine.shard.count, dim=1)
+            expected, chosen = expected[engine.shard.index], chosen.view(B, -1, chosen.shape[-1])
+            if not name.endswith(".gate"):
+                expected, chosen = expected.sort(-1).values, chosen.sort(-1).values
+            assert torch.equal(chosen, expected), name
+
+
+@pytest.mark.parametrize(("world", "degrees"), [(2, {"cp": 2})], ids=["cp2"])
+def test_shards_of_rows_train_as_one_process(world, degrees):
+    run_distributed(compare_step, world, degrees, "small", 4, "none", {})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["reference", "torch", "compiled"])
+@pytest.mark.parametrize("world", [2, 4, 8])
+def test_kernels_train_on_shards_as_one_process(world, kernels):
+    changes = {"kernels": kernels}
+    run_distributed(compare_step, world, {"cp": world}, "small", 4, "none", changes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", ["none", "block", "selective"])
+@pytest.mark.parametrize(
+    ("world", "degrees", "micro"),
+    [
+        (2, {"cp": 2}, 4),
+        (4, {"cp": 4}, 2),
+        (4, {"cp": 2, "dp_shard": 2}, 4),
+        (4, {"cp": 2, "dp_shard": 1, "dp_replicate": 2}, 2),
+        (2, {"cp": 2, "ep": 2}, 4),
+        (4, {"cp": 2, "ep": 2}, 4),
+        (4, {"cp": 2, "pp": 2}, 2),
+        (8, {"cp": 2, "pp": 2, "dp_shard": 2, "ep": 2}, 2),
+    ],
+    ids=["cp2", "cp4", "cp2xdp2", "cp2xddp2", "cp2-ep2", "cp2xdp2-ep2", "cp2xpp2", "cp2xdp2xpp2-ep2"],
+)
+def test_context_layout_of_v4_tiny_trains_as_one_process(world, degrees, micro, checkpoint):
+    run_distributed(compare_step, world, degrees, "tiny", micro, checkpoint, {})
