@@ -1,6 +1,6 @@
 """The seam through which attention reaches the rest of a row: what other ranks hold of it.
 
-Where rows are whole there is nothing to bring (:class:`WholeRows`). Context parallelism puts its own
+Where rows are whole there is nothing to bring (:class:`WholeRows`). Context parallelism stands
 behind the same Protocol (``parallel/context_parallel.py``); gradients of what is brought return to
 the rank that holds it (reference D).
 """
@@ -26,7 +26,7 @@ class KVExchange(Protocol):
     shard: SequenceShard
 
     def tokens_before(self, count: int, *x_BTC: Tensor) -> tuple[Tensor, ...]:
-        """Tensors [B, U, C] that begin up to ``count`` tokens before the shard, as far as the row goes.
+        """Tensors [B, U, C] that begin up to ``count`` tokens before the shard.
 
         Args:
             count: tokens before the shard; cut at the row's beginning.

@@ -7,8 +7,8 @@ be read back: what loops need as numbers (:class:`Bounds`) stays on the host.
 
 Under context parallelism every rank builds the plan of the whole row and keeps what its own tokens
 need (:class:`SequenceShard`): positions are those of the document, an entry belongs to the rank
-that holds its last token, and entries are numbered along the whole row. So every rank knows, without
-asking, who holds which entry.
+that holds its last token, and entries are numbered along the whole row. So every rank knows,
+without asking, who holds which entry.
 """
 
 # Legend: B rows, T tokens that are here, E compressed entries of a row (padded to a common count),
@@ -166,7 +166,7 @@ class SequencePlan:
     row_tokens: int
 
     def some_queries(self, count: int = 64) -> Tensor:
-        """Those of ``count`` positions spread over a row that are here, counted from the shard's start.
+        """Those of ``count`` positions spread over a row that are here, from the shard's start on.
 
         On the host: how many they are is known without a device.
         """

@@ -128,14 +128,6 @@ class ParallelConfig:
         """Ranks that hold different tokens (after :meth:`resolve`)."""
         return self.dp_replicate * self.shard_degree
 
-    def row_degree(self, cp: int) -> int:
-        """Groups of ranks over which the rows of a batch are spread (after :meth:`resolve`).
-
-        Args:
-            cp: shards of a row.
-        """
-        return self.data_degree // cp
-
     @property
     def world_size(self) -> int:
         """Number of ranks (after :meth:`resolve`)."""

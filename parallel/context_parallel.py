@@ -3,15 +3,16 @@
 What a shard's tokens need of the others is little: the window's and the compressor's tokens just
 before it, and all compressed entries. :class:`ShardedRows` brings both behind the seam
 ``kv_exchange`` of the model. Each exchange is a function of autograd whose backward pass sends
-gradients back to the rank that holds what was brought; several ranks' parts are added up there in the
-order of ranks, so that equal inputs give equal bits.
+gradients back to the rank that holds what was brought; several ranks' parts are added up there in
+the order of ranks, so that equal inputs give equal bits.
 
-Who sends what follows from the shard's length and from the plan, which every rank builds of the whole
-row: no counts are exchanged and none is read from a device.
+Who sends what follows from the shard's length and from the plan, which every rank builds of the
+whole row: no counts are exchanged and none is read from a device.
 """
 
-# Legend: B rows, S tokens of a shard, U tokens of a shard and before, C channels, L entries computed
-# here, E entries of whole rows, F entries of all ranks with their padding, K entry dim, P ranks
+# Legend: B rows, S tokens of a shard, U tokens of a shard and before, C channels, L entries
+# computed here, E entries of whole rows, F entries of all ranks with their padding, K entry dim, P
+# ranks
 from __future__ import annotations
 
 from typing import Any
@@ -99,7 +100,7 @@ class _TokensBefore(torch.autograd.Function):
 
 
 class _OfAllRanks(torch.autograd.Function):
-    """Entries of all ranks, rank after rank; gradients are added up in fp32 where they came from."""
+    """Entries of all ranks, rank after rank; gradients add up in fp32 where they came from."""
 
     @staticmethod
     def forward(ctx: Any, group: dist.ProcessGroup, entries_BLK: Tensor) -> Tensor:

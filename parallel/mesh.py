@@ -1,10 +1,10 @@
 """The mesh: one DeviceMesh with axes pp, dp_replicate, dp_shard, cp and ep.
 
-``cp`` and ``ep`` are folded out of the data axes: consecutive data ranks hold one row, and share the
-routed experts. Parameters are sharded over ``dp_shard * cp`` ranks, whatever ``cp`` is, so a stage
-of training may cut rows otherwise than the one before and no weight moves. What ``ep`` leaves of the
-data axes shards each expert once more (FSDP) or, across replicas, copies it. So both axes are made
-of two parts, one outside and one inside an ep group:
+``cp`` and ``ep`` are folded out of the data axes: consecutive data ranks hold one row, and share
+the routed experts. Parameters are sharded over ``dp_shard * cp`` ranks, whatever ``cp`` is, so a
+stage of training may cut rows otherwise than the one before and no weight moves. What ``ep`` leaves
+of the data axes shards each expert once more (FSDP) or, across replicas, copies it. So both axes
+are made of two parts, one outside and one inside an ep group:
 
     dp_replicate  = replicas * replicas_in_ep       ep = replicas_in_ep * shards_in_ep
     dp_shard * cp = shards * shards_in_ep           experts: copied over replicas, FSDP over shards
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from model.config import LayerKind, ModelConfig
+from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from parallel.pipeline_split import check_pipeline
@@ -123,31 +123,6 @@ def expert_shard_dim(shape: tuple[int, ...], ep: int, shards: int) -> int:
     """
     sizes = (shape[0] // ep, *shape[1:])
     return next((dim for dim, size in enumerate(sizes) if size % shards == 0), -1)
-
-
-def check_contexts(layout: ParallelConfig, model: ModelConfig, cps: Mapping[str, int]) -> None:
-    """Refuse numbers of shards that this layout or this model cannot have.
-
-    Args:
-        layout: resolved.
-        model: the model.
-        cps: shards of a row, by the config path that asks for them.
-
-    Raises:
-        ValueError: names the key, its value and what it does not go with.
-    """
-    for key, cp in cps.items():
-        if layout.shard_degree % cp:
-            raise ConfigError(
-                f"{key}={cp} must divide the parallel.dp_shard={layout.dp_shard} * parallel.cp="
-                f"{layout.cp} ranks that share parameters"
-            )
-        kinds = [model.kind(layer) for layer in range(model.num_hidden_layers)]
-        if cp > 1 and LayerKind.dense in kinds:
-            raise ConfigError(
-                f"{key}={cp} cuts rows into shards, but layer {kinds.index(LayerKind.dense)} of"
-                f" model.attention={model.attention} is dense: it would need whole rows"
-            )
 
 
 def build_mesh(

@@ -183,7 +183,8 @@ def build_layout(run: RunConfig) -> Mesh | None:
     device = compute_device(run.train.device)
     join_ranks(run)
     agree_on_ranks(RunIdentity(config=flat_config(run)))  # before any layout is made of it
-    return build_mesh(layout, device.type, datetime.timedelta(seconds=run.parallel.timeout_seconds))
+    timeout = datetime.timedelta(seconds=run.parallel.timeout_seconds)
+    return build_mesh(layout, device.type, timeout, {stage.cp for stage in resolve(run).reached()})
 
 
 def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4:

@@ -1,4 +1,4 @@
-"""What changes between stages besides the objective: who trains, quantisation, YaRN."""
+"""What changes between stages besides the objective: who trains, quantisation, YaRN, shards."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class PhaseSwitch:
 
     def enter(self, step: StepPlan) -> None:
         """Prepare for ``step``."""
+        self._engine.cut_rows(step.stage.cp)
         self._model.yarn = step.stage.seq_len >= self._model.config.yarn_from_seq_len
         self.quantise(step.stage.quantised)
         trained = trained_names(step)

@@ -48,7 +48,7 @@ from train.errors import (
 from train.preflight.reach import check_reach
 from train.recovery.stop import Stopped, stop_with_launcher
 from train.run_folder.folder import check_run_folder, make_writable, untouched_if_refused
-from train.stages import check_rows, check_schedule, refuse_unbuilt, resolve
+from train.stages import check_contexts, check_rows, check_schedule, resolve
 
 if TYPE_CHECKING:
     from train.preflight.precision import Measure, PrecisionChoice
@@ -100,11 +100,11 @@ def checked(
     run, choice = settle(run, world, measure)
     fit.check(run, plan, world)
     check_kernels(run.model, world.device)
-    refuse_unbuilt(plan, run.train)
     check_reach(run, plan)
     layout = run.parallel.resolve(world.ranks)
     check_layout(layout, run.model)
-    check_rows(plan, layout.row_degree)
+    check_contexts(plan, run, layout)
+    check_rows(plan, layout.data_degree)
     check_schedule(plan, layout)
     return run, choice
 

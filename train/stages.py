@@ -121,11 +121,10 @@ def resolve(run: RunConfig) -> StagePlan:
     """Fill in the stages of a run and count its steps.
 
     Raises:
-        UserError: stages that cannot be, or one that is reached and cannot run yet; names it and
-            the values.
+        UserError: stages that cannot be, or one in which no step begins; names it and the values.
     """
     train = run.train
-    stages = tuple(_stages(train))
+    stages = tuple(_stages(train, run.parallel.cp))
     for index, stage in enumerate(stages):
         _check_stage(stage, _label(train, index), run)
     total = stages[-1].until_tokens
@@ -141,18 +140,35 @@ def resolve(run: RunConfig) -> StagePlan:
     return plan
 
 
-def refuse_unbuilt(plan: StagePlan, train: TrainConfig) -> None:
-    """Refuse a plan that reaches a stage which this code cannot run yet.
+def check_contexts(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> None:
+    """Refuse stages whose rows these ranks, or this model, cannot hold in shards.
+
+    Args:
+        plan: the resolved plan.
+        run: the config.
+        layout: resolved.
 
     Raises:
-        UserError: names the stage, and how many steps come before it.
+        UserError: names the stage and the values, and how many steps come before it.
     """
+    kinds = [run.model.kind(layer) for layer in range(run.model.num_hidden_layers)]
     for index, stage in enumerate(plan.reached()):
-        if stage.cp > 1:
+        before = ""
+        if steps := plan.step_at(stage.start_tokens):
+            before = f"; what comes before it runs with train.steps={steps}"
+        needs = (
+            f"{_label(run.train, index)} needs cp={stage.cp} (rows of {stage.seq_len} tokens in"
+            f" {stage.cp} shards)"
+        )
+        if layout.shard_degree % stage.cp:
             raise UserError(
-                f"{_label(train, index)} needs cp={stage.cp} (rows of {stage.seq_len} tokens in"
-                f" {stage.cp} shards), but context parallelism is not built yet; what comes before"
-                f" it runs with train.steps={plan.step_at(stage.start_tokens)}"
+                f"{needs}, which must divide the parallel.dp_shard={layout.dp_shard} * parallel.cp="
+                f"{layout.cp} ranks that share parameters{before}"
+            )
+        if stage.cp > 1 and LayerKind.dense in kinds:
+            raise UserError(
+                f"{needs}, but layer {kinds.index(LayerKind.dense)} of model.attention="
+                f"{run.model.attention} is dense: it would need whole rows{before}"
             )
 
 
@@ -186,17 +202,18 @@ def trains(name: str, stage: Stage, weights: LossWeights) -> bool:
     return weights.mtp > 0 or not name.startswith("mtp.")
 
 
-def check_rows(plan: StagePlan, row_degree: int) -> None:
+def check_rows(plan: StagePlan, data_degree: int) -> None:
     """Check that every batch that is reached splits into whole microbatches on each rank.
 
     Args:
         plan: the resolved plan.
-        row_degree: ranks over which the rows of a batch are spread.
+        data_degree: ranks that hold different tokens; the stage's cp of them share rows.
 
     Raises:
         UserError: names the stage and both values.
     """
     for stage in plan.reached():
+        row_degree = data_degree // stage.cp
         rows, unit = stage.quantum_tokens // stage.seq_len, stage.micro_batch_size * row_degree
         if rows % unit:
             fitting = math.gcd(rows // row_degree, stage.micro_batch_size)
@@ -228,7 +245,7 @@ def check_schedule(plan: StagePlan, layout: ParallelConfig) -> None:
             sizes.add(stage.batch_tokens(tokens))
             tokens = stage.constant_until(tokens)
         for size in sorted(sizes):
-            groups = max(1, layout.row_degree // stage.cp)
+            groups = max(1, layout.data_degree // stage.cp)
             batch = (
                 f"a batch of {size} tokens in stage {stage.name} (seq_len={stage.seq_len},"
                 f" train.micro_batch_size={stage.micro_batch_size}, {groups} data rank(s))"
@@ -237,7 +254,7 @@ def check_schedule(plan: StagePlan, layout: ParallelConfig) -> None:
             check_microbatches(layout, count, batch)
 
 
-def _stages(train: TrainConfig) -> Iterator[Stage]:
+def _stages(train: TrainConfig, cp: int) -> Iterator[Stage]:
     listed = train.stages or [
         StageConfig(name="all", until_tokens=max(1, train.steps) * train.global_batch_tokens)
     ]
@@ -252,7 +269,7 @@ def _stages(train: TrainConfig) -> Iterator[Stage]:
             ramp_from_tokens=s.ramp_from_tokens,
             ramp_tokens=s.ramp_tokens,
             micro_batch_size=_given(s.micro_batch_size, train.micro_batch_size),
-            cp=s.cp,
+            cp=_given(s.cp, cp),
             indexer_phase=train.indexer_phase if s.indexer_phase is None else s.indexer_phase,
             lr=s.lr,
             mtp_loss_weight=s.mtp_loss_weight,
@@ -287,6 +304,10 @@ def _check_stage(stage: Stage, label: str, run: RunConfig) -> None:
     )
     need(
         batch % seq_len == 0, f"global_batch_tokens={batch} must be a multiple of seq_len={seq_len}"
+    )
+    need(
+        seq_len % stage.cp == 0,
+        f"seq_len={seq_len} must be a multiple of cp={stage.cp}, its shards",
     )
     limit = run.model.max_position_embeddings
     need(seq_len <= limit, f"seq_len={seq_len} exceeds model.max_position_embeddings={limit}")

@@ -1,6 +1,7 @@
 """Shared front and back of every attention: queries, window KV, sink, output (reference B.3)."""
 
-# Legend: B rows, T tokens, U tokens here and of the window before, D hidden, Q query latent, H heads, K head dim, G output groups
+# Legend: B rows, T tokens, U tokens here and of the window before, D hidden, Q query latent, H
+# heads, K head dim, G output groups
 from __future__ import annotations
 
 import torch

@@ -30,7 +30,5 @@ class HeavilyCompressedAttention(WindowAttention):
     def entries(self, u_BTD: Tensor, q_latent_BTQ: Tensor, context: ForwardContext) -> Entries:
         """All visible entries."""
         plan = context.plan.compressed[self.ratio]
-        kv_BEK = self.compressor(
-            u_BTD, plan, context.entry_rope[self.ratio], context.kv_exchange
-        )
+        kv_BEK = self.compressor(u_BTD, plan, context.entry_rope[self.ratio], context.kv_exchange)
         return EntrySet(kv_BEK, plan.first_BT, plan.stop_BT, bounds=plan.bounds), None

@@ -5,8 +5,8 @@ visible ones) with a mask while the slice is short, or gathered per query when t
 smaller than the slice.
 """
 
-# Legend: B rows, U window keys, C queries of a chunk, H heads, K head dim, E entries, N chosen, G keys of a group,
-# J, L indexer heads and head dim
+# Legend: B rows, U window keys, C queries of a chunk, H heads, K head dim, E entries, N chosen, G
+# keys of a group, J, L indexer heads and head dim
 from __future__ import annotations
 
 from collections.abc import Iterator

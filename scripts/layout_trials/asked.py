@@ -18,7 +18,7 @@ from parallel.mesh import check_layout
 from train.config.command_line import compose_run
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.stages import check_rows, check_schedule, resolve
+from train.stages import check_contexts, check_rows, check_schedule, resolve
 
 _DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
 
@@ -84,7 +84,8 @@ def compose(layout: TrialLayout, args: argparse.Namespace, corpus: str, *more: s
     )  # fmt: skip
     resolved = run.parallel.resolve(layout.ranks)
     check_layout(resolved, run.model)
-    check_rows(resolve(run), resolved.row_degree)
+    check_contexts(resolve(run), run, resolved)
+    check_rows(resolve(run), resolved.data_degree)
     check_schedule(resolve(run), resolved)
     return run
 

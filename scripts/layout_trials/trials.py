@@ -68,7 +68,7 @@ def build_bench(run: RunConfig, alone: bool) -> Bench:
     plan = resolve(run)
     mesh = None if alone else build_layout(run)
     if mesh is not None:
-        check_rows(plan, mesh.layout.row_degree)
+        check_rows(plan, mesh.layout.data_degree)
     depths = 1 + run.model.num_nextn_predict_layers
     loader = build_loader(run.data, build_tokenizer(run.data), run.seed, depths)
     engine = build_engine(run, build_model(run, loader, mesh), mesh)

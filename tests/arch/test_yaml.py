@@ -1,5 +1,6 @@
 """Every YAML of conf/ composes with the defaults and gives a valid run with a plan."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from train.config.command_line import CONF, compose_run, groups, options
-from train.stages import refuse_unbuilt, resolve
+from train.stages import check_contexts, check_rows, resolve
 
 CHOICES = [(group, option) for group in groups() for option in options(group)]
 
@@ -60,17 +61,20 @@ def test_model_files_hold_plain_model_keys():
 
 
 @pytest.mark.parametrize("name", ["v4_flash", "v4_pro"])
-def test_paper_presets_say_which_stage_cannot_run_yet(name):
-    run = compose_run([f"model={name}"])
-    plan = resolve(run)
+def test_paper_presets_cut_their_long_rows_over_the_ranks_they_are_for(name):
+    """The preset's layout runs every stage; one of few ranks says which it cannot."""
+    run = compose_run([f"model={name}", f"parallel={name}"])
+    plan, layout = resolve(run), run.parallel
+    check_contexts(plan, run, layout)
+    check_rows(plan, layout.data_degree)
     first = next(stage for stage in plan.stages if stage.cp > 1)
-    match = rf"\({first.name}\) needs cp={first.cp} .*not built yet"
+    match = rf"\({first.name}\) needs cp={first.cp} .*dp_shard=1 \* parallel.cp=1 ranks"
     with pytest.raises(ValueError, match=match) as caught:
-        refuse_unbuilt(plan, run.train)
+        check_contexts(plan, run, replace(layout, dp_shard=1))
     steps = int(str(caught.value).rpartition("=")[2])
     assert plan.tokens_at(steps) >= first.start_tokens
     run.train.steps = steps
-    refuse_unbuilt(resolve(run), run.train)
+    check_contexts(resolve(run), run, replace(layout, dp_shard=1))
 
 
 @pytest.mark.parametrize("name", ["v4_tiny", "v4_micro", "v4_nano", "v4_mini", "v4_small"])

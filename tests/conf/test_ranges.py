@@ -86,7 +86,7 @@ def test_every_number_of_a_run_has_a_range():
 
 
 # Where -1 is a value: the rest of the world, or a number of any sign.
-SIGNED = {f"parallel.{degree}" for degree in ("dp_replicate", "dp_shard", "cp")} | {
+SIGNED = {f"parallel.{degree}" for degree in ("dp_replicate", "dp_shard")} | {
     "model.hc_identity_base"
 }
 

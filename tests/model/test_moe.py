@@ -5,11 +5,11 @@ import torch
 
 from model.config import ModelConfig, Router
 from model.kernels.gather import gather_rows
+from model.kv_exchange import WholeRows
 from model.linear import grouped_linear_op, grouped_linear_reference
 from model.moe.balance import balance_loss, expert_load, update_bias
 from model.moe.dispatch import LocalDispatcher
 from model.moe.router import Gate, Routing
-from model.kv_exchange import WholeRows
 from model.sequence_plan import build_sequence_plan
 
 N, D, E, K = 40, 16, 6, 2

@@ -10,7 +10,14 @@ import torch
 
 from data.batch import IGNORE, Batch, BatchCounts
 from tests.helpers import Rows, relative, run_distributed
-from tests.parallel.ranks import alone, forward_backward, gradients, objective, spread, worst_gradient
+from tests.parallel.ranks import (
+    alone,
+    forward_backward,
+    gradients,
+    objective,
+    spread,
+    worst_gradient,
+)
 from train.step import microbatches
 
 # Rows of 256 tokens: as 701, 1399, 501, 1495 of 4096 are (odd, over shards' edges); one document;
@@ -69,7 +76,9 @@ def compare_step(rank, world, degrees, size, micro, checkpoint, changes):
 def compare_choices(engine, reference, rows, micro):
     """Experts of every token, and the set of entries of every query."""
     wanted, found = (
-        e.choices(microbatches(rows, len(LENGTHS), micro, e.data_rank, e.data_degree), objective(rows))
+        e.choices(
+            microbatches(rows, len(LENGTHS), micro, e.data_rank, e.data_degree), objective(rows)
+        )
         for e in (reference, engine)
     )
     here = slice(engine.data_rank * len(found), (engine.data_rank + 1) * len(found))
@@ -111,7 +120,16 @@ def test_kernels_train_on_shards_as_one_process(world, kernels):
         (4, {"cp": 2, "pp": 2}, 2),
         (8, {"cp": 2, "pp": 2, "dp_shard": 2, "ep": 2}, 2),
     ],
-    ids=["cp2", "cp4", "cp2xdp2", "cp2xddp2", "cp2-ep2", "cp2xdp2-ep2", "cp2xpp2", "cp2xdp2xpp2-ep2"],
+    ids=[
+        "cp2",
+        "cp4",
+        "cp2xdp2",
+        "cp2xddp2",
+        "cp2-ep2",
+        "cp2xdp2-ep2",
+        "cp2xpp2",
+        "cp2xdp2xpp2-ep2",
+    ],
 )
 def test_context_layout_of_v4_tiny_trains_as_one_process(world, degrees, micro, checkpoint):
     run_distributed(compare_step, world, degrees, "tiny", micro, checkpoint, {})

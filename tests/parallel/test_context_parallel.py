@@ -125,7 +125,9 @@ def compare_compressor(rank, world):
         sink, results, grads = torch.randn(2, dtype=torch.float64), [], []
         weight = torch.randn(B, ROW, 2, 16, dtype=torch.float64)
         for reach in (WholeRows(), exchange):
-            inputs = [x if reach is not exchange else shard_of(x, group) for x in (q, u, kv, weight)]
+            inputs = [
+                x if reach is not exchange else shard_of(x, group) for x in (q, u, kv, weight)
+            ]
             q_, u_, kv_ = (x.clone().requires_grad_() for x in inputs[:3])
             context = build_context(config, ids, True, kv_exchange=reach)
             plan = context.plan.compressed[ratio]

@@ -1,12 +1,14 @@
 """The plan against a step-by-step simulation, and what each stage trains."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from model.config import IndexerPhase, ModelConfig
+from parallel.config import ParallelConfig
 from train.config.schema import StageConfig, TrainConfig
-from train.stages import check_rows, loss_weights, refuse_unbuilt, resolve, trains
+from train.stages import check_contexts, check_rows, loss_weights, resolve, trains
 
 pytestmark = pytest.mark.core
 
@@ -16,7 +18,7 @@ def make_run(train: TrainConfig, **model) -> SimpleNamespace:
     config = ModelConfig(
         num_hidden_layers=3, compress_ratios=[0, 4, 16, 0], layer_kinds=kinds, **model
     )
-    return SimpleNamespace(train=train, model=config)
+    return SimpleNamespace(train=train, model=config, parallel=ParallelConfig())
 
 
 def simulate(stages: list[StageConfig], until: int) -> list[tuple[int, int]]:
@@ -190,10 +192,12 @@ def test_stage_that_cannot_run_is_refused_when_reached_only():
     stages[3].seq_len, stages[3].global_batch_tokens = 64, 64
     before = len(simulate(STAGES, 10**9))
     train = TrainConfig(steps=0, stages=stages)
+    run, layout = make_run(train), ParallelConfig(dp_shard=4)
     with pytest.raises(ValueError, match=rf"\(1m\) needs cp=8 .* train.steps={before}$"):
-        refuse_unbuilt(resolve(make_run(train)), train)
+        check_contexts(resolve(run), run, layout)
+    check_contexts(resolve(run), run, replace(layout, cp=2))
     train.steps = before
-    refuse_unbuilt(resolve(make_run(train)), train)
+    check_contexts(resolve(run), run, layout)
 
 
 def test_stage_that_a_step_jumps_over_is_refused():
@@ -215,10 +219,10 @@ def test_indexer_warmup_needs_an_indexer_and_its_loss():
 def test_batches_must_split_over_ranks_and_microbatches():
     train = TrainConfig(steps=2, seq_len=16, global_batch_tokens=128, micro_batch_size=4)
     plan = resolve(make_run(train))
-    check_rows(plan, row_degree=2)
+    check_rows(plan, data_degree=2)
     with pytest.raises(
         ValueError, match=r"a batch of 8 rows .*=4 times 4 data rank\(s\); 2 would do"
     ):
-        check_rows(plan, row_degree=4)
+        check_rows(plan, data_degree=4)
     with pytest.raises(ValueError, match=r"=4 times 3 data rank\(s\)$"):
-        check_rows(plan, row_degree=3)
+        check_rows(plan, data_degree=3)

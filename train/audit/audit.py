@@ -261,8 +261,10 @@ class Audit:
 
     def _holders(self) -> list[str]:
         """Every parameter of the model lives on exactly one pipeline stage."""
-        ranks = self._engine.gather((self._engine.data_rank, list(self._records)))
-        held = Counter(name for data_rank, names in ranks if data_rank == 0 for name in names)
+        engine = self._engine
+        place = engine.data_rank, engine.shard.index
+        ranks = engine.gather((place, list(self._records)))
+        held = Counter(name for where, names in ranks if where == (0, 0) for name in names)
         return [
             f"owner: {name} lives on {held[name]} pipeline stages"
             for name in parameter_shapes(self._run.model)
@@ -277,7 +279,7 @@ class Audit:
         here = dict(self._model.named_parameters())
         ranks = self._engine.gather({name: local(p).numel() for name, p in here.items()})
         layout = self._run.parallel.resolve(len(ranks))
-        in_ep = layout.ep // math.gcd(layout.ep, layout.dp_shard)  # replicas that share experts
+        in_ep = layout.ep // math.gcd(layout.ep, layout.shard_degree)  # replicas that share experts
         for name, parameter in here.items():
             copies = layout.dp_replicate // (in_ep if ".ffn.experts." in name else 1)
             held = sum(sizes.get(name, 0) for sizes in ranks) / math.prod(shapes[name])
@@ -413,7 +415,8 @@ def isolation(engine: Engine) -> list[str]:
     """
     assert isinstance(engine.model, DeepSeekV4)
     config = engine.model.config
-    length = 2 * max((1, *config.ratios)) + 2
+    cp = engine.shard.count
+    length = -(-(2 * max((1, *config.ratios)) + 2) // cp) * cp
     generator = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(config.vocab_size, (1, 2 * length), generator=generator)
     documents_BT = torch.arange(2 * length).ge(length).long()[None]

@@ -93,7 +93,8 @@ class StageConfig:
             ``global_batch_tokens`` in steps of their greatest common divisor. 0 = no ramp.
         ramp_tokens: trained tokens over which the batch grows.
         micro_batch_size: rows of a forward pass on each rank.
-        cp: sequence shards that this stage needs; above 1 cannot run yet.
+        cp: shards in which ranks hold every row of this stage; divides ``parallel.dp_shard *
+            parallel.cp``. None: ``parallel.cp``.
         indexer_phase: full, warmup or sparse.
         lr: constant learning rate of the stage instead of the schedule's (indexer warm-up).
         mtp_loss_weight: weight of the MTP loss, instead of the ``train`` section's two values.
@@ -108,7 +109,7 @@ class StageConfig:
     ramp_from_tokens: int = number(0, least=0)
     ramp_tokens: int = number(0, least=0)
     micro_batch_size: int | None = number(None, least=1)
-    cp: int = number(1, least=1)
+    cp: int | None = number(None, least=1)
     indexer_phase: IndexerPhase | None = None
     lr: float | None = number(None, least=0, most=100)
     mtp_loss_weight: float | None = number(None, least=0, most=100)

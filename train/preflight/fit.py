@@ -4,7 +4,7 @@ Bytes of the fullest rank by kind, what a rank has here, and the smallest layout
 as a table. Parameters, gradients and optimizer states are exact for a given layout; activations
 are the closed form of ``model/activation_memory.py``.
 
-Layouts are sharded as ``parallel`` does it: every parameter over dp_shard (and cp) of its pipeline
+Layouts are sharded as ``parallel`` does it: every parameter over dp_shard * cp of its pipeline
 stage, experts over ep first; masters and gradients fp32; a layer is gathered whole in its compute
 dtype when it runs.
 """
@@ -295,7 +295,7 @@ class Needs:
     def _rank(self, stage: Stage, layout: ParallelConfig, device: str, part: int) -> Memory:
         run, model = self.run, self.run.model
         here, copies = self._held(layout, part)
-        shards = layout.dp_shard * layout.cp
+        shards = layout.shard_degree
         split = (shards, max(layout.ep, shards))
 
         def local(values: list[float]) -> float:
@@ -351,7 +351,7 @@ class Needs:
         What follows the main blocks goes back at once, except under gpipe.
         """
         model, mode = self.run.model, self.run.train.activation_checkpoint.value
-        tokens = stage.micro_batch_size * stage.seq_len / max(stage.cp, layout.cp)
+        tokens = stage.micro_batch_size * stage.seq_len / stage.cp
         compute = 4 if self.run.train.precision == Precision.fp32 else 2
         held = _in_flight(layout, stage, part)
         at_the_end = held if layout.schedule == "gpipe" else 1
@@ -376,7 +376,7 @@ class Needs:
 
         A pipeline stage stays gathered for the whole step.
         """
-        sharded = layout.dp_shard * layout.cp > 1 or layout.pp > 1
+        sharded = layout.shard_degree > 1 or layout.pp > 1
         sizes = []
         for i in here:
             block = self.blocks[i]
@@ -395,7 +395,7 @@ class Needs:
                  (self.blocks[i].elements for i in here)]  # fmt: skip
         if layout.pp > 1:
             return 4 * sum(sizes)
-        return 4 * max(sizes) if layout.dp_shard * layout.cp > 1 else 0.0
+        return 4 * max(sizes) if layout.shard_degree > 1 else 0.0
 
     def _audit(self, weights: float, layout: ParallelConfig, here: list[int]) -> float:
         """What the audit copies: all weights of a small model, one layer of each kind of a large.
@@ -404,7 +404,7 @@ class Needs:
         """
         if weights <= JUDGED_BYTES:
             return weights
-        shards = layout.dp_shard * layout.cp
+        shards = layout.shard_degree
         split = (shards, max(layout.ep, shards))
         sizes = {
             i: 4 * sum(n / parts for n, parts in zip(self.blocks[i].elements, split, strict=True))
@@ -442,7 +442,7 @@ def _in_flight(layout: ParallelConfig, stage: Stage, rank: int) -> float:
 def _microbatches(layout: ParallelConfig, stage: Stage) -> int:
     """Of the largest batch, on each data rank."""
     rows = stage.global_batch_tokens // stage.seq_len
-    groups = max(1, layout.row_degree // stage.cp)
+    groups = max(1, layout.data_degree // stage.cp)
     return max(1, rows // (stage.micro_batch_size * groups))
 
 

@@ -116,7 +116,7 @@ class SampleLog:
 def _merged(
     step: int, num_rows: int, shares: Sequence[tuple[int, list[int], list[list[Sample]]]]
 ) -> list[list[Sample]]:
-    """All rows in order. Pipeline stages of a share read the same rows."""
+    """All rows in order. Pipeline stages and shards of a share read the same rows."""
     by_share: dict[int, tuple[list[int], list[list[Sample]]]] = {}
     for share, read, samples in shares:
         if by_share.setdefault(share, (read, samples)) != (read, samples):

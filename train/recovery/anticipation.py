@@ -9,7 +9,7 @@ resumes to the bit and under another layout.
 The first ``lag`` steps of the mode, and those of a stage, choose for themselves.
 """
 
-# Legend: R rows of this process, T tokens of a row, K experts per token
+# Legend: R rows of this process, T tokens of them that it computes, K experts per token
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
@@ -38,7 +38,7 @@ class RoutedRows:
     Attributes:
         rows: of the global batch.
         first: the first row that this process computes.
-        chosen: gate -> experts [R, T, K] of its rows.
+        chosen: gate -> experts [R, T, K] of its rows, of the tokens that it computes.
     """
 
     rows: StepRows
@@ -117,17 +117,19 @@ class Anticipation:
             saved: name -> shape of all its tensors.
             step: of the checkpoint.
         """
-        self._chosen = {}
+        engine, self._chosen = self._engine, {}
+        engine.cut_rows(self._plan.stage(self._plan.tokens_at(step)).cp)  # as when they were chosen
         fill: dict[str, Tensor] = {}
         for full_name, shape in saved.items():
             if full_name.startswith(f"{PREFIX}."):
                 _, number, name = full_name.split(".", 2)
                 # Without "+" the number is of the step itself: as checkpoints had it before.
                 target = step + int(number) if number.startswith("+") else int(number)
-                mine = (shape[0] // self._engine.data_degree, *shape[1:])
-                empty = torch.empty(mine, dtype=_STORED, device=self._engine.device)
+                rows, tokens, experts = shape
+                mine = (rows // engine.data_degree, tokens // engine.shard.count, experts)
+                empty = torch.empty(mine, dtype=_STORED, device=engine.device)
                 self._chosen.setdefault(target, {})[name] = empty
-                fill[full_name] = self._engine.spread_rows(empty)
+                fill[full_name] = engine.spread_rows(empty)
         return fill
 
     def _first(self, step: StepPlan) -> int:
@@ -161,7 +163,7 @@ class Anticipation:
             engine.data_rank, engine.data_degree,
         )  # fmt: skip
         records = engine.choices(batches, objective)
-        T = target.stage.seq_len
+        T = target.stage.seq_len // engine.shard.count
         return {
             name: torch.cat([r[name].view(-1, T, r[name].shape[-1]) for r in records]).to(_STORED)
             for name in records[0]

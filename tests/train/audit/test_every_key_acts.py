@@ -240,7 +240,7 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "parallel.dp_shard": row(2, ONE_RANK),
     "parallel.ep": row(2, "parallel.ep=2 must divide the 1 data ranks"),
     "parallel.pp": row(2, ONE_RANK, parallel__dp_shard=1),
-    "parallel.cp": row(2, "context parallelism is not built yet"),
+    "parallel.cp": row(2, plan),
     "parallel.schedule": row("gpipe", "parallel.schedule=gpipe needs parallel.pp above 1"),
     "parallel.timeout_seconds": row(5.0, waits),
     # ---- train
@@ -261,7 +261,7 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "train.stages.ramp_tokens": row(256, plan, train__steps=0, train__stages=[
         StageConfig(until_tokens=1024, ramp_tokens=128, ramp_from_tokens=32)]),
     "train.stages.micro_batch_size": row(1, plan, **STAGES),
-    "train.stages.cp": row(2, "context parallelism is not built yet", **STAGES),
+    "train.stages.cp": row(2, plan, **STAGES),
     "train.stages.indexer_phase": row(IndexerPhase.full, plan, **STAGES),
     "train.stages.lr": row(1e-4, plan, **STAGES),
     "train.stages.mtp_loss_weight": row(0.2, plan, **STAGES),

@@ -73,7 +73,7 @@ def test_bad_keys_and_types_name_the_key_in_one_line(changes, message):
         ("sample", "tokens", -1),
         ("sample", "temperature", -1.0),
         ("parallel", "pp", 0),
-        ("parallel", "cp", 2),
+        ("parallel", "cp", 0),
         ("parallel", "ep", -1),
         ("parallel", "schedule", "gpipe"),
         ("parallel", "schedule", "1f2b"),
