@@ -209,7 +209,7 @@ MUTANTS: dict[str, Mutant] = {
 # Bugs of the two lists that are none of the model's: where they are proven instead.
 ELSEWHERE = {
     "compressor and indexer in low precision": "tests/quant",
-    "indexer gradients, MTP and RoPE offset under context parallelism": "cp > 1 is refused",
+    "indexer gradients, MTP and RoPE offset under context parallelism": "tests/parallel",
     "mHC at the boundaries of an overlapped expert-parallel schedule": "no such schedule",
     "mixed-dtype parameter groups in optimizer state": "tests/optim",
     "eager CSA out of memory": "tests/model/test_memory_growth.py",

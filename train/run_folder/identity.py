@@ -112,6 +112,7 @@ TABLE = tuple(UseRule(*row) for row in (
     ("train.device",                 SAY, ANY, ANY, ANY, _NO),
     ("train.micro_batch_size",       SAY, ANY, ANY, ANY, _NO),
     ("train.stages*.micro_batch_size", SAY, ANY, ANY, ANY, _NO),
+    ("train.stages*.cp",             SAY, ANY, ANY, ANY, _NO),
     ("train.activation_checkpoint",  SAY, ANY, ANY, ANY, _NO),
     ("train.recovery.*",             SAY, ANY, ANY, ANY, _NO),
     ("train.eval_tokens",            SAY, ANY, ANY, ANY, _NO),

@@ -6,9 +6,11 @@ one, as a mask of bits over all of them (:func:`masks_choice`). Sums over querie
 the backward pass gives equal bits each time.
 """
 
-# Legend: B rows, T tokens, H heads, K head dim, E entries, N chosen entries, W words of 64 entries
+# Legend: B rows, T tokens, U window keys, H heads, K head dim, E entries, N chosen entries, W words
+# of 64 entries
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -283,15 +285,22 @@ def ints(x: Tensor | None) -> Tensor | None:
 
 def attention(
     q_BTHK: Tensor,
-    kv_BTK: Tensor,
+    kv_BUK: Tensor,
     sink_H: Tensor,
     start_BT: Tensor,
     window: int,
     entries: EntrySet | None,
 ) -> AttentionResult:
     """:func:`model.kernels.attention.attention_reference` in Triton; gives the mass as well."""
+    before = kv_BUK.shape[1] - q_BTHK.shape[1]
+    if before:
+        asked = _with_blind_queries(q_BTHK, start_BT, entries, before)
+        o, lse, _ = attention(asked[0], kv_BUK, sink_H, asked[1], window, asked[2])
+        o, lse = o[:, before:], lse[:, before:]
+        chosen = entries is not None and entries.index_BTN is not None
+        return AttentionResult(o, lse, mass_of(q_BTHK, lse, entries) if chosen else None)
     K, dtype = q_BTHK.shape[-1], q_BTHK.dtype
-    q, kv, scale = padded(q_BTHK), padded(kv_BTK.to(dtype)), K**-0.5
+    q, kv, scale = padded(q_BTHK), padded(kv_BUK.to(dtype)), K**-0.5
     table, uses = None, (None, None, None, None)
     if entries is not None:
         table, index, bits = padded(entries.kv_BEK.to(dtype)), ints(entries.index_BTN), None
@@ -306,6 +315,23 @@ def attention(
     if entries is not None and entries.index_BTN is not None:
         mass = mass_of(q_BTHK, lse, entries)
     return AttentionResult(o[..., :K], lse, mass)
+
+
+def _with_blind_queries(
+    q_BTHK: Tensor, start_BT: Tensor, entries: EntrySet | None, before: int
+) -> tuple[Tensor, Tensor, EntrySet | None]:
+    """A query that sees nothing for each key before a shard: the kernels count keys as queries."""
+    if entries is not None:
+        entries = replace(
+            entries,
+            first_BT=pad(entries.first_BT, (before, 0)),
+            stop_BT=pad(entries.stop_BT, (before, 0)),
+            index_BTN=None if entries.index_BTN is None
+            else pad(entries.index_BTN, (0, 0, before, 0), value=-1),
+            bounds=None,
+        )  # fmt: skip
+    start_BU = pad(start_BT, (before, 0), value=before + q_BTHK.shape[1])
+    return pad(q_BTHK, (0, 0, 0, 0, before, 0)), start_BU, entries
 
 
 @torch.no_grad()

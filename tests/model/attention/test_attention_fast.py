@@ -7,6 +7,7 @@ C++ kernels to fall back.
 """
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -108,6 +109,32 @@ def test_window_only_attention_matches_reference(ops):
     expected = attention_reference(t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, None)
     mine = ops.attention(t["q"], t["kv"], t["sink"], plan.start_BT, WINDOW, None)
     assert relative(mine.o_BTHK, expected.o_BTHK) < 2e-6
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("topk", "window"), [(0, 12), (3, 5), (3, 90)])
+def test_queries_of_shards_with_the_keys_before_match_whole_rows(ops, topk, window):
+    results = []
+    for cuts in ([0, 90], [0, 31, 40, 90]):
+        op = attention_reference if len(cuts) == 2 else ops.attention
+        plan, compressed, t = problem(4)
+        entries = entry_set(compressed, t, topk)
+        out = torch.cat([op(*shard_of(t, plan, entries, window, *cut)).o_BTHK
+                         for cut in pairwise(cuts)], dim=1)  # fmt: skip
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+        (out * weights).sum().backward()
+        results.append([out, *(t[name].grad for name in ("q", "kv", "sink", "entries"))])
+    for mine, expected in zip(results[1], results[0], strict=True):
+        assert relative(mine, expected) < 2e-6
+
+
+def shard_of(t, plan, entries, window, begin, end):
+    """What attention gets of the tokens ``begin:end`` of rows."""
+    here, first = slice(begin, end), max(0, begin - window + 1)
+    index_BTN = None if entries.index_BTN is None else entries.index_BTN[:, here]
+    some = EntrySet(entries.kv_BEK, entries.first_BT[:, here], entries.stop_BT[:, here], index_BTN)
+    start_BT = (plan.start_BT[:, here] - first).clamp(min=0)
+    return t["q"][:, here], t["kv"][:, first:end], t["sink"], start_BT, window, some
 
 
 def test_padding_queries_get_zero(ops):

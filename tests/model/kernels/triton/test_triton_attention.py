@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.kernels.attention import attention_reference, entry_mask
+from model.kernels.attention import EntrySet, attention_reference, entry_mask
 from model.kernels.triton import attention, attention_kernels, attention_tiles, entries
 from model.kernels.triton.launch import INTERPRETER, OPS, Tile, counted
 from tests.helpers import relative
@@ -59,6 +59,25 @@ def hold(rows, mode, tensors, window=WINDOW):
         o, lse = plain(*doubled(tensors))
     terms = (tensors[2] - lse).exp() * (o * grad).abs().sum(-1)
     check(ours, plain, tensors, [grad, None], norms={2: terms.sum((0, 1)).norm()})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_queries_of_a_shard_with_the_keys_before_match_whole_rows(monkeypatch, mode):
+    """Each query meets the same keys, in other tiles: fp32 sums of another order."""
+    use(monkeypatch, mode)
+    rows = packed(9, 14, -1)
+    q, kv, sink, table = inputs(rows, 2, 16)
+    used = rows.entry_set(table, mode)
+    whole = attention_reference(q, kv, sink, rows.start_BT, WINDOW, used)
+    begin, first = 13, 13 - WINDOW + 1
+    if used is not None:
+        index_BTN = None if used.index_BTN is None else used.index_BTN[:, begin:]
+        used = EntrySet(table, used.first_BT[:, begin:], used.stop_BT[:, begin:], index_BTN)
+    start_BT = (rows.start_BT[:, begin:] - first).clamp(min=0)
+    part = attention.attention(q[:, begin:], kv[:, first:], sink, start_BT, WINDOW, used)
+    assert relative(part.o_BTHK, whole.o_BTHK[:, begin:]) < 2e-6
+    assert relative(part.lse_BTH, whole.lse_BTH[:, begin:]) < 2e-6
+    assert (part.mass_BTN is not None) == (mode in ("list", "bits"))
 
 
 @pytest.mark.parametrize(
