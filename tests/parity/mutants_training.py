@@ -211,7 +211,7 @@ bias_moves_the_wrong_way = attribute(
 def _whole_batch(real: Any) -> Any:
     """One sequence of all tokens instead of one a document."""
 
-    def loss(routing: Routing, plan: Any) -> Tensor:
+    def loss(routing: Routing, plan: Any, exchange: Any) -> Tensor:
         tokens = plan.valid_BT.sum()
         one = replace(
             plan,
@@ -219,13 +219,13 @@ def _whole_batch(real: Any) -> Any:
             num_documents=2,
             length_BT=torch.where(plan.valid_BT, tokens, 1),
         )
-        return real(routing, one)
+        return real(routing, one, exchange)
 
     return loss
 
 
 balance_silently_zero = attribute(
-    layer_module, "balance_loss", lambda real: lambda routing, plan: 0 * real(routing, plan)
+    layer_module, "balance_loss", lambda real: lambda *args: 0 * real(*args)
 )
 balance_over_the_batch = attribute(layer_module, "balance_loss", _whole_batch)
 
