@@ -173,11 +173,11 @@ BAD = [
     (["parallel.ep=3"], "parallel.ep=3 must divide the 2 data ranks"),
     (["parallel.ep=2", "model.n_routed_experts=5"],
      "parallel.ep=2 must divide model.n_routed_experts=5"),
-    (["parallel.cp=3"], "parallel.dp_shard=-1 cannot be the rest: the other degrees multiply to 3"),
+    (["parallel.cp=4"], "parallel.dp_shard=-1 cannot be the rest: the other degrees multiply to 4"),
     (["parallel.cp=2", "train.seq_len=63", "train.global_batch_tokens=126"],
      "train.seq_len=63 must be a multiple of cp=2, its shards"),
     (["parallel.cp=2", "model.attention=dense"],
-     "train needs cp=2 (rows of 64 tokens in 2 shards), but layer 0 of model.attention=dense is"),
+     "train needs cp=2 (rows of 64 tokens in 2 shards), but layer 1 of model.attention=dense is"),
     (["train.global_batch_tokens=192"],
      "a batch of 3 rows (train.global_batch_tokens=192, seq_len=64) must be a multiple of"
      " train.micro_batch_size=1 times 2 data rank(s)"),
