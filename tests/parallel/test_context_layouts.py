@@ -5,10 +5,18 @@ measure of docs/layouts.md. What gates and indexers choose is equal.
 """
 
 # Legend: B rows, T tokens, S tokens of a shard, K prediction depths
+from dataclasses import replace
+
 import pytest
 import torch
 
+import model.context as context_module
 from data.batch import IGNORE, Batch, BatchCounts
+from model.attention.csa import CompressedSparseAttention
+from model.kernels.indexer import index_topk_reference
+from model.transformer import DeepSeekV4
+from parallel import context_parallel
+from parallel.context_parallel import ShardedRows
 from tests.helpers import Rows, relative, run_distributed
 from tests.parallel.ranks import (
     alone,
@@ -138,3 +146,145 @@ def test_kernels_train_on_shards_as_one_process(world, kernels):
 )
 def test_context_layout_of_v4_tiny_trains_as_one_process(world, degrees, micro, checkpoint):
     run_distributed(compare_step, world, degrees, "tiny", micro, checkpoint, {})
+
+
+# ---- planted faults ------------------------------------------------------------------------------
+def shifted(real):
+    """Tokens one place too early are sent."""
+    return lambda *args: [
+        slice(rows.start - 1, rows.stop - 1) if rows.start < rows.stop else rows
+        for rows in real(*args)
+    ]
+
+
+def without_gradients_of_others(real):
+    def before(self, count, *x_BSC):
+        S = x_BSC[0].shape[1]
+        got = real(self, count, *x_BSC)
+        return tuple(torch.cat((x[:, :-S].detach(), x[:, -S:]), dim=1) for x in got)
+
+    return before
+
+
+def own_gradients_alone(real):
+    """The gradient of an entry stays where it arises; its owner gets its own part alone."""
+
+    def entries(self, entries_BLK, plan):
+        number_BL = plan.gathering.target_BF.chunk(self.shard.count, dim=1)[self.shard.index]
+        whole = real(self, entries_BLK, plan).detach()
+        padded = torch.cat((whole, whole[:, :1]), dim=1)
+        place = number_BL[..., None].expand_as(entries_BLK)
+        return padded.scatter(1, place, entries_BLK)[:, :-1]
+
+    return entries
+
+
+def of_plans(change):
+    def make(real):
+        return lambda *args: change(real(*args))
+
+    return make
+
+
+def with_local_positions(plan):
+    if plan.shard.count == 1:
+        return plan
+    local_T = torch.arange(plan.position_BT.shape[1])
+    return replace(plan, position_BT=torch.minimum(plan.position_BT, local_T))
+
+
+def with_an_entry_twice(plan):
+    """The last entry of each shard is its next one's first, too."""
+
+    def change(p):
+        if p.gathering is None:
+            return p
+        source_BE = p.gathering.source_BE.clone()
+        holder_BE = source_BE // p.valid_BL.shape[1]
+        first_BE = holder_BE[:, 1:] > holder_BE[:, :-1]
+        source_BE[:, 1:] = torch.where(first_BE, source_BE[:, :-1], source_BE[:, 1:])
+        return replace(p, gathering=replace(p.gathering, source_BE=source_BE))
+
+    return replace(plan, compressed={m: change(p) for m, p in plan.compressed.items()})
+
+
+def of_own_entries(real):
+    """A query chooses among the entries of its own rank alone."""
+
+    def entries(self, u_BTD, q_latent_BTQ, context):
+        def topk(indexer, first_BT, stop_BT, *rest):
+            if context.kv_exchange.shard.index:
+                first_BT = torch.maximum(first_BT, stop_BT[:, :1])
+            return index_topk_reference(indexer, first_BT, stop_BT, *rest)
+
+        self._index_topk, kept = topk, self._index_topk
+        try:
+            return real(self, u_BTD, q_latent_BTQ, context)
+        finally:
+            self._index_topk = kept
+
+    return entries
+
+
+def labels_of_shards(real):
+    """As if labels were made of the shard's own tokens."""
+
+    def part(self, index, count):
+        batch = real(self, index, count)
+        labels_BTK = batch.labels_BTK.clone()
+        for k in range(labels_BTK.shape[-1]):
+            labels_BTK[:, -1 - k :, k] = IGNORE
+        return replace(batch, labels_BTK=labels_BTK)
+
+    return part
+
+
+def without_indexer_loss(real):
+    def training_context(self, *args):
+        context = real(self, *args)
+        context.indexer_loss = False
+        return context
+
+    return training_context
+
+
+FAULTS = {
+    "halo off by one": (context_parallel, "rows_sent", shifted),
+    "halo gradient dropped": (ShardedRows, "tokens_before", without_gradients_of_others),
+    "gradients of entries dropped": (ShardedRows, "all_entries", own_gradients_alone),
+    "local positions": (context_module, "build_sequence_plan", of_plans(with_local_positions)),
+    "entry twice": (context_module, "build_sequence_plan", of_plans(with_an_entry_twice)),
+    "top-k over local entries": (CompressedSparseAttention, "entries", of_own_entries),
+    "labels lost at the edge": (Batch, "part", labels_of_shards),
+    "no indexer loss": (DeepSeekV4, "training_context", without_indexer_loss),
+    "loads of shards": (ShardedRows, "add_up", lambda real: lambda self, counts: counts),
+}
+
+
+def plant_faults(rank, world):
+    reference = alone()
+    rows = packed_rows(reference.model.config.vocab_size)
+    engine, _ = spread(reference, {"cp": world})
+    one, theirs = forward_backward(reference, rows, len(LENGTHS)), gradients(reference)
+
+    def off():
+        engine.optimizer.zero_grad()
+        many = forward_backward(engine, rows, len(LENGTHS), 4)
+        losses = [relative(many.losses[name], value) for name, value in one.losses.items()]
+        mine = gradients(engine)
+        return max(losses), worst_gradient(mine, theirs)[0] if mine.keys() == theirs.keys() else 1.0
+
+    for name, (owner, attribute, fault) in FAULTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, attribute, fault(getattr(owner, attribute)))
+            loss, gradient = off()
+        assert loss > 1e-6 or gradient > 1e-5, name
+        assert gradient > 1e-4, (name, gradient)
+    loss, gradient = off()
+    assert loss < 1e-6, "all is as before"
+    assert gradient < 1e-5
+
+
+def test_planted_faults_are_caught():
+    """By the very bounds of this file, and far beyond them."""
+    run_distributed(plant_faults, 2)
