@@ -38,7 +38,7 @@ from train.preflight.fit import (
 )
 from train.preflight.forecast import duration, flops_per_token, quantity, run_flops, stretches
 from train.preflight.matmul_rate import measured_matmul_rate
-from train.stages import StagePlan, refuse_unbuilt, resolve
+from train.stages import StagePlan, resolve
 
 EPILOG = """examples:
   v4 plan model=v4_nano                          on this machine
@@ -134,10 +134,6 @@ def _size(run: RunConfig, plan: StagePlan) -> list[str]:
             f"  stage {stage.name or 'main'}: {quantity(tokens)} tokens in rows of"
             f" {stage.seq_len:,}, {quantity(flops_per_token(run, stage))}FLOPs a token"
         )
-    try:
-        refuse_unbuilt(plan, run.train)
-    except UserError as error:
-        lines.append(f"  not yet: {error}")
     return lines
 
 

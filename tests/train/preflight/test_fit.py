@@ -139,6 +139,6 @@ def test_layouts_of_the_paper_presets_fit_80_gb(name):
     layout = n.run.parallel
     assert n.peak(layout, "cuda").total < 80 * GB
     assert all(
-        stage.quantum_tokens // stage.seq_len % (layout.row_degree // stage.cp or 1) == 0
+        stage.quantum_tokens // stage.seq_len % (layout.data_degree // stage.cp) == 0
         for stage in n.stages
     )
