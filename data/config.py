@@ -22,6 +22,8 @@ class SourceKind(StrEnum):
     parquet = "parquet"
     hub = "hub"  # a dataset by name on the Hugging Face hub, or a dataset folder
     store = "store"  # a token store written by scripts/prepare_data.py
+    package_sources = "package_sources"  # source files of packages, one document per folder
+    synthetic = "synthetic"  # written from a seed: what is stated once is asked for again
 
 
 class TextUnit(StrEnum):
@@ -30,6 +32,14 @@ class TextUnit(StrEnum):
     document = "document"  # the whole file
     paragraph = "paragraph"
     line = "line"
+
+
+class Task(StrEnum):
+    """What a synthetic document asks for."""
+
+    keys = "keys"  # the values of keys
+    copies = "copies"  # passages once more
+    tables = "tables"  # cells
 
 
 class OnBadLine(StrEnum):
@@ -52,9 +62,9 @@ class SourceConfig:
     """One source of documents.
 
     Attributes:
-        kind: embedded, text, jsonl, parquet, hub or store.
+        kind: embedded, text, jsonl, parquet, hub, store, package_sources or synthetic.
         path: a file, folder or glob pattern, relative to where the command runs; the name of a hub
-            dataset; a store's folder. Unused by ``embedded``.
+            dataset; a store's folder. Unused by ``embedded``, ``package_sources``, ``synthetic``.
         text_key: column that holds the text (jsonl, parquet, hub).
         unit: what one document is in a text file (text).
         on_bad_line: what becomes of a line, row or document that is not UTF-8, not JSON or has no
@@ -65,7 +75,12 @@ class SourceConfig:
         revision: revision of a hub dataset (hub).
         streaming: read in order while training instead of tokenising all of it first (text, jsonl,
             parquet, hub); for what does not fit the disk.
-        packages: of ``embedded``: ``stdlib`` or the names of installed packages.
+        packages: of ``embedded`` and ``package_sources``: ``stdlib`` or the names of installed
+            packages.
+        documents: how many are written (synthetic).
+        document_characters: of the longest; the shortest have an eighth (synthetic).
+        tasks: keys, copies, tables: the documents take them in turn (synthetic).
+        seed: of what is written (synthetic).
         weight: share of the trained tokens, all sources together 1. None for all sources: every
             token once per epoch, each source by its size.
         min_tokens: shorter documents are not trained on; 0 = all are.
@@ -84,6 +99,10 @@ class SourceConfig:
     revision: str = ""
     streaming: bool = False
     packages: list[str] = field(default_factory=lambda: ["stdlib", "torch", "numpy"])
+    documents: int = number(1000, least=1, most=10_000_000)
+    document_characters: int = number(32_768, least=512, most=100_000_000)
+    tasks: list[Task] = field(default_factory=lambda: list(Task))
+    seed: int = number(0, least=0)
     weight: float | None = number(None, above=0, most=1)
     min_tokens: int = number(0, least=0)
     long_tokens: int = number(0, least=0)
@@ -226,16 +245,22 @@ class DataConfig:
         return out
 
 
+# Kinds that need no path: their text is made here.
+WRITTEN_HERE = {SourceKind.embedded, SourceKind.package_sources, SourceKind.synthetic}
 # Keys of a source that only some kinds have a use for.
 _SOURCE_KEYS: dict[str, set[SourceKind]] = {
-    "path": set(SourceKind) - {SourceKind.embedded},
+    "path": set(SourceKind) - WRITTEN_HERE,
     "text_key": {SourceKind.jsonl, SourceKind.parquet, SourceKind.hub},
     "unit": {SourceKind.text},
     "on_bad_line": {SourceKind.text, SourceKind.jsonl, SourceKind.parquet},
     "subset": {SourceKind.hub},
     "split": {SourceKind.hub},
     "revision": {SourceKind.hub},
-    "packages": {SourceKind.embedded},
+    "packages": {SourceKind.embedded, SourceKind.package_sources},
+    "documents": {SourceKind.synthetic},
+    "document_characters": {SourceKind.synthetic},
+    "tasks": {SourceKind.synthetic},
+    "seed": {SourceKind.synthetic},
 }
 _OF_NO_STREAM = ("long_tokens", "long_times")  # a stream is read in its own order
 
@@ -273,12 +298,15 @@ def _check_source(name: str, source: SourceConfig) -> None:
     kind = source.kind.value
     if not name or "/" in name or name.startswith("."):
         raise ConfigError(f"{key}: {name!r} cannot name a source")
-    if source.kind is SourceKind.embedded:
+    if source.kind in _SOURCE_KEYS["packages"]:
         if not source.packages:
             raise ConfigError(f"{key}.packages=[] must name a package for {key}.kind={kind}")
+    elif source.kind is SourceKind.synthetic:
+        if not source.tasks:
+            raise ConfigError(f"{key}.tasks=[] must name a task for {key}.kind={kind}")
     elif not source.path.strip():
         raise ConfigError(f"{key}.path='' must be given for {key}.kind={kind}")
-    if source.streaming and source.kind in (SourceKind.embedded, SourceKind.store):
+    if source.streaming and source.kind in {*WRITTEN_HERE, SourceKind.store}:
         raise ConfigError(f"{key}.streaming=true cannot be with {key}.kind={kind}")
     long = f"{key}.long_tokens={source.long_tokens} and {key}.long_times={source.long_times}"
     if (source.long_tokens > 0) != (source.long_times > 1):

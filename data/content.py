@@ -60,7 +60,7 @@ def library_versions(cfg: DataConfig) -> dict[str, str]:
     packages = [
         package
         for source in cfg.named_sources().values()
-        if source.kind is SourceKind.embedded
+        if source.kind in (SourceKind.embedded, SourceKind.package_sources)
         for package in source.packages
     ]
     return package_versions(["stdlib", *_LIBRARIES, *packages])

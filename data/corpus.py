@@ -5,6 +5,9 @@ docstrings of a module make one document, so that documents are long enough for 
 attention branches (one by one their median is 92 tokens). Not contained: strings that do not stand
 on a line of their own (templates, regular expressions), repeated docstrings, code.
 
+The kind ``package_sources`` takes the files themselves, all those of a folder as one document: long
+real text, of which a line often rests on another far before it.
+
 ``transformers`` is left out of the default packages although it has much more of such text: it is
 a development dependency, and installing it between two calls must not change a run's data.
 """
@@ -34,14 +37,15 @@ _STDLIB = "stdlib"
 _LINE_START = re.compile(r"[ \t]*[rRuU]?")
 
 
-def package_key(packages: Sequence[str]) -> str:
+def package_key(packages: Sequence[str], whole: bool = False) -> str:
     """Hash of what the corpus is made from: rules, packages, their versions and files.
 
     Of a file size and times, that of its last change too, which nobody can set: where packages are
     put anew the text is extracted again, and known by its own hash from there on.
     """
     found = {name: [_version(name), *_times(name)] for name in packages}
-    return digest({"rules": _VERSION, "packages": found})
+    rules = [_VERSION, "folders"] if whole else _VERSION
+    return digest({"rules": rules, "packages": found})
 
 
 def _times(package: str) -> Iterator[list[Any]]:
@@ -55,24 +59,25 @@ def package_versions(packages: Sequence[str]) -> dict[str, str]:
     return {name: _version(name) for name in packages}
 
 
-def embedded_documents(packages: Sequence[str], cache: Path) -> Path:
+def embedded_documents(packages: Sequence[str], cache: Path, whole: bool = False) -> Path:
     """Extract the documents of some packages once.
 
     Args:
         packages: ``stdlib`` or names of installed packages.
         cache: cache folder.
+        whole: whole files, a document for each folder, instead of docstrings.
 
     Returns:
         A folder with ``text.bin`` (UTF-8, documents end to end), ``ends.npy`` (int64, the byte
-        after each document) and ``names.json`` (dotted module names).
+        after each document) and ``names.json`` (dotted names of modules or folders).
 
     Raises:
         ValueError: a package is not installed or has no docstrings.
     """
-    target = cache / "corpus" / package_key(packages)[:32]
+    target = cache / "corpus" / package_key(packages, whole)[:32]
 
     def build(folder: Path) -> None:
-        names, texts = _extract(packages)
+        names, texts = _folders(packages) if whole else _extract(packages)
         blobs = [text.encode() for text in texts]
         (folder / "text.bin").write_bytes(b"".join(blobs))
         save_array(folder / "ends.npy", np.cumsum([len(blob) for blob in blobs], dtype=np.int64))
@@ -133,6 +138,20 @@ def _extract(packages: Sequence[str]) -> tuple[list[str], list[str]]:
                 f"data.sources: package {package} has no docstrings in {_root(package)}"
             )
     return names, texts
+
+
+def _folders(packages: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names and texts of all folders with source files, each file behind a line with its name."""
+    files: dict[str, list[str]] = {}
+    for package in packages:
+        for name, path in _modules(package):
+            text = path.read_text("utf-8", errors="ignore").strip()
+            if text:
+                folder = name.rpartition(".")[0] or package
+                files.setdefault(folder, []).append(f"# ---- {name}\n{text}\n")
+    if not files:
+        raise ConfigError(f"data.sources: packages {', '.join(packages)} have no source files")
+    return list(files), ["\n".join(texts) for texts in files.values()]
 
 
 def _modules(package: str) -> Iterator[tuple[str, Path]]:

@@ -26,6 +26,7 @@ from data.files import FoundFiles, find_files, shown
 from data.hub import HubDocuments, HubRows
 from data.progress import progress_map
 from data.readers import Place, RawDocument, UnreadableFile, json_rows, parquet_rows, text_rows
+from data.synthetic import VERSION, SyntheticDocuments
 
 logger = logging.getLogger(__name__)
 
@@ -240,9 +241,10 @@ def open_documents(
     Raises:
         ConfigError: nothing is there, or it cannot be read; names the config key.
     """
-    if source.kind is SourceKind.embedded:
-        folder = embedded_documents(source.packages, cache_root(cache_dir))
-        return CachedDocuments(folder)
+    if source.kind is SourceKind.synthetic:
+        return SyntheticDocuments(source)
+    if source.kind in (SourceKind.embedded, SourceKind.package_sources):
+        return CachedDocuments(_package_documents(source, cache_dir))
     before = fingerprint(name, source, cache_dir) if content is None else content
     key = digest(before)[:32]
 
@@ -276,8 +278,12 @@ def fingerprint(name: str, source: SourceConfig, cache_dir: str) -> dict[str, An
         ConfigError: there are none, or one cannot be read.
     """
     fields: dict[str, Any] = {"kind": source.kind.value}
-    if source.kind is SourceKind.embedded:
-        folder = embedded_documents(source.packages, cache_root(cache_dir))
+    if source.kind is SourceKind.synthetic:
+        tasks = [task.value for task in source.tasks]
+        size = [source.documents, source.document_characters]
+        return fields | {"rules": VERSION, "size": size, "tasks": tasks, "seed": source.seed}
+    if source.kind in (SourceKind.embedded, SourceKind.package_sources):
+        folder = _package_documents(source, cache_dir)
         return fields | {"files": [file_digest(folder / f) for f in ("text.bin", "ends.npy")]}
     if source.kind is not SourceKind.text:
         fields["text_key"] = source.text_key
@@ -302,6 +308,11 @@ def fingerprint(name: str, source: SourceConfig, cache_dir: str) -> dict[str, An
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     names = [str(file.relative_to(folder)) for file in files]  # tell splits and formats
     return fields | {"names": names, "files": _digests(name, files)}
+
+
+def _package_documents(source: SourceConfig, cache_dir: str) -> Path:
+    whole = source.kind is SourceKind.package_sources
+    return embedded_documents(source.packages, cache_root(cache_dir), whole)
 
 
 def _digests(name: str, files: list[Path]) -> list[str]:

@@ -54,7 +54,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--out", type=Path, help="folder of the new store")
     what.add_argument("--verify", type=Path, help="compare a store with its checksums and leave")
-    kinds = [kind.value for kind in SourceKind if kind is not SourceKind.store]
+    made = (SourceKind.store, SourceKind.synthetic)  # there is nothing to prepare
+    kinds = [kind.value for kind in SourceKind if kind not in made]
     parser.add_argument("--kind", choices=kinds, default="embedded", help="kind of source")
     parser.add_argument("--path", default="", help="file, folder, glob pattern or hub name")
     parser.add_argument("--text-key", default="text", help="column with the text")
@@ -66,7 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="split of a hub dataset")
     parser.add_argument("--revision", default="", help="revision of a hub dataset")
     parser.add_argument("--packages", nargs="+", default=SourceConfig().packages,
-                        help="of the embedded corpus")  # fmt: skip
+                        help="of the embedded corpus, or whose sources are taken")  # fmt: skip
     parser.add_argument("--tokenizer", default="bpe", help="as data.tokenizer (default: bpe)")
     parser.add_argument("--vocab-size", type=int, default=4096, help="of a trained bpe")
     parser.add_argument("--workers", type=int, default=1, help="processes")

@@ -16,7 +16,7 @@ from typing import Any, get_args, get_type_hints
 import pytest
 from omegaconf import OmegaConf
 
-from data.config import LongDocuments, OnBadLine, SourceConfig, SourceKind, TextUnit
+from data.config import LongDocuments, OnBadLine, SourceConfig, SourceKind, Task, TextUnit
 from data.sources import open_documents
 from model.config import Attention, IndexerPhase, Kernels, LayerKind, Residual, Router
 from optim.config import (
@@ -87,6 +87,10 @@ workers = handed(
 ONLY = "is not part of DeepSeek-V4"
 ONE_RANK = "world size is 1"
 ON_HUB = {"data.sources.t.kind": SourceKind.hub, "data.sources.t.path": "nowhere/at_all"}
+SYNTHETIC = {
+    "data.sources.t.kind": SourceKind.synthetic, "data.sources.t.path": "",
+    "data.sources.t.documents": 30, "data.sources.t.document_characters": 600,
+}  # fmt: skip
 DECAY = {"optim.schedule.decay_start": 0.5}
 STAGES = {"train.stages": [StageConfig(until_tokens=256), StageConfig(until_tokens=512)]}
 QAT = {"quant.recipe": Recipe.fp4_qat}
@@ -181,6 +185,10 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "data.sources.streaming": row(True, data),
     "data.sources.packages": row(
         ["argparse"], embedded, data__sources={"t": SourceConfig(packages=["json"])}),
+    "data.sources.documents": row(20, data, **SYNTHETIC),
+    "data.sources.document_characters": row(512, data, **SYNTHETIC),
+    "data.sources.tasks": row([Task.tables], data, **SYNTHETIC),
+    "data.sources.seed": row(1, data, **SYNTHETIC),
     "data.sources.weight": row(0.5, "weights sum to 0.5"),
     "data.workers": row(2, workers),
     "data.fim.rate": row(1.0, data),

@@ -44,6 +44,11 @@ def asked(group, folder):
         "text": ["data.sources.text.unit=line"],
         "mixture": [f"data.sources.store.path={folder}/store", SMALL],
         "store": [f"data.sources.store.path={folder}/store"],
+        "long_range": [
+            "data.sources.packages.packages=[asyncio,json,email,http,xml]",
+            "data.sources.synthetic.documents=40",
+            "data.sources.synthetic.document_characters=4096",
+        ],
     }.get(group, [])
     return args + [
         f"data.sources.{group}.path={folder}/{p}" for g, p in paths.items() if g == group
@@ -65,5 +70,7 @@ def test_every_data_group_trains_to_its_end(files, tmp_path, group):
     if group == "mixture":
         assert sum(shares.values()) == pytest.approx(1)
         assert shares["share.store"] == pytest.approx(0.7, abs=0.15)  # of 512 tokens, rows of 64
+    elif group == "long_range":
+        assert shares == pytest.approx({"share.synthetic": 0.5, "share.packages": 0.5}, abs=0.15)
     else:
         assert shares == {}
