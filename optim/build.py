@@ -161,6 +161,10 @@ def build_optimizer(
     whole = build_table({**(shapes or {}), **here}, config, split_counts)
     records = {record.name: record for record in whole}
     table = [records[name] for name in here]
+    if missing := sorted({record.owner for record in table} - ENGINES.keys()):
+        raise ConfigError(
+            f"optim.name={config.name}: optim/build.py has no engine of {missing[0]} in ENGINES"
+        )
     engines = {owner: build(parameters, table, config, group) for owner, build in ENGINES.items()}
     return Optimizer(parameters, table, engines, trainable)
 
@@ -204,4 +208,7 @@ def _build_adamw(
 
 
 _STATE_DTYPES = {StateDtype.fp32: torch.float32, StateDtype.bf16: torch.bfloat16}
-ENGINES = {Owner.muon: _build_muon, Owner.adamw: _build_adamw}
+ENGINES = {
+    Owner.muon: _build_muon,
+    Owner.adamw: _build_adamw,
+}

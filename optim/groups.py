@@ -36,7 +36,7 @@ class Rule:
 
     Attributes:
         pattern: of fully qualified names (see the module docstring).
-        owner: under ``optim.name=muon``; with ``adamw`` the line stays and AdamW takes it.
+        owner: muon stands for the algorithm of the matrices, which is ``optim.name``'s.
         split: ``whole``; ``experts`` (a stack [E, out, in]); or the name of a count that cuts the
             rows.
         decay: whether the owner's weight decay applies.
@@ -172,12 +172,27 @@ def _record(
     config: OptimConfig,
     split_counts: Mapping[str, int],
 ) -> ParamRecord:
-    if OptimizerName(config.name) is OptimizerName.adamw or rule.owner is Owner.adamw:
-        decay = config.adamw.weight_decay if rule.decay else 0.0
-        return ParamRecord(name, shape, Owner.adamw, WHOLE, decay, 0)
-    decay = config.muon.weight_decay if rule.decay else 0.0
-    num_matrices = _num_matrices(name, shape, split, split_counts)
-    return ParamRecord(name, shape, Owner.muon, split, decay, num_matrices)
+    owner = rule.owner if rule.owner is Owner.adamw else _owner_of_matrices(config)
+    decays = {
+        Owner.muon: config.muon.weight_decay,
+        Owner.adamw: config.adamw.weight_decay,
+    }
+    if owner not in decays:
+        raise ConfigError(f"optim.name={owner.value}: optim/groups.py knows no weight decay of it")
+    decay = decays[owner] if rule.decay else 0.0
+    if owner is not Owner.muon:
+        return ParamRecord(name, shape, owner, WHOLE, decay, 0)
+    return ParamRecord(
+        name, shape, owner, split, decay, _num_matrices(name, shape, split, split_counts)
+    )
+
+
+def _owner_of_matrices(config: OptimConfig) -> Owner:
+    """The algorithm that ``optim.name`` asks for: of that name, and no other in its stead."""
+    name = OptimizerName(config.name).value
+    if name not in set(Owner):
+        raise ConfigError(f"optim.name={name}: optim/groups.py has no owner {name}")
+    return Owner(name)
 
 
 def _num_matrices(

@@ -93,11 +93,13 @@ def checked(
     plan = resolve(run)
     from model.kernels.select import check_kernels  # noqa: PLC0415
     from parallel.mesh import check_layout  # noqa: PLC0415  torch takes seconds, which no typo
-    from train.preflight import fit  # noqa: PLC0415                   should cost
+    from train.audit.checks import check_audited  # noqa: PLC0415      should cost
+    from train.preflight import fit  # noqa: PLC0415
     from train.preflight.precision import settle  # noqa: PLC0415
 
     world = fit.this_world(run.train.device)
     run, choice = settle(run, world, measure)
+    check_audited(run)
     fit.check(run, plan, world)
     check_kernels(run.model, world.device)
     check_reach(run, plan)

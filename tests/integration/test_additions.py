@@ -75,7 +75,7 @@ class HalfWindowAttention(WindowAttention):
          "        return Keys(mean_min(max(1, config.sliding_window // 2), seq_len))\n",
          "        return Keys(mean_min(seq_len, seq_len))\n"),
 ]  # fmt: skip
-OPTIMIZER = [
+ENGINE = [
     Edit("optim/sign.py", '''"""Signs of the momentum, with decoupled weight decay."""
 
 from __future__ import annotations
@@ -113,19 +113,16 @@ class SignDescent:
 '''),
     Edit("optim/config.py", '    sign = "sign"\n', '    muon = "muon"\n'),
     Edit("optim/groups.py", '    sign = "sign"\n', '    muon = "muon"\n'),
-    Edit("optim/groups.py", "    if OptimizerName(config.name) is OptimizerName.sign:\n"
-         "        return ParamRecord(name, shape, Owner.sign, WHOLE, decay, 0)\n",
-         "    decay = config.muon.weight_decay if rule.decay else 0.0\n"),
+    Edit("optim/groups.py", "        Owner.sign: config.adamw.weight_decay,\n",
+         "        Owner.muon: config.muon.weight_decay,\n"),
     Edit("optim/build.py", "from optim.sign import SignDescent\n",
          "from optim.muon_distributed import ShardedMuon\n"),
-    Edit("optim/build.py", '''ENGINES = {
-    Owner.muon: _build_muon,
-    Owner.adamw: _build_adamw,
-    Owner.sign: lambda parameters, table, config, group: SignDescent(
+    Edit("optim/build.py", '''    Owner.sign: lambda parameters, table, config, group: SignDescent(
         [r for r in table if r.owner is Owner.sign], parameters
     ),
-}
-''', "ENGINES = {Owner.muon: _build_muon, Owner.adamw: _build_adamw}\n", instead=True),
+''', "    Owner.muon: _build_muon,\n"),
+]  # fmt: skip
+CHECK = [
     Edit("train/audit/checks.py", '''
 
 def _sign_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
@@ -133,12 +130,14 @@ def _sign_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
     update = (local(e.before[name]).double() * decay - local(after).double()) / e.step.lr
     if not float((update.abs() - 1).clamp(min=0).max()) <= 1e-3:
         yield f"{name}: sign was asked for, but an element moved by more than the rate"
-''', "Check = Callable[[Evidence], Iterator[str]]\n"),
+''', "    return energy, float(off.double().square().sum()) / max(energy, 1e-30)\n"),
     Edit("train/audit/checks.py",
-         "            forms = {Owner.muon: _muon_form, Owner.sign: _sign_form}\n"
-         "            form = forms.get(e.records[name].owner, _adamw_form)\n",
-         "            form = _muon_form if e.records[name].owner is Owner.muon else _adamw_form\n",
-         instead=True),
+         "    Owner.sign: KnownUpdate(_sign_form, lambda run: 1.0, lambda e, name: 1.0),\n",
+         "UPDATES: dict[Owner, KnownUpdate] = {\n"),
+]  # fmt: skip
+OPTIMIZER = [
+    *ENGINE,
+    *CHECK,
     Edit("conf/optim/sign.yaml", "# Signs of the momentum.\nname: sign\n"),
 ]  # fmt: skip
 SOURCE = [
@@ -214,16 +213,29 @@ ADDITIONS = {
 }
 
 
+def tree_with(folder, edits):
+    """A copy of the packages with edits."""
+    tree = folder / "tree"
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tree / package)
+    for edit in edits:
+        edit.apply(tree)
+    return tree
+
+
+def start(tree, words):
+    """Run the trainer of a tree; gives exit code and what it printed."""
+    line = [sys.executable, str(tree / "train" / "pretrain.py"), *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    done = subprocess.run(line, cwd=tree, env=env, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """Folder of a run of two steps in a copy of the tree that has all additions."""
     folder = tmp_path_factory.mktemp("additions")
-    tree = folder / "tree"
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, tree / package)
-    for edits in ADDITIONS.values():
-        for edit in edits:
-            edit.apply(tree)
+    tree = tree_with(folder, [edit for edits in ADDITIONS.values() for edit in edits])
     paragraphs = (ROOT / "docs" / "reference" / "model.md").read_text().split("\n\n")
     with (folder / "texts.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["text"], *([p] for p in paragraphs * 3 if len(p) > 100)])
@@ -234,10 +246,8 @@ def run(tmp_path_factory):
         "data.validation.max_overlap=1", "train.steps=2", "train.device=cpu",
         "train.eval_tokens=512", "sample.tokens=0", f"run_dir={folder / 'run'}",
     ]  # fmt: skip
-    line = [sys.executable, str(tree / "train" / "pretrain.py"), *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    done = subprocess.run(line, cwd=tree, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    code, printed = start(tree, words)
+    assert code == 0, printed[-3000:]
     return folder / "run"
 
 
@@ -253,6 +263,30 @@ def test_one_run_trains_with_every_addition(run):
     assert [record["step"] for record in records] == [1, 2]
     assert all(record["busy_experts"] > 0 for record in records)
     assert json.loads((run / "receipt.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize(
+    ("without", "names"),
+    [
+        (("optim/groups.py", "optim/build.py", "train/audit"), "optim/groups.py has no owner sign"),
+        (("Owner.sign: config", "optim/build.py", "train/audit"), "no weight decay"),
+        (("train/audit",), "UPDATES of train/audit/checks.py"),
+        (("optim/build.py",), "no engine of sign in ENGINES"),
+    ],
+)
+def test_an_optimizer_is_refused_while_a_part_of_it_lacks(without, names, tmp_path):
+    """It never runs as another one: the line says which file lacks what."""
+    edits = [e for e in OPTIMIZER if not any(w in e.path or w in e.text for w in without)]
+    assert len(edits) < len(OPTIMIZER)
+    tree = tree_with(tmp_path, edits)
+    words = ["model=v4_tiny", "optim=sign", "data.tokenizer=byte", "train.device=cpu",
+             f"run_dir={tmp_path / 'run'}"]  # fmt: skip
+    code, printed = start(tree, words)
+    assert code == 2, printed[-3000:]
+    assert names in printed
+    assert "Traceback" not in printed
+    assert "step 1/" not in printed
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", list(ADDITIONS))

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from model.config import IndexerPhase, LayerKind, Router
+from model.flops import parameter_shapes
 from model.moe.router import Gate
 from model.precision import precision_of
 from model.transformer import DeepSeekV4
-from optim.groups import Owner, ParamRecord
+from optim.groups import Owner, ParamRecord, build_table
 from parallel.collectives import local
 from parallel.engine import Shares, Update
 from parallel.pieces import largest_of, rows_of, total_of
@@ -27,6 +28,7 @@ from parallel.pipeline_split import splits_backward
 from quant.config import ExpertFormat
 from train.audit.seam_watch import SeamReading
 from train.config.schema import ActivationCheckpoint, RunConfig
+from train.errors import UserError
 from train.step import StepPlan
 
 # Share that U - U U^T U has of the energy of U: (1 - s^2)^2 for a singular value s. Five steps of
@@ -125,6 +127,21 @@ class Evidence:
 Check = Callable[[Evidence], Iterator[str]]
 
 
+@dataclass(frozen=True)
+class KnownUpdate:
+    """What the audit knows of the updates of an algorithm.
+
+    Attributes:
+        form: faults of the update of a parameter, given its weight after the step.
+        usual: its usual element, as a multiple of the learning rate.
+        largest: about the largest element of the update just done, as such a multiple.
+    """
+
+    form: Callable[[Evidence, str, Tensor], Iterator[str]]
+    usual: Callable[[RunConfig], float]
+    largest: Callable[[Evidence, str], float]
+
+
 # ---- who moves what -----------------------------------------------------------------------------
 def tracked(e: Evidence) -> Iterator[str]:
     """Autograd tracks what trains, and nothing else."""
@@ -152,7 +169,8 @@ def owner(e: Evidence) -> Iterator[str]:
     weights = dict(e.model.named_parameters())
     for name in sorted(e.trained):
         if e.has_gradient(name) and name not in e.changed:
-            if e.step.lr * _largest_update(e, name) <= _EPS * largest_of(weights[name]):
+            largest = UPDATES[e.records[name].owner].largest(e, name)
+            if e.step.lr * largest <= _EPS * largest_of(weights[name]):
                 continue  # rounded away, as at the first steps of a long warm-up
             yield f"{name} received a gradient but did not move: no optimizer owns it"
             continue
@@ -169,21 +187,34 @@ def algorithm(e: Evidence) -> Iterator[str]:
     weights = dict(e.model.named_parameters())
     for name in sorted(e.trained & e.before.keys()):
         if e.has_gradient(name) and e.step.lr >= lr_to_judge(e, name):
-            form = _muon_form if e.records[name].owner is Owner.muon else _adamw_form
-            yield from form(e, name, weights[name])
+            yield from UPDATES[e.records[name].owner].form(e, name, weights[name])
 
 
 def lr_to_judge(e: Evidence, name: str) -> float:
     """Learning rate from which an update stands out of the rounding of the weight itself."""
-    muon = e.records[name].owner is Owner.muon
-    scale = e.run.optim.muon.rms if muon else 1.0
-    return _EPS * largest_of(e.before[name]) / (_LOST_DIGITS * scale)
+    usual = UPDATES[e.records[name].owner].usual(e.run)
+    return _EPS * largest_of(e.before[name]) / (_LOST_DIGITS * usual)
 
 
-def _largest_update(e: Evidence, name: str) -> float:
-    """About the largest element of the update just done, as a multiple of the learning rate."""
-    if e.records[name].owner is Owner.muon:
-        return e.run.optim.muon.rms
+def check_audited(run: RunConfig) -> None:
+    """Refuse an optimizer whose updates nothing here would judge.
+
+    Raises:
+        UserError: names it, and what lacks.
+    """
+    table = build_table(parameter_shapes(run.model), run.optim, run.model.split_counts)
+    for owner in sorted({record.owner for record in table} - UPDATES.keys()):
+        raise UserError(
+            f"optim.name={run.optim.name.value}: the audit does not know what an update of"
+            f" {owner.value} looks like; it needs a line in UPDATES of train/audit/checks.py"
+        )
+
+
+def _muon_size(e: Evidence, _: str) -> float:
+    return e.run.optim.muon.rms
+
+
+def _adamw_size(e: Evidence, name: str) -> float:
     config, state = e.run.optim.adamw, e.optimizer_after[name]
     steps = float(local(state["step"]))
     first = state["exp_avg"].float() / (1 - config.betas[0] ** steps)
@@ -402,6 +433,11 @@ def _part_of(module: str) -> str:
     return ""
 
 
+# Without a line here an optimizer is refused: it could be any other, and nobody would notice.
+UPDATES: dict[Owner, KnownUpdate] = {
+    Owner.muon: KnownUpdate(_muon_form, lambda run: run.optim.muon.rms, _muon_size),
+    Owner.adamw: KnownUpdate(_adamw_form, lambda run: 1.0, _adamw_size),
+}
 BEFORE_UPDATE: dict[str, Check] = {
     "tracked": tracked,
     "objective": objective,
