@@ -22,7 +22,7 @@ TRAINER = ("train/pretrain.py", "pretrain")
 
 
 def lines(path):
-    blocks = re.findall(r"```(?:bash|text)\n(.*?)```", path.read_text(), re.DOTALL)
+    blocks = re.findall(r"```\w*\n(.*?)```", path.read_text(), re.DOTALL)
     found = [line for block in blocks for line in block.splitlines()]
     return [line for line in found if re.match(r"(v4|torchrun|python|sbatch) ", line)]
 

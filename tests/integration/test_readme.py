@@ -1,6 +1,8 @@
 """Every command of the README runs: extracted from it, the long ones shortened by overrides.
 
-A command that the table below does not know fails the test, as does a row whose command is gone.
+A command is a line of any block, however it is marked, that begins with a program. One that the
+table below does not know fails the test, as does a row whose command is gone. A torchrun line runs
+on as many processes as it says.
 The block on a user's own text is run by ``test_first_hour.py``.
 """
 
@@ -23,14 +25,18 @@ COMMANDS = {
     "make quick": (None, 0, "pytest"),
     "make test": (None, 0, "pytest"),
     "torchrun --nproc-per-node 2 train/pretrain.py model=v4_tiny parallel.ep=2"
-    " train.micro_batch_size=2 run_dir=runs/two_ranks": (SHORT, 0, "step 2/2"),
+    " train.micro_batch_size=2 run_dir=runs/two_ranks": (SHORT, 0, "2 ranks (dp_shard=2 ep=2)"),
     "torchrun train/pretrain.py +model=v4_flash": ([], 1, "290,942,289,362 parameters"),
 }
 
 
+PROGRAMS = r"\s*\$?\s*(make|v4|torchrun|python|pip|source|sbatch|git) "
+
+
 def all_commands():
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
+    blocks = re.findall(r"```(.*?)\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [(mark, line) for mark, block in blocks for line in block.splitlines() if line.strip()]
+    return [line for mark, line in lines if mark == "bash" or re.match(PROGRAMS, line)]
 
 
 def test_readme_holds_the_commands_that_are_tested():

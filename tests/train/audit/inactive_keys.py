@@ -50,6 +50,7 @@ def _never_yarn(run: RunConfig) -> bool:
 # Pattern of full keys, why they may stay unread, in which runs.
 INACTIVE: tuple[tuple[str, str, When], ...] = (
     ("data.workers", "the corpus was prepared by an earlier run", _always),
+    ("dry_run", "read by the entry, before anything is built", _always),
     ("engine", "only torch is built; validation refuses the rest", _always),
     ("model.num_key_value_heads", "1 is the only value that validation lets through", _always),
     ("model.scoring_func", "the only value that validation lets through", _always),
