@@ -21,6 +21,7 @@ from optim.errors import ConfigError
 from optim.groups import Owner, ParamRecord, build_table
 from optim.muon import Muon, MuonEntry
 from optim.muon_distributed import ShardedMuon
+from optim.offload import Offload
 
 State = dict[str, dict[str, Tensor]]
 
@@ -138,6 +139,7 @@ def build_optimizer(
     split_counts: Mapping[str, int] | None = None,
     group: ProcessGroup | None = None,
     shapes: Mapping[str, Iterable[int]] | None = None,
+    offload: Offload | None = None,
 ) -> Optimizer:
     """Build the optimizer of a model.
 
@@ -151,6 +153,7 @@ def build_optimizer(
             whole.
         shapes: name and whole shape of all parameters of the model, against which patterns of the
             config are held; None: the given ones are all.
+        offload: what rests in host memory; None: nothing.
 
     Raises:
         ValueError: see :meth:`OptimConfig.validate` and :func:`optim.groups.build_table`.
@@ -165,7 +168,9 @@ def build_optimizer(
         raise ConfigError(
             f"optim.name={config.name}: optim/build.py has no engine of {missing[0]} in ENGINES"
         )
-    engines = {owner: build(parameters, table, config, group) for owner, build in ENGINES.items()}
+    engines = {
+        owner: build(parameters, table, config, group, offload) for owner, build in ENGINES.items()
+    }
     return Optimizer(parameters, table, engines, trainable)
 
 
@@ -174,9 +179,11 @@ def _build_muon(
     table: list[ParamRecord],
     config: OptimConfig,
     group: ProcessGroup | None,
+    offload: Offload | None,
 ) -> GroupOptimizer:
+    transfers, masters = (offload.transfers, offload.masters) if offload else (None, {})
     entries = [
-        MuonEntry(r.name, parameters[r.name], r.num_matrices, r.weight_decay)
+        MuonEntry(r.name, parameters[r.name], r.num_matrices, r.weight_decay, masters.get(r.name))
         for r in table
         if r.owner is Owner.muon
     ]
@@ -189,8 +196,8 @@ def _build_muon(
             )
     state_dtype = _STATE_DTYPES[config.state_dtype]
     if group is not None:
-        return ShardedMuon(entries, config.muon, state_dtype, group)
-    return Muon(entries, config.muon, state_dtype)
+        return ShardedMuon(entries, config.muon, state_dtype, group, transfers)
+    return Muon(entries, config.muon, state_dtype, transfers)
 
 
 def _build_adamw(
@@ -198,13 +205,15 @@ def _build_adamw(
     table: list[ParamRecord],
     config: OptimConfig,
     _: ProcessGroup | None,
+    offload: Offload | None,
 ) -> GroupOptimizer:
+    transfers, masters = (offload.transfers, offload.masters) if offload else (None, {})
     entries = [
-        AdamWEntry(r.name, parameters[r.name], r.weight_decay)
+        AdamWEntry(r.name, parameters[r.name], r.weight_decay, masters.get(r.name))
         for r in table
         if r.owner is Owner.adamw
     ]
-    return AdamW(entries, config.adamw, _STATE_DTYPES[config.state_dtype])
+    return AdamW(entries, config.adamw, _STATE_DTYPES[config.state_dtype], transfers)
 
 
 _STATE_DTYPES = {StateDtype.fp32: torch.float32, StateDtype.bf16: torch.bfloat16}

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from optim.config import MatmulDtype, MuonConfig
 from optim.newton_schulz import Coefficients, newton_schulz
+from optim.offload import Transfers, resting_zeros, streamed
 
 # Elements orthogonalised in one call. On a CPU a chunk has to stay in cache through all
 # iterations; a GPU wants large batches and is bounded by the memory of the workspace.
@@ -37,16 +38,24 @@ class MuonEntry:
         parameter: whole, not sharded; cut along its first dim into ``num_matrices`` matrices.
         num_matrices: independent matrices in it.
         weight_decay: coefficient.
+        master: fp32 values in host memory, where the parameter is not its own master.
     """
 
     name: str
     parameter: Tensor
     num_matrices: int
     weight_decay: float
+    master: Tensor | None = None
 
 
 class Muon:
     """Muon over whole parameters; matrices of equal shape are orthogonalised together.
+
+    Args:
+        entries: its parameters.
+        config: the ``optim.muon`` section.
+        state_dtype: of the momentum.
+        transfers: momentum rests in host memory, and travels by these; None: on the device.
 
     Attributes:
         state: name -> {"momentum": tensor shaped like the parameter}.
@@ -55,13 +64,17 @@ class Muon:
     algorithm = "muon"
 
     def __init__(
-        self, entries: Sequence[MuonEntry], config: MuonConfig, state_dtype: torch.dtype
+        self,
+        entries: Sequence[MuonEntry],
+        config: MuonConfig,
+        state_dtype: torch.dtype,
+        transfers: Transfers | None = None,
     ) -> None:
-        self.config = config
+        self.config, self.transfers = config, transfers
         self.coefficients = expand(config)
         self.entries = {entry.name: entry for entry in entries}
         self.state = {
-            entry.name: {"momentum": torch.zeros_like(entry.parameter, dtype=state_dtype)}
+            entry.name: {"momentum": resting_zeros(entry.parameter, state_dtype, transfers)}
             for entry in entries
         }
 
@@ -80,13 +93,32 @@ class Muon:
         moved = []
         for name in names:
             piece = _piece(self.entries[name], self.state[name]["momentum"])
-            buckets.setdefault((piece.weight.device, piece.weight.shape[1:]), []).append(piece)
+            buckets.setdefault((piece.grad.device, piece.weight.shape[1:]), []).append(piece)
             moved.append(name)
         for (device, shape), pieces in buckets.items():
             per_chunk = max(1, CHUNK_ELEMENTS.get(device.type, 2**19) // shape.numel())
-            for chunk in _chunks(pieces, per_chunk):
+            for chunk in self._here(list(_chunks(pieces, per_chunk))):
                 self._step_chunk(chunk, lr)
+        if self.transfers is not None:
+            self.transfers.finish()
         return moved
+
+    def _here(self, chunks: list[list[_Piece]]) -> Iterator[list[_Piece]]:
+        """Each chunk with all its tensors on the device."""
+        if self.transfers is None:
+            yield from chunks
+            return
+        resting = [[t for piece in chunk for t in piece.resting()] for chunk in chunks]
+        for chunk, tensors in zip(chunks, streamed(self.transfers, resting), strict=True):
+            travelled = iter(tensors)
+            yield [
+                replace(
+                    piece,
+                    momentum=next(travelled),
+                    weight=piece.weight if piece.live is None else next(travelled),
+                )
+                for piece in chunk
+            ]
 
     def _step_chunk(self, chunk: list[_Piece], lr: float) -> None:
         config, first = self.config, chunk[0].weight
@@ -100,6 +132,8 @@ class Muon:
         scale = update_scale(rows, cols, config.rms)
         for piece, update in zip(chunk, update_NRC.split(counts), strict=True):
             apply_(piece.weight, update, lr, scale, piece.weight_decay)
+            if piece.live is not None:
+                piece.live.copy_(piece.weight)
 
 
 def direction_(grad: Tensor, momentum: Tensor, mu: float, nesterov: bool, out: Tensor) -> None:
@@ -150,16 +184,27 @@ def _multiplies_bf16(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Matrices of one parameter, as views [N, R, C] into its storage."""
+    """Matrices of one parameter, as views [N, R, C] into its storage.
+
+    ``live`` is what the model reads, where ``weight`` is a master in host memory.
+    """
 
     weight: Tensor
     momentum: Tensor
     grad: Tensor
     weight_decay: float
+    live: Tensor | None
 
     def cut(self, start: int, stop: int) -> _Piece:
         part = slice(start, stop)
-        return _Piece(self.weight[part], self.momentum[part], self.grad[part], self.weight_decay)
+        live = None if self.live is None else self.live[part]
+        return _Piece(
+            self.weight[part], self.momentum[part], self.grad[part], self.weight_decay, live
+        )
+
+    def resting(self) -> list[Tensor]:
+        """What lies in host memory, if momentum does."""
+        return [self.momentum] if self.live is None else [self.momentum, self.weight]
 
 
 def _piece(entry: MuonEntry, momentum: Tensor) -> _Piece:
@@ -167,7 +212,9 @@ def _piece(entry: MuonEntry, momentum: Tensor) -> _Piece:
     shape = (entry.num_matrices, -1, weight.shape[-1])
     grad = weight.new_zeros(()).expand(weight.shape) if grad is None else grad
     # view, not reshape: a copy of the weight would be moved in vain.
-    return _Piece(weight.view(shape), momentum.view(shape), grad.reshape(shape), entry.weight_decay)
+    master = weight.view(shape) if entry.master is None else entry.master.view(shape)
+    live = None if entry.master is None else weight.view(shape)
+    return _Piece(master, momentum.view(shape), grad.reshape(shape), entry.weight_decay, live)
 
 
 def _chunks(pieces: list[_Piece], size: int) -> Iterator[list[_Piece]]:

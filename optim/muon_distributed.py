@@ -34,6 +34,7 @@ from optim.muon import (
     update_scale,
 )
 from optim.newton_schulz import matmul_flops, newton_schulz
+from optim.offload import Transfers, streamed
 
 
 class Part(NamedTuple):
@@ -152,6 +153,7 @@ class ShardedMuon(Muon):
         config: the ``optim.muon`` section.
         state_dtype: of the momentum.
         group: all ranks that hold a part of any parameter.
+        transfers: see :class:`optim.muon.Muon`.
 
     Attributes:
         state: name -> {"momentum": DTensor like the parameter}.
@@ -164,8 +166,9 @@ class ShardedMuon(Muon):
         config: MuonConfig,
         state_dtype: torch.dtype,
         group: dist.ProcessGroup,
+        transfers: Transfers | None = None,
     ) -> None:
-        super().__init__(entries, config, state_dtype)
+        super().__init__(entries, config, state_dtype, transfers)
         self._group, self._rank = group, group.rank()
         group_rank = {rank: i for i, rank in enumerate(dist.get_process_group_ranks(group))}
         self._matrices = {e.name: matrices_of(e, group_rank) for e in entries}
@@ -186,7 +189,7 @@ class ShardedMuon(Muon):
         moved = list(names)
         self.orthogonalised = []
         rounds = self._plan(tuple(moved))
-        directions = {name: self._direction(name) for name in moved}
+        directions = self._directions(moved)
         for name in moved:  # decay first: what follows only subtracts updates
             entry = self.entries[name]
             local(entry.parameter).mul_(1.0 - lr * entry.weight_decay)
@@ -204,15 +207,28 @@ class ShardedMuon(Muon):
             last.apply(self, lr)
         return moved
 
-    def _direction(self, name: str) -> Tensor:
-        """What is to be orthogonalised, on this rank's shard, fp32."""
-        parameter, momentum = self.entries[name].parameter, self.state[name]["momentum"]
-        shard = local(parameter)
-        grad = parameter.grad
-        grad = shard.new_zeros(()).expand(shard.shape) if grad is None else local(grad)
-        out = torch.empty_like(shard, dtype=torch.float32)
-        config = self.config
-        direction_(grad, local(momentum), config.momentum, config.nesterov, out)
+    def _directions(self, names: list[str]) -> dict[str, Tensor]:
+        """What is to be orthogonalised, on this rank's shards, fp32."""
+        momenta = [local(self.state[name]["momentum"]) for name in names]
+        if self.transfers is None:
+            return {n: self._direction(n, m) for n, m in zip(names, momenta, strict=True)}
+        arrived = streamed(self.transfers, [[momentum] for momentum in momenta])
+        found = {n: self._direction(n, m) for n, (m,) in zip(names, arrived, strict=True)}
+        self.transfers.finish()
+        return found
+
+    def _direction(self, name: str, momentum: Tensor) -> Tensor:
+        parameter, config = self.entries[name].parameter, self.config
+        shard, grad = local(parameter), parameter.grad
+        if grad is None:
+            given = shard.new_zeros(()).expand(shard.shape)
+        else:
+            given = local(grad)
+        # Where memory is what counts the direction takes the place of the gradient. With bf16
+        # momentum it cannot: the gradient is read again when ``out`` is written.
+        in_place = self.transfers is not None and grad is not None and given.dtype == momentum.dtype
+        out = given if in_place else torch.empty_like(shard, dtype=torch.float32)
+        direction_(given, momentum, config.momentum, config.nesterov, out)
         return out
 
     def _plan(self, names: tuple[str, ...]) -> list[_Round]:

@@ -7,6 +7,7 @@ does not multiply the world size. One degree may be -1, "the rest of the world".
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from enum import StrEnum
 
 from conf.ranges import number, out_of_range
 from parallel.errors import ConfigError
@@ -20,8 +21,79 @@ SCHEDULES = (
     "zbvzerobubble",
     "dualpipev",
 )
+# Not an enum: "optimizer+master" cannot be a member's name.
+OFFLOADS = ("none", "optimizer", "optimizer+master")
 _DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
 _AXES = ("pp", "dp_replicate", "dp_shard", "cp")  # their product is the world size
+
+
+class EngineName(StrEnum):
+    """What runs a step."""
+
+    torch = "torch"
+    deepspeed = "deepspeed"
+
+
+class OffloadTo(StrEnum):
+    """Where DeepSpeed keeps what it takes off the device."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+@dataclass
+class EngineConfig:
+    """What runs a step; everything but ``name`` is for ``deepspeed``.
+
+    Attributes:
+        name: torch, or deepspeed (ZeRO; the update stays ours: docs/guide/deepspeed.md).
+        zero_stage: what is cut over the ranks: 1 optimizer state and masters, 2 gradients too,
+            3 weights too.
+        offload_optimizer: where masters and optimizer state live: none (the device), cpu or nvme.
+        offload_parameters: the same of the weights; only with ``zero_stage=3``.
+        nvme_path: folder of what is kept on NVMe.
+        config: a DeepSpeed JSON of the user's own; what it says must agree with the run.
+    """
+
+    name: EngineName = EngineName.torch
+    zero_stage: int = number(2, least=1, most=3)
+    offload_optimizer: OffloadTo = OffloadTo.none
+    offload_parameters: OffloadTo = OffloadTo.none
+    nvme_path: str = ""
+    config: str = ""
+
+    def validate(self, prefix: str = "engine") -> None:
+        """Refuse what cannot be together, and what would have no effect.
+
+        Raises:
+            ConfigError: names the keys and their values.
+        """
+        if self.name is EngineName.torch:
+            for key, default in ((f.name, f.default) for f in fields(EngineConfig)[1:]):
+                if getattr(self, key) != default:
+                    raise ConfigError(
+                        f"{prefix}.{key}={getattr(self, key)} needs {prefix}=deepspeed, not"
+                        f" {prefix}.name={self.name.value}"
+                    )
+        if self.offload_parameters is not OffloadTo.none and self.zero_stage != 3:
+            raise ConfigError(
+                f"{prefix}.offload_parameters={self.offload_parameters.value} needs"
+                f" {prefix}.zero_stage=3, not {self.zero_stage}"
+            )
+        if self.offload_optimizer is OffloadTo.nvme and self.zero_stage != 3:
+            raise ConfigError(
+                f"{prefix}.offload_optimizer=nvme needs {prefix}.zero_stage=3, not"
+                f" {self.zero_stage}"
+            )
+        on_nvme = OffloadTo.nvme in (self.offload_optimizer, self.offload_parameters)
+        if on_nvme != bool(self.nvme_path):
+            raise ConfigError(
+                f"{prefix}.nvme_path={self.nvme_path!r}, but"
+                f" {prefix}.offload_optimizer={self.offload_optimizer.value} and"
+                f" {prefix}.offload_parameters={self.offload_parameters.value}: nvme needs a"
+                " folder, and a folder nvme"
+            )
 
 
 @dataclass
@@ -36,6 +108,9 @@ class ParallelConfig:
         cp: contiguous shards in which ranks hold every row, unless a stage of training has its own
             number: ``dp_shard * cp`` ranks share parameters either way.
         schedule: order of microbatches in the pipeline; only with ``pp`` above 1.
+        offload: what rests in host memory between uses: ``none``; ``optimizer``, momentum and
+            moments; ``optimizer+master`` the fp32 masters too of weights that compute in bf16,
+            which are bf16 on the device then (one process).
         timeout_seconds: a rank that keeps the others waiting for so long in training is given up;
             longer than any save, evaluation or compilation may hold one rank up.
     """
@@ -46,6 +121,7 @@ class ParallelConfig:
     pp: int = number(1, least=-1)
     cp: int = number(1, least=1)
     schedule: str = "1f1b"
+    offload: str = "none"
     timeout_seconds: float = number(600.0, above=0, most=1e9)
 
     def validate(self, prefix: str = "parallel") -> None:
@@ -67,6 +143,8 @@ class ParallelConfig:
             raise ConfigError(
                 f"{prefix}.schedule={self.schedule} is none of {', '.join(SCHEDULES)}"
             )
+        if self.offload not in OFFLOADS:
+            raise ConfigError(f"{prefix}.offload={self.offload} is none of {', '.join(OFFLOADS)}")
         rest = [key for key in _AXES if getattr(self, key) == -1]
         if len(rest) > 1:
             raise ConfigError(

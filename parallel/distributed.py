@@ -31,16 +31,15 @@ from parallel.fsdp import follow_requires_grad, fsdp_modules
 from parallel.mesh import Mesh
 
 
-class DistributedEngine(TorchEngine):
-    """Several processes without pipeline stages.
+class RankedEngine(TorchEngine):
+    """What several processes decide and add up together, however the model is spread over them.
 
     Args:
-        model: sharded and initialised.
+        model: initialised.
         optimizer: of its parameters.
         device: where this process computes.
         grad_clip: bound of the global gradient norm; 0 = none.
         mesh: this process's place.
-        roots: modules that FSDP runs by themselves; None: the model.
     """
 
     sharded = True
@@ -52,14 +51,73 @@ class DistributedEngine(TorchEngine):
         device: torch.device,
         grad_clip: float,
         mesh: Mesh,
-        roots: Sequence[nn.Module] | None = None,
     ) -> None:
         super().__init__(model, optimizer, device, grad_clip)
-        self._roots = [root for root in roots or [model] if isinstance(root, FSDPModule)]
-        assert len(self._roots) == len(roots or [model]), "shard the model first"
         self._mesh = mesh
         self._group = dist.distributed_c10d._get_default_group()
         self.rank = dist.get_rank()
+        self.data_rank, self.data_degree = mesh.data_rank, mesh.data.size()
+
+    def spread_rows(self, mine: Tensor) -> Tensor:
+        """The rows of all data ranks, in order."""
+        return DTensor.from_local(mine, self._mesh.data, [Shard(0)], run_check=False)
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank raised ``flag``."""
+        return float(self._sum(torch.tensor(float(flag), device=self.device))) > 0
+
+    def add_up(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sum scalars over ranks; a rank may lack some of the names."""
+        return add_up_loose(values)
+
+    def largest(self, number: float) -> float:
+        """The largest of any rank."""
+        most = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return float(most)
+
+    def same_everywhere(self, number: int) -> int:
+        """Rank 0's number."""
+        shared = torch.tensor(number, device=self.device)
+        dist.broadcast(shared, src=0)
+        return int(shared)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, by rank. Collective and slow."""
+        return gathered(value)
+
+    def _sum(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value, group=self._group)
+        return value
+
+    def _add_up(self, shares: Shares) -> Shares:
+        return named_shares(add_up(flat_shares(shares), self._group))
+
+
+class DistributedEngine(RankedEngine):
+    """Several processes without pipeline stages.
+
+    Args:
+        model: sharded and initialised.
+        optimizer: of its parameters.
+        device: where this process computes.
+        grad_clip: bound of the global gradient norm; 0 = none.
+        mesh: this process's place.
+        roots: modules that FSDP runs by themselves; None: the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        device: torch.device,
+        grad_clip: float,
+        mesh: Mesh,
+        roots: Sequence[nn.Module] | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, device, grad_clip, mesh)
+        self._roots = [root for root in roots or [model] if isinstance(root, FSDPModule)]
+        assert len(self._roots) == len(roots or [model]), "shard the model first"
         self.cut_rows(mesh.layout.cp)
 
     def cut_rows(self, cp: int) -> None:
@@ -74,7 +132,7 @@ class DistributedEngine(TorchEngine):
     def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
         """Accumulate shards of the gradient; replicas are added up with the last microbatch."""
         shares = Shares()
-        for batch, last in _with_last(self._shards(batches)):
+        for batch, last in with_last(self._shards(batches)):
             for root in self._roots:
                 root.set_requires_all_reduce(last)
             output = self._forward(batch, objective)
@@ -121,29 +179,9 @@ class DistributedEngine(TorchEngine):
     def spread_rows(self, mine: Tensor) -> Tensor:
         """The rows of all data ranks, in order; of each the shards."""
         if self.shard.count == 1:
-            return DTensor.from_local(mine, self._mesh.data, [Shard(0)], run_check=False)
+            return super().spread_rows(mine)
         mesh = self._mesh.contexts[self.shard.count]
         return DTensor.from_local(mine, mesh, [Shard(0), Shard(1)], run_check=False)
-
-    def agree(self, flag: bool) -> bool:
-        """Whether any rank raised ``flag``."""
-        return float(self._sum(torch.tensor(float(flag), device=self.device))) > 0
-
-    def add_up(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sum scalars over ranks; a rank may lack some of the names."""
-        return add_up_loose(values)
-
-    def largest(self, number: float) -> float:
-        """The largest of any rank."""
-        most = torch.tensor(number, dtype=torch.float64, device=self.device)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        return float(most)
-
-    def same_everywhere(self, number: int) -> int:
-        """Rank 0's number."""
-        shared = torch.tensor(number, device=self.device)
-        dist.broadcast(shared, src=0)
-        return int(shared)
 
     def _whole_rows(self, x_BSD: Tensor | None) -> Tensor | None:
         """Shards of rows put together."""
@@ -159,17 +197,6 @@ class DistributedEngine(TorchEngine):
         for root in self._roots:
             for module in fsdp_modules(root):
                 module.reshard()
-
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank. Collective and slow."""
-        return gathered(value)
-
-    def _sum(self, value: Tensor) -> Tensor:
-        dist.all_reduce(value, group=self._group)
-        return value
-
-    def _add_up(self, shares: Shares) -> Shares:
-        return named_shares(add_up(flat_shares(shares), self._group))
 
 
 def flat_shares(shares: Shares) -> dict[str, Tensor]:
@@ -189,7 +216,7 @@ def named_shares(flat: dict[str, Tensor]) -> Shares:
     return Shares(named["total"][""], named["losses"], named["load"], named["monitor"])
 
 
-def _with_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
+def with_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
     """Each batch, and whether it is the last; one is read ahead."""
     before: Batch | None = None
     for batch in batches:

@@ -1,14 +1,14 @@
 """The engine: everything about a step that depends on how the work is spread over processes.
 
 ``train`` decides what a step is (which rows, which weights, which learning rate) and asks an
-:class:`Engine` to run it; layouts and DeepSpeed come in as further implementations. The engine
-here runs one process and plain torch.
+:class:`Engine` to run it; layouts and DeepSpeed are further implementations. The engine here runs
+one process and plain torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -141,6 +141,22 @@ class Engine(Protocol):
         """Tensors of a checkpoint by layout-free name; loading fills them in place."""
         ...
 
+    def take_up(self, state: Mapping[str, Tensor]) -> None:
+        """Go on with the tensors of :meth:`state`, which a checkpoint has filled. Collective."""
+        ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """What the update moves, by name; whole or cut, maybe copies. Collective."""
+        ...
+
+    def stale(self) -> list[str]:
+        """Parameters whose next forward pass would not read their master. Collective."""
+        ...
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Gradients of the global batch by name, between backward and update. Collective."""
+        ...
+
     def spread_rows(self, mine: Tensor) -> Tensor:
         """Values [R, T, ...] of what this process has of the global batch, for a checkpoint."""
         ...
@@ -174,6 +190,7 @@ class TorchEngine:
         optimizer: of its parameters.
         device: where to compute.
         grad_clip: bound of the global gradient norm; 0 = none.
+        masters: name -> fp32 master of a parameter that is bf16 here (``parallel/offload.py``).
     """
 
     rank = data_rank = 0
@@ -182,9 +199,15 @@ class TorchEngine:
     sharded = False
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, device: torch.device, grad_clip: float
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        device: torch.device,
+        grad_clip: float,
+        masters: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model, self.optimizer, self.device = model, optimizer, device
+        self._masters = dict(masters or {})
         self._grad_clip = grad_clip
         self._copies = WeightCopies(model)
 
@@ -253,9 +276,34 @@ class TorchEngine:
     def state(self) -> dict[str, Tensor]:
         """``model.<name>`` of parameters and saved buffers, and ``optim.<name>.<state>``."""
         tensors = {f"model.{name}": t.detach() for name, t in self.model.state_dict().items()}
+        tensors |= {f"model.{name}": master for name, master in self._masters.items()}
         for name, states in self.optimizer.state_dict().items():
             tensors |= {f"optim.{name}.{key}": t for key, t in states.items()}
         return tensors
+
+    @torch.no_grad()
+    def take_up(self, state: Mapping[str, Tensor]) -> None:
+        """They are the model's and the optimizer's own; what is bf16 here follows its master."""
+        for name, master in self._masters.items():
+            self.model.get_parameter(name).copy_(master)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """The parameters, or their masters."""
+        return dict(self.model.named_parameters()) | self._masters
+
+    def stale(self) -> list[str]:
+        """Parameters whose next forward pass would not read their master."""
+        return [
+            name
+            for name, master in self._masters.items()
+            if not torch.equal(self.model.get_parameter(name).cpu(), master.to(torch.bfloat16))
+        ]
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Gradients of those that have one."""
+        for name, parameter in self.model.named_parameters():
+            if parameter.grad is not None:
+                yield name, parameter.grad
 
     def spread_rows(self, mine: Tensor) -> Tensor:
         """All rows are here."""

@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from model.config import ModelConfig
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
+from parallel.launch import launched_world_size
 from parallel.pipeline_split import check_pipeline
 from parallel.rendezvous import fresh_store
 
@@ -71,8 +72,11 @@ def init_process_group(device: torch.device) -> None:
     """
     if dist.is_initialized():
         return
-    shared, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
-    store = fresh_store(shared, rank, world_size, TIMEOUT)
+    if launched_world_size() == 1:  # for an engine that wants a group of one
+        rank, world_size, store = 0, 1, dist.HashStore()
+    else:
+        shared, rank, world_size = next(iter(dist.rendezvous("env://", timeout=TIMEOUT)))
+        store = fresh_store(shared, rank, world_size, TIMEOUT)
     backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -19,12 +19,17 @@ from model.flops import parameter_shapes
 from model.init import init_weights
 from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
+from optim.groups import build_table
+from optim.offload import Offload, Transfers
 from parallel.activation_checkpoint import checkpoint_blocks
+from parallel.config import EngineName
+from parallel.deepspeed_engine import DeepSpeedEngine
 from parallel.distributed import DistributedEngine
 from parallel.engine import Engine, TorchEngine
 from parallel.launch import launched_rank, launched_world_size
 from parallel.lost_rank import all_ready
 from parallel.mesh import Mesh, build_mesh, init_process_group
+from parallel.offload import take_masters
 from parallel.pipeline_engine import PipelineEngine
 from parallel.pipeline_stage import ModelPart
 from parallel.sharded_model import build_sharded_model
@@ -167,18 +172,18 @@ def warn_of_emulation(precision: Precision, engine: Engine) -> None:
 
 
 def join_ranks(run: RunConfig) -> None:
-    """Join the other processes, where there are any; once is enough."""
-    if launched_world_size() > 1:
+    """Join the other processes, where there are any or the engine counts on it; once is enough."""
+    if launched_world_size() > 1 or run.engine.name is EngineName.deepspeed:
         init_process_group(compute_device(run.train.device))
 
 
 def build_layout(run: RunConfig) -> Mesh | None:
-    """The mesh of all processes; None where there is but one.
+    """The mesh of all processes; None where there is but one, and plain torch runs.
 
     One process runs plain torch: FSDP would copy every weight for each use, and gain nothing.
     """
     layout = run.parallel.resolve(launched_world_size())
-    if layout.world_size == 1:
+    if layout.world_size == 1 and run.engine.name is EngineName.torch:
         return None
     device = compute_device(run.train.device)
     join_ranks(run)
@@ -192,7 +197,7 @@ def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4
     train, device = run.train, compute_device(run.train.device)
     seed = run.seed + run.init_seed_offset
     token_counts_V = loader.token_counts(run.model.vocab_size)
-    if mesh is not None:
+    if mesh is not None and run.engine.name is EngineName.torch:
         model = build_sharded_model(
             run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
             seed, token_counts_V, partial(reads_master, run.quant), resolve(run).longest_row,
@@ -217,15 +222,34 @@ def compute_device(asked: Device) -> torch.device:
 def build_engine(run: RunConfig, model: DeepSeekV4, mesh: Mesh | None) -> Engine:
     """The engine of this world, with the optimizer."""
     device, group = compute_device(run.train.device), mesh.data.get_group() if mesh else None
+    if run.engine.name is EngineName.deepspeed:
+        assert mesh is not None
+        table = build_table(parameter_shapes(run.model), run.optim, run.model.split_counts)
+        return DeepSpeedEngine(
+            model, table, run.optim, run.engine, device, mesh, run.train.micro_batch_size
+        )
+    offload = build_offload(run, model, device)
     optimizer = build_optimizer(
         model.named_parameters(), run.optim, split_counts=run.model.split_counts, group=group,
-        shapes=parameter_shapes(run.model),
+        shapes=parameter_shapes(run.model), offload=offload,
     )  # fmt: skip
     if mesh is None:
-        return TorchEngine(model, optimizer, device, run.optim.grad_clip)
+        masters = offload.masters if offload is not None else None
+        return TorchEngine(model, optimizer, device, run.optim.grad_clip, masters)
     if isinstance(model, ModelPart):
         return PipelineEngine(model, optimizer, device, run.optim.grad_clip, mesh)
     return DistributedEngine(model, optimizer, device, run.optim.grad_clip, mesh)
+
+
+def build_offload(run: RunConfig, model: DeepSeekV4, device: torch.device) -> Offload | None:
+    """What rests in host memory; None: nothing."""
+    if run.parallel.offload == "none":
+        return None
+    transfers = Transfers(device)
+    if run.parallel.offload == "optimizer":
+        return Offload(transfers)
+    assert run.train.precision is Precision.bf16
+    return Offload(transfers, take_masters(model, transfers))
 
 
 def build_average(run: RunConfig, model: nn.Module) -> WeightAverage | None:

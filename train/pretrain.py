@@ -95,6 +95,7 @@ def checked(
     from parallel.mesh import check_layout  # noqa: PLC0415  torch takes seconds, which no typo
     from train.audit.checks import check_audited  # noqa: PLC0415      should cost
     from train.preflight import fit  # noqa: PLC0415
+    from train.preflight.engine import check_engine  # noqa: PLC0415
     from train.preflight.precision import settle  # noqa: PLC0415
 
     world = fit.this_world(run.train.device)
@@ -102,6 +103,7 @@ def checked(
     check_audited(run)
     fit.check(run, plan, world)
     check_kernels(run.model, world.device)
+    check_engine(run, plan, world.device)
     check_reach(run, plan)
     layout = run.parallel.resolve(world.ranks)
     check_layout(layout, run.model)

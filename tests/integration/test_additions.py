@@ -117,7 +117,7 @@ class SignDescent:
          "        Owner.muon: config.muon.weight_decay,\n"),
     Edit("optim/build.py", "from optim.sign import SignDescent\n",
          "from optim.muon_distributed import ShardedMuon\n"),
-    Edit("optim/build.py", '''    Owner.sign: lambda parameters, table, config, group: SignDescent(
+    Edit("optim/build.py", '''    Owner.sign: lambda parameters, table, config, *_: SignDescent(
         [r for r in table if r.owner is Owner.sign], parameters
     ),
 ''', "    Owner.muon: _build_muon,\n"),

@@ -29,6 +29,7 @@ from model.moe.router import Gate
 from model.transformer import DeepSeekV4
 from optim.groups import build_table
 from parallel.collectives import local
+from parallel.deepspeed_engine import DeepSpeedEngine
 from parallel.engine import Engine, Shares, Update
 from parallel.pieces import fingerprint, norms_of
 from parallel.pipeline_engine import PipelineEngine
@@ -71,8 +72,9 @@ class Audit:
         assert isinstance(engine.model, DeepSeekV4)
         self._run, self._plan, self._engine = run, plan, engine
         self._model = engine.model
-        here = {name: tuple(p.shape) for name, p in self._model.named_parameters()}
-        shapes = {**parameter_shapes(run.model), **here}
+        known = parameter_shapes(run.model)
+        here = {name: known.get(name, tuple(p.shape)) for name, p in self._model.named_parameters()}
+        shapes = {**known, **here}
         table = build_table(shapes, run.optim, run.model.split_counts)
         self._records = {record.name: record for record in table if record.name in here}
         self._stage: Stage | None = None
@@ -109,7 +111,7 @@ class Audit:
             self._checked = True
         observer = _Observer(self._evidence(step, rows), self._engine)
         observer.before_step()
-        with watch_seams(self._model) as observer.evidence.seams:
+        with watch_seams(self._model, self._engine.sharded) as observer.evidence.seams:
             yield observer
         self._judge(observer.evidence)
 
@@ -117,7 +119,7 @@ class Audit:
         self._stage, self._steps = step.stage, 0
         self._gradients, self._loads, self._longest = {}, {}, 0
         self._targets_K = [0.0] * (1 + self._run.model.num_nextn_predict_layers)
-        trained, weights = self._trained(step), dict(self._model.named_parameters())
+        trained, weights = self._trained(step), self._engine.weights()
         copied = self._engine.largest(sum(local(weights[name]).nbytes for name in trained))
         self._judged = trained
         if copied > JUDGED_BYTES:
@@ -144,7 +146,7 @@ class Audit:
             records=self._records,
             before={
                 name: tensor.detach().clone()
-                for name, tensor in self._model.state_dict().items()
+                for name, tensor in {**self._model.state_dict(), **self._engine.weights()}.items()
                 if name in kept
             },
             num_microbatches=-(
@@ -273,8 +275,8 @@ class Audit:
 
     def _shards(self) -> list[str]:
         """Every parameter is in FSDP's hands, and its shards make as many copies as asked for."""
-        if not self._engine.sharded:
-            return []
+        if not self._engine.sharded or isinstance(self._engine, DeepSpeedEngine):
+            return []  # what DeepSpeed reduces it checks itself, at every step
         shapes, faults = parameter_shapes(self._run.model), []
         here = dict(self._model.named_parameters())
         ranks = self._engine.gather({name: local(p).numel() for name, p in here.items()})
@@ -315,8 +317,8 @@ class _Observer:
         for name, parameter in e.model.named_parameters():
             if parameter.requires_grad:
                 e.requires_grad.add(name)
-            if parameter.grad is not None:
-                e.grad_norms[name] = norms_of(parameter.grad, ".ffn.experts." in name)
+        for name, gradient in self._engine.gradients():
+            e.grad_norms[name] = norms_of(gradient, ".ffn.experts." in name)
         e.seams.settle()
         assert shares.total is not None
         if math.isfinite(float(shares.total)):
@@ -328,12 +330,14 @@ class _Observer:
         e.update = update
         e.optimizer_after = self._engine.optimizer.state_dict()
         e.moved = dict(self._engine.optimizer.moved)
+        e.weights = dict(self._engine.weights())
+        e.stale = self._engine.stale()
         weights, states = self._bits()
         e.changed = self._changed(self._weights, weights)
         e.changed_states = self._changed(self._states, states)
 
     def _bits(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
-        weights = {name: fingerprint(p) for name, p in self.evidence.model.named_parameters()}
+        weights = {name: fingerprint(p) for name, p in self._engine.weights().items()}
         states = {
             f"{name}.{key}": fingerprint(tensor)
             for name, tensors in self._engine.optimizer.state_dict().items()

@@ -59,6 +59,8 @@ class Evidence:
         requires_grad: names of the parameters that autograd tracked.
         moved: parameter -> algorithm that the optimizer says it ran.
         grad_norms: parameter -> norm of its gradient, per expert for stacked ones; none: absent.
+        weights: what the update moves.
+        stale: parameters of which the next forward pass reads something else.
         shares: losses and loads.
         update: whether it was applied.
         seams: what the replaceable ops and casts did.
@@ -80,6 +82,8 @@ class Evidence:
     requires_grad: set[str] = field(default_factory=set)
     moved: dict[str, str] = field(default_factory=dict)
     grad_norms: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    stale: list[str] = field(default_factory=list)
     shares: Shares = field(default_factory=Shares)
     update: Update = field(default_factory=lambda: Update(0.0, False))
     seams: SeamReading = field(default_factory=SeamReading)
@@ -166,11 +170,10 @@ def owner(e: Evidence) -> Iterator[str]:
     """Every trained parameter was moved, by the algorithm that was asked for."""
     if not e.applied:
         return
-    weights = dict(e.model.named_parameters())
     for name in sorted(e.trained):
         if e.has_gradient(name) and name not in e.changed:
             largest = UPDATES[e.records[name].owner].largest(e, name)
-            if e.step.lr * largest <= _EPS * largest_of(weights[name]):
+            if e.step.lr * largest <= _EPS * largest_of(e.weights[name]):
                 continue  # rounded away, as at the first steps of a long warm-up
             yield f"{name} received a gradient but did not move: no optimizer owns it"
             continue
@@ -184,10 +187,15 @@ def algorithm(e: Evidence) -> Iterator[str]:
     """The update itself has the form of the algorithm: orthogonal for Muon, AdamW's formula."""
     if not e.applied:
         return
-    weights = dict(e.model.named_parameters())
     for name in sorted(e.trained & e.before.keys()):
         if e.has_gradient(name) and e.step.lr >= lr_to_judge(e, name):
-            yield from UPDATES[e.records[name].owner].form(e, name, weights[name])
+            yield from UPDATES[e.records[name].owner].form(e, name, e.weights[name])
+
+
+def live(e: Evidence) -> Iterator[str]:
+    """The next forward pass reads what the update set."""
+    for name in e.stale:
+        yield f"{name}: the next forward pass reads another value than its master's"
 
 
 def lr_to_judge(e: Evidence, name: str) -> float:
@@ -453,5 +461,6 @@ AFTER_UPDATE: dict[str, Check] = {
     "frozen": frozen,
     "owner": owner,
     "algorithm": algorithm,
+    "live": live,
     "bias": bias,
 }

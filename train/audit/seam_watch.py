@@ -60,13 +60,18 @@ class SeamReading:
 
 
 @contextmanager
-def watch_seams(model: nn.Module) -> Iterator[SeamReading]:
-    """Watch until the context ends."""
+def watch_seams(model: nn.Module, gathered: bool) -> Iterator[SeamReading]:
+    """Watch until the context ends.
+
+    Args:
+        model: whose seams are watched.
+        gathered: whether weights are whole only while they are used.
+    """
     reading = SeamReading()
     undo: list[Callable[[], Any]] = []
     for name, module in model.named_modules():
         if isinstance(module, Linear | GroupedLinear):
-            undo.append(_watch_op(name, module, reading))
+            undo.append(_watch_op(name, module, reading, gathered))
         elif isinstance(module, ActivationCast):
             undo.append(module.register_forward_hook(_cast_hook(name, reading)).remove)
         elif isinstance(module, Block):
@@ -81,10 +86,9 @@ def watch_seams(model: nn.Module) -> Iterator[SeamReading]:
 
 
 def _watch_op(
-    name: str, module: Linear | GroupedLinear, reading: SeamReading
+    name: str, module: Linear | GroupedLinear, reading: SeamReading, gathered: bool
 ) -> Callable[[], None]:
     op: Callable[..., Tensor] = module.op
-    gathered = isinstance(module._parameters["weight"], DTensor)
 
     def watched(x: Tensor, w: Tensor, *offsets: Tensor) -> Tensor:
         y = op(x, w, *offsets)
@@ -92,7 +96,7 @@ def _watch_op(
             reading.input_dtypes[name] = x.dtype
             rows, w_OI = _busiest(w, *offsets) if offsets else (slice(0, _ROWS), w)
             kept = [t.detach().flatten(0, -2)[rows].clone() for t in (x, y)]
-            if gathered:  # FSDP frees it after use: keep what gives the first outputs
+            if gathered:  # it is freed after use: keep what gives the first outputs
                 w_OI = w_OI.detach()[:_OUTPUTS].clone()
 
             def compare() -> None:

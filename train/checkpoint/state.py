@@ -95,7 +95,9 @@ class RunState:
         """
         saved = together(lambda: saved_tensors(folder))
         ahead = self.anticipation.allocate(saved, step_of(folder) or 0)
-        state = _read_finite(folder, self.tensors() | ahead, partial=False)
+        tensors = self.tensors()
+        state = _read_finite(folder, tensors | ahead, partial=False)
+        self.engine.take_up(tensors)
         with as_written(folder):
             self._take_up(state)
             self.loader.load_state_dict(state["loader"])
@@ -124,12 +126,17 @@ class RunState:
             UserError: it holds no such weights, or as :meth:`load`.
         """
         require(weights, folder, together(lambda: saved_tensors(folder)), "train.weights")
-        model = saved_model(self.engine.state(), self.engine.model, weights)
-        return _read_finite(folder, model, partial=True)
+        state = self.engine.state()
+        model = saved_model(state, self.engine.model, weights)
+        values = _read_finite(folder, model, partial=True)
+        self.engine.take_up(state)
+        return values
 
     def roll_back(self, folder: Path) -> None:
         """Weights, optimizer and progress of a checkpoint; the data goes on. Collective."""
-        state = read(folder, self.tensors(), partial=True)
+        tensors = self.tensors()
+        state = read(folder, tensors, partial=True)
+        self.engine.take_up(tensors)
         self.progress = Progress(**state["progress"])
         self.recovery.roll_back(self.progress.step, state.get("recovery", {}))
         self.anticipation.forget()

@@ -15,6 +15,7 @@ from train.config.schema import RunConfig, StageConfig, TrainConfig, unknown_key
 
 # Of a stage: from these the number and the position of every later step follow.
 _PLACES = {"until_tokens", "global_batch_tokens", "ramp_from_tokens", "ramp_tokens"}
+_RENAMED = {"engine": "engine.name"}  # what older records say
 # What a stage takes from the train section where it says nothing itself; read nowhere else.
 _DEFAULTED = ("seq_len", "global_batch_tokens", "micro_batch_size", "indexer_phase")
 
@@ -53,6 +54,7 @@ def pairs(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[s
     A key that one of them lacks has its default; so has one that is newer than the record, unless
     older code did something else. The value now of one that no config has any more is :data:`GONE`.
     """
+    before, now = ({_RENAMED.get(k, k): v for k, v in side.items()} for side in (before, now))
     for key in dict.fromkeys([*now, *before]):
         default = _schema().get(_pattern(key), ABSENT)
         if key not in now and default is ABSENT and not _known(key):

@@ -24,18 +24,11 @@ from conf.ranges import number, out_of_range
 from data.config import DataConfig
 from model.config import IndexerPhase, Kernels, ModelConfig
 from model.errors import ConfigError
-from optim.config import OptimConfig, ScheduleKind
-from parallel.config import ParallelConfig
+from optim.config import OptimConfig, ScheduleKind, StateDtype
+from parallel.config import EngineConfig, EngineName, ParallelConfig
 from quant.config import ExpertFormat, QuantConfig
 from train.config.recovery import RecoveryConfig
 from train.errors import UserError
-
-
-class EngineName(StrEnum):
-    """What runs a step."""
-
-    torch = "torch"
-    deepspeed = "deepspeed"
 
 
 class Precision(StrEnum):
@@ -269,7 +262,7 @@ class RunConfig:
         run_dir: the run's own folder; the same folder resumes.
         seed: of initialisation and data order.
         init_seed_offset: added to ``seed`` for the initialisation alone: another start, same data.
-        engine: torch, or deepspeed.
+        engine: what runs a step: torch, or deepspeed.
         init_from: run folder or checkpoint whose weights a new run starts from; empty: fresh.
         tensorboard: also write TensorBoard event files.
         dry_run: check everything, tell what the run would do, and leave before its first step.
@@ -278,7 +271,7 @@ class RunConfig:
     run_dir: str = "runs/default"
     seed: int = number(0, least=0)
     init_seed_offset: int = number(0, least=0)
-    engine: EngineName = EngineName.torch
+    engine: EngineConfig = field(default_factory=EngineConfig)
     init_from: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -321,6 +314,8 @@ def load(cfg: DictConfig) -> RunConfig:
         if refused:  # a rule of conf/ refused its own key (train/config/scaled.py)
             raise UserError(why.partition(": ")[2]) from error
         raise UserError(describe(error)) from error
+    if isinstance(raw, dict) and isinstance(raw.get("engine"), str):
+        raw["engine"] = {"name": raw["engine"]}  # as it was saved before it was a section
     _check_shape(raw, RunConfig, "")
     _refuse_bytes(raw, "")
     try:
@@ -366,6 +361,7 @@ def validate(run: RunConfig) -> None:
     run.optim.validate()
     run.quant.validate()
     run.parallel.validate()
+    run.engine.validate()
     run.train.validate()
     recovery = run.train.recovery
     _need(
@@ -385,9 +381,61 @@ def validate(run: RunConfig) -> None:
         f"train.weights={run.train.weights.value} says what train.eval_only evaluates or init_from"
         f" starts from, but train.eval_only=false and init_from={run.init_from!r}",
     )
+    if run.engine.name is EngineName.deepspeed:
+        _check_deepspeed(run)
+    if run.parallel.offload == "optimizer+master":
+        _check_offload(run)
+
+
+def _check_offload(run: RunConfig) -> None:
+    """Refuse what reads fp32 weights that are not on the device, or has none to keep elsewhere."""
+    asked, instead = "parallel.offload=optimizer+master", "say parallel.offload=optimizer"
     _need(
-        run.engine == EngineName.torch,
-        f"engine={run.engine.value} is not built yet: only engine={EngineName.torch.value} runs",
+        run.train.precision is not Precision.fp32,
+        f"{asked} keeps masters of weights that compute in bf16, but train.precision=fp32 has none:"
+        f" {instead}",
+    )
+    _need(
+        not run.quant.active,
+        f"{asked} does not go with quant.recipe={run.quant.recipe.value}, which reads masters on"
+        f" the device: {instead}",
+    )
+    _need(
+        not run.train.ema_decay,
+        f"{asked} does not go with train.ema_decay={run.train.ema_decay}, which averages the"
+        f" weights on the device: {instead}",
+    )
+
+
+def _check_deepspeed(run: RunConfig) -> None:
+    """Refuse what ZeRO's flat shards, or this engine, cannot do exactly."""
+    asked = "engine.name=deepspeed"
+    for key in ("pp", "ep", "cp", "dp_replicate"):
+        degree = getattr(run.parallel, key)
+        _need(
+            degree == 1,
+            f"parallel.{key}={degree} does not go with {asked}, which knows data ranks only: say"
+            f" engine=torch, or parallel.{key}=1",
+        )
+    _need(
+        run.parallel.offload == "none",
+        f"parallel.offload={run.parallel.offload} is the torch engine's, {asked} was asked for: say"
+        " engine=torch, or engine=deepspeed_zero2_offload",
+    )
+    _need(
+        run.optim.state_dtype is StateDtype.fp32,
+        f"optim.state_dtype={run.optim.state_dtype.value} does not go with {asked}, which keeps"
+        " moments as fp32 shards: say engine=torch, or optim.state_dtype=fp32",
+    )
+    _need(
+        not run.train.ema_decay or run.engine.zero_stage < 3,
+        f"train.ema_decay={run.train.ema_decay} needs whole weights on every rank, which {asked}"
+        f" with engine.zero_stage={run.engine.zero_stage} does not keep: say engine.zero_stage=2",
+    )
+    _need(
+        not run.train.recovery.may_anticipate,
+        f"train.recovery.anticipatory={run.train.recovery.anticipatory.value} is not built for"
+        f" {asked}: say never",
     )
 
 

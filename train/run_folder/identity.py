@@ -107,7 +107,7 @@ TABLE = tuple(UseRule(*row) for row in (
     ("data.validation.*",            ANY, ANY, ANY, ANY, _NO),
     # How far the run goes, how it is computed, watched and kept.
     ("train.steps",                  SAY, ANY, ANY, ANY, _NO),
-    ("engine",                       SAY, ANY, ANY, ANY, _NO),
+    ("engine.*",                     SAY, ANY, ANY, ANY, _NO),
     ("parallel.*",                   SAY, ANY, ANY, ANY, _NO),
     ("train.device",                 SAY, ANY, ANY, ANY, _NO),
     ("train.micro_batch_size",       SAY, ANY, ANY, ANY, _NO),

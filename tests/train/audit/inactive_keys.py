@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from model.config import IndexerPhase, LayerKind, Residual
 from optim.config import OptimizerName, ScheduleKind
+from parallel.config import EngineName
 from train.config.schema import RunConfig, WandbMode
 from train.stages import resolve
 
@@ -39,6 +40,10 @@ def _phase(phase: IndexerPhase) -> When:
     return when
 
 
+def _by_torch(run: RunConfig) -> bool:
+    return run.engine.name is EngineName.torch
+
+
 def _never_quantised(run: RunConfig) -> bool:
     return not any(stage.quantised for stage in resolve(run).reached())
 
@@ -51,7 +56,7 @@ def _never_yarn(run: RunConfig) -> bool:
 INACTIVE: tuple[tuple[str, str, When], ...] = (
     ("data.workers", "the corpus was prepared by an earlier run", _always),
     ("dry_run", "read by the entry, before anything is built", _always),
-    ("engine", "only torch is built; validation refuses the rest", _always),
+    ("engine.*", "DeepSpeed reads them; validation refuses them with torch", _by_torch),
     ("model.num_key_value_heads", "1 is the only value that validation lets through", _always),
     ("model.scoring_func", "the only value that validation lets through", _always),
     ("model.topk_method", "the only value that validation lets through", _always),

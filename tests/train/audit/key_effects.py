@@ -29,6 +29,7 @@ from model.flops import parameter_shapes
 from model.linear import GroupedLinear
 from optim.groups import build_table
 from parallel.config import ParallelConfig
+from parallel.zero_config import deepspeed_config
 from tests.helpers import random_rows
 from train import build
 from train.config.recovery import Remedy
@@ -150,6 +151,11 @@ def outcome(run: RunConfig, folder: Path) -> Any:
         if child.name != "cache":
             shutil.rmtree(child)
     return found
+
+
+def zero_json(run: RunConfig, _: Path) -> Any:
+    """What DeepSpeed is told."""
+    return deepspeed_config(run.engine, 1, run.optim.grad_clip, pin_memory=False)
 
 
 class HandedError(BaseException):

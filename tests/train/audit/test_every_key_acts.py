@@ -26,6 +26,7 @@ from optim.config import (
     ScheduleKind,
     StateDtype,
 )
+from parallel.config import EngineName, OffloadTo
 from quant.config import ExpertFormat, QuantEngine, Recipe
 from tests.train.audit.key_effects import (
     called,
@@ -40,6 +41,7 @@ from tests.train.audit.key_effects import (
     recovery,
     step,
     two_steps,
+    zero_json,
 )  # fmt: skip
 from tests.train.test_degenerate_runs import SMALL
 from train import build
@@ -48,7 +50,6 @@ from train.config.recovery import Anticipatory, Remedy
 from train.config.schema import (
     ActivationCheckpoint,
     Device,
-    EngineName,
     Precision,
     RunConfig,
     StageConfig,
@@ -102,6 +103,7 @@ BACK = {
     "train.recovery.on_spike": Remedy.rollback, "train.recovery.window": 4,
     "train.checkpoint_every": 1, "train.keep_checkpoints": 2,
 }  # fmt: skip
+ZERO = {"engine.name": EngineName.deepspeed}
 NS = [NewtonSchulzIterations(10)]
 
 
@@ -109,7 +111,17 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "run_dir": row("elsewhere", outcome),
     "seed": row(1, data),
     "init_seed_offset": row(1, step),
-    "engine": row(EngineName.deepspeed, "engine=deepspeed is not built yet"),
+    "engine.name": row(
+        EngineName.deepspeed, handed("train.build.init_process_group", build.join_ranks)
+    ),
+    "engine.zero_stage": row(3, zero_json, **ZERO),
+    "engine.offload_optimizer": row(OffloadTo.cpu, zero_json, **ZERO),
+    "engine.offload_parameters": row(OffloadTo.cpu, zero_json, engine__zero_stage=3, **ZERO),
+    "engine.nvme_path": row(
+        "elsewhere", zero_json, engine__zero_stage=3, engine__nvme_path="drive",
+        engine__offload_optimizer=OffloadTo.nvme, **ZERO,
+    ),
+    "engine.config": row("absent.json", or_refused(zero_json), **ZERO),
     "init_from": row("nowhere", "init_from=nowhere"),
     "tensorboard": row(True, outcome),
     "dry_run": row(True, started),
@@ -250,6 +262,12 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "parallel.pp": row(2, ONE_RANK, parallel__dp_shard=1),
     "parallel.cp": row(2, plan),
     "parallel.schedule": row("gpipe", "parallel.schedule=gpipe needs parallel.pp above 1"),
+    "parallel.offload": row(
+        "optimizer",
+        handed(
+            "train.build.Transfers", lambda run: build.build_offload(run, None, None)
+        ),
+    ),
     "parallel.timeout_seconds": row(5.0, waits),
     # ---- train
     "train.steps": row(3, plan),

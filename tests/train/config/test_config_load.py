@@ -1,11 +1,14 @@
 """From DictConfig to RunConfig: unknown keys, wrong types, values that cannot be together."""
 
+import re
 from dataclasses import fields, is_dataclass
 
 import pytest
 from omegaconf import OmegaConf
 
+from parallel.config import EngineName, OffloadTo
 from train.config.command_line import compose_run, groups, normalise, options
+from train.config.flat import flat_config, pairs
 from train.config.schema import RunConfig, describe, dump, load, unknown_key
 from train.errors import UserError
 
@@ -84,9 +87,58 @@ def test_impossible_value_is_named_with_its_key(section, key, value):
         load_with(**{section: {key: value}})
 
 
-def test_engine_that_is_not_built_is_refused():
-    with pytest.raises(ValueError, match="engine=deepspeed is not built yet"):
-        load_with(engine="deepspeed")
+def test_engine_of_an_older_record_is_the_one_of_its_name():
+    assert load_with(engine="torch") == load_with()
+    assert load_with(engine="torch").engine.name is EngineName.torch
+    assert [pair for pair in pairs({"engine": "torch"}, flat_config(load_with()))
+            if pair[0].startswith("engine") and pair[1] != pair[2]] == []  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["parallel.pp=2"], "parallel.pp=2 does not go with engine.name=deepspeed"),
+        (["parallel.ep=2"], "parallel.ep=2 does not go with engine.name=deepspeed"),
+        (["parallel.dp_replicate=2"], "parallel.dp_replicate=2 does not go with"),
+        (["optim.state_dtype=bf16"], "optim.state_dtype=bf16 does not go with"),
+        (["engine.zero_stage=3", "train.ema_decay=0.9"], "say engine.zero_stage=2"),
+        (["train.recovery.anticipatory=always"], "train.recovery.anticipatory=always is not built"),
+        (["engine.offload_parameters=cpu"], "engine.offload_parameters=cpu needs"),
+        (["engine.offload_optimizer=nvme"], "engine.offload_optimizer=nvme needs"),
+        (["parallel.offload=optimizer"], "say engine=torch, or engine=deepspeed_zero2_offload"),
+        (["engine.nvme_path=x"], "engine.nvme_path='x', but"),
+        (["engine=torch", "engine.zero_stage=3"], "engine.zero_stage=3 needs engine=deepspeed"),
+    ],
+)  # fmt: skip
+def test_what_deepspeed_cannot_do_is_refused_with_what_to_choose(words, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        compose_run(["engine=deepspeed", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["parallel.offload=all"], "parallel.offload=all is none of none, optimizer, optimizer+"),
+        (["train.precision=fp32"], "train.precision=fp32 has none"),
+        (["quant=fp4_qat"], "does not go with quant.recipe=fp4_qat"),
+        (["train.ema_decay=0.9"], "does not go with train.ema_decay=0.9"),
+    ],
+)  # fmt: skip
+def test_what_offloaded_masters_cannot_do_is_refused(words, told):
+    with pytest.raises(ValueError, match=re.escape(told)):
+        compose_run(["parallel.offload=optimizer+master", *words])
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("deepspeed", 2), ("deepspeed_zero1", 1), ("deepspeed_zero2", 2),
+     ("deepspeed_zero2_offload", 2), ("deepspeed_zero3", 3), ("deepspeed_zero3_nvme", 3)],
+)  # fmt: skip
+def test_engine_groups_are_what_they_say(name, stage):
+    engine = compose_run([f"engine={name}"]).engine
+    assert (engine.name, engine.zero_stage) == (EngineName.deepspeed, stage)
+    assert (engine.offload_optimizer is OffloadTo.cpu) == name.endswith("offload")
+    assert (engine.offload_optimizer is OffloadTo.nvme) == name.endswith("nvme")
 
 
 def test_rest_of_the_world_is_one_degree():

@@ -1,0 +1,152 @@
+"""``engine=deepspeed`` trains as one process does, and what it must not do is found by name.
+
+Bounds are those of test_layouts.py. Muon's update is held to 1e-6 of its size; AdamW runs on flat
+shards, where the vector kernel takes other elements in its scalar tail, so a weight may come out
+one rounding of fp32 away. All cases of a world share one spawn: DeepSpeed takes seconds to import.
+"""
+
+import itertools
+import math
+import os
+
+import pytest
+import torch
+
+from optim.groups import Owner, build_table
+from parallel.activation_checkpoint import checkpoint_blocks
+from parallel.collectives import whole
+from parallel.config import EngineConfig, EngineName, OffloadTo, ParallelConfig
+from parallel.deepspeed_engine import DeepSpeedEngine, DeepSpeedError
+from parallel.mesh import build_mesh
+from tests.helpers import random_rows, relative, run_distributed, small_model, tiny_model
+from tests.parallel.ranks import CPU, OPTIM, SEQ_LEN, alone, forward_backward, worst_gradient
+
+ROWS = 8
+EPS = torch.finfo(torch.float32).eps
+CASES = list(itertools.product((1, 2, 3), (OffloadTo.none, OffloadTo.cpu)))
+
+
+def zero(stage, offload, size="small", micro=2, checkpoint="none"):
+    """The engine of this rank for the model of :func:`alone`."""
+    model = (small_model if size == "small" else tiny_model)()
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    table = build_table(shapes, OPTIM, model.config.split_counts)
+    mesh = build_mesh(ParallelConfig(dp_shard=torch.distributed.get_world_size()), "cpu")
+    config = EngineConfig(EngineName.deepspeed, stage, offload)
+    checkpoint_blocks(model, checkpoint)
+    return DeepSpeedEngine(model, table, OPTIM, config, CPU, mesh, micro)
+
+
+def live(engine):
+    return {name: whole(tensor) for name, tensor in engine.weights().items()}
+
+
+def compare(rank, world, cases, size, micro, checkpoint):
+    os.environ["LOCAL_RANK"] = str(rank)
+    for stage, offload in cases:
+        reference = alone(size)
+        engine = zero(stage, offload, size, micro, checkpoint)
+        start = dict(reference.model.named_parameters())
+        assert all(torch.equal(tensor, start[name]) for name, tensor in live(engine).items())
+        seq_len = 4 * SEQ_LEN if size == "tiny" else SEQ_LEN
+        rows = random_rows(ROWS, seq_len, reference.model.config.vocab_size)
+        compare_step(engine, reference, rows, micro)
+        compare_engines(engine, reference, rows, micro)
+
+
+def compare_step(engine, reference, rows, micro):
+    """A step from equal weights; the update from the very same gradients."""
+    one = forward_backward(reference, rows, ROWS)
+    many = forward_backward(engine, rows, ROWS, micro)
+    assert abs(float(many.total - one.total)) <= 1e-6 * max(1.0, float(one.total)), (many, one)
+    for name, load in one.expert_load.items():
+        assert torch.equal(many.expert_load[name], load), name
+    exact = {name: gradient.clone() for name, gradient in reference.gradients()}
+    mine = {name: gradient.clone() for name, gradient in engine.gradients()}
+    distance, name = worst_gradient(mine, exact)
+    assert distance < 1e-5, (distance, name)
+    for name, gradient in exact.items():
+        engine.partitions.set_gradient(name, gradient)
+    engine._seen = None if engine.rank else exact["norm.weight"].double() * engine.data_degree
+    before = {name: p.detach().clone() for name, p in reference.model.named_parameters()}
+    updates = [e.optimizer_step(1e-2, finite=True) for e in (reference, engine)]
+    assert updates[1].grad_norm == pytest.approx(updates[0].grad_norm, rel=1e-12)
+    assert engine.stale() == []
+    owners = {record.name: record.owner for record in engine.optimizer.table}
+    assert engine.optimizer.moved == {name: owner.value for name, owner in owners.items()}
+    for name, tensor in live(engine).items():
+        now = reference.model.get_parameter(name).detach()
+        allowed = 1e-6 * float((now - before[name]).norm())
+        if owners[name] is Owner.adamw:
+            allowed += EPS * float(now.norm())
+        assert float((tensor - now).norm()) <= allowed, name
+    done = engine.gather(engine._muon.orthogonalised)
+    counted = [matrix for some in done for matrix in some]
+    assert len(counted) == len(set(counted))
+    assert len(counted) == sum(
+        r.num_matrices for r in engine.optimizer.table if r.owner is Owner.muon
+    )
+    assert max(map(len, done)) <= math.ceil(len(counted) / engine.data_degree) + len(
+        engine._muon._rounds
+    )
+
+
+def compare_engines(engine, reference, rows, micro):
+    """Weights and state go over bit for bit, and the next pass reads them."""
+    saved = {name: tensor.clone() for name, tensor in reference.state().items()}
+    engine.take_up(saved)
+    back = {name: whole(tensor) for name, tensor in engine.state().items()}
+    assert back.keys() == saved.keys()
+    differing = [name for name, tensor in saved.items() if not torch.equal(tensor, back[name])]
+    assert differing == []
+    assert engine.stale() == []
+    one = forward_backward(reference, rows, ROWS)
+    many = forward_backward(engine, rows, ROWS, micro)
+    assert relative(many.total, one.total) < 1e-6
+    skipped = engine.optimizer_step(1e-2, finite=False)
+    assert not skipped.applied
+    after = {name: whole(tensor) for name, tensor in engine.state().items()}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in back.items())
+
+
+def test_zero_trains_as_one_process():
+    run_distributed(compare, 2, CASES, "small", 2, "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "cases", "size", "checkpoint"),
+    [
+        (1, CASES, "small", "none"), (4, CASES, "small", "none"), (2, CASES, "tiny", "none"),
+        (2, CASES, "small", "block"), (2, CASES, "small", "selective"),
+    ],
+)  # fmt: skip
+def test_zero_trains_as_one_process_everywhere(world, cases, size, checkpoint):
+    run_distributed(compare, world, cases, size, 1, checkpoint)
+
+
+def planted(rank, world):
+    """What a release could do to an engine, and what then says so."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    rows = random_rows(ROWS, SEQ_LEN, small_model().config.vocab_size)
+    engine = zero(2, OffloadTo.none)
+    # averaged twice
+    engine._zero_engine.optimizer.sequence_parallel_size = 1 / world
+    forward_backward(engine, rows, ROWS, 2)
+    with pytest.raises(
+        DeepSpeedError, match=r"gradient of norm.weight is .* times the ranks' mean"
+    ):
+        engine.optimizer_step(1e-2, finite=True)
+    # masters set after DeepSpeed's step
+    engine = zero(2, OffloadTo.none)
+    late, set_master = [], engine.partitions.set_master
+    engine.partitions.set_master = lambda name, value: late.append((name, value))
+    forward_backward(engine, rows, ROWS, 2)
+    engine.optimizer_step(1e-2, finite=True)
+    for name, value in late:
+        set_master(name, value)
+    assert "layers.0.attn.wq_a.weight" in engine.stale()
+
+
+def test_planted_faults_of_the_release_are_named():
+    run_distributed(planted, 2)

@@ -1,0 +1,54 @@
+"""Whether the engine that is asked for can run this plan here, before anything is built."""
+
+from __future__ import annotations
+
+import torch
+
+from model.flops import parameter_shapes
+from optim.config import ScheduleKind
+from parallel.config import EngineName, OffloadTo
+from parallel.deepspeed_load import load_deepspeed, need_nvme
+from parallel.launch import launched_world_size
+from train.config.schema import RunConfig
+from train.errors import UserError
+from train.stages import StagePlan, loss_weights, trains
+
+
+def check_engine(run: RunConfig, plan: StagePlan, device: str) -> None:
+    """Refuse DeepSpeed where it is not installed, and stages that freeze parameters.
+
+    Args:
+        run: the config.
+        plan: of its stages.
+        device: cpu or cuda.
+
+    Raises:
+        UserError: names the key, its value, and what to choose instead.
+    """
+    if run.parallel.offload == "optimizer+master" and launched_world_size() > 1:
+        raise UserError(
+            "parallel.offload=optimizer+master keeps whole masters of one process, but the world"
+            f" size is {launched_world_size()}: say parallel.offload=optimizer"
+        )
+    if run.engine.name is not EngineName.deepspeed:
+        return
+    names = parameter_shapes(run.model)
+    decays = run.optim.schedule.kind is not ScheduleKind.constant
+    for stage in plan.reached():
+        if stage.cp > 1:
+            raise UserError(
+                f"engine.name=deepspeed holds whole rows, but stage {stage.name} needs cp="
+                f"{stage.cp}: say engine=torch"
+            )
+        for decaying in (False, True) if decays else (False,):
+            weights = loss_weights(stage, run.train, decaying)
+            frozen = [name for name in names if not trains(name, stage, weights)]
+            if frozen:
+                raise UserError(
+                    f"engine.name=deepspeed trains all parameters, but stage {stage.name} freezes"
+                    f" {len(frozen)} of them ({frozen[0]}; losses of weight 0, or the indexer's"
+                    " warm-up): say engine=torch"
+                )
+    load_deepspeed(torch.device(device))
+    if OffloadTo.nvme in (run.engine.offload_optimizer, run.engine.offload_parameters):
+        need_nvme(run.engine.nvme_path)
