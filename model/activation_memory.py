@@ -73,6 +73,8 @@ def saved_bytes(
         + c * config.o_groups * config.o_lora_rank
         + 4.0 * config.num_attention_heads
     )
+    if kind is LayerKind.mha:  # queries and keys before and after RoPE, values, the result
+        parts["attention"] = 6.0 * c * wide + 4.0 * config.num_attention_heads
     if kind in (LayerKind.csa, LayerKind.hca):
         overlap = kind is LayerKind.csa
         parts["compressor"] = upcast + _compressor_saved(dim, ratio, c, overlap)
@@ -99,8 +101,11 @@ def _compressor_saved(dim: int, ratio: int, compute_bytes: int, overlap: bool) -
 def _matmul_results(config: ModelConfig, kind: LayerKind, compute_bytes: int) -> float:
     """Bytes per token of what matmuls and attention give in one block."""
     wide = config.num_attention_heads * config.head_dim
-    results = config.q_lora_rank + 2 * wide + config.head_dim
-    results += config.o_groups * config.o_lora_rank + config.hidden_size
+    if kind is LayerKind.mha:
+        results = 4 * wide + config.hidden_size
+    else:
+        results = config.q_lora_rank + 2 * wide + config.head_dim
+        results += config.o_groups * config.o_lora_rank + config.hidden_size
     if kind is LayerKind.csa:
         results += config.index_n_heads * config.index_head_dim
     experts = config.num_experts_per_tok + config.n_shared_experts

@@ -31,6 +31,7 @@ class LayerKind(StrEnum):
     csa = "csa"  # overlapping compressed entries chosen by the indexer
     hca = "hca"  # all causal heavily compressed entries
     dense = "dense"  # full uncompressed causal attention (ablation; no window, no entries)
+    mha = "mha"  # plain multi-head attention, nothing of V4's (comparison; cannot generate)
 
 
 class Attention(StrEnum):

@@ -85,6 +85,10 @@ def _attention_shapes(
 ) -> Iterator[tuple[str, Shape]]:
     width, rank, dim = config.hidden_size, config.q_lora_rank, config.head_dim
     heads, groups = config.num_attention_heads, config.o_groups
+    if kind is LayerKind.mha:
+        yield from ((f"{name}.weight", (heads * dim, width)) for name in ("wq", "wk", "wv"))
+        yield "wo.weight", (width, heads * dim)
+        return
     yield "wq_a.weight", (rank, width)
     yield "q_norm.weight", (rank,)
     yield "wq_b.weight", (heads * dim, rank)
@@ -241,7 +245,7 @@ def mean_keys(
     config: ModelConfig, kind: LayerKind, ratio: int, seq_len: int, phase: str, indexer_loss: bool
 ) -> Keys:
     """Keys that causality leaves to a query, for one document that fills the row."""
-    if kind is LayerKind.dense:
+    if kind in (LayerKind.dense, LayerKind.mha):
         return Keys(mean_min(seq_len, seq_len))
     window = mean_min(config.sliding_window, seq_len)
     if kind is LayerKind.swa:

@@ -104,7 +104,14 @@ class Decoder:
         self.model, self.device = model, model.embed.weight.device
 
         def cache(blocks: list[Block]) -> KVCache:
-            layers: dict[str, WindowAttention] = {block.attn.name: block.attn for block in blocks}
+            layers: dict[str, WindowAttention] = {}
+            for attention in (block.attn for block in blocks):
+                if not isinstance(attention, WindowAttention):
+                    raise ConfigError(
+                        f"{attention.name}: layer kind {attention.kind.value} has no cache, so the"
+                        " model cannot generate"
+                    )
+                layers[attention.name] = attention
             return KVCache(
                 model.config, layers, batch, max_tokens, formats, self.device, model.yarn
             )

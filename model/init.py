@@ -42,7 +42,7 @@ def _mixing_base(shape: tuple[int, ...], config: ModelConfig, _: torch.Generator
 # Regular expression over the whole name -> distribution. Every parameter matches exactly one line.
 TABLE: tuple[tuple[str, Draw], ...] = (
     (r"(embed|head)\.weight", _normal),
-    (r".*\.(wq_a|wq_b|wkv|wgate|wo_a|wo_b|weights_proj)\.weight", _normal),
+    (r".*\.(wq_a|wq_b|wkv|wgate|wo_a|wo_b|wq|wk|wv|wo|weights_proj)\.weight", _normal),
     (r".*\.ffn\.gate\.weight", _normal),
     (r".*\.(experts|shared_experts)\.(w1|w2|w3)\.weight", _normal),
     (r"mtp\.\d+\.(e_proj|h_proj)\.weight", _normal),

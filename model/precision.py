@@ -41,7 +41,7 @@ _BF16_MATMUL = ParameterDtypes(torch.float32, torch.bfloat16, torch.float32)
 TABLE: tuple[tuple[str, ParameterDtypes], ...] = (
     (r"embed\.weight", _BF16_MATMUL),
     (r"head\.weight", _ALWAYS_FP32),
-    (r".*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b)\.weight", _BF16_MATMUL),
+    (r".*\.attn\.(wq_a|wq_b|wkv|wo_a|wo_b|wq|wk|wv|wo)\.weight", _BF16_MATMUL),
     (r".*\.indexer\.(wq_b|weights_proj)\.weight", _BF16_MATMUL),
     (r".*\.compressor\.(wkv|wgate)\.weight", _ALWAYS_FP32),
     (r".*\.compressor\.ape", _ALWAYS_FP32),

@@ -66,7 +66,7 @@ TABLE: tuple[Rule, ...] = (
     Rule("<block>.{hc_attn,hc_ffn}.fn", Owner.muon),
     Rule("hc_head.fn", Owner.muon),
     Rule("mtp.<n>.hc_head.fn", Owner.muon),
-    Rule("<block>.attn.{wq_a,wq_b,wkv,wo_b}.weight", Owner.muon),
+    Rule("<block>.attn.{wq_a,wq_b,wkv,wo_b,wq,wk,wv,wo}.weight", Owner.muon),
     Rule("<block>.attn.wo_a.weight", Owner.muon, split="o_groups"),
     Rule("<block>.attn.compressor.{wkv,wgate}.weight", Owner.muon),
     Rule("<block>.attn.indexer.{wq_b,weights_proj}.weight", Owner.muon),

@@ -149,7 +149,7 @@ SEAMS: tuple[Seam, ...] = (
          lambda s: _swap_op(s, _expert_format(s.parts) or FP8_WEIGHT)),
     Seam("shared_experts", _BLOCK + r"ffn\.shared_experts\.w[123]", Linear,
          lambda p: p.shared_experts, lambda s: _swap_op(s, FP8_WEIGHT)),
-    Seam("attention", _BLOCK + r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|indexer\.wq_b)", Linear,
+    Seam("attention", _BLOCK + r"attn\.(wq_a|wq_b|wkv|wo_a|wo_b|wq|wk|wv|wo|indexer\.wq_b)", Linear,
          lambda p: p.attention, lambda s: _swap_op(s, FP8_WEIGHT)),
     Seam("mtp", r"mtp\.\d+\.(e_proj|h_proj)", Linear,
          lambda p: p.mtp, lambda s: _swap_op(s, FP8_WEIGHT)),

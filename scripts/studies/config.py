@@ -34,6 +34,9 @@ class ArmConfig:
         evaluates: another arm, whose trained weights this arm evaluates and does not train.
         fraction: of the study's steps that this arm trains for, with its own decay.
         steps: of its runs instead; 0: ``fraction`` of the study's.
+        like: another arm, whose overrides (and grid) it takes, its own behind them.
+        seconds_of: another arm whose time it takes: as many steps as the arm ``like`` makes in the
+            time that ``seconds_of`` runs, by the step times of both searches.
     """
 
     overrides: list[str] = field(default_factory=list)
@@ -41,6 +44,8 @@ class ArmConfig:
     evaluates: str = ""
     fraction: float = 1.0
     steps: int = 0
+    like: str = ""
+    seconds_of: str = ""
 
 
 @dataclass
@@ -195,6 +200,25 @@ class StudyConfig:
                     f" arms.{name}.fraction={arm.fraction}",
                 ),
                 (
+                    arm.like in ("", *names) and arm.like != name,
+                    f"arms.{name}.like={arm.like} must be another of arms={names}",
+                ),
+                (
+                    not arm.seconds_of
+                    or (
+                        arm.seconds_of in names
+                        and bool(arm.like)
+                        and not arm.steps
+                        and not any(
+                            self.arms[other].seconds_of
+                            for other in (arm.like, arm.seconds_of)
+                            if other in names
+                        )
+                    ),
+                    f"arms.{name}.seconds_of={arm.seconds_of} must be one of arms={names} with"
+                    f" steps of its own, and needs arms.{name}.like={arm.like}, such an arm too",
+                ),
+                (
                     bool(arm.evaluates) or len(self.grid(name)) >= 3,
                     f"arms.{name}.lr={self.grid(name)} needs 3 values: a best one between others",
                 ),
@@ -262,8 +286,14 @@ class StudyConfig:
 
     def grid(self, arm: str) -> list[float]:
         """First learning rates of an arm's search."""
-        own = self.arms.get(arm, ArmConfig()).lr
+        config = self.arms.get(arm, ArmConfig())
+        own = config.lr or self.arms.get(config.like, ArmConfig()).lr
         return list(own or self.arms.get(self.baseline, ArmConfig()).lr)
+
+    def overrides_of(self, arm: str) -> list[str]:
+        """What an arm changes, with what it takes from another."""
+        config = self.arms[arm]
+        return [*(self.arms[config.like].overrides if config.like else []), *config.overrides]
 
 
 ConfigStore.instance().store("study_schema", StudyConfig)

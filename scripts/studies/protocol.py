@@ -9,13 +9,14 @@ folders. The folder is the same whether one or several runs of a batch are left 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
-from scripts.studies.config import AGAIN, StudyConfig
+from scripts.studies.config import AGAIN, ArmConfig, StudyConfig
 from scripts.studies.sequential import Design, Standing, design, take_look
 from scripts.studies.store import FinishedRun, Store, identity_of
 from train.config.command_line import compose_run
@@ -163,7 +164,28 @@ class Protocol:
         """Steps of an arm's runs."""
         config = self.study.arms[self.study.baseline if arm == AGAIN else arm]
         trained = self.study.arms[config.evaluates] if config.evaluates else config
+        if trained.seconds_of:
+            return self._steps_in_time(trained) or self.study.steps
         return trained.steps or self.shortened(trained.fraction)
+
+    def _steps_in_time(self, arm: ArmConfig) -> int:
+        """Steps that an arm makes in another's time; 0 while a search of theirs is not done."""
+        theirs, own = self._pace(arm.seconds_of), self._pace(arm.like)
+        if not theirs or not own:
+            return 0
+        return max(1, round(self.steps_of(arm.seconds_of) * theirs / own))
+
+    def _pace(self, arm: str) -> float:
+        """Seconds a step in an arm's search, median of runs; 0 while it is not done.
+
+        Of the process's CPU time on a CPU, which other work there disturbs less; else wall-clock.
+        """
+        choice = self.choice(arm)
+        if choice.missing:
+            return 0.0
+        cells = [self._search_cell(arm, rate) for rate in choice.tried]
+        runs = [run for cell in cells if (run := self.find(cell)) is not None]
+        return statistics.median(run.step_seconds for run in runs) if runs else 0.0
 
     @property
     def trained_arms(self) -> list[str]:
@@ -282,6 +304,9 @@ class Protocol:
 
     def _search(self) -> Iterator[Sweep]:
         for arm in self.trained_arms:
+            timed = self.study.arms[arm]
+            if timed.seconds_of and not self._steps_in_time(timed):
+                continue  # its length depends on searches that are not done
             missing = self.choice(arm).missing
             cells = tuple(self._search_cell(arm, rate) for rate in missing)
             if cells:
@@ -419,7 +444,7 @@ class Protocol:
         study = self.study
         again = cell.arm == AGAIN
         arm = study.arms[study.baseline if again else cell.arm]
-        own = [*study.base, *arm.overrides]
+        own = [*study.base, *study.overrides_of(study.baseline if again else cell.arm)]
         own += [f"train.steps={cell.steps}", f"train.eval_every={self._eval_every(cell)}"]
         own += [f"optim.lr={cell.lr!r}", f"seed={cell.seed}"]
         own += [f"init_seed_offset={AGAIN_OFFSET}"] if again else []

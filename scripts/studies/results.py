@@ -241,12 +241,12 @@ def _check_same_text(runs: list[FinishedRun]) -> None:
 
 def _arm(protocol: Protocol, name: str) -> ArmResult:
     study = protocol.study
-    config = study.arms[study.baseline if name == AGAIN else name]
+    base = study.baseline if name == AGAIN else name
     runs = protocol.results(name)
     example = next(cell for _, cell, _, _ in protocol.plan() if cell.arm == name)
     run = next((found.run for found in runs.values()), None) or protocol.config(example)
     counts = parameter_counts(run.model)
-    overrides = [*config.overrides, *(["other initial weights"] if name == AGAIN else [])]
+    overrides = [*study.overrides_of(base), *(["other initial weights"] if name == AGAIN else [])]
     return ArmResult(
         name, overrides, protocol.choice(name), runs, counts.total, counts.active,
         flops_per_token(run), run.train.steps * run.train.global_batch_tokens,

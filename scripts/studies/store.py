@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import statistics
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -85,6 +86,13 @@ class FinishedRun:
         return self.receipt["metrics" if self.is_evaluation else "final_metrics"].get(
             "val_bits_per_byte"
         )
+
+    @property
+    def step_seconds(self) -> float:
+        """Median over the steps: CPU seconds of the process on a CPU, else wall-clock."""
+        on_cpu = self.receipt["environment"].get("device", "cpu") == "cpu"
+        key = "step_cpu_seconds" if on_cpu else "step_seconds"
+        return statistics.median(record[key] for record in self.records)
 
     @property
     def rows_evaluated(self) -> float | None:

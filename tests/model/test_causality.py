@@ -33,7 +33,9 @@ def test_no_output_depends_on_later_tokens(kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("kernels", [Kernels.reference, Kernels.fast])
-@pytest.mark.parametrize(("kind", "ratio"), [("swa", 0), ("csa", 4), ("hca", 8), ("dense", 0)])
+@pytest.mark.parametrize(
+    ("kind", "ratio"), [("swa", 0), ("csa", 4), ("hca", 8), ("dense", 0), ("mha", 0)]
+)
 def test_each_kind_alone_is_causal(kind: str, ratio: int, kernels: Kernels) -> None:
     config = tiny_config(
         num_hidden_layers=2,

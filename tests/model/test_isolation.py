@@ -40,7 +40,9 @@ def test_isolation_holds_in_every_phase(phase: str, kernels: Kernels) -> None:
 
 
 @pytest.mark.parametrize("kernels", BOTH)
-@pytest.mark.parametrize(("kind", "ratio"), [("swa", 0), ("csa", 4), ("hca", 8), ("dense", 0)])
+@pytest.mark.parametrize(
+    ("kind", "ratio"), [("swa", 0), ("csa", 4), ("hca", 8), ("dense", 0), ("mha", 0)]
+)
 def test_each_kind_alone_is_isolated(kind: str, ratio: int, kernels: Kernels) -> None:
     config = tiny_config(
         num_hidden_layers=2,

@@ -64,16 +64,21 @@ def _block(
             out[f"{name}.hc_{sub}_scale"] = (3,)
     a = f"{name}.attn"
     groups, rank = config.o_groups, config.o_lora_rank
-    out |= {
-        f"{a}.wq_a.weight": (R, D),
-        f"{a}.wq_b.weight": (H * K, R),
-        f"{a}.wkv.weight": (K, D),
-        f"{a}.wo_a.weight": (groups * rank, H * K // groups),
-        f"{a}.wo_b.weight": (D, groups * rank),
-        f"{a}.q_norm.weight": (R,),
-        f"{a}.kv_norm.weight": (K,),
-        f"{a}.attn_sink": (H,),
-    }
+    if kind is LayerKind.mha:
+        own = {f"{a}.{part}.weight": (H * K, D) for part in ("wq", "wk", "wv")}
+        own[f"{a}.wo.weight"] = (D, H * K)
+    else:
+        own = {
+            f"{a}.wq_a.weight": (R, D),
+            f"{a}.wq_b.weight": (H * K, R),
+            f"{a}.wkv.weight": (K, D),
+            f"{a}.wo_a.weight": (groups * rank, H * K // groups),
+            f"{a}.wo_b.weight": (D, groups * rank),
+            f"{a}.q_norm.weight": (R,),
+            f"{a}.kv_norm.weight": (K,),
+            f"{a}.attn_sink": (H,),
+        }
+    out |= own
     if kind in (LayerKind.csa, LayerKind.hca):
         out |= _compressor(f"{a}.compressor", D, K, ratio, kind is LayerKind.csa)
     if kind is LayerKind.csa:

@@ -21,6 +21,7 @@ def leave_run(
     curve: Mapping[int, float | None],
     code: str = CODE,
     bits_per_nat: float = 0.5,
+    seconds: float = 0.5,
 ) -> Path:
     """Write what a run with these validation losses (step -> nats) leaves."""
     run = replace(run, run_dir=str(folder))
@@ -28,7 +29,7 @@ def leave_run(
     (folder / "config.yaml").write_text(dump(run))
     records = [
         {"step": step, "tokens": step * 64, "loss": loss, "val_loss": loss, "step_seconds": 1.0,
-         "step_cpu_seconds": 0.5, "past_window": 0.5,
+         "step_cpu_seconds": seconds, "past_window": 0.5,
          "val_bits_per_byte": None if loss is None else bits_per_nat * loss}
         for step, loss in curve.items()
     ]  # fmt: skip

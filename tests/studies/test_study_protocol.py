@@ -16,6 +16,7 @@ from optim.groups import build_table
 from scripts import study
 from scripts.studies.archive import archive_of, open_archive, pack
 from scripts.studies.config import AGAIN, load_study, study_names
+from scripts.studies.estimate import flops_per_token
 from scripts.studies.protocol import Cell, Protocol, choose
 from scripts.studies.store import Store, identity_of, read_run
 from tests.studies.folders import CODE, leave_run
@@ -200,7 +201,8 @@ def test_study_composes_and_every_run_has_a_plan(name, tmp_path):
         assert resolve(run).steps > 0
         assert wanted >= 3, title
         assert done == 0
-    identities = {arm: identity_of(plan.config(Cell(arm, 10, 1e-3, 1))) for arm in config.arms}
+    own = [arm for arm, asked in config.arms.items() if not asked.seconds_of]  # else of its length
+    identities = {arm: identity_of(plan.config(Cell(arm, 10, 1e-3, 1))) for arm in own}
     assert len(set(identities.values())) == len(identities), "two arms are the same"
 
 
@@ -264,3 +266,43 @@ def test_dry_run_prints_the_plan_and_runs_nothing(tmp_path, capsys):
     assert re.search(r"left: 14 runs, \d+\.\d+ M tokens, \d+\.\d+ hours in turn", printed)
     assert re.search(r"an effect of \d+\.\d+ sigmas of a pair is found with 80% power", printed)
     assert not Path(tmp_path / "runs").exists()
+
+
+# ---- arms at another's cost ----------------------------------------------------------------------
+def test_plain_arms_have_the_flops_of_v4_and_one_tokenizer(tmp_path):
+    plan = Protocol(load_study("v4_vs_dense"), Store([], None), tmp_path)
+    runs = {arm: plan.config(Cell(arm, 10, 1e-3, 1)) for arm in plan.study.arms}
+    flops = {arm: flops_per_token(run) for arm, run in runs.items()}
+    assert flops == pytest.approx(dict.fromkeys(flops, flops["v4"]), rel=0.002)
+    assert {run.data.vocab_size for run in runs.values()} == {2048}
+    assert {kind for i in range(4) if (kind := runs["dense"].model.kind(i))} == {"mha"}
+    assert runs["dense_clock"].model == runs["dense"].model
+
+
+def test_an_arm_trains_for_the_time_of_another_by_the_searches_step_times(tmp_path):
+    """A plain step takes 0.5 s and an mHC one 0.8: 16 steps in the time of 10."""
+    plan = protocol(tmp_path, "mhc_equal_cost", "seeds=[1,2]", "sequential.looks=[]")
+    seen = {}
+    while (batch := next(plan.batches(), None)) is not None:
+        for cell in batch.cells:
+            seen.setdefault(cell.arm, set()).add(cell.steps)
+            seconds = 0.8 if cell.arm == "mhc" else 0.5
+            folder = tmp_path / "runs" / f"{cell.arm}_{cell.steps}_{cell.lr}_{cell.seed}"
+            leave_run(folder, plan.config(cell), {cell.steps: loss_at(cell.lr)}, seconds=seconds)
+        plan.store.scan()
+    assert seen["plain_clock"] == {8, 16}  # the search takes half the steps
+    assert seen["plain"] == seen["mhc"] == {5, 10}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("arms.plain_clock.like=''", "arms.plain_clock.seconds_of=mhc must be one of"),
+        ("arms.plain_clock.seconds_of=nobody", "arms.plain_clock.seconds_of=nobody must be one"),
+        ("arms.plain_clock.steps=7", "arms.plain_clock.seconds_of=mhc must be one of"),
+        ("arms.plain_wide.like=plain_wide", "arms.plain_wide.like=plain_wide must be another"),
+    ],
+)
+def test_arms_that_cannot_be_timed_are_refused(word, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_study("mhc_equal_cost", [word])

@@ -436,7 +436,8 @@ def _part_of(module: str) -> str:
         return "shared_experts"
     if leaf in ("e_proj", "h_proj"):
         return "mtp"
-    if leaf in ("wq_a", "wq_b", "wo_a", "wo_b") or module.endswith(".attn.wkv"):
+    own = ("wq_a", "wq_b", "wo_a", "wo_b", "wq", "wk", "wv", "wo")
+    if leaf in own or module.endswith(".attn.wkv"):
         return "attention"
     return ""
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 import train.config.scaled  # noqa: F401  the resolver of conf/model/v4_scaled.yaml
 from conf.ranges import number, out_of_range
 from data.config import DataConfig
-from model.config import IndexerPhase, Kernels, ModelConfig
+from model.config import IndexerPhase, Kernels, LayerKind, ModelConfig
 from model.errors import ConfigError
 from optim.config import OptimConfig, ScheduleKind, StateDtype
 from parallel.config import EngineConfig, EngineName, ParallelConfig
@@ -375,6 +375,12 @@ def validate(run: RunConfig) -> None:
         f" optim.schedule.kind={run.optim.schedule.kind.value}",
     )
     _check_widths(run)
+    kinds = [run.model.kind(layer) for layer in range(run.model.num_hidden_layers)]
+    _need(
+        LayerKind.mha not in kinds or not run.sample.tokens,
+        f"sample.tokens={run.sample.tokens} asks for text, but a layer is of"
+        f" model.layer_kinds={LayerKind.mha.value}, which has no cache: say sample.tokens=0",
+    )
     _need(bool(run.run_dir.strip()), f"run_dir={run.run_dir!r} must name a folder")
     _need(
         run.train.weights == Weights.model or run.train.eval_only or bool(run.init_from),

@@ -71,8 +71,9 @@ def _refuse(config: ModelConfig, kinds: list[LayerKind]) -> None:
     def refuse(what: str) -> None:
         raise UserError(f"transformers cannot hold this model: {what}; export --to official")
 
-    if LayerKind.dense in kinds:
-        refuse(f"layer {kinds.index(LayerKind.dense)} is {LayerKind.dense.value}")
+    for other in (LayerKind.dense, LayerKind.mha):
+        if other in kinds:
+            refuse(f"layer {kinds.index(other)} is {other.value}")
     if Residual(config.residual) is not Residual.mhc:
         refuse(f"model.residual={config.residual}")
     if config.n_shared_experts != 1:
