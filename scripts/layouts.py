@@ -76,6 +76,8 @@ DEFAULT = (
     "pp=2 dp_shard=2", "pp=4", "dp_shard=8", "dp_shard=8 ep=4",
     "pp=2 dp_replicate=2 dp_shard=2 ep=2",
     *(f"pp=2 dp_shard=2 ep=2 schedule={schedule} micro=1" for schedule in SCHEDULES),
+    "cp=2", "cp=2 ep=2", "cp=4", "cp=2 dp_shard=2", "cp=2 dp_shard=2 ep=2", "pp=2 cp=2",
+    "pp=2 cp=2 dp_shard=2 ep=2",
 )  # fmt: skip
 TRIALS = ("start", "update", "replay", "free", "bf16")
 # Column -> (field of a result, bound). A bound of None depends on one process's own noise.

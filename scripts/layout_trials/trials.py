@@ -44,6 +44,7 @@ from train.step import StepPlan, microbatches, objective_of, plan_step, train_st
 Tensors = dict[str, Tensor]
 RowKey = str
 Choices = list[dict[RowKey, Tensors]]  # for every step and row: FQN -> indices [T, K]
+ROW = "row"  # beside them: token and document ids [T, 2]
 
 
 # ---- one process or one rank ---------------------------------------------------------------------
@@ -199,8 +200,12 @@ def recording(model: nn.Module, into: Choices, rows: int) -> Iterator[None]:
         keys = row_keys(given["input_ids_BT"], given["document_ids_BT"])
         if not into or len(into[-1]) == rows:
             into.append({})
+        rows_BT2 = torch.stack(
+            (given["input_ids_BT"].cpu(), given["document_ids_BT"].cpu()), dim=-1
+        )
         for i, key in enumerate(keys):
             into[-1][key] = {n: _rows_of(t, len(keys))[i].cpu() for n, t in record.items()}
+            into[-1][key][ROW] = rows_BT2[i]
 
     hooks = [
         model.register_forward_pre_hook(before, with_kwargs=True),
@@ -216,7 +221,13 @@ def recording(model: nn.Module, into: Choices, rows: int) -> Iterator[None]:
 @contextmanager
 def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
     """Let gates and indexers choose what was recorded for each row, in whatever step it comes."""
-    by_row = {key: chosen for step in choices for key, chosen in step.items()}
+    by_row: dict[RowKey, Tensors] = {}
+    shard = next(iter(getattr(model, "stages", [model]))).kv_exchange.shard
+    for chosen in (chosen for step in choices for chosen in step.values()):
+        row_T2 = chosen[ROW]
+        here = shard.tokens(len(row_T2))
+        (key,) = row_keys(row_T2[None, here, 0], row_T2[None, :, 1])
+        by_row[key] = {name: t[here] for name, t in chosen.items() if name != ROW}
 
     def before(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = _arguments(module, args, named)

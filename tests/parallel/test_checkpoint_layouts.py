@@ -101,7 +101,7 @@ def compare_chain(folder, world, layouts):
 
 
 def test_checkpoint_goes_from_one_process_through_layouts_of_two_ranks_and_back(tmp_path):
-    compare_chain(tmp_path, 2, [{"ep": 2}, {"pp": 2}])
+    compare_chain(tmp_path, 2, [{"ep": 2}, {"cp": 2}, {"pp": 2}])
 
 
 @pytest.mark.slow
