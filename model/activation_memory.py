@@ -117,6 +117,20 @@ def _matmul_results(config: ModelConfig, kind: LayerKind, compute_bytes: int) ->
     return float(compute_bytes * results + 4 * compressed)
 
 
+def gathered_entry_bytes(
+    config: ModelConfig, kind: LayerKind, ratio: int, compute_bytes: int
+) -> float:
+    """Bytes of all shards' entries and indexer keys that one block keeps, a token of whole rows.
+
+    Under context parallelism every rank holds them, of however many shards; they are the one part
+    of a block's memory that does not fall with their number.
+    """
+    if kind not in (LayerKind.csa, LayerKind.hca):
+        return 0.0
+    dim = config.head_dim + (config.index_head_dim if kind is LayerKind.csa else 0)
+    return compute_bytes * dim / ratio
+
+
 def head_bytes(config: ModelConfig, compute_bytes: int) -> float:
     """Bytes per token of one prediction head: collapse, norm and the gradient of its input."""
     streams = config.num_streams if Residual(config.residual) is Residual.mhc else 0

@@ -1,6 +1,6 @@
 """What a run can ask for beside shards of rows: as in one process, and resumed to the bit.
 
-Bounds: the first step's losses agree to 1e-6 in fp32 and, quantised and in bf16, to 1e-3, since
+Bounds: the first step's losses agree to 1e-6 in fp32 and, quantised and in bf16, to 2e-3, since
 a value that falls to the other side of a rounding's edge moves one loss by about that. Later steps
 are free, and Newton-Schulz amplifies rounding: 1e-3. Averages: a tenth of their distance from the
 weights, since one of other weights would be apart by that distance. A run that was stopped and went

@@ -21,7 +21,12 @@ from pathlib import Path
 import psutil
 import torch
 
-from model.activation_memory import block_activation_bytes, head_bytes, mtp_bytes
+from model.activation_memory import (
+    block_activation_bytes,
+    gathered_entry_bytes,
+    head_bytes,
+    mtp_bytes,
+)
 from model.config import LayerKind, ModelConfig
 from model.flops import parameter_counts, parameter_shapes
 from model.precision import precision_of
@@ -361,8 +366,13 @@ class Needs:
                 main = i < model.num_hidden_layers
                 kind, ratio = (model.kind(i), model.ratio(i)) if main else (LayerKind.swa, 0)
                 block = block_activation_bytes(model, kind, ratio, compute, mode)
-                kept += block.kept * (held if main else at_the_end)
-                running = max(running, block.running)
+                entries = 0.0  # of all shards, and in the backward pass their fp32 gradients
+                if stage.cp > 1:
+                    entries = stage.cp * gathered_entry_bytes(model, kind, ratio, compute)
+                held_entries = 0.0 if mode == "block" else entries
+                kept += (block.kept + held_entries) * (held if main else at_the_end)
+                gradients = 2 * entries * 4 / compute
+                running = max(running, block.running + entries - held_entries + gradients)
             if i >= model.num_hidden_layers:
                 kept += head_bytes(model, compute) * at_the_end
                 kept += mtp_bytes(model, compute) * at_the_end if i < _num_blocks(model) else 0.0

@@ -2,6 +2,7 @@
 
 import pytest
 
+from model.activation_memory import gathered_entry_bytes
 from model.flops import parameter_counts
 from parallel.config import ParallelConfig
 from train.config.command_line import compose_run
@@ -142,3 +143,19 @@ def test_layouts_of_the_paper_presets_fit_80_gb(name):
         stage.quantum_tokens // stage.seq_len % (layout.data_degree // stage.cp) == 0
         for stage in n.stages
     )
+
+
+def test_shards_of_rows_keep_a_share_of_the_activations_and_all_entries():
+    """Half a row's tokens; besides, for every compressed layer, the row's entries and their keys."""
+    words = [*NANO, "train.precision=fp32", "train.activation_checkpoint=none"]
+    alone, shared = needs(*words), needs(*words, "parallel.cp=2")
+    whole = alone.peak(ONE, "cpu").activations
+    half = shared.peak(ParallelConfig(dp_shard=1, cp=2), "cpu").activations
+    model, train = shared.run.model, shared.run.train
+    entries = 0.0
+    for layer in range(model.num_hidden_layers):
+        kind, ratio = model.kind(layer), model.ratio(layer)
+        entries += gathered_entry_bytes(model, kind, ratio, 4)
+    entries *= train.micro_batch_size * train.seq_len
+    assert half > whole / 2 + entries
+    assert half == pytest.approx(whole / 2 + entries, rel=0.1), "gradients of one layer's entries"
