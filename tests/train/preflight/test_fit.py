@@ -146,7 +146,7 @@ def test_layouts_of_the_paper_presets_fit_80_gb(name):
 
 
 def test_shards_of_rows_keep_a_share_of_the_activations_and_all_entries():
-    """Half a row's tokens; besides, for every compressed layer, the row's entries and their keys."""
+    """Half a row's tokens; besides, for every compressed layer, the row's entries and keys."""
     words = [*NANO, "train.precision=fp32", "train.activation_checkpoint=none"]
     alone, shared = needs(*words), needs(*words, "parallel.cp=2")
     whole = alone.peak(ONE, "cpu").activations
