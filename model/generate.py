@@ -26,7 +26,7 @@ from model.init import stream_seed
 from model.mtp import MTPBlock
 from model.transformer import DeepSeekV4
 
-OnToken = Callable[[int, int], None]
+OnToken = Callable[[int, int], bool | None]
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def generate(
         prompts: token ids, at least one each.
         sampling: how.
         formats: of the cached rows; None: the compute dtype.
-        on_token: told each token as it is drawn: (text, id).
+        on_token: told each token as it is drawn: (text, id); True ends the text with it.
 
     Returns:
         The new tokens of each text.
@@ -344,9 +344,8 @@ class _Generation:
             self.done[text] = True
             return
         self.texts[text].append(token)
-        if self.on_token is not None:
-            self.on_token(text, token)
-        self.done[text] = len(self.texts[text]) == self.sampling.max_new_tokens
+        ended = self.on_token is not None and self.on_token(text, token) is True
+        self.done[text] = ended or len(self.texts[text]) == self.sampling.max_new_tokens
 
     def _last(self, text: int) -> int:
         return self.texts[text][-1]

@@ -36,6 +36,7 @@ COMMANDS = {
     "prepare_data": "scripts.prepare_data",
     "score": "scripts.score",
     "generate": "scripts.generate",
+    "eval": "scripts.eval",
     "export_hf": "scripts.export_hf",
     "import_hf": "scripts.import_hf",
     "checkpoints": "scripts.checkpoints",

@@ -3,18 +3,21 @@
     python scripts/report.py study=muon_vs_adamw
     python scripts/report.py docs/studies/archives/muon_vs_adamw.tar.xz --out runs/again
     python scripts/report.py runs/one runs/other --out runs/comparison
+    python scripts/report.py runs/default_sweep
 
 With a study it reads the finished runs below --runs again and writes docs/studies/NAME. With an
-archive it makes that study's report as it was archived, whatever the defaults are today. With run
-folders (or archived ones, NAME.tar.xz/RUN) it says why they differ: config, code, data, layout and
-machine, the first step at which they part, and their curves.
+archive it makes that study's report as it was archived, whatever the defaults are today. With any
+number of run folders, finished or not, of sweeps' folders, or of archived runs (NAME.tar.xz/RUN)
+it ranks their configurations over seeds, draws them, and says why they differ: config, code, data,
+layout and machine, and the first step at which they part.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 if not __package__:  # run as a file
@@ -24,14 +27,28 @@ from scripts.cli.command import command
 from scripts.cli.parser import CommandParser
 from scripts.studies.archive import open_archive
 from scripts.studies.config import load_study
-from scripts.studies.differences import differences, explain
+from scripts.studies.differences import RunDifference, differences, explain
 from scripts.studies.document import HTML, Picture, ReportDocument, Table, check_report
-from scripts.studies.plots import draw_runs
+from scripts.studies.plots import draw_groups
 from scripts.studies.protocol import Protocol, from_root
 from scripts.studies.report import write_study_report
-from scripts.studies.store import ARCHIVED, FinishedRun, Store, read_run
+from scripts.studies.store import ARCHIVED, Store, read_run
 from train.errors import ROOT, UserError
 from train.exchange.output_files import file_errors
+from train.record.ranking import (
+    BITS,
+    LOSS,
+    Ranking,
+    RunSummary,
+    find_runs,
+    rank,
+    ranking_lines,
+    read_summary,
+    run_names,
+    summary_of,
+)
+
+_MOST_COLUMNS = 6
 
 
 @command()
@@ -39,11 +56,11 @@ def main(words: Sequence[str] | None = None) -> None:
     """Parse, read, write."""
     args = _parse(words)
     first = args.what[0]
-    if first.startswith("study="):
-        path = _study(args)
+    if first.startswith("study=") or first.endswith(ARCHIVED):
+        path = _study(args) if first.startswith("study=") else _archive(args)
+        print(path.read_text(encoding="utf-8").split("\n## ")[0])
     else:
-        path = _archive(args) if first.endswith(ARCHIVED) else _runs(args)
-    print(path.read_text(encoding="utf-8").split("\n## ")[0])
+        path = _runs(args)
     print(f"report: {path} and {path.with_suffix('.html').name}")
 
 
@@ -79,13 +96,24 @@ def _archive(args: argparse.Namespace) -> Path:
 
 
 def _runs(args: argparse.Namespace) -> Path:
-    folders = [Path(word) for word in args.what]
-    if len(folders) < 2:
-        raise UserError(f"{folders[0]}: give at least two run folders, or study=NAME")
     out = args.out or ROOT / "runs" / "comparison"
     check_folder(out)
-    runs = [read_run(folder) for folder in folders]
+    runs = [run for word in args.what for run in _summaries(Path(word))]
+    for line in ranking_lines(rank(runs)):
+        print(line)
+    if len(runs) > 1:
+        print(f"{explain(runs)}.")
     return comparison(runs).write(out)
+
+
+def _summaries(path: Path) -> list[RunSummary]:
+    """The runs that a word of the command line means."""
+    if path.parent.is_file():
+        run = read_run(path)  # of an archive
+        return [summary_of(path, run.files, run.records)]
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    return [read_summary(folder) for folder in find_runs(path)]
 
 
 def check_folder(out: Path) -> None:
@@ -101,35 +129,82 @@ def check_folder(out: Path) -> None:
     check_report(out)
 
 
-def comparison(runs: Sequence[FinishedRun]) -> ReportDocument:
-    """Runs side by side."""
-    names = _names(runs)
-    document = ReportDocument("Comparison of runs", f"{' | '.join(names)}: {explain(runs)}.")
+def comparison(runs: Sequence[RunSummary]) -> ReportDocument:
+    """Any number of runs side by side."""
+    ranking, names = rank(runs), run_names(runs)
+    document = ReportDocument(_title(runs), _lead(ranking, runs))
+    document.add("Ranking", *_warnings(ranking), _ranking_table(ranking))
+    if any(run.records for run in runs):
+        document.add("Curves", Picture("curves", "losses by configuration", draw_groups(ranking)))
+    document.add("Runs", _runs_table(runs, names))
     found = differences(runs)
     for aspect in dict.fromkeys(d.aspect for d in found):
-        rows = [[f"`{d.key}`", *d.values] for d in found if d.aspect == aspect]
-        document.add(f"Differences: {aspect}", Table([aspect, *names], rows))
-    rows = [
-        [name, f"`{run.receipt['config_sha256'][:12]}`", f"`{run.code[:12]}`",
-         str(len(run.records)), f"{run.val_loss:.4f}"]
-        for name, run in zip(names, runs, strict=True)
-    ]  # fmt: skip
-    head = ["run", "config", "code", "steps", "validation loss"]
-    document.add("Results", Table(head, rows))
-    if any(run.records for run in runs):
-        figure = draw_runs(dict(zip(names, runs, strict=True)))
-        document.add("Curves", Picture("curves", "loss of each run", figure))
+        document.add(f"Differences: {aspect}", _differences_table(aspect, found, names))
     return document
 
 
-def _names(runs: Sequence[FinishedRun]) -> list[str]:
-    """The shortest ends of the folders' paths that tell them apart."""
-    parts = [run.folder.resolve().parts for run in runs]
-    for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(p[-length:]) for p in parts]
-        if len({*names}) == len(names):
-            return names
-    return [str(run.folder) for run in runs]
+def _title(runs: Sequence[RunSummary]) -> str:
+    return "One run" if len(runs) == 1 else f"Comparison of {len(runs)} runs"
+
+
+def _lead(ranking: Ranking, runs: Sequence[RunSummary]) -> str:
+    """Who leads, and how the runs differ."""
+    best, measure = ranking.groups[0], ranking.measure
+    if not best.values(measure):
+        leads = "No run was evaluated yet"
+    elif len(ranking.groups) == 1:
+        leads = f"{best.label}: {measure} {best.shown(measure)}"
+    else:
+        leads = f"{best.label} leads with {measure} {best.shown(measure)}"
+    return f"{leads}." if len(runs) == 1 else f"{leads}; {explain(runs)}."
+
+
+def _warnings(ranking: Ranking) -> Iterator[str]:
+    """What forbids to take the order for an answer."""
+    if ranking.why:
+        yield f"Ranked by bits per byte, since {ranking.why}."
+    runs = [run for group in ranking.groups for run in group.runs]
+    if len({run.step for run in runs if run.records}) > 1:
+        yield "Not all runs have done as many steps."
+    if len(runs) > 1 and any(len(group.runs) == 1 for group in ranking.groups):
+        yield (
+            "A configuration with one seed has no band: differences as small as those between seeds"
+            " mean nothing."
+        )
+
+
+def _ranking_table(ranking: Ranking) -> Table:
+    measures = (LOSS, BITS) if ranking.measure == LOSS else (BITS, LOSS)
+    unit = {LOSS: "val_loss, nats per token", BITS: "bits per byte"}
+    rows = [
+        [str(place), f"`{group.label}`", str(len(group.runs)), *map(group.shown, measures)]
+        for place, group in enumerate(ranking.groups, start=1)
+    ]
+    return Table(["place", "configuration", "seeds", *(unit[m] for m in measures)], rows)
+
+
+def _runs_table(runs: Sequence[RunSummary], names: Sequence[str]) -> Table:
+    rows = [
+        [name, run.state, f"{run.step:,}", f"{run.records[-1].get('tokens', 0):,}"
+         if run.records else "", _number(run.value(LOSS)), _number(run.value(BITS)),
+         str(run.config.get("seed", "")), f"`{run.aspect('code').get('source_sha256', '')[:12]}`"]
+        for name, run in zip(names, runs, strict=True)
+    ]  # fmt: skip
+    head = ["run", "state", "steps", "tokens", "val_loss", "bits per byte", "seed", "code"]
+    return Table(head, rows)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}" if math.isfinite(value) else "not finite"
+
+
+def _differences_table(aspect: str, found: Sequence[RunDifference], names: Sequence[str]) -> Table:
+    """A column a run; of many runs a line a run and a column a key."""
+    some = [d for d in found if d.aspect == aspect]
+    if len(names) <= _MOST_COLUMNS or len(some) > _MOST_COLUMNS:
+        return Table([aspect, *names], [[f"`{d.key}`", *d.values] for d in some])
+    rows = [[name, *values] for name, *values in zip(names, *(d.values for d in some), strict=True)]
+    return Table(["run", *(f"`{d.key}`" for d in some)], rows)
 
 
 if __name__ == "__main__":

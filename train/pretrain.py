@@ -35,7 +35,7 @@ from data.cache import raise_if_full
 from parallel.launch import check_launch, launched_rank
 from train.config.command_line import CONF, normalise, options, sweeps
 from train.config.schema import RunConfig, load
-from train.config.sweep import forget_refused, in_own_folder
+from train.config.sweep import forget_refused, in_own_folder, sweep_folders
 from train.errors import (
     FAILURES,
     USER_ERRORS,
@@ -47,11 +47,17 @@ from train.errors import (
 )
 from train.preflight.reach import check_reach
 from train.recovery.stop import Stopped, stop_with_launcher
-from train.run_folder.folder import check_run_folder, make_writable, untouched_if_refused
+from train.run_folder.folder import (
+    CONFIG,
+    check_run_folder,
+    make_writable,
+    untouched_if_refused,
+)
 from train.stages import check_contexts, check_rows, check_schedule, resolve
 
 if TYPE_CHECKING:
     from train.preflight.precision import Measure, PrecisionChoice
+    from train.record.ranking import RunSummary
 
 log = logging.getLogger(__name__)
 PATIENCE = 10.0  # seconds that a rank with a user error waits for rank 0 to have told it
@@ -173,6 +179,7 @@ def cli(args: Sequence[str]) -> int:
         The exit code; of several jobs the worst (1 before 2 before 75 before 0).
     """
     codes: list[int] = []
+    folders: list[Path] = []
     untold: list[str] = []
     pid = os.getpid()
     try:
@@ -190,10 +197,15 @@ def cli(args: Sequence[str]) -> int:
                 " of a size like it",
                 choices.get("train"),
             )
-        code = _guarded(lambda: main(in_own_folder(cfg, sys.argv[1:])), untold)
+        code = _guarded(lambda: main(own(cfg)), untold)
         codes.append(code)
         if os.getpid() != pid and code:  # a launcher's worker process: the list stays behind
             raise RuntimeError(f"job {HydraConfig.get().job.override_dirname} left with {code}")
+
+    def own(cfg: DictConfig) -> DictConfig:
+        cfg = in_own_folder(cfg, sys.argv[1:])
+        folders.append(Path(cfg.run_dir))
+        return cfg
 
     def compose_and_run() -> int:
         with _hydra_reads([sys.argv[0], *normalise(args)]):
@@ -207,12 +219,35 @@ def cli(args: Sequence[str]) -> int:
         code = ExitCode.resumable
     if sweeps(args) and launched_rank() == 0 and set(codes) <= {ExitCode.user_error}:
         forget_refused(args)
+    elif sweeps(args) and launched_rank() == 0:
+        _tell_ranking(folders or sweep_folders(args))
     _let_rank_0_tell(untold)
     if "torch" in sys.modules:
         from parallel.mesh import leave_process_group  # noqa: PLC0415
 
         leave_process_group()
     return code
+
+
+def _tell_ranking(folders: Sequence[Path]) -> None:
+    """What a sweep's runs have reached, the best first."""
+    from train.record.ranking import rank, ranking_lines, read_summary  # noqa: PLC0415
+
+    try:
+        runs = [read_summary(folder) for folder in folders if (folder / CONFIG).is_file()]
+    except USER_ERRORS as error:
+        log.warning("no ranking: %s", one_line(error))
+        return
+    if len(runs) > 1:
+        for line in ranking_lines(rank(runs)):
+            log.info("%s", line)
+        log.info("v4 report %s compares them", " ".join(map(str, _parents(runs))))
+
+
+def _parents(runs: Sequence[RunSummary]) -> list[Path]:
+    """The folder of a sweep where its runs lie in one, else their own folders."""
+    folders = [run.folder for run in runs]
+    return [folders[0].parent] if len({f.parent for f in folders}) == 1 else folders
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from model.transformer import DeepSeekV4
 from quant.config import Recipe
 from train.config.schema import Weights
 from train.errors import UserError
-from train.exchange.open import load_model
+from train.exchange.model_source import ModelSource
+from train.exchange.open import fill_model, open_source
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -45,15 +46,23 @@ def open_model(options: argparse.Namespace) -> tuple[DeepSeekV4, Tokenizer | Non
     Raises:
         ValueError: it cannot be read, or there is no such device.
     """
+    model, tokenizer, _ = open_model_source(options)
+    return model, tokenizer
+
+
+def open_model_source(
+    options: argparse.Namespace,
+) -> tuple[DeepSeekV4, Tokenizer | None, ModelSource]:
+    """The same, with the place that it comes from."""
     if options.chunk_tokens < 1:
         raise UserError(f"--chunk-tokens {options.chunk_tokens} must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()
     recipe = Recipe(options.quant) if options.quant else None
-    model, tokenizer = load_model(
-        options.model, "cuda" if on_gpu else "cpu", recipe, Weights(options.weights)
-    )
+    source = open_source(options.model, Weights(options.weights))
+    model = fill_model(source, "cuda" if on_gpu else "cpu", recipe)
+    tokenizer = source.tokenizer()
     if options.precision == "bf16":
         model.compute_dtype = torch.bfloat16
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
@@ -61,4 +70,4 @@ def open_model(options: argparse.Namespace) -> tuple[DeepSeekV4, Tokenizer | Non
             f"{options.model}: its tokenizer has {tokenizer.vocab_size} ids, its model"
             f" vocab_size={model.config.vocab_size}"
         )
-    return model, tokenizer
+    return model, tokenizer, source

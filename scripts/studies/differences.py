@@ -6,11 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.studies.store import FinishedRun
 from train.record.metrics import MEASURED
-from train.record.receipt import plain
+from train.record.ranking import RunSummary, has_effect
 
-_OF_NO_EFFECT = ("run_dir", "wandb.", "tensorboard", "sample.", "train.log_every")
 _ASPECTS = ("code", "data", "layout", "environment")
 
 
@@ -29,16 +27,19 @@ class RunDifference:
     values: tuple[str, ...]
 
 
-def differences(runs: Sequence[FinishedRun]) -> list[RunDifference]:
-    """Everything in which some run differs from another, the config first."""
-    found = _differing("config", [plain(run.run) for run in runs])
-    found = [d for d in found if not d.key.startswith(_OF_NO_EFFECT)]
+def differences(runs: Sequence[RunSummary]) -> list[RunDifference]:
+    """Everything in which some run differs from another, the config first.
+
+    What a run has not recorded, since it has not ended, differs from nothing.
+    """
+    found = _differing("config", [run.config for run in runs])
+    found = [d for d in found if has_effect(d.key)]
     for aspect in _ASPECTS:
-        found += _differing(aspect, [run.receipt.get(aspect, {}) for run in runs])
+        found += _differing(aspect, [run.aspect(aspect) for run in runs])
     return found
 
 
-def parting_step(one: FinishedRun, other: FinishedRun) -> int | None:
+def parting_step(one: RunSummary, other: RunSummary) -> int | None:
     """First step whose unmeasured fields differ; None where the common steps are equal bit for bit.
 
     Only fields that both wrote count: an archive holds fewer.
@@ -50,7 +51,7 @@ def parting_step(one: FinishedRun, other: FinishedRun) -> int | None:
     return None
 
 
-def explain(runs: Sequence[FinishedRun]) -> str:
+def explain(runs: Sequence[RunSummary]) -> str:
     """One line: in which aspects the runs differ, and where they part."""
     found = differences(runs)
     aspects = [name for name in ("config", *_ASPECTS) if any(d.aspect == name for d in found)]
@@ -72,8 +73,9 @@ def _differing(aspect: str, trees: Sequence[Any]) -> list[RunDifference]:
     keys = {key: None for tree in flat for key in tree}  # in order, each once
     found = []
     for key in keys:
-        values = [tree.get(key, "absent") for tree in flat]
-        if any(value != values[0] for value in values):
+        values = [tree.get(key, "absent") if tree else "not recorded" for tree in flat]
+        known = [value for value, tree in zip(values, flat, strict=True) if tree]
+        if any(value != known[0] for value in known):
             found.append(RunDifference(aspect, key, tuple(str(value) for value in values)))
     return found
 

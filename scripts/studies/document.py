@@ -28,6 +28,7 @@ img { max-width: 100%; }
 code { background: #f3f3f3; padding: 0 .2rem; overflow-wrap: anywhere; }
 .lead { font-size: 1.15rem; font-weight: 600; border-left: 4px solid #36c; padding-left: .8rem; }
 """
+_NARROW = "table { display: block; overflow-x: auto; } td, td code { white-space: nowrap; }"
 MARKDOWN, HTML = "report.md", "report.html"
 _ESCAPED = "backslashreplace"  # a damaged receipt may hold what has no UTF-8 form
 
@@ -105,6 +106,8 @@ class ReportDocument:
             body = body.replace(f'src="{name}.png"', f'src="data:image/png;base64,{encoded}"')
         title = html.escape(self.title)
         head = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+        head += '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        head += f"<style>{_NARROW}</style>"
         return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n{body}</body></html>\n'
 
 

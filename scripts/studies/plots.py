@@ -5,17 +5,40 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
 from scripts.studies.law import Law, Prediction
 from scripts.studies.results import ArmResult, CatchUp, StudyResults, curve_of
 from scripts.studies.statistics import Paired
-from scripts.studies.store import FinishedRun
+from train.record.ranking import LOSS, Group, Ranking
 
-_COLOURS = ("#1f5fbf", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa6", "#5b6770")
+_COLOURS = (
+    "#1f5fbf", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa6", "#5b6770", "#12a4b5", "#8a5a2b",
+    "#d957b0", "#8f9a00",
+)  # fmt: skip
+_STYLES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Line:
+    """How one of several things is drawn."""
+
+    colour: str
+    style: str
+
+
+def lines(count: int) -> list[Line]:
+    """Of each of ``count`` things, no two alike."""
+    if count <= len(_COLOURS) * len(_STYLES):
+        return [Line(colour, style) for style in _STYLES for colour in _COLOURS][:count]
+    hues = [to_hex(hsv_to_rgb((i / count, 0.9, 0.5 + 0.35 * (i % 2)))) for i in range(count)]
+    return [Line(hue, _STYLES[i % len(_STYLES)]) for i, hue in enumerate(hues)]
 
 
 def _axes(title: str, x: str, y: str, height: float = 4.2) -> tuple[Figure, Axes]:
@@ -31,9 +54,9 @@ def _axes(title: str, x: str, y: str, height: float = 4.2) -> tuple[Figure, Axes
 def draw_curves(arms: Iterable[ArmResult]) -> Figure:
     """Validation loss over steps: mean and range over seeds, training loss behind it."""
     figure, axes = _axes("mean over seeds, band: lowest to highest seed", "step", "nats per token")
-    for colour, arm in zip(_COLOURS, arms, strict=False):
-        if not arm.trained:
-            continue
+    arms = [arm for arm in arms if arm.trained]
+    for line, arm in zip(lines(len(arms)), arms, strict=True):
+        colour, style = line.colour, line.style
         train = _by_step(
             {r["step"]: r["loss"] for r in run.records if r["loss"] is not None}
             for run in arm.trained
@@ -43,7 +66,8 @@ def draw_curves(arms: Iterable[ArmResult]) -> Figure:
         points = _by_step(curve_of(run) for run in arm.trained)
         steps = list(points)
         means = [statistics.fmean(v) for v in points.values()]
-        axes.plot(steps, means, color=colour, marker="o", markersize=4, label=arm.name)
+        axes.plot(steps, means, color=colour, linestyle=style, marker="o", markersize=4,
+                  label=arm.name)  # fmt: skip
         lowest, highest = ([pick(v) for v in points.values()] for pick in (min, max))
         axes.fill_between(steps, lowest, highest, color=colour, alpha=0.2)
     axes.plot([], [], color="grey", alpha=0.5, linewidth=1, label="training loss, smoothed")
@@ -55,24 +79,61 @@ def draw_curves(arms: Iterable[ArmResult]) -> Figure:
     return figure
 
 
-def draw_runs(runs: Mapping[str, FinishedRun]) -> Figure:
-    """Training and validation loss of single runs, by name."""
-    figure, axes = _axes("line: training loss, smoothed; dots: validation", "step", "nats")
-    for colour, (name, run) in zip(_COLOURS, runs.items(), strict=False):
-        points = {r["step"]: r["loss"] for r in run.records if r["loss"] is not None}
-        axes.plot(list(points), _smooth(list(points.values())), color=colour, label=name)
-        curve = curve_of(run)
-        axes.plot(list(curve), list(curve.values()), "o", color=colour)
-    axes.legend()
+def draw_groups(ranking: Ranking) -> Figure:
+    """Each configuration over trained tokens: mean of its seeds, a band from lowest to highest.
+
+    Dots are validation. Training losses stand behind them where they compare.
+    """
+    compare = ranking.measure == LOSS
+    groups = ranking.groups
+    unit = "nats per token" if compare else "bits per byte"
+    title = "dots: validation; band: lowest to highest seed"
+    title += "; line: training loss, smoothed" if compare else ""
+    figure, axes = _axes(title, "tokens", unit, height=4.2 + 0.12 * max(0, len(groups) - 6))
+    for line, group in zip(lines(len(groups)), groups, strict=True):
+        style = {"color": line.colour, "linestyle": line.style}
+        axes.plot([], [], **style, marker="o", markersize=4, label=_short(group.label))
+        if compare:
+            _band(axes, _points(group, "loss"), style, smooth=True)
+        _band(axes, _points(group, ranking.measure), style | {"marker": "o", "markersize": 4})
+    axes.legend(fontsize="small", ncols=1 + len(groups) // 20)
     return figure
+
+
+def _points(group: Group, field: str) -> dict[int, list[float]]:
+    """Tokens -> values of all seeds that have them."""
+    return _by_step(
+        {r["tokens"]: r[field] for r in run.records if r.get(field) is not None and "tokens" in r}
+        for run in group.runs
+    )
+
+
+def _band(
+    axes: Axes, points: Mapping[int, list[float]], style: Mapping[str, Any], smooth: bool = False
+) -> None:
+    if not points:
+        return
+    means = [statistics.fmean(v) for v in points.values()]
+    axes.plot(list(points), _smooth(means) if smooth else means,
+              **({**style, "alpha": 0.5, "linewidth": 1} if smooth else style))  # fmt: skip
+    lowest, highest = ([pick(v) for v in points.values()] for pick in (min, max))
+    if not smooth and any(map(len, points.values())) and lowest != highest:
+        axes.fill_between(list(points), lowest, highest, color=style["color"], alpha=0.2)
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 60 else f"{label[:57]}..."
 
 
 def draw_search(arms: Iterable[ArmResult], steps: int) -> Figure:
     """Validation loss of the search over the learning rate; the chosen one is ringed."""
     figure, axes = _axes(f"search, {steps} steps, one seed", "learning rate", "validation loss")
-    for colour, arm in zip(_COLOURS, arms, strict=False):
+    arms = list(arms)
+    for line, arm in zip(lines(len(arms)), arms, strict=True):
+        colour = line.colour
         tried = {rate: loss for rate, loss in arm.choice.tried.items() if math.isfinite(loss)}
-        axes.plot(list(tried), list(tried.values()), color=colour, marker="o", label=arm.name)
+        axes.plot(list(tried), list(tried.values()), color=colour, linestyle=line.style, marker="o",
+                  label=arm.name)  # fmt: skip
         best = arm.choice.best
         if best in tried:
             axes.plot([best], [tried[best]], "o", markersize=14, mfc="none", color=colour)
@@ -93,8 +154,9 @@ def draw_differences(results: StudyResults) -> Figure:
         "",
         height=1.6 + 0.7 * len(rows),
     )
+    drawn = lines(len(rows) + 1)[1:]  # the first is the baseline's
     for place, (name, test) in enumerate(rows):
-        colour = "grey" if name == "A/A" else _COLOURS[(place + 1) % len(_COLOURS)]
+        colour = "grey" if name == "A/A" else drawn[place].colour
         axes.plot(list(test.differences.values()), [place] * len(test.differences), "o",
                   color=colour, alpha=0.5, markersize=5)  # fmt: skip
         axes.errorbar(test.mean, place, xerr=test.half_width, fmt="D", color=colour, capsize=4)

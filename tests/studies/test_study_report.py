@@ -20,10 +20,11 @@ from scripts.studies.protocol import Cell, Protocol
 from scripts.studies.report import study_document, write_study_report
 from scripts.studies.results import gather
 from scripts.studies.statistics import Finding, judge, paired
-from scripts.studies.store import Store, read_run
+from scripts.studies.store import Store
 from tests.helpers import ROOT
 from tests.studies.folders import CODE, leave_run
 from train.errors import UserError
+from train.record.ranking import read_summary
 
 WORDS = ["steps=100", "seeds=[1,2,3]", "catch_up.fractions=[0.25,0.5]"]
 
@@ -140,7 +141,7 @@ def test_report_of_two_runs_says_why_they_differ(tmp_path, capsys):
     for rate, seed in ((8e-3, 1), (8e-3, 2), (1e-2, 1)):
         leave(tmp_path, plan, Cell("muon", 100, rate, seed), 3.0 + seed)
     folders = sorted(path.parent for path in (tmp_path / "runs").rglob("receipt.json"))
-    runs = [read_run(folder) for folder in folders]
+    runs = [read_summary(folder) for folder in folders]
     assert [(d.aspect, d.key, d.values) for d in differences([runs[0], runs[1]])] == [
         ("config", "seed", ("1", "2")), ("data", "seed", ("1", "2")),
     ]  # fmt: skip
@@ -151,9 +152,9 @@ def test_report_of_two_runs_says_why_they_differ(tmp_path, capsys):
     assert report.main([*map(str, folders), *out]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| `optim.lr` | 0.008 | 0.008 | 0.01 |" in text
-    assert report.main([str(folders[0]), *out]) == 2
-    assert report.main([str(tmp_path), str(folders[0]), *out]) == 2
-    assert "holds no finished run" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert report.main([str(tmp_path / "empty"), str(folders[0]), *out]) == 2
+    assert "holds no run" in capsys.readouterr().err
 
 
 # ---- recorded losses -----------------------------------------------------------------------------

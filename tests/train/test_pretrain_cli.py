@@ -13,6 +13,9 @@ import pytest
 from hydra.core.global_hydra import GlobalHydra
 
 import train.build
+from tests.studies.folders import leave_run
+from train.config.command_line import normalise
+from train.config.sweep import sweep_folders
 from train.errors import ROOT, USER_ERRORS, ExitCode
 from train.pretrain import cli
 
@@ -142,6 +145,31 @@ def test_signal_ends_the_jobs_of_a_sweep_that_follow(tmp_path, monkeypatch):
     args = ["-m", "model=v4_tiny", "seed=0,1,2", f"run_dir={tmp_path}/study"]
     assert cli(args) == ExitCode.resumable
     assert begun == [0, 1]
+
+
+def test_sweep_ends_with_its_ranking(tmp_path, monkeypatch, caplog):
+    """Jobs of two learning rates and two seeds, each of which leaves a run with a known loss."""
+    caplog.set_level("INFO")
+
+    def build(run, precision):
+        folder = leave_run(Path(run.run_dir) / "left", run, {5: 1000 * run.optim.lr + run.seed})
+        for path in folder.iterdir():
+            path.rename(folder.parent / path.name)
+        folder.rmdir()
+        return Stub(ExitCode.finished)
+
+    monkeypatch.setattr(train.build, "build", build)
+    args = ["-m", "model=v4_tiny", "optim.lr=0.004,0.002", "seed=0,1", f"run_dir={tmp_path}/study"]
+    assert cli(args) == ExitCode.finished
+    assert caplog.messages[-4:] == [
+        "ranking by val_loss:",
+        "  1. 2.5000 (2.0000 to 3.0000) [2 seeds, finished]  optim.lr=0.002",
+        "  2. 4.5000 (4.0000 to 5.0000) [2 seeds, finished]  optim.lr=0.004",
+        f"v4 report {tmp_path}/study_sweep compares them",
+    ]
+    assert [f.name for f in sweep_folders(normalise(args))] == [
+        f"optim.lr={lr},seed={seed}" for lr in ("0.002", "0.004") for seed in (0, 1)
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

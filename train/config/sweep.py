@@ -71,13 +71,24 @@ def folder_name(differing: Sequence[str]) -> str:
 
 def forget_refused(args: Sequence[str]) -> None:
     """Remove the folder of a sweep none of whose jobs began: it holds Hydra's record alone."""
-    fixed = [o.input_line for o in parse(args) if not o.is_sweep_override()]
-    with contextlib.suppress(Exception), initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose("config", [o for o in fixed if o], return_hydra_config=True)
-        folder = Path(cfg.hydra.sweep.dir)
+    with contextlib.suppress(Exception):
+        folder = _sweep_folder(args)
         if folder.is_dir() and [path.name for path in folder.iterdir()] == [_RECORD]:
             (folder / _RECORD).unlink()
             folder.rmdir()
+
+
+def sweep_folders(args: Sequence[str]) -> list[Path]:
+    """Folders in that of a sweep, whose jobs other processes ran (a launcher's)."""
+    folder = _sweep_folder(args)
+    return sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+
+
+def _sweep_folder(args: Sequence[str]) -> Path:
+    fixed = [o.input_line for o in parse(args) if not o.is_sweep_override()]
+    with initialize_config_dir(str(CONF), version_base=None):
+        cfg = compose("config", [o for o in fixed if o], return_hydra_config=True)
+    return Path(cfg.hydra.sweep.dir)
 
 
 def _differing(text: str, override: Override, asked: Override) -> list[str]:

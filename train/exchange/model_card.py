@@ -117,13 +117,13 @@ def _data(receipt: Mapping[str, Any]) -> str:
         (
             name,
             *(f"{content[key]:,}" if key in content else "" for key in ("documents", "tokens")),
-            f"`{str(content.get('sha256', content.get('store', '')))[:12]}`",
+            f"`{str(content.get('train', content.get('store', '')))[:12]}`",
         )
         for name, content in sorted((data.get("sources") or {}).items())
     ]
     if not rows:
         return "The run has left no receipt that names it."
-    return _table(("source", "documents", "tokens", "sha256"), rows)
+    return _table(("source", "training documents", "tokens", "their hash"), rows)
 
 
 def _losses(origin: Provenance) -> str:

@@ -76,6 +76,13 @@ def load_model(
         ValueError: it cannot be read.
     """
     source = open_source(path, weights)
+    return fill_model(source, device, recipe), source.tokenizer()
+
+
+def fill_model(
+    source: ModelSource, device: torch.device | str = "cpu", recipe: Recipe | None = None
+) -> DeepSeekV4:
+    """The model of a source that is open; see :func:`load_model`."""
     model = DeepSeekV4(source.config)
     for name, tensor in model.state_dict().items():
         fill_parameter(tensor, name, source)
@@ -83,7 +90,7 @@ def load_model(
     quant = source.quant if recipe is None else QuantConfig(recipe=recipe)
     if quant is not None and quant.active:
         apply_quant(model, quant, QuantProbe(), keep_weights=True)
-    return model.to(device), source.tokenizer()
+    return model.to(device)
 
 
 @torch.no_grad()

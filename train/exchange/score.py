@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,45 @@ def token_nll(
     """
     check_document(ids_N, model.config)
     nll_N = torch.full(ids_N.shape, math.nan)
-    decoder = Decoder(model, 1, max(len(ids_N), 1))
+    for begin, nll_T, _ in _scored(model, ids_N, chunk_tokens):
+        nll_N[begin : begin + len(nll_T)] = nll_T
+        report(len(nll_T))
+    return nll_N
+
+
+@torch.no_grad()
+def score_continuation(
+    model: DeepSeekV4, ids_N: Tensor, count: int, chunk_tokens: int = 512
+) -> tuple[float, bool]:
+    """Negative log-likelihood of the end of a text, and whether greedy choice would write it.
+
+    Args:
+        model: in the state it is to be scored in.
+        ids_N: token ids; the last one is only asked for, so there may be one more than positions.
+        count: tokens of the end.
+        chunk_tokens: read at once.
+
+    Returns:
+        Nats of the ``count`` tokens together; whether each is the likeliest at its place.
+
+    Raises:
+        UserError: an id or a position that the model does not have.
+        TrainingFailedError: a score is not finite.
+    """
+    check_document(ids_N[:-1], model.config)
+    first, nats, greedy = len(ids_N) - count, 0.0, True
+    for begin, nll_T, likeliest_T in _scored(model, ids_N, chunk_tokens):
+        past = max(0, first - begin)
+        nats += float(nll_T[past:].double().sum())
+        greedy &= bool(likeliest_T[past:].all())
+    return nats, greedy
+
+
+def _scored(
+    model: DeepSeekV4, ids_N: Tensor, chunk_tokens: int
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """By chunk: place of its first target, nats [T] of each, whether it is the likeliest [T]."""
+    decoder = Decoder(model, 1, max(len(ids_N) - 1, 1))
     ids_N = ids_N.to(decoder.device)
     for begin in range(0, len(ids_N) - 1, chunk_tokens):
         read_T = ids_N[begin : min(begin + chunk_tokens, len(ids_N) - 1)]
@@ -81,9 +119,7 @@ def token_nll(
             raise TrainingFailedError(
                 f"the scores of tokens {begin + 1} to {begin + len(read_T)} are not all finite"
             )
-        nll_N[begin + 1 : begin + 1 + len(read_T)] = nll_T.cpu()
-        report(len(read_T))
-    return nll_N
+        yield begin + 1, nll_T.cpu(), (logits_TV.argmax(-1) == target_T).cpu()
 
 
 def check_document(ids_N: Tensor, config: ModelConfig) -> None:

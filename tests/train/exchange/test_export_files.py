@@ -19,7 +19,7 @@ VALIDATION = {"loss": 2.5, "bits_per_byte": 1.75, "xz_bits_per_byte": 2.25}
 RECEIPT = {
     "config_sha256": "c" * 64,
     "code": {"commit": "d" * 40, "source_sha256": "e" * 64},
-    "data": {"sources": {"words": {"documents": 12, "tokens": 3456, "sha256": "f" * 64}}},
+    "data": {"sources": {"words": {"documents": 12, "tokens": 3456, "train": "f" * 64}}},
     "progress": {"step": 10},
     "final_metrics": {"loss": 2.625},
     "validation": VALIDATION,

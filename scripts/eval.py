@@ -1,0 +1,193 @@
+"""Evaluate a model on tasks of lm-evaluation-harness, whose results others know.
+
+The model may be a run, a checkpoint, a transformers folder or an official folder; a run's results
+are added to its receipt. Tasks whose text is on no disk here are fetched by the harness, so they
+need a network; tasks of one's own are a YAML and a JSONL file below --include-path.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a file
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import difflib
+
+from scripts.cli.command import command
+from scripts.cli.model_options import add_model_options, open_model_source
+from scripts.cli.outputs import check_output, write_json
+from scripts.cli.parser import CommandParser
+from train.errors import UserError, one_line
+from train.record.receipt import HARNESS, RECEIPT, read_receipt
+from train.record.receipt import write_json as write_receipt
+
+EPILOG = """examples:
+  v4 eval runs/v4_nano --tasks lambada_openai,arc_easy --limit 200
+  v4 eval exported/nano --tasks mine --include-path tasks --out mine.json
+
+a task of one's own, tasks/mine.yaml, beside a file of lines {"question", "choices", "answer"}:
+  task: mine
+  dataset_path: json
+  dataset_kwargs: {data_files: {test: tasks/mine.jsonl}}
+  test_split: test
+  output_type: multiple_choice
+  doc_to_text: "{{question}}"
+  doc_to_choice: "{{choices}}"
+  doc_to_target: answer
+  metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+
+
+@command(logging.INFO)
+def main(words: Sequence[str] | None = None) -> None:
+    """Evaluate."""
+    evaluate(parse(words))
+
+
+def parse(words: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
+    add_model_options(parser)
+    parser.add_argument("--tasks", required=True, help="names with commas; groups of tasks too")
+    parser.add_argument("--include-path", type=Path, help="folder with tasks of one's own")
+    parser.add_argument("--fewshot", type=int, help="solved examples before each (default: the"
+                        " task's own number)")  # fmt: skip
+    parser.add_argument("--limit", type=int, help="the first so many documents of a task"
+                        " (default: all)")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=1234, help="of the choice of examples")
+    parser.add_argument("--out", type=Path, help="JSON file to write the results to")
+    return parser.parse_args(words)
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Do what the command line says.
+
+    Raises:
+        UserError: model or tasks cannot be read, or do not fit together.
+    """
+    for name in ("fewshot", "limit"):
+        value, least = getattr(options, name), 0 if name == "fewshot" else 1
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} must be at least {least}")
+    if options.out is not None:
+        check_output("--out", options.out, f'"{HARNESS}"')
+    names = [name for name in options.tasks.split(",") if name]
+    tasks = _tasks(names, options.include_path)
+    model, tokenizer, source = open_model_source(options)
+    if tokenizer is None:
+        raise UserError(f"{options.model} has no tokenizer, and tasks are texts")
+    from train.exchange.harness import HarnessModel  # noqa: PLC0415  after _tasks has looked
+
+    entry = {
+        "step": source.provenance.step,
+        "model": source.origin,
+        "weights": options.weights,
+        "precision": options.precision,
+        "quant": options.quant,
+        "fewshot": options.fewshot,
+        "limit": options.limit,
+        "seed": options.seed,
+        **_run(HarnessModel(model, tokenizer, options.chunk_tokens), names, tasks, options),
+    }
+    for line in _table(entry["results"]):
+        print(line)
+    if options.out is not None:
+        write_json(options.out, {HARNESS: [entry]})
+    if source.provenance.run:
+        _add_to_receipt(options.model, entry)
+
+
+def _tasks(names: Sequence[str], folder: Path | None) -> Any:
+    """The harness's list of tasks, in which all names stand.
+
+    Raises:
+        UserError: the package is not there, or a name is not.
+    """
+    try:
+        from lm_eval.tasks import TaskManager  # noqa: PLC0415  optional package
+    except ImportError as error:
+        raise UserError(
+            "v4 eval needs lm-evaluation-harness: pip install 'v4-pretrain[eval]'"
+        ) from error
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"--include-path {folder} is no folder")
+        own = TaskManager(include_path=str(folder), include_defaults=False)
+        unknown = [name for name in names if name not in own.all_tasks]
+        if not unknown:
+            return own  # the list of all others takes seconds to read
+        if near := difflib.get_close_matches(unknown[0], own.all_tasks, 1, cutoff=0.8):
+            raise UserError(f"--tasks {unknown[0]} is no task: did you mean {near[0]}?")
+    tasks = TaskManager(include_path=str(folder) if folder is not None else None)
+    for name in names:
+        if name not in tasks.all_tasks:
+            near = difflib.get_close_matches(name, tasks.all_tasks, 1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise UserError(f"--tasks {name} is no task of lm-evaluation-harness{hint}")
+    return tasks
+
+
+def _run(
+    model: Any, names: Sequence[str], tasks: Any, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Results and versions, by task.
+
+    Raises:
+        UserError: the text of a task cannot be had.
+    """
+    import lm_eval  # noqa: PLC0415  optional package
+
+    try:
+        found = lm_eval.simple_evaluate(
+            model=model, tasks=list(names), task_manager=tasks, num_fewshot=options.fewshot,
+            limit=options.limit, bootstrap_iters=0, fewshot_random_seed=options.seed,
+            log_samples=False,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:  # datasets: no file, no network, no such data set
+        raise UserError(f"--tasks {options.tasks}: {one_line(error)}") from error
+    assert found is not None
+    return {
+        "harness_version": lm_eval.__version__,
+        "versions": {name: found["versions"].get(name) for name in found["results"]},
+        "documents": {name: n["effective"] for name, n in found["n-samples"].items()},
+        "results": {name: dict(_numbers(values)) for name, values in found["results"].items()},
+    }
+
+
+def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Metrics without the standard errors, which were not asked for."""
+    for key, value in values.items():
+        is_number = isinstance(value, int | float) and math.isfinite(value)
+        if is_number and key != "sample_len" and "_stderr" not in key:
+            yield key.removesuffix(",none"), float(value)
+
+
+def _table(results: Mapping[str, Mapping[str, float]]) -> Iterator[str]:
+    width = max(map(len, results), default=0)
+    for task, values in sorted(results.items()):
+        for name, value in sorted(values.items()):
+            yield f"{task:{width}}  {name:20} {value:.4f}"
+
+
+def _add_to_receipt(path: Path, entry: Mapping[str, Any]) -> None:
+    """Add results to the receipt of the run that a path means."""
+    folder = path if (path / RECEIPT).is_file() else path.absolute().parents[1]
+    receipt = read_receipt(folder)
+    if not receipt:
+        logging.getLogger(__name__).warning(
+            "%s has left no %s yet: the results stand here alone", path, RECEIPT
+        )
+        return
+    write_receipt(folder / RECEIPT, {**receipt, HARNESS: [*receipt.get(HARNESS, []), dict(entry)]})
+    print(f"added to {folder / RECEIPT}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

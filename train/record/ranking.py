@@ -1,0 +1,263 @@
+"""Runs side by side, finished or not: how far each came, which are one configuration, who leads.
+
+Losses in nats per token compare only where the tokens are the same. So the measure is the
+validation loss where all runs share tokenizer and validation text, and bits per byte elsewhere.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.config.flat import flatten
+from train.errors import UserError, one_line
+from train.record.metrics import Record, read_metrics
+from train.record.receipt import RECEIPT
+from train.record.report import EVALUATION
+from train.run_folder.folder import CONFIG, IDENTITY, METRICS
+from train.run_folder.lock import is_held
+
+LOSS, BITS = "val_loss", "val_bits_per_byte"
+OF_NO_EFFECT = ("run_dir", "wandb.", "tensorboard", "sample.", "train.log_every")
+_SEEDS = ("seed", "init_seed_offset")
+_MOST_KEYS = 4  # in a label
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run, as far as it came.
+
+    Attributes:
+        folder: where it lies.
+        config: by dotted keys, as it lies there.
+        receipt: what it left at its end, or at its last stop; empty: nothing yet.
+        identity: what it is, written at its start; empty of an old run.
+        records: its metrics; empty of an evaluation.
+        state: finished, running or stopped.
+    """
+
+    folder: Path
+    config: Mapping[str, Any]
+    receipt: Mapping[str, Any]
+    identity: Mapping[str, Any]
+    records: list[Record]
+    state: str
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.records[-1]["step"]) if self.records else 0
+
+    def value(self, measure: str) -> float | None:
+        """Of the newest evaluation; None: there was none yet. Infinite where it was not finite."""
+        for record in (self.receipt.get("metrics"), *reversed(self.records), self._final()):
+            if record and measure in record:
+                value = record[measure]
+                return math.inf if value is None else float(value)
+        return None
+
+    def _final(self) -> Mapping[str, Any]:
+        return self.receipt.get("final_metrics") or {}
+
+    def aspect(self, name: str) -> Mapping[str, Any]:
+        """Code, data, layout or environment, as recorded; empty: it was not."""
+        if name in self.receipt:
+            return self.receipt[name]
+        if name == "data" and self.identity:
+            return {key: self.identity.get(key) for key in ("tokenizer", "sources")}
+        return self.identity.get(name) or {}
+
+    @property
+    def tokenizer(self) -> str:
+        """Equal where ids mean the same; empty: it is not recorded."""
+        tokenizer = self.aspect("data").get("tokenizer")
+        return json.dumps(tokenizer, sort_keys=True) if tokenizer else ""
+
+    @property
+    def validation_text(self) -> str:
+        """Equal where the same held-out text is evaluated; empty: it is not recorded."""
+        sources = self.aspect("data").get("sources") or {}
+        held = {name: (s or {}).get("validation") for name, s in sources.items()}
+        return json.dumps([held, self.config.get("train.eval_tokens")]) if held else ""
+
+    @property
+    def configuration(self) -> str:
+        """Equal where runs differ in their seeds alone."""
+        return json.dumps(
+            {k: v for k, v in self.config.items() if k not in _SEEDS and has_effect(k)},
+            sort_keys=True, default=str,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one configuration under several seeds.
+
+    Attributes:
+        label: what tells it from the others.
+        runs: of it.
+    """
+
+    label: str
+    runs: tuple[RunSummary, ...]
+
+    def values(self, measure: str) -> list[float]:
+        """Of the runs that were evaluated."""
+        return [v for run in self.runs if (v := run.value(measure)) is not None]
+
+    def mean(self, measure: str) -> float:
+        """Over its seeds; infinite where none was evaluated."""
+        return statistics.fmean(values) if (values := self.values(measure)) else math.inf
+
+    def shown(self, measure: str) -> str:
+        """Mean, and the range of its seeds where there are several."""
+        values = self.values(measure)
+        if not values:
+            return "not evaluated"
+        mean = self.mean(measure)
+        told = f"{mean:.4f}" if math.isfinite(mean) else "not finite"
+        several = len(values) > 1 and math.isfinite(mean)
+        return f"{told} ({min(values):.4f} to {max(values):.4f})" if several else told
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Groups, the best first.
+
+    Attributes:
+        measure: by which: ``val_loss`` or ``val_bits_per_byte``.
+        why: the measure; empty where losses compare as they are.
+        groups: in order.
+    """
+
+    measure: str
+    why: str
+    groups: tuple[Group, ...]
+
+
+def has_effect(key: str) -> bool:
+    """Whether a config key can change what is learnt."""
+    return not key.startswith(OF_NO_EFFECT)
+
+
+def find_runs(path: Path) -> list[Path]:
+    """The run folder that a path is, or those below it (a sweep's folder).
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / CONFIG).is_file():
+        return [path]
+    found = sorted(p.parent for p in path.rglob(CONFIG) if p.parent.name[0] != ".")
+    if not found:
+        raise UserError(f"{path} holds no run: no {CONFIG} in it or in a folder below")
+    return found
+
+
+def read_summary(folder: Path) -> RunSummary:
+    """Read one run folder, whatever state it is in.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    names = (CONFIG, RECEIPT, EVALUATION, IDENTITY)
+    files = {n: (folder / n).read_bytes() for n in names if (folder / n).is_file()}
+    records = read_metrics(folder / METRICS)
+    return summary_of(folder, files, records, is_held(folder))
+
+
+def summary_of(
+    folder: Path, files: Mapping[str, bytes], records: list[Record], held: bool = False
+) -> RunSummary:
+    """A run from its files.
+
+    Args:
+        folder: for messages and names.
+        files: name -> bytes of its config, and of receipt and identity where there are any.
+        records: its metrics.
+        held: whether a process trains it.
+
+    Raises:
+        UserError: a file is damaged; names it.
+    """
+    config = _parsed(folder, files, CONFIG, yaml.safe_load)
+    if not config:
+        raise UserError(f"{folder / CONFIG} is damaged: it holds no config")
+    name = RECEIPT if records or EVALUATION not in files else EVALUATION
+    receipt = _parsed(folder, files, name, json.loads)
+    done = receipt.get("finished") is True or name == EVALUATION
+    state = "running" if held else "finished" if done else "stopped"
+    identity = _parsed(folder, files, IDENTITY, json.loads)
+    return RunSummary(folder, flatten(config), receipt, identity, records, state)
+
+
+def _parsed(folder: Path, files: Mapping[str, bytes], name: str, parse: Any) -> dict[str, Any]:
+    if name not in files:
+        return {}
+    try:
+        content = parse(files[name])
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{folder / name} is damaged: {one_line(error)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{folder / name} is damaged: it holds no record")
+    return content
+
+
+def run_names(runs: Sequence[RunSummary]) -> list[str]:
+    """The shortest ends of the folders' paths that tell them apart."""
+    parts = [run.folder.resolve().parts for run in runs]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-length:]) for p in parts]
+        if len({*names}) == len(names):
+            return names
+    return [str(run.folder) for run in runs]
+
+
+def rank(runs: Sequence[RunSummary]) -> Ranking:
+    """Group runs by configuration and order the groups, the lowest measure first."""
+    measure, why = _measure(runs)
+    by_configuration: dict[str, list[RunSummary]] = {}
+    for run in runs:
+        by_configuration.setdefault(run.configuration, []).append(run)
+    names = dict(zip((run.folder for run in runs), run_names(runs), strict=True))
+    members = list(by_configuration.values())
+    labels = _labels([group[0] for group in members], [names[g[0].folder] for g in members])
+    groups = [Group(*pair) for pair in zip(labels, map(tuple, members), strict=True)]
+    return Ranking(measure, why, tuple(sorted(groups, key=lambda group: group.mean(measure))))
+
+
+def _measure(runs: Sequence[RunSummary]) -> tuple[str, str]:
+    if len({run.tokenizer for run in runs if run.tokenizer}) > 1:
+        return BITS, "the tokenizers differ"
+    if len({run.validation_text for run in runs if run.validation_text}) > 1:
+        return BITS, "the evaluated texts differ: no measure makes up for that"
+    return LOSS, ""
+
+
+def _labels(runs: Sequence[RunSummary], names: Sequence[str]) -> list[str]:
+    """The keys in which configurations differ, with their values; names where they are many."""
+    keys = [key for key in dict.fromkeys(k for run in runs for k in run.config)
+            if has_effect(key) and key not in _SEEDS
+            and len({str(run.config.get(key)) for run in runs}) > 1]  # fmt: skip
+    if not 0 < len(keys) <= _MOST_KEYS:
+        return list(names)
+    return [", ".join(f"{key}={run.config.get(key, 'absent')}" for key in keys) for run in runs]
+
+
+def ranking_lines(ranking: Ranking) -> list[str]:
+    """The ranking for a console: one line a configuration."""
+    head = f"ranking by {ranking.measure}" + (f" ({ranking.why})" if ranking.why else "")
+    lines = [head + ":"]
+    for place, group in enumerate(ranking.groups, start=1):
+        states = sorted({run.state for run in group.runs})
+        count = f"{len(group.runs)} seeds, " if len(group.runs) > 1 else ""
+        told = f"{group.shown(ranking.measure)} [{count}{', '.join(states)}]"
+        lines.append(f"{place:3}. {told}  {group.label}")
+    return lines
