@@ -78,21 +78,22 @@ class RunSummary:
     def tokenizer(self) -> str:
         """Equal where ids mean the same; empty: it is not recorded."""
         tokenizer = self.aspect("data").get("tokenizer")
-        return json.dumps(tokenizer, sort_keys=True) if tokenizer else ""
+        return json.dumps(tokenizer, sort_keys=True, allow_nan=False) if tokenizer else ""
 
     @property
     def validation_text(self) -> str:
         """Equal where the same held-out text is evaluated; empty: it is not recorded."""
         sources = self.aspect("data").get("sources") or {}
         held = {name: (s or {}).get("validation") for name, s in sources.items()}
-        return json.dumps([held, self.config.get("train.eval_tokens")]) if held else ""
+        asked = [held, self.config.get("train.eval_tokens")]
+        return json.dumps(asked, allow_nan=False) if held else ""
 
     @property
     def configuration(self) -> str:
         """Equal where runs differ in their seeds alone."""
         return json.dumps(
             {k: v for k, v in self.config.items() if k not in _SEEDS and has_effect(k)},
-            sort_keys=True, default=str,
+            sort_keys=True, default=str, allow_nan=False,
         )  # fmt: skip
 
 
