@@ -154,6 +154,14 @@ class DeepSpeedEngine(RankedEngine):
             yield name, self.partitions.gradient(name)
 
     @torch.no_grad()
+    def set_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Replace the reduced gradients, after a backward pass. Collective; for trials."""
+        for name, gradient in gradients.items():
+            self.partitions.set_gradient(name, gradient)
+        mine = gradients[self._watched].double() * self.data_degree
+        self._seen = torch.zeros_like(mine) if self.rank else mine
+
+    @torch.no_grad()
     def optimizer_step(self, lr: float, finite: bool) -> Update:
         """Clip and update; with a norm or loss that is not finite, only drop the gradients."""
         norm = self._norm()

@@ -45,6 +45,7 @@ def deepspeed_config(
     """
     # Theirs would replace F.linear in the whole process by another one.
     zero: dict[str, Any] = {"stage": engine.zero_stage, "memory_efficient_linear": False}
+    zero["reduce_bucket_size"] = 50_000_000  # elements; theirs is ten times that, allocated
     for key, where in _offloads(engine):
         zero[key] = {"device": where.value, "pin_memory": pin_memory}
         if where is OffloadTo.nvme:

@@ -15,7 +15,7 @@ import torch
 
 from parallel.config import SCHEDULES
 from parallel.mesh import check_layout
-from train.config.command_line import compose_run
+from train.config.command_line import CONF, compose_run
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.stages import check_contexts, check_rows, check_schedule, resolve
@@ -25,11 +25,12 @@ _DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
 
 @dataclass(frozen=True)
 class TrialLayout:
-    """What was asked for: ``parallel`` keys, and rows of a microbatch (0: default)."""
+    """What was asked for: ``parallel`` keys, rows of a microbatch (0: default), the engine."""
 
     text: str
     keys: dict[str, str]
     micro: int
+    engine: str = "torch"
 
     @property
     def ranks(self) -> int:
@@ -44,21 +45,28 @@ def parse(text: str) -> TrialLayout:
     Raises:
         ValueError: a word that is no degree, schedule or microbatch.
     """
-    keys, micro = {"dp_shard": "1"}, 0
+    keys, micro, engine = {"dp_shard": "1"}, 0, "torch"
     for word in text.split():
         key, _, value = word.partition("=")
         if key == "schedule" and value in SCHEDULES:
             keys[key] = value
         elif key in _DEGREES and value.isdigit() and int(value):
             keys[key] = value
+        elif key == "engine" and value in engines():
+            engine = value
         elif key == "micro" and value.isdigit() and int(value):
             micro = int(value)
         else:
             raise UserError(
                 f"layout {text!r}: {word!r} is none of {'=N, '.join((*_DEGREES, 'micro'))}=N,"
-                f" schedule={'|'.join(SCHEDULES)}"
+                f" schedule={'|'.join(SCHEDULES)}, engine={'|'.join(engines())}"
             )
-    return TrialLayout(text, keys, micro)
+    return TrialLayout(text, keys, micro, engine)
+
+
+def engines() -> list[str]:
+    """Options of ``conf/engine``."""
+    return sorted(path.stem for path in (CONF / "engine").glob("*.yaml"))
 
 
 def compose(layout: TrialLayout, args: argparse.Namespace, corpus: str, *more: str) -> RunConfig:
@@ -78,6 +86,7 @@ def compose(layout: TrialLayout, args: argparse.Namespace, corpus: str, *more: s
             f"train.steps={args.steps}", f"train.seq_len={args.seq_len}", "train.monitor_every=0",
             f"train.global_batch_tokens={args.rows * args.seq_len}", "train.precision=fp32",
             f"train.micro_batch_size={micro}", f"train.device={args.device}",
+            f"engine={layout.engine}",
             "optim.muon.dtype=fp32", f"run_dir={corpus}/run", *args.set,
             *(f"parallel.{key}={value}" for key, value in layout.keys.items()), *more,
         ]

@@ -33,6 +33,8 @@ from data.prepare import build_tokenizer
 from data.progress import end_with_parent
 from model.transformer import DeepSeekV4
 from parallel.collectives import whole
+from parallel.config import EngineName
+from parallel.deepspeed_engine import DeepSpeedEngine
 from parallel.engine import Engine, Shares, Update
 from parallel.launch import launched_world_size
 from train.build import build_engine, build_layout, build_model
@@ -219,8 +221,9 @@ def recording(model: nn.Module, into: Choices, rows: int) -> Iterator[None]:
 
 
 @contextmanager
-def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
+def replaying(engine: Engine, choices: Choices) -> Iterator[None]:
     """Let gates and indexers choose what was recorded for each row, in whatever step it comes."""
+    model = engine.model
     by_row: dict[RowKey, Tensors] = {}
     shard = next(iter(getattr(model, "stages", [model]))).kv_exchange.shard
     for chosen in (chosen for step in choices for chosen in step.values()):
@@ -228,6 +231,18 @@ def replaying(model: nn.Module, choices: Choices) -> Iterator[None]:
         here = shard.tokens(len(row_T2))
         (key,) = row_keys(row_T2[None, here, 0], row_T2[None, :, 1])
         by_row[key] = {name: t[here] for name, t in chosen.items() if name != ROW}
+    if isinstance(engine, DeepSpeedEngine):  # calls the model past its hooks
+        forward = engine._forward
+
+        def with_choices(batch: Batch, objective: Any) -> Any:
+            keys = row_keys(batch.input_ids_BT, batch.document_ids_BT)
+            rows = [by_row[key] for key in keys]
+            replay = {name: _together(name, rows).to(engine.device) for name in rows[0]}
+            return forward(batch, replace(objective, replay=replay))
+
+        engine._forward = with_choices
+        yield
+        return
 
     def before(module: nn.Module, args: Any, named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         given = _arguments(module, args, named)
@@ -285,8 +300,7 @@ def gathered(named: Tensors) -> Tensors:
 
 def gradients(engine: Engine) -> Tensors:
     """Whole gradients by name; a parameter without one has none."""
-    named = engine.model.named_parameters()
-    return gathered({name: p.grad for name, p in named if p.grad is not None})
+    return gathered({name: gradient.clone() for name, gradient in engine.gradients()})
 
 
 def weights(engine: Engine) -> Tensors:
@@ -393,7 +407,7 @@ def rounding(run: RunConfig, grads: Tensors, choices: Choices) -> dict[str, floa
     bench.phase.enter(step)
     rows = bench.loader.plan(step.num_rows, step.stage.seq_len)
     batches = microbatches(rows, step.num_rows, step.stage.micro_batch_size)
-    with replaying(exact, choices[:1]):
+    with replaying(bench.engine, choices[:1]):
         bench.engine.forward_backward(batches, objective_of(step, rows.counts))
     exactly = gradients(bench.engine)
     return {name: _norm(grad - exactly[name]) for name, grad in grads.items()}
@@ -408,7 +422,7 @@ def trials(run: RunConfig, ref: Reference, which: Sequence[str]) -> dict[str, An
         ref: of one process.
         which: of ``start``, ``update``, ``replay``, ``free``, ``bf16``.
     """
-    alone, count = run.parallel.resolve(launched_world_size()).world_size == 1, len(ref.losses)
+    alone, count = _alone(run), len(ref.losses)
     out: dict[str, Any] = {"ranks": launched_world_size()}
     if "start" in which:
         bench, watch = build_bench(run, alone), Watch(grads=True)
@@ -422,12 +436,16 @@ def trials(run: RunConfig, ref: Reference, which: Sequence[str]) -> dict[str, An
             out |= {"free_losses": found["losses"], "free_weights": found["weights"]}
     if "update" in which:
         bench = build_bench(run, alone)
-        set_gradients(bench.engine, ref.grads)
+        if isinstance(bench.engine, DeepSpeedEngine):
+            _leave_gradients(bench)
+            bench.engine.set_gradients(ref.grads)
+        else:
+            set_gradients(bench.engine, ref.grads)
         bench.engine.optimizer_step(run.optim.lr, finite=True)
         out |= from_update(ref, weights(bench.engine))
     if "replay" in which:
         bench = build_bench(run, alone)
-        with replaying(bench.engine.model, ref.choices):
+        with replaying(bench.engine, ref.choices):
             again = steps(bench, count)
         found = from_reference(ref, again, weights(bench.engine))
         out |= {"replay_losses": found["losses"], "replay_weights": found["weights"]}
@@ -436,8 +454,24 @@ def trials(run: RunConfig, ref: Reference, which: Sequence[str]) -> dict[str, An
 
 def last_loss(run: RunConfig, count: int) -> float:
     """Main loss of the last of ``count`` steps."""
-    bench = build_bench(run, run.parallel.resolve(launched_world_size()).world_size == 1)
-    return steps(bench, count)[-1]["loss"]
+    return steps(build_bench(run, _alone(run)), count)[-1]["loss"]
+
+
+def _leave_gradients(bench: Bench) -> None:
+    """Run a backward pass: DeepSpeed's gradients have places only after one."""
+    run, engine = bench.run, bench.engine
+    step = plan_step(1, 0, bench.plan, run.train, run.optim)
+    bench.phase.enter(step)
+    rows = bench.loader.plan(step.num_rows, step.stage.seq_len)
+    micro = step.stage.micro_batch_size
+    batches = microbatches(rows, step.num_rows, micro, engine.data_rank, engine.data_degree)
+    engine.forward_backward(batches, objective_of(step, rows.counts))
+
+
+def _alone(run: RunConfig) -> bool:
+    """Whether the run is one process of plain torch."""
+    one = run.parallel.resolve(launched_world_size()).world_size == 1
+    return one and run.engine.name is EngineName.torch
 
 
 # ---- distances -----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -33,7 +33,7 @@ from model.precision import precision_of
 from optim.config import StateDtype
 from optim.groups import Owner, build_table
 from optim.muon import CHUNK_ELEMENTS
-from parallel.config import ParallelConfig
+from parallel.config import EngineName, OffloadTo, ParallelConfig
 from parallel.launch import launched_world_size
 from parallel.pipeline_split import (
     PipelineStageParts,
@@ -46,6 +46,7 @@ from parallel.pipeline_split import (
 from train.audit.checks import JUDGED_BYTES
 from train.config.schema import Device, Precision, RunConfig
 from train.errors import USER_ERRORS, DoesNotFitError, UserError
+from train.preflight.resting import Resting, Values, rest_of_torch, rest_of_zero
 from train.stages import Stage, StagePlan, check_schedule
 
 GB = 1e9
@@ -53,6 +54,8 @@ _RUNTIME = {"cpu": 1.2e9, "cuda": 0.8e9}  # interpreter and libraries, CUDA cont
 # Bytes an element that Newton-Schulz holds beside its chunk: fp32 direction, two buffers and three
 # small squares in the compute dtype.
 _NEWTON_SCHULZ_BYTES = 14
+_TRAVELLING_BYTES = 8  # beside it: two chunks of momentum that come from the host; as many masters
+_ZERO_BUCKET_BYTES = 4 * 50_000_000  # parallel/zero_config.py
 _CLUSTER_GPU = 80e9  # bytes of the GPU that large layouts are also searched for
 _MAX_RANKS = 2**16
 
@@ -140,7 +143,7 @@ def check(run: RunConfig, plan: StagePlan, world: World) -> None:
     if need <= world.bytes_per_rank:
         if mismatch is not None:
             raise mismatch
-        return
+        return _check_host(run, plan, layout, world)
     if not world.bytes_per_rank:
         message = "train.device=cuda, but this machine has no CUDA device (train.device=auto, cpu)"
     else:
@@ -149,6 +152,21 @@ def check(run: RunConfig, plan: StagePlan, world: World) -> None:
             f" {world.device} rank(s), which have {_gb(world.bytes_per_rank)}"
         )
     raise DoesNotFitError(message, report(run, plan, layout, world))
+
+
+def _check_host(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World) -> None:
+    """Refuse what would rest in more host memory than there is; a CPU's is the device's own."""
+    if world.device == "cpu":
+        return
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    host, has = Needs(run, plan).resting(layout).host, _machine_memory() // local
+    if host > has:
+        raise DoesNotFitError(
+            f"parallel.offload={run.parallel.offload} (engine.offload_optimizer="
+            f"{run.engine.offload_optimizer.value}) keeps {_gb(host)} of model.name="
+            f"{run.model.name} in host memory, which has {_gb(has)} a rank",
+            report(run, plan, layout, world),
+        )
 
 
 def smallest_layouts(
@@ -211,6 +229,8 @@ def report(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World
         f"{run.model.name}: {counts.total:,} parameters, {counts.active:,} active a token",
         *memory_table([(name, memory) for name, _, memory in columns]),
     ]
+    if rest := Needs(run, plan).resting(layout).text():
+        lines.append(f"off the device: {rest}")
     lines.append(
         f"this world: {world.ranks} {world.device} rank(s) of {_gb(world.bytes_per_rank)}, {layout}"
     )
@@ -268,6 +288,7 @@ class Needs:
             for position in range(-1, _num_blocks(model) + 1)
         }
         self.largest_matrix = 0.0
+        self.values = {"muon": 0.0, "adamw": 0.0, "bf16": 0.0}
         self._splits: dict[tuple[int, str], list[PipelineStageParts]] = {}
         counts = {
             key: getattr(model, key) for key in ("o_groups", "index_n_heads", "num_attention_heads")
@@ -280,6 +301,9 @@ class Needs:
             block.elements[which] += size
             block.states[which] += size * (1 if muon else 2)
             (block.gathered if compute < 4 else block.fp32)[which] += size * compute
+            self.values["muon" if muon else "adamw"] += size
+            if compute < 4 and record.name != "embed.weight":  # read by row, not through a cast
+                self.values["bf16"] += size
             if muon:
                 self.largest_matrix = max(self.largest_matrix, size / record.num_matrices)
 
@@ -297,18 +321,37 @@ class Needs:
         ]
         return max(memories, key=lambda memory: memory.total)
 
+    def resting(self, layout: ParallelConfig) -> Resting:
+        """What a rank keeps off its device, the fullest of all pipeline stages."""
+        return max(
+            (self._resting(layout, part) for part in range(layout.pp)), key=lambda rest: rest.host
+        )
+
+    def _resting(self, layout: ParallelConfig, part: int) -> Resting:
+        engine = self.run.engine
+        if engine.name is EngineName.deepspeed:
+            optimizer, parameters = engine.offload_optimizer.value, engine.offload_parameters.value
+            return rest_of_zero(optimizer, parameters, Values(**self.values), layout.world_size)
+        states, here = self._states(layout, part), self._elements(layout, part)
+        share = here / sum(self.values[key] for key in ("muon", "adamw"))
+        values = Values(**{key: share * value for key, value in self.values.items()})
+        return rest_of_torch(self.run.parallel.offload, values, states)
+
+    def _elements(self, layout: ParallelConfig, part: int) -> float:
+        here, copies = self._held(layout, part)
+        return sum(_local(self.blocks[i].elements, layout) for i in [*here, *copies])
+
+    def _states(self, layout: ParallelConfig, part: int) -> float:
+        """Bytes of momentum and moments."""
+        state_bytes = 2 if self.run.optim.state_dtype == StateDtype.bf16 else 4
+        here, _ = self._held(layout, part)
+        return state_bytes * sum(_local(self.blocks[i].states, layout) for i in here)
+
     def _rank(self, stage: Stage, layout: ParallelConfig, device: str, part: int) -> Memory:
         run, model = self.run, self.run.model
         here, copies = self._held(layout, part)
-        shards = layout.shard_degree
-        split = (shards, max(layout.ep, shards))
-
-        def local(values: list[float]) -> float:
-            return sum(value / n for value, n in zip(values, split, strict=True))
-
-        weights = 4 * sum(local(self.blocks[i].elements) for i in [*here, *copies])
-        state_bytes = 2 if run.optim.state_dtype == StateDtype.bf16 else 4
-        states = state_bytes * sum(local(self.blocks[i].states) for i in here)
+        weights = 4 * self._elements(layout, part)
+        states = self._states(layout, part)
         if run.train.ema_decay:
             states += weights
         activations = self._activations(stage, layout, part, here)
@@ -318,7 +361,7 @@ class Needs:
             self._logits(stage) if _num_blocks(model) in here else 0.0,
             newton_schulz - activations if self.largest_matrix else 0.0,
         )
-        return Memory(
+        memory = Memory(
             weights=round(weights),
             gradients=round(weights),
             optimizer=round(states),
@@ -328,6 +371,53 @@ class Needs:
             audit=round(self._audit(weights, layout, here)),
             runtime=round(_RUNTIME[device]),
         )
+        if run.engine.name is EngineName.deepspeed:
+            return self._under_zero(memory, layout, device)
+        return self._offloaded(memory, layout, part) if device == "cuda" else memory
+
+    def _offloaded(self, memory: Memory, layout: ParallelConfig, part: int) -> Memory:
+        """The same with ``parallel.offload``; on a CPU the host's memory is the device's."""
+        offload = self.run.parallel.offload
+        if offload == "none":
+            return memory
+        travels = _TRAVELLING_BYTES * max(self.largest_matrix, CHUNK_ELEMENTS["cuda"])
+        averages = memory.optimizer - round(self._states(layout, part))
+        memory = replace(memory, optimizer=averages, temporary=memory.temporary + round(travels))
+        if offload == "optimizer":
+            return memory
+        bf16 = round(2 * self.values["bf16"])  # instead of fp32 weights and their bf16 copies
+        return replace(
+            memory,
+            weights=memory.weights - bf16,
+            gathered=memory.gathered - bf16,
+            temporary=memory.temporary + round(travels),
+        )
+
+    def _under_zero(self, memory: Memory, layout: ParallelConfig, device: str) -> Memory:
+        """The same under DeepSpeed: whole weights below ZeRO 3, and masters beside the weights."""
+        engine, ranks = self.run.engine, layout.world_size
+        whole = 4 * sum(self.values[key] for key in ("muon", "adamw"))
+        states, gradients = whole + memory.optimizer * ranks, whole
+        off_device = device == "cuda" and engine.offload_optimizer is not OffloadTo.none
+        if engine.zero_stage > 1:
+            gradients = (0.0 if off_device else whole / ranks) + _ZERO_BUCKET_BYTES
+        weights, gathered = whole, self._gathered(ParallelConfig(), list(self.blocks))
+        if engine.zero_stage == 3:
+            on_host = device == "cuda" and engine.offload_parameters is not OffloadTo.none
+            weights = 0.0 if on_host else whole / ranks
+            gathered = 4 * sum(sorted(sum(b.elements) for b in self.blocks.values())[-2:])
+        round_bytes = (_NEWTON_SCHULZ_BYTES + 8) * ranks * CHUNK_ELEMENTS[device]
+        memory = replace(
+            memory,
+            weights=round(weights),
+            gradients=round(gradients),
+            optimizer=0 if off_device else round(states / ranks),
+            gathered=round(gathered),
+            temporary=max(memory.temporary, round(round_bytes)),
+            audit=round(2 * whole / ranks),
+        )
+        # every rank begins with the whole model
+        return replace(memory, temporary=memory.temporary + max(0, round(whole) - memory.total))
 
     def _held(self, layout: ParallelConfig, rank: int) -> tuple[list[int], list[int]]:
         """Positions on a rank of the pp axis, and those of which it holds a second copy."""
@@ -428,6 +518,13 @@ class Needs:
         model = self.run.model
         tokens = min(model.loss_chunk_tokens, stage.micro_batch_size * stage.seq_len)
         return 3 * 4.0 * tokens * model.vocab_size
+
+
+def _local(values: list[float], layout: ParallelConfig) -> float:
+    """A rank's share of all but routed experts, and of those."""
+    shards = layout.shard_degree
+    rest, experts = values
+    return rest / shards + experts / max(layout.ep, shards)
 
 
 def _position(name: str, model: ModelConfig) -> int:

@@ -1,10 +1,15 @@
 """Bytes per rank from the config alone, against counts, sharding rules and real saved tensors."""
 
 import pytest
+import torch
 
 from model.activation_memory import gathered_entry_bytes
 from model.flops import parameter_counts
+from model.init import init_weights
+from model.transformer import DeepSeekV4
+from optim.build import build_optimizer
 from parallel.config import ParallelConfig
+from train.build import build_offload
 from train.config.command_line import compose_run
 from train.errors import DoesNotFitError
 from train.preflight.fit import GB, Needs, World, check, report, smallest_layouts
@@ -60,6 +65,61 @@ def test_sharding_divides_what_it_should():
 def test_gpu_presets_predict_a_peak_below_their_card(name, limit):
     peak = needs(f"experiment={name}").peak(ONE, "cuda").total / GB
     assert 0.5 * limit < peak < limit
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "card", "host"),
+    [("offload_12gb", "v4_small", 11.2, 24), ("offload_24gb", "v4_medium", 22.4, 56)],
+)
+def test_offload_presets_predict_a_peak_below_their_card(name, model, card, host):
+    """Of a card 7 % stays free, of the host what a system and a checkpoint's copy take."""
+    n = needs(f"experiment={name}")
+    peak, rest = n.peak(ONE, "cuda"), n.resting(ONE)
+    assert n.run.model.name == model
+    assert 0.5 * card < peak.total / GB < card
+    assert n.run.train.async_checkpoint
+    assert 2 * rest.host / GB < host  # a save copies what rests there
+    plain = needs(f"experiment={name}", "parallel.offload=none").peak(ONE, "cuda")
+    assert plain.total / GB > card  # else it would be no use
+    assert rest.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("offload", "precision"), [("optimizer", "fp32"), ("optimizer+master", "bf16")]
+)
+def test_host_bytes_are_those_of_the_real_tensors(offload, precision):
+    args = (
+        "model=v4_tiny", f"parallel.offload={offload}", f"train.precision={precision}",
+        "train.device=cpu",
+    )  # fmt: skip
+    n = needs(*args)
+    model = DeepSeekV4(n.run.model)
+    init_weights(model, 0)
+    given = build_offload(n.run, model, torch.device("cpu"))
+    assert given is not None
+    optimizer = build_optimizer(
+        model.named_parameters(), n.run.optim, split_counts=n.run.model.split_counts, offload=given
+    )
+    states = optimizer.state_dict().values()
+    real = sum(t.nbytes for state in states for key, t in state.items() if key != "step")
+    real += sum(master.nbytes for master in given.masters.values())
+    assert n.resting(ONE).host == real
+
+
+def test_zero_stages_cut_what_they_say_over_the_ranks():
+    eight = ParallelConfig(dp_shard=8)
+    memory = {
+        name: needs("model=v4_small", f"engine={name}").peak(eight, "cuda")
+        for name in ("deepspeed_zero1", "deepspeed_zero2", "deepspeed_zero2_offload",
+                     "deepspeed_zero3")
+    }  # fmt: skip
+    one, two, offloaded, three = memory.values()
+    assert one.weights == two.weights == 8 * three.weights
+    assert one.gradients > 2 * two.gradients
+    assert offloaded.optimizer == 0 < one.optimizer == two.optimizer == three.optimizer
+    rest = needs("model=v4_small", "engine=deepspeed_zero3_nvme").resting(eight)
+    assert rest.disk > 0
+    assert "GB on NVMe" in rest.text()
 
 
 @pytest.mark.core
