@@ -32,7 +32,7 @@ from model.context import ForwardContext, RopeTable
 from model.errors import ConfigError
 from model.kernels.attention import EntrySet
 from model.rope import rope_frequencies, rope_tables
-from model.sequence_plan import SequencePlan
+from model.sequence_plan import SequencePlan, SequenceShard
 
 
 class RowFormat(Protocol):
@@ -417,6 +417,8 @@ class KVCache:
             length_BT=(length_B1 + count_B1).expand(-1, width),
             num_documents=len(counts),
             compressed={},
+            shard=SequenceShard(),
+            row_tokens=width,
         )
         self._rope = rope_tables(position_BT, self._compressed_R)
         self._pass = Pass(

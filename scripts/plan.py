@@ -21,6 +21,7 @@ from model.flops import parameter_counts
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from scripts.cli.command import command
+from scripts.cli.parser import CommandParser
 from train.config.command_line import compose_run
 from train.config.schema import Device, Precision, RunConfig
 from train.errors import UserError
@@ -65,9 +66,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of the trainer")
     parser.add_argument("--gpus", type=int, help="of the other machine (default: this machine)")
     parser.add_argument("--memory", type=float, help="GB of each of them")
