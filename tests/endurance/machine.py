@@ -143,9 +143,7 @@ class Living:
             )  # fmt: skip
             if name != life.SECOND:  # there the other one did the work
                 after = checkpoints.tree(self._folder)
-                for tree in (before, after):
-                    tree.pop(LOCK, None)  # of a dead process: it may be taken over
-                check_refusal(printed, why or name, before, after)
+                check_refusal(printed, why or name, _unlocked(before), _unlocked(after))
             self._repair()
             return
         self._lineage[newest:] = [start.layout] * (life.MOST_STEPS - newest)
@@ -219,8 +217,10 @@ class Living:
         printed = second.ranks[0].printed()
         expect(code in (FINISHED, REFUSED), f"the second start left with {code}", printed)
         if code == REFUSED:
-            check_refusal(printed, why or "second start", before, after)
-            if not why:
+            if why:  # the first one stands before it owns the folder, or has left
+                check_refusal(printed, why, _unlocked(before), _unlocked(after))
+            else:
+                check_refusal(printed, "second start", before, after)
                 left = set(first.codes)
                 expect(left == {FINISHED}, f"the first start left with {left}", first.printed())
             return newest
@@ -289,3 +289,8 @@ def _tensors(folder: Path) -> dict[str, str]:
         with safe_open(path, framework="pt") as file:
             found |= {name: checkpoints.digest(file.get_tensor(name)) for name in file.keys()}
     return found
+
+
+def _unlocked(tree: dict[str, str]) -> dict[str, str]:
+    """A tree without the lock, which of a dead process may be taken over and let go."""
+    return {name: what for name, what in tree.items() if name != LOCK}
