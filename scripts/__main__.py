@@ -39,6 +39,7 @@ COMMANDS = {
     "eval": "scripts.eval",
     "export_hf": "scripts.export_hf",
     "import_hf": "scripts.import_hf",
+    "import_deepspeed": "scripts.import_deepspeed",
     "checkpoints": "scripts.checkpoints",
     "samples": "scripts.samples",
     "report": "scripts.report",

@@ -6,20 +6,25 @@ one rounding of fp32 away. All cases of a world share one spawn: DeepSpeed takes
 """
 
 import itertools
+import json
 import math
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 
+from model.config_json import official_config
 from optim.groups import Owner, build_table
 from parallel.activation_checkpoint import checkpoint_blocks
 from parallel.collectives import whole
 from parallel.config import EngineConfig, EngineName, OffloadTo, ParallelConfig
 from parallel.deepspeed_engine import DeepSpeedEngine, DeepSpeedError
 from parallel.mesh import build_mesh
-from tests.helpers import random_rows, relative, run_distributed, small_model, tiny_model
+from tests.helpers import ROOT, random_rows, relative, run_distributed, small_model, tiny_model
 from tests.parallel.ranks import CPU, OPTIM, SEQ_LEN, alone, forward_backward, worst_gradient
+from train.checkpoint.reader import load_each
 
 ROWS = 8
 EPS = torch.finfo(torch.float32).eps
@@ -148,3 +153,44 @@ def planted(rank, world):
 
 def test_planted_faults_of_the_release_are_named():
     run_distributed(planted, 2)
+
+
+def saves(rank, world, folder):
+    """What a user of DeepSpeed has: its own checkpoint folder, and config.json."""
+    os.environ["LOCAL_RANK"] = str(rank)
+    for stage in (2, 3):
+        engine = zero(stage, OffloadTo.none)
+        rows = random_rows(ROWS, SEQ_LEN, engine.model.config.vocab_size)
+        forward_backward(engine, rows, ROWS, 2)
+        engine.optimizer_step(1e-2, finite=True)
+        engine._zero_engine.save_checkpoint(str(folder / f"zero{stage}"))
+        tensors = {name: whole(tensor) for name, tensor in engine.state().items()}
+        if rank == 0:
+            model = {n: t for n, t in tensors.items() if n.startswith("model.")}
+            torch.save(model, folder / f"zero{stage}.pt")
+            config = folder / f"zero{stage}.json"
+            config.write_text(json.dumps(official_config(engine.model.config)))
+
+
+def imported(folder):
+    """In a process of its own: DeepSpeed's import warns, which pytest takes for an error."""
+    for stage in (2, 3):
+        target = folder / f"imported{stage}"
+        args = [f"zero{stage}", f"zero{stage}.json", f"imported{stage}"]
+        words = [
+            sys.executable,
+            "-m",
+            "scripts",
+            "import_deepspeed",
+            *(str(folder / a) for a in args),
+        ]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        expected = torch.load(folder / f"zero{stage}.pt")
+        found = dict(load_each(next((target / "checkpoints").iterdir()), list(expected)))
+        assert [n for n, tensor in expected.items() if not torch.equal(tensor, found[n])] == []
+
+
+def test_checkpoint_of_deepspeed_itself_is_imported(tmp_path):
+    run_distributed(saves, 2, tmp_path)
+    imported(tmp_path)
