@@ -23,7 +23,10 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim))
         self._rms_norm = select("rms_norm", kernels)
+        self._norm_rope = select("norm_rope", kernels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise; shape and dtype of ``x``."""
-        return self._rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """Normalise, and rotate if tables are given; shape and dtype of ``x``."""
+        if rope is None:
+            return self._rms_norm(x, self.weight, self.eps)
+        return self._norm_rope(x, self.weight, self.eps, *rope)

@@ -104,8 +104,8 @@ class CompressedPlan:
         valid_BL: an entry that is computed here exists.
         has_previous_BL: it is not its document's first.
         position_BL: position in the document of its block's first token.
-        first_BT: first visible entry of query t, of the whole row.
-        stop_BT: one past the last visible entry of query t.
+        first_BT: int32; first visible entry of query t, of the whole row.
+        stop_BT: int32; one past the last visible entry of query t.
         bounds: of these two over all rows.
         gathering: of a shard: how the row's entries are put together.
     """
@@ -139,8 +139,9 @@ class SequencePlan:
     Attributes:
         valid_BT: not padding.
         position_BT: position inside the document, 0 in padding.
-        start_BT: row of the document's first token among the tokens here and those of the window
-            before; 0 where it lies still before; for padding one past the token (sees nothing).
+        start_BT: int32; row of the document's first token among the tokens here and those of the
+            window before; 0 where it lies still before; for padding one past the token (sees
+            nothing).
         document_BT: number of the document in the batch, 0 .. num_documents - 1; padding runs are
             counted too.
         length_BT: tokens of the document that holds t, wherever they are.
@@ -216,7 +217,7 @@ def build_sequence_plan(
     return SequencePlan(
         valid_BT=valid_BT[:, here],
         position_BT=torch.where(valid_BT, row_T - run_start_BT, 0)[:, here],
-        start_BT=(start_BT - first_key).clamp(min=0),
+        start_BT=(start_BT - first_key).clamp(min=0).int(),
         document_BT=document_BT[:, here],
         length_BT=lengths[document_BT[:, here]],
         num_documents=num_documents,
@@ -266,8 +267,8 @@ def _compressed(
         valid_BL=valid_BL,
         has_previous_BL=has_previous_BL,
         position_BL=position_BL,
-        first_BT=first_BT,
-        stop_BT=stop_BT,
+        first_BT=first_BT.int(),
+        stop_BT=stop_BT.int(),
         bounds=bounds,
         gathering=gathering,
     )

@@ -50,11 +50,12 @@ class AllToAllDispatcher:
 
     Args:
         group: ranks that share the experts, in the order of the experts they hold.
+        sort: of this rank's own copies by expert.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, sort: LocalDispatcher) -> None:
         self._group, self._ranks = group, group.size()
-        self._sort = LocalDispatcher()
+        self._sort = sort
 
     def dispatch(
         self, x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, num_experts: int
@@ -79,12 +80,14 @@ class AllToAllDispatcher:
             state=_Route(local, sent, received, order_Q, place_Q),
         )
 
-    def combine(self, rows_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Bring results home and sum each token's K in fp32."""
+    def combine(
+        self, rows_RD: Tensor, dispatched: Dispatched, plus_ND: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Bring results home and sum each token's K, and ``plus``, in fp32."""
         route: _Route = dispatched.state
         rows_QD = spread(rows_RD, route.place_Q, route.order_Q[:, None])
         back_RD = self._exchange(rows_QD, route.sent, route.received)
-        return self._sort.combine(back_RD, route.local)
+        return self._sort.combine(back_RD, route.local, plus_ND, dtype)
 
     def _exchange(self, rows: Tensor, output: list[int], input_: list[int]) -> Tensor:
         return all_to_all_single_autograd(rows.contiguous(), output, input_, self._group)
@@ -102,7 +105,8 @@ def shard_experts(model: nn.Module, ep: DeviceMesh) -> int:
     """
     layers = [module for module in model.modules() if isinstance(module, MoE)]
     for layer in layers:
-        layer.dispatcher = AllToAllDispatcher(ep.get_group())
+        assert isinstance(layer.dispatcher, LocalDispatcher)
+        layer.dispatcher = AllToAllDispatcher(ep.get_group(), layer.dispatcher)
         for linear in layer.experts.children():
             assert isinstance(linear, GroupedLinear)
             sharded = distribute_tensor(linear.weight.data, ep, [Shard(0)], src_data_rank=None)

@@ -25,6 +25,7 @@ BENCHMARKS = {
     "checkpoint": "scripts.benchmarks.checkpoint",
     "recovery": "scripts.benchmarks.recovery",
     "efficiency": "scripts.benchmarks.efficiency",
+    "launches": "scripts.benchmarks.launches",
     "triton_aot": "scripts.benchmarks.triton_aot",
     "step_parts": "scripts.layout_trials.step_parts",
     "timeline": "scripts.layout_trials.timeline",

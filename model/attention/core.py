@@ -43,11 +43,16 @@ class WindowAttention(nn.Module):
         self.kv_norm = RMSNorm(self.head_dim, self.eps, config.kernels)
         self.kv_cast = ActivationCast()
         self.attn_sink = nn.Parameter(torch.empty(self.heads))
-        self.wo_a = BlockLinear(width // self.groups, self.groups * config.o_lora_rank, self.groups)
+        self.wo_a = BlockLinear(
+            width // self.groups,
+            self.groups * config.o_lora_rank,
+            self.groups,
+            select("block_linear", config.kernels),
+        )
         self.wo_b = Linear(self.groups * config.o_lora_rank, D)
         self._attention = select("attention", config.kernels)
-        self._rms_norm = select("rms_norm", config.kernels)
-        self._rope = select("rope", config.kernels)
+        self._norm_rope = select("norm_rope", config.kernels)
+        self._rope_back = select("rope_back", config.kernels)
 
     def forward(self, u_BTD: Tensor, context: ForwardContext) -> tuple[Tensor, Aux]:
         """Attend.
@@ -77,18 +82,16 @@ class WindowAttention(nn.Module):
     def project(self, u_BTD: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
         """Query latents [B, T, Q], rotated queries [B, T, H, K], rotated and cast KV [B, T, K]."""
         B, T, _ = u_BTD.shape
-        cos, sin = rope
         q_latent_BTQ = self.q_norm(self.wq_a(u_BTD))
         q_BTHK = self.wq_b(q_latent_BTQ).view(B, T, self.heads, self.head_dim)
-        q_BTHK = self._rope(self._rms_norm(q_BTHK, None, self.eps), cos, sin)
-        kv_BTK = self.kv_cast(self._rope(self.kv_norm(self.wkv(u_BTD)), cos, sin))
+        q_BTHK = self._norm_rope(q_BTHK, None, self.eps, *rope)
+        kv_BTK = self.kv_cast(self.kv_norm(self.wkv(u_BTD), rope))
         return q_latent_BTQ, q_BTHK, kv_BTK
 
     def output(self, o_BTHK: Tensor, rope: RopeTable) -> Tensor:
         """Turn values back to each query's own position and project them: [B, T, D]."""
         B, T = o_BTHK.shape[:2]
-        cos, sin = rope
-        o_BTHK = self._rope(o_BTHK, cos, -sin)
+        o_BTHK = self._rope_back(o_BTHK, *rope)
         return self.wo_b(self.wo_a(o_BTHK.reshape(B, T, self.groups, -1)))
 
     def rope(self, context: ForwardContext) -> RopeTable:

@@ -38,14 +38,16 @@ class CompressedSparseAttention(WindowAttention):
     def entries(self, u_BTD: Tensor, q_latent_BTQ: Tensor, context: ForwardContext) -> Entries:
         """The chosen entries, or in the full phases all visible ones."""
         plan, entry_rope = context.plan.compressed[self.ratio], context.entry_rope[self.ratio]
-        kv_BEK = self.compressor(u_BTD, plan, entry_rope, context.kv_exchange)
+        u_fp32 = u_BTD.float()
+        kv_BEK = self.compressor(u_fp32, plan, entry_rope, context.kv_exchange, u_BTD.dtype)
         entries = EntrySet(kv_BEK, plan.first_BT, plan.stop_BT, bounds=plan.bounds)
         sparse = context.phase is IndexerPhase.sparse
         if not (sparse or context.indexer_loss or context.monitors):
             return entries, None
         indexer = self.indexer(
-            u_BTD, q_latent_BTQ, plan, context.compressed_rope, entry_rope, context.kv_exchange
-        )
+            u_BTD, u_fp32, q_latent_BTQ, plan, context.compressed_rope, entry_rope,
+            context.kv_exchange,
+        )  # fmt: skip
         if sparse:
             index_BTN = context.replay.get(self.name)
             if index_BTN is None:

@@ -30,5 +30,6 @@ class HeavilyCompressedAttention(WindowAttention):
     def entries(self, u_BTD: Tensor, q_latent_BTQ: Tensor, context: ForwardContext) -> Entries:
         """All visible entries."""
         plan = context.plan.compressed[self.ratio]
-        kv_BEK = self.compressor(u_BTD, plan, context.entry_rope[self.ratio], context.kv_exchange)
+        rope = context.entry_rope[self.ratio]
+        kv_BEK = self.compressor(u_BTD, plan, rope, context.kv_exchange, u_BTD.dtype)
         return EntrySet(kv_BEK, plan.first_BT, plan.stop_BT, bounds=plan.bounds), None

@@ -41,16 +41,21 @@ class LightningIndexer(nn.Module):
     def forward(
         self,
         u_BTD: Tensor,
+        u_fp32: Tensor,
         q_latent_BTQ: Tensor,
         plan: CompressedPlan,
         rope: RopeTable,
         entry_rope: RopeTable,
         exchange: KVExchange,
     ) -> IndexerInputs:
-        """Queries [B, T, J, L], keys [B, E, L], head weights [B, T, J] with both factors."""
+        """Queries [B, T, J, L], keys [B, E, L], head weights [B, T, J] with both factors.
+
+        ``u_fp32`` is ``u_BTD`` in fp32, which the compressor reads.
+        """
         u, q_latent = u_BTD.detach(), q_latent_BTQ.detach()
         q_BTJL, w_BTJ = self.queries(u, q_latent, rope)
-        return q_BTJL, self.compressor(u, plan, entry_rope, exchange), w_BTJ
+        k_BEL = self.compressor(u_fp32.detach(), plan, entry_rope, exchange, u.dtype)
+        return q_BTJL, k_BEL, w_BTJ
 
     def queries(
         self, u_BTD: Tensor, q_latent_BTQ: Tensor, rope: RopeTable

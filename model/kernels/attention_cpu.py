@@ -87,7 +87,8 @@ def _indices(entries: EntrySet | None, kv_BEK: Tensor | None) -> list[Tensor | N
     """Entry keys, first, stop and index, contiguous."""
     if entries is None or kv_BEK is None:
         return [None, None, None, None]
-    given = (kv_BEK, entries.first_BT, entries.stop_BT, entries.index_BTN)
+    ranges = entries.first_BT.long(), entries.stop_BT.long()
+    given = (kv_BEK, *ranges, entries.index_BTN)
     return [None if tensor is None else tensor.contiguous() for tensor in given]
 
 
@@ -118,6 +119,6 @@ def attention_cpu(
     if entries is not None:  # the Function owns the differentiable entries; the set only indices
         detached = replace(entries, kv_BEK=entries.kv_BEK.detach())
     o, lse, mass = _CpuAttention.apply(
-        q_BTHK, kv_BUK, sink_H, entry_kv, start_BT.contiguous(), window, detached, library
+        q_BTHK, kv_BUK, sink_H, entry_kv, start_BT.long().contiguous(), window, detached, library
     )
     return AttentionResult(o, lse, mass)

@@ -164,16 +164,16 @@ def _rope(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 class _Rope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: _Op, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, op: _Op, x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.op = op
-        return op(x, cos, sin, 1.0)
+        ctx.op, ctx.sign = op, sign
+        return op(x, cos, sin, sign)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return None, ctx.op(grad.contiguous(), cos, sin, -1.0), None, None
+        return None, ctx.op(grad.contiguous(), cos, sin, -ctx.sign), None, None, None
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -183,11 +183,15 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return rope_by(OPS.rope, x, cos, sin)
 
 
-def rope_by(op: _Op, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The same by an operator of this schema, which the backward pass turns back."""
+def rope_by(op: _Op, x: Tensor, cos: Tensor, sin: Tensor, sign: float = 1.0) -> Tensor:
+    """The same by an operator of this schema, which the backward pass turns back; sign -1: back."""
+    return _Rope.apply(op, x.contiguous(), *tables(x, cos, sin), sign)
+
+
+def tables(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """Cosines and sines as kernels read them: fp32, one row for each token of x."""
     shape = (*x.shape[: cos.dim() - 1], cos.shape[-1])
-    cos, sin = (t.float().expand(shape).contiguous() for t in (cos, sin))
-    return _Rope.apply(op, x.contiguous(), cos, sin)
+    return tuple(t.float().expand(shape).contiguous() for t in (cos, sin))
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

@@ -131,6 +131,40 @@ def spread(x_TC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
     return _Spread.apply(x_TC, token_N, place_TK)
 
 
-def collect(rows_NC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
-    """Sum each token's K rows in fp32: the inverse direction of :func:`spread`."""
-    return _Collect.apply(rows_NC, token_N, place_TK)
+def send(
+    x_TC: Tensor, weight_TK: Tensor, token_N: Tensor, copy_N: Tensor, place_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Copy each token, and each copy's weight, to its place.
+
+    Args:
+        x_TC: tokens.
+        weight_TK: of their copies.
+        token_N: token of every row.
+        copy_N: copy t * K + k of every row.
+        place_TK: the row of every copy.
+
+    Returns:
+        Rows [N, C] and their weights [N].
+    """
+    weight_N1 = spread(weight_TK.reshape(-1, 1), copy_N, place_TK.view(-1, 1))
+    return spread(x_TC, token_N, place_TK), weight_N1[:, 0]
+
+
+def collect(
+    rows_NC: Tensor,
+    token_N: Tensor,
+    place_TK: Tensor,
+    plus_TC: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Sum each token's K rows in fp32: the inverse direction of :func:`spread`.
+
+    Args:
+        rows_NC: results.
+        token_N: token of every row.
+        place_TK: the K rows of every token.
+        plus_TC: added to the sum, if given.
+        dtype: the sum is rounded to it once.
+    """
+    total_TC = _Collect.apply(rows_NC, token_N, place_TK)
+    return (total_TC if plus_TC is None else total_TC + plus_TC).to(dtype)

@@ -50,8 +50,9 @@ def index_topk_cpu(
     E, count = k_BEL.shape[1], min(topk, k_BEL.shape[1])
     index_BTN = torch.empty(*q_BTJL.shape[:2], count, dtype=torch.int64)
     library.call(
-        "index_topk", q_BTJL.dtype, q_BTJL, k_BEL, w_BTJ.float(), first_BT.contiguous(),
-        stop_BT.contiguous(), index_BTN, *q_BTJL.shape, E, count,
+        "index_topk", q_BTJL.dtype, q_BTJL, k_BEL, w_BTJ.float(),
+        first_BT.long().contiguous(), stop_BT.long().contiguous(), index_BTN, *q_BTJL.shape, E,
+        count,
     )  # fmt: skip
     return index_BTN
 

@@ -25,12 +25,15 @@ from model.kernels import (
     cpu_build,
     elementwise,
     elementwise_fast,
+    gather,
     indexer,
     indexer_cpu,
     mhc,
     mhc_fast,
+    pool,
+    routing,
 )
-from model.linear import grouped_linear_op, grouped_linear_reference
+from model.linear import block_linear_loop, grouped_linear_op, grouped_linear_reference
 from model.rope import apply_rope
 
 Op = Callable[..., Any]
@@ -50,6 +53,19 @@ class Implementations(NamedTuple):
     torch: Op
     compiled: Op | None
     triton: str | None
+
+
+def _rope_back(kind: Kernels, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The inverse rotation by a kind's op."""
+    return _implementation("rope", kind)(x, cos, -sin)
+
+
+def _norm_rope(
+    kind: Kernels, x: Tensor, weight: Tensor | None, eps: float, cos: Tensor, sin: Tensor
+) -> Tensor:
+    """RMSNorm, then the rotation, by the two ops of a kind."""
+    normed = _implementation("rms_norm", kind)(x, weight, eps)
+    return _implementation("rope", kind)(normed, cos, sin)
 
 
 _OPS: dict[str, Implementations] = {
@@ -74,6 +90,21 @@ _OPS: dict[str, Implementations] = {
     "grouped_linear": Implementations(
         grouped_linear_reference, grouped_linear_op, None, "grouped:grouped_linear"
     ),
+    "route": Implementations(routing.route, routing.route, None, "routing:route"),
+    "expert_order": Implementations(
+        routing.expert_order, routing.expert_order, None, "routing:expert_order"
+    ),
+    "load_and_balance": Implementations(
+        routing.load_and_balance, routing.load_and_balance, None, "routing:load_and_balance"
+    ),
+    "send": Implementations(gather.send, gather.send, None, "grouped:send"),
+    "collect": Implementations(gather.collect, gather.collect, None, "grouped:collect"),
+    "pool_entries": Implementations(
+        pool.pool_entries, pool.pool_entries, None, "pool:pool_entries"
+    ),
+    "block_linear": Implementations(
+        block_linear_loop, block_linear_loop, None, "grouped:block_linear"
+    ),
     "rms_norm": Implementations(
         elementwise.rms_norm, elementwise.rms_norm, elementwise_fast.rms_norm, "norm_rope:rms_norm"
     ),
@@ -81,6 +112,18 @@ _OPS: dict[str, Implementations] = {
         elementwise.swiglu, elementwise.swiglu, elementwise_fast.swiglu, "swiglu:swiglu"
     ),
     "rope": Implementations(apply_rope, apply_rope, elementwise_fast.rope, "norm_rope:rope"),
+    "rope_back": Implementations(
+        functools.partial(_rope_back, Kernels.reference),
+        functools.partial(_rope_back, Kernels.torch),
+        functools.partial(_rope_back, Kernels.compiled),
+        "norm_rope:rope_back",
+    ),
+    "norm_rope": Implementations(
+        functools.partial(_norm_rope, Kernels.reference),
+        functools.partial(_norm_rope, Kernels.torch),
+        functools.partial(_norm_rope, Kernels.compiled),
+        "norm_rope:norm_rope",
+    ),
     "mhc_pre": Implementations(
         mhc.mhc_pre, mhc_fast.mhc_pre_torch, mhc_fast.mhc_pre, "mhc:mhc_pre"
     ),
@@ -207,7 +250,8 @@ def _implementation(op_name: str, kind: Kernels) -> Op:
     op = _OPS[op_name]
     if kind is Kernels.triton:
         file, _, function = str(op.triton).partition(":")
-        return getattr(import_module(f"model.kernels.triton.{file}"), function)
+        found = getattr(import_module(f"model.kernels.triton.{file}"), function)
+        return functools.update_wrapper(functools.partial(found), op.torch)
     found = {
         Kernels.reference: op.reference, Kernels.torch: op.torch, Kernels.compiled: op.compiled,
     }[kind]  # fmt: skip

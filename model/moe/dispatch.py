@@ -13,7 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from model.kernels.gather import collect, count, spread
+from model.config import Kernels
+from model.kernels.select import select
 
 
 @dataclass(frozen=True)
@@ -42,30 +43,35 @@ class Dispatcher(Protocol):
         """Send K copies of every token to its experts."""
         ...
 
-    def combine(self, rows_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Sum each token's K results in fp32: [N, D]."""
+    def combine(
+        self, rows_RD: Tensor, dispatched: Dispatched, plus_ND: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Sum each token's K results, and ``plus``, in fp32; rounded once to dtype: [N, D]."""
         ...
 
 
 class LocalDispatcher:
-    """All experts live here: a stable sort by expert."""
+    """All experts live here: a stable sort by expert.
+
+    Args:
+        kernels: which implementations order and move rows.
+    """
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._order = select("expert_order", kernels)
+        self._send, self._collect = select("send", kernels), select("collect", kernels)
 
     def dispatch(
         self, x_ND: Tensor, index_NK: Tensor, weight_NK: Tensor, num_experts: int
     ) -> Dispatched:
         """Sort the copies by expert, tokens in order inside each."""
-        N, K = index_NK.shape
-        expert_R = index_NK.flatten()
-        order_R = expert_R.argsort(stable=True)
-        place_NK = torch.empty_like(order_R)
-        place_NK[order_R] = torch.arange(N * K, device=order_R.device)
-        place_NK = place_NK.view(N, K)
-        token_R = order_R // K
-        offsets_E = count(expert_R, num_experts).cumsum(0).to(torch.int32)
-        weight_R = spread(weight_NK.reshape(N * K, 1), order_R, place_NK.view(-1, 1))[:, 0]
-        return Dispatched(spread(x_ND, token_R, place_NK), weight_R, offsets_E, (token_R, place_NK))
+        token_R, copy_R, place_NK, offsets_E = self._order(index_NK, num_experts)
+        rows_RD, weight_R = self._send(x_ND, weight_NK, token_R, copy_R, place_NK)
+        return Dispatched(rows_RD, weight_R, offsets_E, (token_R, place_NK))
 
-    def combine(self, rows_RD: Tensor, dispatched: Dispatched) -> Tensor:
-        """Sum each token's K results in fp32."""
+    def combine(
+        self, rows_RD: Tensor, dispatched: Dispatched, plus_ND: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        """Sum each token's K results, and ``plus``, in fp32."""
         token_R, place_NK = dispatched.state
-        return collect(rows_RD, token_R, place_NK)
+        return self._collect(rows_RD, token_R, place_NK, plus_ND, dtype)

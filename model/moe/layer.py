@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig, Router
 from model.context import ForwardContext
-from model.moe.balance import balance_loss, expert_load
+from model.kernels.select import select
 from model.moe.dispatch import Dispatcher, LocalDispatcher
 from model.moe.experts import Experts, SharedExpert, clamped_share
 from model.moe.router import Gate
@@ -32,7 +32,8 @@ class MoE(nn.Module):
         self.gate = Gate(config, router)
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config) if config.n_shared_experts else None
-        self.dispatcher: Dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher(config.kernels)
+        self._load_and_balance = select("load_and_balance", config.kernels)
 
     def forward(
         self, u_BTD: Tensor, input_ids_BT: Tensor, context: ForwardContext
@@ -45,18 +46,22 @@ class MoE(nn.Module):
         """
         B, T, D = u_BTD.shape
         u_ND, valid_N = u_BTD.reshape(B * T, D), context.plan.valid_BT.flatten()
-        routing = self.gate(u_ND, input_ids_BT.flatten(), context.replay.get(self.gate_name))
+        routing = self.gate(
+            u_ND, input_ids_BT.flatten(), valid_N, context.replay.get(self.gate_name)
+        )
         if context.record is not None:
             context.record[self.gate_name] = routing.index_NK
-        weight_NK = routing.weight_NK * valid_N[:, None]  # padding adds nothing
-        sent = self.dispatcher.dispatch(u_ND, routing.index_NK, weight_NK, self.num_experts)
+        sent = self.dispatcher.dispatch(u_ND, routing.index_NK, routing.weight_NK, self.num_experts)
         rows_RD, gate_RI, up_RI = self.experts(sent.rows_RD, sent.weight_R, sent.offsets_E)
-        y_ND = self.dispatcher.combine(rows_RD, sent)
-        if self.shared_experts is not None:
-            y_ND = y_ND + self.shared_experts(u_ND).float()
-        aux = {f"load:{self.gate_name}": expert_load(routing.index_NK, valid_N, self.num_experts)}
-        if context.balance_loss and self.gate.router is Router.learned:
-            aux["balance"] = balance_loss(routing, context.plan, context.kv_exchange)
+        shared_ND = None if self.shared_experts is None else self.shared_experts(u_ND)
+        y_ND = self.dispatcher.combine(rows_RD, sent, shared_ND, u_BTD.dtype)
+        load_E, balance = self._load_and_balance(
+            routing.index_NK, routing.score_NE, context.plan, context.kv_exchange,
+            balance=context.balance_loss and self.gate.router is Router.learned,
+        )  # fmt: skip
+        aux = {f"load:{self.gate_name}": load_E}
+        if balance is not None:
+            aux["balance"] = balance
         if context.monitors:
             aux |= clamped_share(gate_RI, up_RI, self.limit)
-        return y_ND.to(u_BTD.dtype).view(B, T, D), aux
+        return y_ND.view(B, T, D), aux

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from model.config import ModelConfig, Router
+from model.config import Kernels, ModelConfig, Router
 from model.kernels.gather import gather_rows
+from model.kernels.routing import balance_loss, expert_load
 from model.kv_exchange import WholeRows
 from model.linear import grouped_linear_op, grouped_linear_reference
-from model.moe.balance import balance_loss, expert_load, update_bias
+from model.moe.balance import update_bias
 from model.moe.dispatch import LocalDispatcher
-from model.moe.router import Gate, Routing
+from model.moe.router import Gate
 from model.sequence_plan import build_sequence_plan
 
 N, D, E, K = 40, 16, 6, 2
@@ -35,13 +36,15 @@ def gate(router=Router.learned):
 
 def inputs(seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(N, D, generator=generator), torch.randint(0, 30, (N,), generator=generator)
+    u = torch.randn(N, D, generator=generator)
+    ids = torch.randint(0, 30, (N,), generator=generator)
+    return u, ids, torch.ones(N, dtype=torch.bool)
 
 
 @pytest.mark.core
 def test_learned_gate_chooses_by_biased_and_weighs_by_unbiased_scores():
-    module, (u, ids) = gate(), inputs()
-    index, weight, _ = module(u, ids)
+    module, (u, ids, valid) = gate(), inputs()
+    index, weight, _ = module(u, ids, valid)
     scores = torch.log1p((u.double() @ module.weight.double().T).exp()).sqrt()
     for n in range(N):
         biased = scores[n] + module.bias.double()
@@ -60,17 +63,17 @@ def test_gate_ties_go_to_the_lower_expert():
 
 
 def test_hash_gate_follows_the_table_and_trains_its_weight():
-    module, (u, ids) = gate(Router.hash), inputs()
-    routing = module(u, ids)
+    module, (u, ids, valid) = gate(Router.hash), inputs()
+    routing = module(u, ids, valid)
     assert torch.equal(routing.index_NK, module.tid2eid[ids].long())
     (routing.weight_NK[:, 0]).sum().backward()
     assert module.weight.grad.abs().sum() > 0
 
 
 def test_fixed_choice_takes_weights_from_current_scores():
-    module, (u, ids) = gate(), inputs()
+    module, (u, ids, valid) = gate(), inputs()
     fixed = torch.stack([torch.randperm(E)[:K] for _ in range(N)])
-    index, weight, score = module(u, ids, fixed)
+    index, weight, score = module(u, ids, valid, fixed)
     assert torch.equal(index, fixed)
     picked = score.gather(1, fixed)
     assert torch.allclose(weight, picked / picked.sum(-1, keepdim=True) * 2.5)
@@ -78,11 +81,11 @@ def test_fixed_choice_takes_weights_from_current_scores():
 
 @pytest.mark.core
 def test_dispatch_sends_each_token_exactly_topk_times_and_back():
-    module, (u, ids) = gate(), inputs()
+    module, (u, ids, valid) = gate(), inputs()
     u.requires_grad_()
-    index, weight, _ = module(u.detach(), ids)
+    index, weight, _ = module(u.detach(), ids, valid)
     weight = weight.detach().requires_grad_()
-    dispatcher = LocalDispatcher()
+    dispatcher = LocalDispatcher(Kernels.fast)
     sent = dispatcher.dispatch(u, index, weight, E)
     assert (
         sent.offsets_E.tolist() == torch.bincount(index.flatten(), minlength=E).cumsum(0).tolist()
@@ -90,7 +93,7 @@ def test_dispatch_sends_each_token_exactly_topk_times_and_back():
     scale = torch.arange(1.0, E + 1)
     expert_of_row = torch.bucketize(torch.arange(N * K), sent.offsets_E, right=True)
     rows = sent.rows_RD * (scale[expert_of_row] * sent.weight_R)[:, None]
-    out = dispatcher.combine(rows, sent)
+    out = dispatcher.combine(rows, sent, None, torch.float32)
     expected = sum(u * (scale[index[:, k]] * weight[:, k])[:, None] for k in range(K))
     assert torch.allclose(out, expected, atol=1e-6)
     seed = torch.randn(N, D)
@@ -135,7 +138,7 @@ def test_balance_loss_is_per_document_and_ignores_padding():
     plan = build_sequence_plan(ids, ())
     score = torch.rand(N, E, requires_grad=True)
     index = torch.stack([torch.randperm(E)[:K] for _ in range(N)])
-    mine = balance_loss(Routing(index, torch.rand(N, K), score), plan, WholeRows())
+    mine = balance_loss(index, score, plan, WholeRows())
     expected = torch.zeros(())
     for document in range(plan.num_documents):
         tokens = [

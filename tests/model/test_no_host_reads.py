@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from model.config import IndexerPhase, Kernels, ModelConfig
+from model.kernels import routing
+from model.kernels.triton import pool
 from model.loss import Objective
-from model.moe import dispatch
 from model.transformer import DeepSeekV4
 from parallel.activation_checkpoint import checkpoint_blocks
 from tests.model.test_isolation import ALL_KINDS
@@ -53,15 +54,28 @@ def test_step_reads_nothing_from_the_device(phase, recompute):
     ],
 )
 def test_a_planted_read_is_seen(read, monkeypatch):
-    count = dispatch.count
+    count = routing.count
 
     def reading(index, size):
         read(index)
         return count(index, size)
 
-    monkeypatch.setattr(dispatch, "count", reading)
+    monkeypatch.setattr(routing, "count", reading)
     with pytest.raises((RuntimeError, NotImplementedError)):
         step(ALL_KINDS, IndexerPhase.sparse)
+
+
+@pytest.mark.parametrize("read", [lambda x: x.sum().item(), lambda x: x.cpu()])
+def test_a_read_beside_a_launch_is_seen(read, monkeypatch):
+    launch = pool.launch
+
+    def reading(kernel, grid, *args, **constants):
+        read(args[0])
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(pool, "launch", reading)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        step(replace(ALL_KINDS, kernels=Kernels.triton), IndexerPhase.sparse)
 
 
 @pytest.mark.parametrize("kernels", [Kernels.reference, Kernels.triton])

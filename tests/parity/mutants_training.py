@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import model.init as init_module
+import model.kernels.routing as routing_module
 import model.moe.balance as balance_module
-import model.moe.layer as layer_module
 import model.transformer as transformer_module
 from model.attention.csa import CompressedSparseAttention
 from model.attention.indexer import LightningIndexer
@@ -170,21 +170,19 @@ def _sigmoid_scores(gate: Gate, routing: Routing) -> Routing:
 
 
 def _choose_unbiased(real: Any) -> Any:
-    def choose(self: Gate, score_NE: Tensor, ids_N: Tensor) -> Tensor:
-        if self.router is Router.hash:
-            return real(self, score_NE, ids_N)
-        return score_NE.topk(self.topk, dim=-1).indices
+    def route(logits: Tensor, valid: Tensor, bias: Any, index: Any, *numbers: Any) -> Routing:
+        return real(logits, valid, None if bias is None else 0 * bias, index, *numbers)
 
-    return choose
+    return route
 
 
 def _table_ignored(real: Any) -> Any:
-    def choose(self: Gate, score_NE: Tensor, ids_N: Tensor) -> Tensor:
-        if self.router is Router.hash:
-            return score_NE.topk(self.topk, dim=-1).indices
-        return real(self, score_NE, ids_N)
+    def route(logits: Tensor, valid: Tensor, bias: Any, index: Any, *numbers: Any) -> Routing:
+        if bias is None:  # a hash layer
+            index = logits.topk(numbers[0], dim=-1).indices
+        return real(logits, valid, bias, index, *numbers)
 
-    return choose
+    return route
 
 
 weights_from_biased_scores = _routing(_biased_weights)
@@ -192,13 +190,13 @@ weights_not_renormalised = _routing(_not_renormalised)
 route_scale_missing = _routing(lambda g, r: r._replace(weight_NK=r.weight_NK / g.scale))
 hash_weights_equal = _routing(_hash_weights_equal)
 scores_are_sigmoids = _routing(_sigmoid_scores)
-choice_without_bias = attribute(Gate, "_choose", _choose_unbiased)
-hash_table_ignored = attribute(Gate, "_choose", _table_ignored)
+choice_without_bias = op("route", _choose_unbiased)
+hash_table_ignored = op("route", _table_ignored)
 shared_expert_scaled = attribute(
     SharedExpert, "forward", lambda real: lambda self, x: 1.5 * real(self, x)
 )
 load_counts_padding = attribute(
-    layer_module,
+    routing_module,
     "expert_load",
     lambda real: lambda index, valid, n: real(index, torch.ones_like(valid), n),
 )
@@ -211,7 +209,7 @@ bias_moves_the_wrong_way = attribute(
 def _whole_batch(real: Any) -> Any:
     """One sequence of all tokens instead of one a document."""
 
-    def loss(routing: Routing, plan: Any, exchange: Any) -> Tensor:
+    def loss(index: Tensor, score: Tensor, plan: Any, exchange: Any) -> Tensor:
         tokens = plan.valid_BT.sum()
         one = replace(
             plan,
@@ -219,15 +217,15 @@ def _whole_batch(real: Any) -> Any:
             num_documents=2,
             length_BT=torch.where(plan.valid_BT, tokens, 1),
         )
-        return real(routing, one, exchange)
+        return real(index, score, one, exchange)
 
     return loss
 
 
 balance_silently_zero = attribute(
-    layer_module, "balance_loss", lambda real: lambda *args: 0 * real(*args)
+    routing_module, "balance_loss", lambda real: lambda *args: 0 * real(*args)
 )
-balance_over_the_batch = attribute(layer_module, "balance_loss", _whole_batch)
+balance_over_the_batch = attribute(routing_module, "balance_loss", _whole_batch)
 
 
 # ---- MTP, objective -----------------------------------------------------------------------------

@@ -191,7 +191,9 @@ def check_bias_evens_the_load(config: ModelConfig) -> None:
 
     def load() -> Tensor:
         with torch.no_grad():
-            index = gate(u, torch.zeros(256, dtype=torch.int64)).index_NK
+            index = gate(
+                u, torch.zeros(256, dtype=torch.int64), torch.ones(256, dtype=torch.bool)
+            ).index_NK
         return torch.bincount(index.flatten(), minlength=config.n_routed_experts).float()
 
     first = load()

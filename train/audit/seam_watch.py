@@ -21,7 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from model.block import Block
-from model.linear import ActivationCast, GroupedLinear, Linear, linear_op
+from model.linear import (
+    ActivationCast,
+    BlockLinear,
+    GroupedLinear,
+    Linear,
+    linear_op,
+    reads_copies,
+)
 from quant.apply import SEAMS
 from quant.indexer import hadamard
 from quant.stored import to_bf16
@@ -90,22 +97,33 @@ def _watch_op(
 ) -> Callable[[], None]:
     op: Callable[..., Tensor] = module.op
 
-    def watched(x: Tensor, w: Tensor, *offsets: Tensor) -> Tensor:
-        y = op(x, w, *offsets)
-        if name not in reading.input_dtypes and x.numel():
-            reading.input_dtypes[name] = x.dtype
-            rows, w_OI = _busiest(w, *offsets) if offsets else (slice(0, _ROWS), w)
-            kept = [t.detach().flatten(0, -2)[rows].clone() for t in (x, y)]
-            if gathered:  # it is freed after use: keep what gives the first outputs
-                w_OI = w_OI.detach()[:_OUTPUTS].clone()
+    def look(x: Tensor, y: Tensor, w: Tensor, *offsets: Tensor) -> None:
+        if name in reading.input_dtypes or not x.numel():
+            return
+        reading.input_dtypes[name] = x.dtype
+        rows, w_OI = _busiest(w, *offsets) if offsets else (slice(0, _ROWS), w)
+        kept = [t.detach().flatten(0, -2)[rows].clone() for t in (x, y)]
+        if gathered:  # it is freed after use: keep what gives the first outputs
+            w_OI = w_OI.detach()[:_OUTPUTS].clone()
 
-            def compare() -> None:
-                expected = linear_op(kept[0].float(), w_OI.detach().float())
-                reading.op_errors[name] = _relative(kept[1][:, : expected.shape[1]], expected)
+        def compare() -> None:
+            expected = linear_op(kept[0].float(), w_OI.detach().float())
+            reading.op_errors[name] = _relative(kept[1][:, : expected.shape[1]], expected)
 
-            reading.kept.append(compare)
+        reading.kept.append(compare)
+
+    def watched(x: Tensor, w: Tensor, *more: Tensor) -> Tensor:
+        y = op(x, w, *more)
+        look(x, y, w, *(more[:1] if isinstance(module, GroupedLinear) else ()))
         return y
 
+    def first_block(_: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
+        assert isinstance(module, BlockLinear)
+        outs = module.out_features // module.groups
+        look(inputs[0][..., 0, :], y[..., :outs], module.weight[:outs])
+
+    if isinstance(module, BlockLinear) and reads_copies(op):  # one product may serve all blocks
+        return module.register_forward_hook(first_block).remove
     module.op = watched
     return lambda: setattr(module, "op", op)
 

@@ -87,12 +87,6 @@ def _scales(scale: float) -> tuple[float, float]:
     return scale * LOG2E, scale
 
 
-def _lengths(index: Tensor) -> Tensor:
-    """[B, T] int32: one past the last chosen entry of each list."""
-    place_N = torch.arange(1, index.shape[-1] + 1, device=index.device, dtype=torch.int32)
-    return torch.where(index >= 0, place_N, 0).amax(-1)
-
-
 def _forward(
     q: Tensor,
     kv: Tensor,
@@ -113,7 +107,7 @@ def _forward(
     chosen = bits if mode == "bits" else index
     launch(
         attention_forward, _row_grid(q, setting), q, kv, entries, sink, start, first,
-        _lengths(index) if mode == "list" and index is not None else stop, chosen, o, lse, T,
+        stop, chosen, o, lse, T,
         0 if entries is None else entries.shape[1], 0 if chosen is None else chosen.shape[-1],
         _scales(scale)[0], window, **setting, MODE=mode,
     )  # fmt: skip
@@ -171,18 +165,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, K = q.shape
     mode = _mode(entries, index, bits)
-    delta = torch.empty_like(lse)
+    delta, of_sink = torch.empty_like(lse), torch.empty_like(lse)
     launch(
-        attention_delta, (blocks(B * T * H, DELTA.sizes["BR"]),), o, grad, delta, B * T * H, K=K,
-        **DELTA.constants(),
+        attention_delta, (blocks(B * T * H, DELTA.sizes["BR"]),), o, grad, sink, lse, delta,
+        of_sink, B * T * H, H, K=K, **DELTA.constants(),
     )  # fmt: skip
-    grad_sink = -((sink - lse).exp() * delta).sum(dim=(0, 1))
+    grad_sink = of_sink.sum(dim=(0, 1))
     setting = _setting("queries", q, mode)
     grad_q = torch.empty_like(q)
     chosen = bits if mode == "bits" else index
     launch(
         attention_grad_queries, _row_grid(q, setting), q, kv, entries, start, first,
-        _lengths(index) if mode == "list" and index is not None else stop, chosen, lse, delta, grad,
+        stop, chosen, lse, delta, grad,
         grad_q, T, 0 if entries is None else entries.shape[1],
         0 if chosen is None else chosen.shape[-1], *_scales(scale), window, **setting, MODE=mode,
     )  # fmt: skip
@@ -307,7 +301,8 @@ def attention(
         E, place = table.shape[1], architecture_of(q.device)
         if index is not None and masks_choice(q.shape[2], E, index.shape[-1], place):
             index, bits = None, OPS.triton_pack_bits(index, E)
-        uses = (ints(entries.first_BT), ints(entries.stop_BT), index, bits)
+        stop = ints(entries.stop_BT) if index is None else OPS.triton_list_lengths(index)
+        uses = (ints(entries.first_BT), stop, index, bits)
     o, lse = _Attention.apply(
         q, kv, sink_H.float().contiguous(), table, ints(start_BT), window, scale, uses
     )

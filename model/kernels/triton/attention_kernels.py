@@ -152,15 +152,21 @@ def attention_mass(
 
 
 @triton.jit
-def attention_delta(O, DO, DELTA, rows, K: tl.constexpr, BR: tl.constexpr):
-    """``delta = o . do`` of each query and head. Grid (blocks of rows,)."""
+def attention_delta(
+    O, DO, SINK, LSE, DELTA, DSINK, rows, H, K: tl.constexpr, BR: tl.constexpr
+):  # fmt: skip
+    """Of each query and head ``delta = o . do``, and its part of dsink. Grid (blocks of rows,)."""
     r0 = tl.program_id(0).to(tl.int64) * BR
     r = tl.arange(0, BR)
     ok = r0 + r < rows
     at = r[:, None] * K + tl.arange(0, K)[None, :]
     o = tl.load(O + r0 * K + at, mask=ok[:, None], other=0.0).to(tl.float32)
     do = tl.load(DO + r0 * K + at, mask=ok[:, None], other=0.0).to(tl.float32)
-    tl.store(DELTA + r0 + r, tl.sum(o * do, 1), mask=ok)
+    delta = tl.sum(o * do, 1)
+    tl.store(DELTA + r0 + r, delta, mask=ok)
+    sink = tl.load(SINK + (r0 + r) % H, mask=ok, other=0.0)
+    lse = tl.load(LSE + r0 + r, mask=ok, other=0.0)
+    tl.store(DSINK + r0 + r, -tl.exp(sink - lse) * delta, mask=ok)
 
 
 @triton.jit

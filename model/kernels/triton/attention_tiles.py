@@ -196,7 +196,10 @@ _USES = (
     ("queries", "list"), ("queries", "range"), ("queries", "bits"), ("keys", "none"),
     ("keys", "range"), ("keys", "bits"), ("pairs", "list"), ("mass", "list"), ("mass", "range"),
 )  # fmt: skip
-_DELTA_TYPES = {"O": "*bf16", "DO": "*bf16", "DELTA": "*fp32", "rows": "i32"}
+_DELTA_TYPES = {
+    "O": "*bf16", "DO": "*bf16", "rows": "i32", "H": "i32",
+    **dict.fromkeys(("SINK", "LSE", "DELTA", "DSINK"), "*fp32"),
+}  # fmt: skip
 DELTA = Tile({"BR": 16}, warps=4, stages=1)
 SHIPPED = (
     *(_shipped(*use, *shape) for shape in _SHAPES for use in _USES),

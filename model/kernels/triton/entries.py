@@ -24,6 +24,8 @@ WORD = 64  # entries of a word of the bit mask
 PAIR_BYTES = 512 << 20
 
 _PACK = Tile({"BR": 4, "BW": 8, "BN": 64}, warps=4, stages=1)
+_LENGTHS = Tile({"BR": 4, "BN": 256}, warps=4, stages=1)
+_OWNERS = Tile({"BP": 1024}, warps=4, stages=1)
 _SUM = Tile({"BP": 8}, warps=4, stages=2)
 
 
@@ -71,6 +73,28 @@ def pack_bits(
 
 
 @triton.jit
+def list_lengths(INDEX, LENGTH, rows, N, BR: tl.constexpr, BN: tl.constexpr):
+    """One past the last chosen entry of each list. Grid (blocks of rows,)."""
+    row = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
+    length = tl.zeros([BR], tl.int32)
+    for n0 in range(0, N, BN):
+        n = n0 + tl.arange(0, BN)
+        ok = (row < rows)[:, None] & (n < N)[None, :]
+        e = tl.load(INDEX + row[:, None] * N + n[None, :], mask=ok, other=-1)
+        length = tl.maximum(length, tl.max(tl.where(e >= 0, n[None, :] + 1, 0), 1))
+    tl.store(LENGTH + row, length, mask=row < rows)
+
+
+@triton.jit
+def pair_owners(INDEX, OWNER, pairs, of_row, E, nobody, BP: tl.constexpr):
+    """The entry of the whole batch that a pair adds to; ``nobody``: none. Grid (blocks,)."""
+    at = tl.program_id(0).to(tl.int64) * BP + tl.arange(0, BP)
+    e = tl.load(INDEX + at, mask=at < pairs, other=-1)
+    owner = tl.where(e < 0, nobody, e + (at // of_row).to(tl.int32) * E)
+    tl.store(OWNER + at, owner, mask=at < pairs)
+
+
+@triton.jit
 def segment_sum(PAIRS, ORDER, OFFSETS, OUT, C, BC: tl.constexpr, BP: tl.constexpr):
     """``out[e] += sum of pairs[order[offsets[e] : offsets[e + 1]]]``, in order. Grid (entries,)."""
     e = tl.program_id(0).to(tl.int64)
@@ -95,6 +119,17 @@ def _pack(index: Tensor, entries: int) -> Tensor:
     return bits
 
 
+def _lengths(index: Tensor) -> Tensor:
+    B, T, N = index.shape
+    length = index.new_empty(B, T)
+    launch(
+        list_lengths, (blocks(B * T, _LENGTHS.sizes["BR"]),), index, length, B * T, N,
+        **_LENGTHS.constants(),
+    )  # fmt: skip
+    return length
+
+
+define("triton_list_lengths(Tensor index) -> Tensor", _lengths)
 define("triton_pack_bits(Tensor index, int entries) -> Tensor", _pack)
 
 
@@ -115,18 +150,21 @@ def sum_pairs(
     """
     B, T, N = index_BTN.shape
     total = index_BTN.new_zeros(B, entries, channels, dtype=torch.float32)
-    row_BT1 = torch.arange(B, device=index_BTN.device)[:, None, None] * entries
-    entry_P = torch.where(index_BTN < 0, B * entries, index_BTN + row_BT1).flatten()
-    every = torch.arange(B * entries + 1, device=index_BTN.device)
+    owner_P = index_BTN.new_empty(B * T * N)
+    launch(
+        pair_owners, (blocks(B * T * N, _OWNERS.sizes["BP"]),), index_BTN, owner_P, B * T * N,
+        T * N, entries, B * entries, **_OWNERS.constants(),
+    )  # fmt: skip
+    every = torch.arange(B * entries + 1, device=index_BTN.device, dtype=torch.int32)
     queries = max(1, PAIR_BYTES // (4 * channels * max(N, 1)))
     for first in range(0, B * T, queries):
         rows = min(queries, B * T - first)
-        ids, order = entry_P[first * N : (first + rows) * N].sort(stable=True)
+        ids, order = owner_P[first * N : (first + rows) * N].sort(stable=True)
         pairs = total.new_empty(rows * N, channels)
         write(first, rows, pairs)
-        offsets = torch.searchsorted(ids, every).int()
+        offsets = torch.searchsorted(ids, every, out_int32=True)
         launch(
-            segment_sum, (B * entries,), pairs, order.int(), offsets, total, channels,
+            segment_sum, (B * entries,), pairs, order, offsets, total, channels,
             BC=triton.next_power_of_2(channels), **_SUM.constants(),
         )  # fmt: skip
     return total
@@ -134,9 +172,13 @@ def sum_pairs(
 
 def _shipped() -> tuple[Shipped, ...]:
     pack = {"INDEX": "*i32", "BITS": "*i64", "rows": "i32", "N": "i32", "words": "i32"}
-    sums = {"PAIRS": "*fp32", "ORDER": "*i32", "OFFSETS": "*i32", "OUT": "*fp32", "C": "i32"}
+    owners = {"INDEX": "*i32", "OWNER": "*i32"}
+    owners |= dict.fromkeys(("pairs", "of_row", "E", "nobody"), "i32")
+    sums = {"PAIRS": "*fp32", "ORDER": "*i64", "OFFSETS": "*i32", "OUT": "*fp32", "C": "i32"}
     return (
         Shipped("pack bits", pack_bits, pack, {}, {"other": _PACK}),
+        Shipped("list lengths", list_lengths, {**pack, "LENGTH": "*i32"}, {}, {"other": _LENGTHS}),
+        Shipped("pair owners", pair_owners, owners, {}, {"other": _OWNERS}),
         *(
             Shipped(f"segment sum C={c}", segment_sum, sums, {"BC": c}, {"other": _SUM})
             for c in (64, 128, 512)

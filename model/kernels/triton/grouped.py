@@ -6,7 +6,7 @@ enough whatever the counts are; each program finds its expert from the offsets, 
 find none. The weight gradient walks through its expert's rows in order; an expert without rows
 writes zeros. No atomics.
 
-``spread`` and ``collect`` are those of ``model/kernels/gather.py``: gathers in both directions.
+``send`` and ``collect`` are those of ``model/kernels/gather.py``: gathers in both directions.
 """
 # pyright: reportGeneralTypeIssues=false
 
@@ -35,6 +35,7 @@ from model.kernels.triton.launch import (
     tile_of,
     upcast,
 )
+from model.linear import LinearOp
 
 # Two-byte operands. BM, BN, BK: rows, columns and contracted channels of a product's block.
 _TILES = {
@@ -131,8 +132,14 @@ def grouped_weight_gradient(
 
 
 @triton.jit
-def row_sums(X, INDEX, Y, N, C, K: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr):
-    """``y[n] = sum of x[index[n, k]]``, fp32, k in order. Grid (blocks of rows, of channels)."""
+def row_sums(
+    X, INDEX, PLUS, Y, WEIGHT, PLACE, MOVED, N, C, K: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr,
+):  # fmt: skip
+    """``y[n] = sum of x[index[n, k]] + plus[n]``, k in order. Grid (blocks of rows, of channels).
+
+    Summed in fp32; PLUS may be None. Unless WEIGHT is None, ``moved[n, k] = weight[place[n, k]]``.
+    """
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     ok = (n < N)[:, None] & (c < C)[None, :]
@@ -142,7 +149,14 @@ def row_sums(X, INDEX, Y, N, C, K: tl.constexpr, BN: tl.constexpr, BC: tl.conste
         x = tl.load(X + row[:, None] * C + c[None, :], mask=ok, other=0.0)
         total += x.to(tl.float32)
     at = n.to(tl.int64)[:, None] * C + c[None, :]
+    if PLUS is not None:
+        total += tl.load(PLUS + at, mask=ok, other=0.0).to(tl.float32)
     tl.store(Y + at, total.to(Y.dtype.element_ty), mask=ok)
+    if WEIGHT is not None:
+        if tl.program_id(1) == 0:
+            for k in tl.static_range(K):
+                row = tl.load(PLACE + n * K + k, mask=n < N, other=0)
+                tl.store(MOVED + n * K + k, tl.load(WEIGHT + row, mask=n < N), mask=n < N)
 
 
 def _tiles(dtype: torch.dtype) -> dict[str, Tile]:
@@ -173,13 +187,32 @@ def _weight_gradient(grad: Tensor, x: Tensor, offsets: Tensor, dtype: torch.dtyp
     return out
 
 
-def _row_sums(x: Tensor, index: Tensor, dtype: torch.dtype) -> Tensor:
+def _move(
+    x: Tensor, index: Tensor, plus: Tensor | None, weight: Tensor | None, place: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sums of rows, and the weights moved along (none: empty)."""
     (N, K), C = index.shape, x.shape[1]
     y = x.new_empty(N, C, dtype=dtype)
+    moved = x.new_empty(0 if weight is None else N * K, dtype=torch.float32)
     tile = _move_tile(C, architecture_of(x.device))
     grid = (blocks(N, tile.sizes["BN"]), blocks(C, tile.sizes["BC"]))
-    launch(row_sums, grid, x, index, y, N, C, K=K, **tile.constants())
-    return y
+    launch(
+        row_sums, grid, x, index, plus, y, weight, place, moved, N, C, K=K, **tile.constants()
+    )  # fmt: skip
+    return y, moved
+
+
+def _row_sums(x: Tensor, index: Tensor, plus: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return _move(x, index, plus, None, None, dtype)[0]
+
+
+def _send(x: Tensor, weight: Tensor, token: Tensor, copy: Tensor) -> tuple[Tensor, Tensor]:
+    return _move(x, token[:, None], None, weight, copy, x.dtype)
+
+
+def _send_backward(grad: Tensor, grad_weight: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    return _move(grad, place, None, grad_weight, place, grad.dtype)
 
 
 def _move_tile(channels: int, architecture: str) -> Tile:
@@ -194,16 +227,27 @@ define(
     " -> Tensor",
     _weight_gradient,
 )
-define("triton_row_sums(Tensor x, Tensor index, ScalarType dtype) -> Tensor", _row_sums)
+define(
+    "triton_row_sums(Tensor x, Tensor index, Tensor? plus, ScalarType dtype) -> Tensor", _row_sums
+)
+define("triton_send(Tensor x, Tensor weight, Tensor token, Tensor copy) -> (Tensor, Tensor)", _send)
+define(
+    "triton_send_backward(Tensor grad, Tensor grad_weight, Tensor place) -> (Tensor, Tensor)",
+    _send_backward,
+)
 
 
 class _GroupedLinear(torch.autograd.Function):
     """Keeps the weight as it came: a cast copy would outlive a layout that frees its gathers."""
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NI, w_EOI, offsets_E)
-        return OPS.triton_grouped(x_NI, w_EOI.to(x_NI.dtype), offsets_E, False)
+    def forward(
+        ctx: Any, x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor, copy_EOI: Tensor | None
+    ) -> Tensor:
+        read_EOI = w_EOI if copy_EOI is None else copy_EOI
+        ctx.save_for_backward(x_NI, read_EOI, offsets_E)
+        ctx.dtype = w_EOI.dtype
+        return OPS.triton_grouped(x_NI, read_EOI.to(x_NI.dtype), offsets_E, False)
 
     @staticmethod
     @once_differentiable
@@ -214,53 +258,118 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = OPS.triton_grouped(grad_NO, w_EOI.to(x_NI.dtype), offsets_E, True)
         if ctx.needs_input_grad[1]:
-            grad_w = OPS.triton_grouped_weight_gradient(grad_NO, x_NI, offsets_E, w_EOI.dtype)
-        return grad_x, grad_w, None
+            grad_w = OPS.triton_grouped_weight_gradient(grad_NO, x_NI, offsets_E, ctx.dtype)
+        return grad_x, grad_w, None, None
 
 
-def grouped_linear(x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor) -> Tensor:
+def grouped_linear(
+    x_NI: Tensor, w_EOI: Tensor, offsets_E: Tensor, copy_EOI: Tensor | None = None
+) -> Tensor:
     """:func:`model.linear.grouped_linear_op` in Triton: same arguments and result.
 
     The weight gradient is rounded once, to the dtype of ``w``, not to that of ``x`` before.
     """
-    return _GroupedLinear.apply(x_NI.contiguous(), w_EOI.contiguous(), offsets_E.contiguous())
+    return _GroupedLinear.apply(
+        x_NI.contiguous(), w_EOI.contiguous(), offsets_E.contiguous(), copy_EOI
+    )
 
 
-class _Spread(torch.autograd.Function):
+class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
-        ctx.save_for_backward(place_TK)
-        return OPS.triton_row_sums(x_TC, token_N[:, None], x_TC.dtype)
+    def forward(ctx: Any, x_NGI: Tensor, w_RI: Tensor, copy_RI: Tensor) -> Tensor:
+        w_GOI = copy_RI.unflatten(0, (x_NGI.shape[1], -1))
+        ctx.save_for_backward(x_NGI, w_GOI)
+        ctx.dtype = w_RI.dtype
+        y_NGO = x_NGI.new_empty(*x_NGI.shape[:2], w_GOI.shape[1])
+        torch.bmm(x_NGI.transpose(0, 1), w_GOI.transpose(1, 2), out=y_NGO.transpose(0, 1))
+        return y_NGO.flatten(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_NC: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_NR: Tensor) -> tuple[Tensor | None, ...]:
+        x_NGI, w_GOI = ctx.saved_tensors
+        grad_GNO = grad_NR.unflatten(1, (x_NGI.shape[1], -1)).transpose(0, 1)
+        grad_x = grad_w = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x_NGI, memory_format=torch.contiguous_format)
+            torch.bmm(grad_GNO, w_GOI, out=grad_x.transpose(0, 1))
+        if ctx.needs_input_grad[1]:
+            operands = grad_GNO.transpose(1, 2), x_NGI.transpose(0, 1)
+            if ctx.dtype == x_NGI.dtype or x_NGI.device.type == "cpu":
+                grad_w = torch.bmm(*operands).to(ctx.dtype).flatten(0, 1)
+            else:
+                grad_w = torch.bmm(*operands, out_dtype=ctx.dtype).flatten(0, 1)
+        return grad_x, grad_w, None
+
+
+def block_linear(
+    op: LinearOp, x: Tensor, groups: int, w_RI: Tensor, copy_RI: Tensor | None = None
+) -> Tensor:
+    """:func:`model.linear.block_linear_loop` of the plain op as one product of all blocks.
+
+    It is torch's own batched product; ``op`` is not called.
+    """
+    copy_RI = w_RI.to(x.dtype) if copy_RI is None else copy_RI
+    return _Blocks.apply(x.flatten(0, -3), w_RI, copy_RI).unflatten(0, x.shape[:-2])
+
+
+class _Send(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TC: Tensor, weight_TK: Tensor, token_N: Tensor, copy_N: Tensor, place_TK: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(place_TK)
+        return OPS.triton_send(x_TC, weight_TK, token_N, copy_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NC: Tensor, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         (place_TK,) = ctx.saved_tensors
-        return OPS.triton_row_sums(grad_NC.contiguous(), place_TK, grad_NC.dtype), None, None
+        grad_x, grad_weight = OPS.triton_send_backward(
+            grad_NC.contiguous(), grad_N.contiguous(), place_TK
+        )
+        return grad_x, grad_weight.view(place_TK.shape), None, None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_NC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, rows_NC: Tensor, token_N: Tensor, place_TK: Tensor, plus_TC: Tensor | None,
+        dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(token_N)
-        ctx.dtype = rows_NC.dtype
-        return OPS.triton_row_sums(rows_NC, place_TK, torch.float32)
+        ctx.dtypes = rows_NC.dtype, None if plus_TC is None else plus_TC.dtype
+        return OPS.triton_row_sums(rows_NC, place_TK, plus_TC, dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_TC: Tensor) -> tuple[Tensor | None, ...]:
         (token_N,) = ctx.saved_tensors
-        return OPS.triton_row_sums(grad_TC.contiguous(), token_N[:, None], ctx.dtype), None, None
+        rows, plus = ctx.dtypes
+        grad_NC = OPS.triton_row_sums(grad_TC.contiguous(), token_N[:, None], None, rows)
+        return grad_NC, None, None, None if plus is None else grad_TC.to(plus), None
 
 
-def spread(x_TC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
-    """:func:`model.kernels.gather.spread` in Triton: same arguments and result."""
-    return _Spread.apply(x_TC.contiguous(), token_N.contiguous(), place_TK.contiguous())
+def send(
+    x_TC: Tensor, weight_TK: Tensor, token_N: Tensor, copy_N: Tensor, place_TK: Tensor
+) -> tuple[Tensor, Tensor]:
+    """:func:`model.kernels.gather.send` in Triton: same arguments and result; weights are fp32."""
+    tensors = (x_TC, weight_TK, token_N, copy_N, place_TK)
+    return _Send.apply(*(tensor.contiguous() for tensor in tensors))
 
 
-def collect(rows_NC: Tensor, token_N: Tensor, place_TK: Tensor) -> Tensor:
+def collect(
+    rows_NC: Tensor,
+    token_N: Tensor,
+    place_TK: Tensor,
+    plus_TC: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """:func:`model.kernels.gather.collect` in Triton: same arguments and result."""
-    return _Collect.apply(rows_NC.contiguous(), token_N.contiguous(), place_TK.contiguous())
+    plus_TC = None if plus_TC is None else plus_TC.contiguous()
+    return _Collect.apply(
+        rows_NC.contiguous(), token_N.contiguous(), place_TK.contiguous(), plus_TC, dtype
+    )
 
 
 def _shipped(kind: str, tiles: dict[str, Tile]) -> tuple[Shipped, ...]:
@@ -285,7 +394,8 @@ SHIPPED = (
     *(
         Shipped(
             f"row sums K={k}", row_sums,
-            {"X": "*bf16", "Y": "*fp32", "INDEX": "*i64", "N": "i32", "C": "i32:16"}, {"K": k},
+            {"X": "*bf16", "PLUS": "*bf16", "Y": "*bf16", "INDEX": "*i32", "N": "i32",
+             "C": "i32:16", "WEIGHT": "*fp32", "PLACE": "*i32", "MOVED": "*fp32"}, {"K": k},
             {"other": _move_tile(4096, "other")},
         )
         for k in (1, 6, 8)

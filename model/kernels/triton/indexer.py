@@ -21,7 +21,6 @@ from model.kernels.indexer import IndexerInputs
 from model.kernels.triton.attention import ints, mass_rows, padded
 from model.kernels.triton.entries import sum_pairs
 from model.kernels.triton.indexer_kernels import (
-    HIDDEN,
     divergence,
     index_scores,
     list_grad_pairs,
@@ -29,6 +28,7 @@ from model.kernels.triton.indexer_kernels import (
     list_scores,
     range_grad_keys,
     range_grad_queries,
+    unranked,
 )
 from model.kernels.triton.launch import (
     ARCHITECTURES,
@@ -82,6 +82,7 @@ _KEYS_RANGE: Tiles = {
     "gfx942": Tile({"BT": 64, "BE": 64}, 4, 2, _MFMA), INTERPRETER: _RANGE_INTERPRETED,
 }  # fmt: skip
 _DIVERGENCE = Tile({"BN": 1024}, 4, 1)
+_UNRANK = Tile({"BN": 512}, 4, 1)
 
 
 def _setting(tiles: Tiles, q: Tensor) -> dict[str, Any]:
@@ -124,14 +125,15 @@ def _choose(
     q: Tensor, keys: Tensor, weight: Tensor, first: Tensor, stop: Tensor, count: int
 ) -> Tensor:
     B, T = q.shape[:2]
-    index = q.new_empty(B, T, count, dtype=torch.int64)
+    index = q.new_empty(B, T, count, dtype=torch.int32)
     size = max(1, CHUNK_BYTES // (8 * B * keys.shape[1]))
     for begin in range(0, T, size):
         chunk = min(size, T - begin)
         ranks = _scores(q, keys, weight, first, stop, begin, chunk, ranked=True)
         best = ranks.topk(count, dim=-1).values
-        entry = 0x7FFFFFFF - (best & 0xFFFFFFFF)
-        index[:, begin : begin + chunk] = torch.where(best == HIDDEN.value, -1, entry)
+        launch(
+            unranked, (chunk, B), best, index, begin, chunk, T, count, **_UNRANK.constants()
+        )  # fmt: skip
     return index
 
 
@@ -201,7 +203,7 @@ def _loss_backward(
             range_grad_keys, (owners, splits, B), q, keys, weight, first, stop, grad_scores, parts,
             T, E, **setting,
         )  # fmt: skip
-        return grad_q, (parts.sum(0) * grad).to(keys.dtype), grad_w
+        return grad_q, _scaled(parts.sum(0), grad, keys), grad_w
     N = index.shape[-1]
     launch(
         list_grad_queries, (B * T,), q, keys, weight, index, grad_scores, grad, grad_q, grad_w, T,
@@ -215,7 +217,12 @@ def _loss_backward(
             pairs, begin, T, E, N, **setting,
         )  # fmt: skip
 
-    return grad_q, (sum_pairs(index, E, L, write) * grad).to(keys.dtype), grad_w
+    return grad_q, _scaled(sum_pairs(index, E, L, write), grad, keys), grad_w
+
+
+def _scaled(x: Tensor, factor: Tensor, like: Tensor) -> Tensor:
+    """``x * factor``, rounded once to the dtype of ``like``."""
+    return torch.mul(x, factor, out=torch.empty_like(like))
 
 
 _INPUTS = "Tensor q, Tensor keys, Tensor weight, Tensor first, Tensor stop"
@@ -247,7 +254,7 @@ def index_topk(
 ) -> Tensor:
     """:func:`model.kernels.indexer.index_topk_reference` in Triton.
 
-    The best first; equal scores go to the lower entry.
+    The best first, int32; equal scores go to the lower entry.
     """
     count = min(topk, indexer[1].shape[1])
     return OPS.triton_index_topk(*_inputs(indexer), ints(first_BT), ints(stop_BT), count)
@@ -322,6 +329,9 @@ _ROWS = {
     **dict.fromkeys(("INDEX", "FIRST", "STOP"), "*i32"), "first_row": "i32", "N": "i32",
 }  # fmt: skip
 SHIPPED = (
+    Shipped("indexer unranked", unranked,
+            {"BEST": "*i64", "INDEX": "*i32", **dict.fromkeys(("begin", "chunk", "T", "N"), "i32")},
+            {}, {"other": _UNRANK}),
     *_shipped(64, 128), *_shipped(32, 64), *_shipped(16, 32),
     *(
         Shipped(f"indexer divergence {mode}", divergence, _ROWS, {"MODE": mode},

@@ -73,6 +73,17 @@ def index_scores(
 
 
 @triton.jit
+def unranked(BEST, INDEX, begin, chunk, T, N, BN: tl.constexpr):
+    """Entries of the keys of a chunk's choice; -1: none. Grid (queries of the chunk, B)."""
+    t, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    for n0 in range(0, N, BN):
+        n = n0 + tl.arange(0, BN)
+        best = tl.load(BEST + (b * chunk + t) * N + n, mask=n < N, other=HIDDEN)
+        entry = tl.where(best == HIDDEN, -1, 0x7FFFFFFF - (best & 0xFFFFFFFF))
+        tl.store(INDEX + (b * T + begin + t) * N + n, entry.to(tl.int32), mask=n < N)
+
+
+@triton.jit
 def list_scores(
     Q, KEYS, WEIGHT, INDEX, OUT, T, E, N,
     J: tl.constexpr, HEADS: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,

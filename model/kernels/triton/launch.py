@@ -29,6 +29,8 @@ OPS = torch.ops.v4
 ARCHITECTURES: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 INTERPRETER = "interpreter"
 T = TypeVar("T")
+# Operator -> its one function, for what looks inside operators (scripts/benchmarks/launches.py).
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 _counter: ContextVar[Counter[str] | None] = ContextVar("launches", default=None)
 
 
@@ -167,6 +169,7 @@ def define(schema: str, implementation: Callable[..., Any]) -> Callable[..., Any
     """
     name = schema.partition("(")[0]
     LIBRARY.define(schema)
+    IMPLEMENTATIONS[f"v4::{name}"] = implementation
     for device in ("CPU", "CUDA"):
         LIBRARY.impl(name, implementation, device)
     torch.library.register_fake(f"v4::{name}", implementation, lib=LIBRARY)

@@ -1,8 +1,8 @@
 """Hyper-connections in Triton (reference B.2; ``model/kernels/mhc.py``), any number of streams.
 
 Forward: ``mhc_mix`` projects the streams (channels in parts, summed in order by the next kernel),
-``mhc_coefficients`` makes pre, post and the Sinkhorn matrix of a token in registers,
-``mhc_collapse`` and ``mhc_merge`` read and write the streams. Backward: ``mhc_products`` takes the
+``mhc_coefficients`` makes pre, post and the Sinkhorn matrix of a token in registers and collapses
+its streams, ``mhc_merge`` reads and writes them. Backward: ``mhc_products`` takes the
 inner products of streams and gradients, ``mhc_coefficients_backward`` goes back through Sinkhorn
 with the divisors of its steps, ``mhc_streams_backward`` reads the streams once more for their own
 gradient and that of the projection. The head is the same without post and comb (``HEAD``).
@@ -51,6 +51,10 @@ _COEFFICIENTS = {
     INTERPRETER: Tile({"BT": 16}),
     "gfx942": Tile({"BT": 16}, warps=1, stages=1),
     "other": Tile({"BT": 8}, warps=1, stages=1),
+}
+_COLLAPSE = {
+    INTERPRETER: Tile({"BT": 16, "BD": 64}),
+    "other": Tile({"BT": 8, "BD": 128}, stages=1),
 }
 _ROWS = {INTERPRETER: Tile({"BT": 16, "BD": 64}), "other": Tile({"BT": 1, "BD": 1024}, stages=1)}
 _PRODUCTS = {
@@ -116,14 +120,14 @@ def mhc_mix(
 
 @triton.jit
 def mhc_coefficients(
-    PART, SQUARES, BASE, SCALE, PRE, POST, COMB, MIX, RMS, N, C, eps, rms_eps, iters,
+    X, PART, SQUARES, BASE, SCALE, U, POST, COMB, MIX, RMS, N, D, eps, rms_eps, iters,
     S: tl.constexpr, SP: tl.constexpr, M: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr,
-    BT: tl.constexpr,
+    BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """pre, post, comb, and the mix and RMS that the backward pass keeps. Grid (blocks,)."""
-    n = tl.program_id(0) * BT + tl.arange(0, BT)
-    s = tl.arange(0, SP)
-    rms = 1.0 / tl.sqrt(_total(SQUARES, n, n < N, N, PARTS) / C + rms_eps)
+    """``u = sum_j pre_j x_j``, post, comb; mix and RMS for the backward pass. Grid (blocks,)."""
+    rows, s = tl.arange(0, BT), tl.arange(0, SP)
+    n = tl.program_id(0) * BT + rows
+    rms = 1.0 / tl.sqrt(_total(SQUARES, n, n < N, N, PARTS) / (S * D) + rms_eps)
     tl.store(RMS + n, rms, mask=n < N)
     ok = (n < N)[:, None] & (s < S)[None, :]
     at = n[:, None] * M + s[None, :]
@@ -131,7 +135,18 @@ def mhc_coefficients(
     tl.store(MIX + at, mix, mask=ok)
     base = tl.load(BASE + s, mask=s < S, other=0.0)[None, :]
     pre = _sigmoid(mix * tl.load(SCALE) + base) + eps
-    tl.store(PRE + n[:, None] * S + s[None, :], pre, mask=ok)
+    block = tl.program_id(0).to(tl.int64)
+    X += block * BT * S * D
+    U += block * BT * D
+    for first in tl.range(0, D, BD):
+        d = first + tl.arange(0, BD)
+        x_ok = (n < N)[:, None] & (d < D)[None, :]
+        u = tl.zeros([BT, BD], tl.float32)
+        for j in tl.static_range(S):
+            x = tl.load(X + (rows[:, None] * S + j) * D + d[None, :], mask=x_ok, other=0.0)
+            weight = tl.sum(tl.where((s == j)[None, :], pre, 0.0), 1)
+            u += weight[:, None] * x.to(tl.float32)
+        tl.store(U + rows[:, None] * D + d[None, :], u.to(U.dtype.element_ty), mask=x_ok)
     if not HEAD:
         mix = _total(PART, at + S, ok, N * M, PARTS) * rms[:, None]
         tl.store(MIX + at + S, mix, mask=ok)
@@ -151,22 +166,6 @@ def mhc_coefficients(
             comb = comb / (tl.sum(comb, 2, keep_dims=True) + eps)
             comb = comb / (tl.sum(comb, 1, keep_dims=True) + eps)
         tl.store(COMB + n[:, None, None] * S * S + cell[None, :, :], comb, mask=ok)
-
-
-@triton.jit
-def mhc_collapse(X, PRE, U, N, D, S: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """``u = sum_j pre_j x_j``. Grid (blocks of tokens, blocks of D)."""
-    block = tl.program_id(0).to(tl.int64)
-    rows, d = tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
-    n = tl.program_id(0) * BT + rows
-    ok = (n < N)[:, None] & (d < D)[None, :]
-    X += block * BT * S * D
-    u = tl.zeros([BT, BD], tl.float32)
-    for j in tl.static_range(S):
-        x = tl.load(X + (rows[:, None] * S + j) * D + d[None, :], mask=ok, other=0.0)
-        u += tl.load(PRE + n * S + j, mask=n < N, other=0.0)[:, None] * x.to(tl.float32)
-    U += block * BT * D
-    tl.store(U + rows[:, None] * D + d[None, :], u.to(U.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -408,10 +407,10 @@ def mhc_streams_backward(
         tl.store(PFN + tl.program_id(1) * M * S * D + fn_at + j * D, sums[j], mask=fn_ok)
 
 
-def _mixed(
+def _pre(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, rms_eps: float
 ) -> tuple[Tensor, ...]:
-    """pre, post, comb, mix, rms; of the head post and comb are empty."""
+    """u, post, comb, mix, rms; of the head post and comb are empty."""
     N, S, D = x.shape
     M, C, head = fn.shape[0], S * D, fn.shape[0] == S
     arch = architecture_of(x.device)
@@ -423,39 +422,23 @@ def _mixed(
         mhc_mix, (blocks(N, tile.sizes["BT"]), parts), x, fn, part, squares, N, C, chunk, M=M,
         MP=max(16, power_of_two(M)), **tile.constants(),
     )  # fmt: skip
-    pre, rms, mix = fn.new_empty(N, S), fn.new_empty(N), fn.new_empty(N, M)
+    u, rms, mix = x.new_empty(N, D), fn.new_empty(N), fn.new_empty(N, M)
     rows = 0 if head else N
     post, comb = fn.new_empty(rows, S), fn.new_empty(rows, S, S)
-    tile = tile_of(_COEFFICIENTS, arch)
+    tile = tile_of(_COLLAPSE, arch)
     launch(
-        mhc_coefficients, (blocks(N, tile.sizes["BT"]),), part, squares, base, scale, pre, post,
-        comb, mix, rms, N, C, eps, rms_eps, iters, S=S, SP=power_of_two(S), M=M, HEAD=head,
+        mhc_coefficients, (blocks(N, tile.sizes["BT"]),), x, part, squares, base, scale, u, post,
+        comb, mix, rms, N, D, eps, rms_eps, iters, S=S, SP=power_of_two(S), M=M, HEAD=head,
         PARTS=parts, **tile.constants(),
     )  # fmt: skip
-    return pre, post, comb, mix, rms
-
-
-def _collapsed(x: Tensor, pre: Tensor) -> Tensor:
-    N, S, D = x.shape
-    u = x.new_empty(N, D)
-    tile = tile_of(_ROWS, architecture_of(x.device))
-    grid = (blocks(N, tile.sizes["BT"]), blocks(D, tile.sizes["BD"]))
-    launch(mhc_collapse, grid, x, pre, u, N, D, S=S, **tile.constants())
-    return u
-
-
-def _pre(
-    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, rms_eps: float
-) -> tuple[Tensor, ...]:
-    pre, post, comb, mix, rms = _mixed(x, fn, base, scale, iters, eps, rms_eps)
-    return _collapsed(x, pre), post, comb, mix, rms
+    return u, post, comb, mix, rms
 
 
 def _head(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, eps: float, rms_eps: float
 ) -> tuple[Tensor, ...]:
-    pre, _, _, mix, rms = _mixed(x, fn, base, scale, 1, eps, rms_eps)
-    return _collapsed(x, pre), mix, rms
+    u, _, _, mix, rms = _pre(x, fn, base, scale, 1, eps, rms_eps)
+    return u, mix, rms
 
 
 def _merge(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
@@ -555,7 +538,7 @@ def _shipped(head: bool) -> tuple[Shipped, ...]:
     }
     back = ("MIX", "BASE", "SCALE", "RMS", "GPRE", "GPOST", "GCOMB", "PRE", "COMB", "RAW",
             "SHRINK", "PBASE", "PSCALE", "TAPE")  # fmt: skip
-    streams = {"GU": "*bf16", "G": "*bf16", "X": "*bf16", "GX": "*bf16"}
+    streams = {"GU": "*bf16", "U": "*bf16", "G": "*bf16", "X": "*bf16", "GX": "*bf16"}
     numbers = {"N": "i32:16", "C": "i32:16", "D": "i32:16", "chunk": "i32:16"}
     small = {"eps": "fp32", "rms_eps": "fp32", "iters": "i32"}
     shape = {"S": S, "SP": S, "M": M, "MP": max(16, power_of_two(M)), "HEAD": head, "PARTS": 4,
@@ -566,7 +549,7 @@ def _shipped(head: bool) -> tuple[Shipped, ...]:
         Shipped(f"{kind}: {kernel.fn.__name__.removeprefix('mhc_')}", kernel, types, shape, tiles)
         for kernel, tiles in (
             (mhc_mix, _MIX),
-            (mhc_coefficients, _COEFFICIENTS),
+            (mhc_coefficients, _COLLAPSE),
             (mhc_products, _PRODUCTS),
             (mhc_coefficients_backward, _COEFFICIENTS),
             (mhc_streams_backward, _STREAMS),
@@ -580,7 +563,7 @@ def _rows_shipped() -> tuple[Shipped, ...]:
     types |= {"N": "i32:16", "D": "i32:16"}
     return tuple(
         Shipped(kernel.fn.__name__.removeprefix("mhc_"), kernel, types, {"S": 4}, _ROWS)
-        for kernel in (mhc_collapse, mhc_merge_streams, mhc_merge_streams_backward)
+        for kernel in (mhc_merge_streams, mhc_merge_streams_backward)
     )
 
 

@@ -137,12 +137,23 @@ def swiglu() -> Case:
     return Case(inputs, lambda op, t: {"a": op("swiglu")(t["gate"], t["up"], t["weight"], 10.0)})
 
 
-def rope() -> Case:
+def norm_rope() -> Case:
+    inputs = rope().inputs | {"weight": normal(24, seed=4)}
+    return Case(
+        inputs,
+        lambda op, t: {"y": op("norm_rope")(t["x"], t["weight"], 1e-6, t["cos"], t["sin"])},
+        ("cos", "sin"),
+    )
+
+
+def rope(op_name: str = "rope") -> Case:
     inputs = {
         "x": normal(1, 5, 2, 24), "cos": normal(1, 5, 7, seed=1), "sin": normal(1, 5, 7, seed=2),
         "to_y": normal(1, 5, 2, 24, seed=3),
     }  # fmt: skip
-    return Case(inputs, lambda op, t: {"y": op("rope")(t["x"], t["cos"], t["sin"])}, ("cos", "sin"))
+    return Case(
+        inputs, lambda op, t: {"y": op(op_name)(t["x"], t["cos"], t["sin"])}, ("cos", "sin")
+    )
 
 
 def mhc(op_name: str) -> Case:
@@ -191,6 +202,8 @@ def cases(copies: int = 1) -> dict[str, list[Case]]:
         "rms_norm": [rms_norm()],
         "swiglu": [swiglu()],
         "rope": [rope()],
+        "rope_back": [rope("rope_back")],
+        "norm_rope": [norm_rope()],
         "mhc_pre": [mhc("mhc_pre")],
         "mhc_merge": [mhc("mhc_merge")],
         "mhc_head": [mhc("mhc_head")],

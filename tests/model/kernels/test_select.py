@@ -16,7 +16,11 @@ def test_choices_by_device(monkeypatch):
     ops = set(op_names())
     monkeypatch.setattr(cpu_build, "compiler", lambda: "g++")
     monkeypatch.setattr(select, "triton_installed", lambda: True)
-    on_cpu = {**dict.fromkeys(ops, "compiled"), "grouped_linear": "torch"}
+    plain = {
+        "grouped_linear", "block_linear", "route", "expert_order", "load_and_balance", "send",
+        "collect", "pool_entries",
+    }  # fmt: skip
+    on_cpu = dict.fromkeys(ops, "compiled") | dict.fromkeys(plain, "torch")
     for kernels in (Kernels.auto, Kernels.fast):
         assert active_kernels(kernels, CPU) == on_cpu
         assert active_kernels(kernels, CUDA) == dict.fromkeys(ops, "triton")

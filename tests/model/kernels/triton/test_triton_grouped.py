@@ -5,10 +5,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+from model.config import Kernels
 from model.kernels import gather
 from model.kernels.triton import grouped
+from model.linear import block_linear_loop, linear_op
 from model.moe.dispatch import LocalDispatcher
-from tests.model.kernels.triton.checks import ROUNDING, check
+from tests.model.kernels.triton.checks import ROUNDING, check, gradients
 
 DTYPES = list(ROUNDING)
 
@@ -70,31 +72,64 @@ def test_bf16_is_the_reference_to_its_rounding():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("T", "K", "C"), [(13, 3, 40), (1, 1, 1), (5, 8, 1100), (0, 2, 4)])
 def test_moves_are_the_references(dtype, T, K, C):
-    token = torch.arange(T).repeat_interleave(K)[torch.randperm(T * K)]
-    place = token.argsort(stable=True).view(T, K)
-    x, rows = torch.randn(T, C).to(dtype), torch.randn(T * K, C).to(dtype)
-    for ours, plain, inputs, grad in (
-        (grouped.spread, gather.spread, x, torch.randn(T * K, C)),
-        (grouped.collect, gather.collect, rows, torch.randn(T, C)),
-    ):
-        # the reference keeps its sums in fp32 in the float64 pass too: its roundings are allowed
-        out, expected = ours(inputs, token, place), plain(inputs, token, place)
-        assert out.dtype == expected.dtype
-        assert torch.equal(out, expected)
-        leaves = [inputs.clone().requires_grad_() for _ in range(2)]
-        for op, leaf in zip((ours, plain), leaves, strict=True):
-            op(leaf, token, place).backward(grad.to(expected.dtype))
-        assert torch.equal(leaves[0].grad, leaves[1].grad)
+    copy = torch.randperm(T * K)
+    place, token = copy.argsort().view(T, K), copy // K
+    x, rows, plus = (torch.randn(n, C).to(dtype) for n in (T, T * K, T))
+    weight = torch.rand(T, K)
+    # the references keep sums in fp32 in a float64 pass too: equal bits are asked for
+    cases = (
+        ("send", (x, weight), (token, copy, place)),
+        ("collect", (rows,), (token, place)),
+        ("collect", (rows,), (token, place, plus, dtype)),
+    )
+    for name, tensors, rest in cases:
+        results = []
+        for module in (gather, grouped):
+            leaves = [t.clone().requires_grad_() for t in tensors]
+            out = getattr(module, name)(*leaves, *rest)
+            out = out if isinstance(out, tuple) else (out,)
+            torch.autograd.backward(out, [torch.ones_like(o).cumsum(0) for o in out])
+            results.append([*out, *(leaf.grad for leaf in leaves)])
+        for theirs, ours in zip(*results, strict=True):
+            assert ours.dtype == theirs.dtype
+            assert torch.equal(ours, theirs)
 
 
-def test_moves_serve_the_dispatcher(monkeypatch):
-    x, index, weight = torch.randn(6, 8), torch.randint(4, (6, 2)), torch.rand(6, 2)
-    dispatcher = LocalDispatcher()
-    plain = dispatcher.dispatch(x, index, weight, 4)
-    token, place = plain.state
-    assert torch.equal(grouped.spread(x, token, place), plain.rows_RD)
-    combined = dispatcher.combine(plain.rows_RD, plain)
-    assert torch.equal(grouped.collect(plain.rows_RD, token, place), combined)
+def test_plus_has_a_gradient():
+    rows, place = torch.randn(6, 4).half(), torch.arange(6).view(3, 2)
+    plus = torch.zeros(3, 4).half().requires_grad_()
+    grouped.collect(rows, place.flatten() // 2, place, plus, torch.float32).sum().backward()
+    assert torch.equal(plus.grad, torch.ones(3, 4).half())
+
+
+def test_moves_serve_the_dispatcher():
+    x, index, weight = torch.randn(6, 8), torch.rand(6, 4).argsort(1)[:, :2], torch.rand(6, 2)
+    results = []
+    for kernels in (Kernels.fast, Kernels.triton):
+        dispatcher = LocalDispatcher(kernels)
+        sent = dispatcher.dispatch(x, index, weight, 4)
+        out = dispatcher.combine(sent.rows_RD, sent, x, torch.float32)
+        results.append((sent.rows_RD, sent.weight_R, sent.offsets_E, out))
+    for plain, ours in zip(*results, strict=True):
+        assert torch.equal(plain, ours)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_product_serves_all_blocks(dtype):
+    x, w = torch.randn(3, 5, 2, 12).to(dtype), torch.randn(14, 12)
+    copy = w.to(dtype)
+    grads = [torch.randn(3, 5, 14)]
+
+    def of(blocks):
+        return lambda x, w: blocks(linear_op, x, 2, w, *([copy] if w.dtype != x.dtype else []))
+
+    check(of(grouped.block_linear), of(block_linear_loop), [x, w.to(dtype)], grads)
+    ours, theirs = (
+        gradients(of(b), [x, w], grads) for b in (grouped.block_linear, block_linear_loop)
+    )
+    for a, b in zip(ours[0] + ours[1], theirs[0] + theirs[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+        assert a.dtype == b.dtype
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -1,12 +1,12 @@
 """RMSNorm and RoPE in Triton against float64, in the interpreter."""
 
-from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from model.kernels import elementwise, elementwise_fast
+from model.kernels import elementwise
 from model.kernels.triton import norm_rope
 from model.rope import apply_rope, rope_tables
 from tests.model.kernels.triton.checks import ROUNDING, check
@@ -55,6 +55,29 @@ def test_rope_is_the_reference(dtype, lead, K, R):
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("lead", "K", "R"), [((2, 7), 80, 32), ((2, 3, 3), 16, 8), ((1, 1), 2, 1)])
+def test_norm_and_rope_in_one_pass(dtype, weighted, lead, K, R):
+    x, weight = torch.randn(*lead, K).to(dtype), torch.rand(K) + 0.5 if weighted else None
+    positions = torch.arange(lead[0] * lead[1]).view(lead[:2]) * 1000
+    cos, sin = rope_tables(positions, torch.rand(R, dtype=torch.float64))
+    grad = torch.randn(*lead, K)
+    scale = (x.float().square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    terms = grad * scale * (1.0 if weight is None else weight)
+    check(
+        lambda x, w: norm_rope.norm_rope(x, w, 1e-6, cos, sin),
+        lambda x, w: apply_rope(elementwise.rms_norm(x, w, 1e-6), cos, sin),
+        [x, weight], [grad], norms={0: terms.norm()},
+    )  # fmt: skip
+
+
+def test_rope_back_is_the_inverse():
+    x, angle = torch.randn(2, 4, 8), torch.rand(2, 4, 3)
+    table = angle.cos(), angle.sin()
+    torch.testing.assert_close(norm_rope.rope_back(norm_rope.rope(x, *table), *table), x)
+
+
 def test_one_table_serves_every_row():
     x, angle = torch.randn(3, 4, 2, 8), torch.rand(1, 4, 2)
     expected = apply_rope(x, angle.cos(), angle.sin())
@@ -94,18 +117,23 @@ def test_a_step_traces_and_reads_nothing(kind):
 def test_operators_are_well_formed():
     x, weight = torch.randn(3, 8), torch.rand(8)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(norm_rope.OPS.triton_rms_norm, (x, weight, 1e-6), test_utils=tests)
+    torch.library.opcheck(
+        norm_rope.OPS.triton_rms_norm, (x, weight, None, None, 1e-6), test_utils=tests
+    )
     arguments = (x[None], torch.rand(1, 3, 2), torch.rand(1, 3, 2), 1.0)
     torch.library.opcheck(norm_rope.OPS.triton_rope, arguments, test_utils=tests)
 
 
-def test_a_planted_fault_is_caught():
+def test_a_planted_fault_is_caught(monkeypatch):
     plain = norm_rope.OPS.triton_rms_norm_backward
 
-    def broken(x, w, g, eps):
-        return plain(x, w, g, eps + 1e-4)
+    def broken(*inputs):
+        return plain(*inputs[:-1], inputs[-1] + 1e-4)
 
-    op = partial(elementwise_fast.rms_norm_by, (norm_rope.OPS.triton_rms_norm, broken))
+    operators = SimpleNamespace(
+        triton_rms_norm=norm_rope.OPS.triton_rms_norm, triton_rms_norm_backward=broken
+    )
+    monkeypatch.setattr(norm_rope, "OPS", operators)
     inputs = [torch.randn(4, 8), torch.rand(8), 1e-6]
     with pytest.raises(AssertionError, match="gradient"):
-        check(op, elementwise.rms_norm, inputs, [torch.randn(4, 8)])
+        check(norm_rope.rms_norm, elementwise.rms_norm, inputs, [torch.randn(4, 8)])
