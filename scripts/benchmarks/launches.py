@@ -185,7 +185,8 @@ def main(words: Sequence[str] | None = None) -> int:
             if tokens == args.tokens[0]
         )
         sections += [f"## {name}", "", *_table(passes), "", *_operations(passes[-1][1]), ""]
-    sections += ["## The plain path, in chunks", "", *_plain(args.model[0])]
+    if not args.no_plain:
+        sections += ["## The plain path, in chunks", "", *_plain(args.model[0])]
     document = "\n".join([*_head(words), *sections]) + "\n"
     print(document)
     if args.markdown:
@@ -249,5 +250,6 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", nargs="+", default=["v4_small", "v4_flash"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16384], help="of a row")
+    parser.add_argument("--no-plain", action="store_true", help="leave the plain path out")
     parser.add_argument("--markdown", default="", help="also write it as a document")
     return parser.parse_args(words)

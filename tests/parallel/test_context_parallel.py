@@ -132,7 +132,7 @@ def compare_compressor(rank, world):
             context = build_context(config, ids, True, kv_exchange=reach)
             plan = context.plan.compressed[ratio]
             compressor.zero_grad()
-            entries = compressor(u_, plan, context.entry_rope[ratio], reach)
+            entries = compressor(u_, plan, context.entry_rope[ratio], reach, u_.dtype)
             (keys,) = reach.tokens_before(config.sliding_window - 1, kv_)
             used = EntrySet(entries, plan.first_BT, plan.stop_BT, bounds=plan.bounds)
             start = context.plan.start_BT
