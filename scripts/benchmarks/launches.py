@@ -82,7 +82,7 @@ def computes(func: Any) -> bool:
 
 
 @dataclass
-class Pass:
+class BlockLaunches:
     """What one block starts.
 
     Attributes:
@@ -100,7 +100,7 @@ class Pass:
 
 def block_pass(
     config: ModelConfig, layer: int, tokens: int, rows: int = 1, documents: int = 1
-) -> Pass:
+) -> BlockLaunches:
     """Trace a block with all its losses on meta tensors.
 
     Args:
@@ -135,7 +135,7 @@ def block_pass(
         with backward:
             torch.autograd.backward(ends, grads)
     kind, router = config.kind(layer).value, config.router(layer).value
-    return Pass(f"{kind}, {router}", forward.launches, backward.launches, functions)
+    return BlockLaunches(f"{kind}, {router}", forward.launches, backward.launches, functions)
 
 
 @contextmanager
@@ -208,7 +208,7 @@ def _head(words: Sequence[str] | None) -> list[str]:
     ]
 
 
-def _table(passes: Sequence[tuple[int, Pass]]) -> list[str]:
+def _table(passes: Sequence[tuple[int, BlockLaunches]]) -> list[str]:
     rows = [("block", "tokens", "forward", "backward")]
     rows += [
         (p.name, f"{tokens:,}", str(sum(p.forward.values())), str(sum(p.backward.values())))
@@ -217,7 +217,7 @@ def _table(passes: Sequence[tuple[int, Pass]]) -> list[str]:
     return _lines(rows)
 
 
-def _operations(one: Pass) -> list[str]:
+def _operations(one: BlockLaunches) -> list[str]:
     """Each operator, and each aten operation outside them, with its counts."""
     rows = [(f"operator ({one.name})", "kernel", "forward", "backward")]
     for inside, kernel in sorted(one.forward.keys() | one.backward.keys()):
