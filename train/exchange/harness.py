@@ -69,9 +69,13 @@ class HarnessModel(TemplateLM):
         ]
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
+        if len(continuation) > self.max_length:
+            raise UserError(
+                f"the task asks for the score of {len(continuation)} tokens behind a context, but"
+                f" the model has max_position_embeddings={self.max_length}"
+            )
         ids_N = torch.tensor((context + continuation)[-(self.max_length + 1) :])
-        count = min(len(continuation), len(ids_N) - 1)
-        nats, greedy = score_continuation(self._model, ids_N, count, self._chunk)
+        nats, greedy = score_continuation(self._model, ids_N, len(continuation), self._chunk)
         return -nats, greedy
 
     def loglikelihood_rolling(

@@ -21,6 +21,7 @@ from data.tokenizer import ByteTokenizer
 from model.generate import Sampling, generate
 from scripts import eval as command
 from tests.train.exchange.exchange_models import write_run
+from train.errors import UserError
 from train.exchange.export import ExportFormat, ExportJob, FloatType, export_folder
 from train.exchange.harness import HarnessModel
 from train.exchange.open import load_model, open_source
@@ -103,7 +104,7 @@ def answers(pair, tasks):
 def responses(found, task):
     """(arguments, responses) of every request, in order."""
     for sample in found["samples"][task]:
-        yield from zip(sample["arguments"].values(), sample["resps"], strict=True)
+        yield from zip(sample["arguments"], sample["resps"], strict=True)
 
 
 def test_every_continuation_has_the_same_likelihood_through_transformers(answers):
@@ -112,7 +113,7 @@ def test_every_continuation_has_the_same_likelihood_through_transformers(answers
     assert len(ours) == len(theirs) == 16
     for (asked, mine), (_, other) in zip(ours, theirs, strict=True):
         (a, greedy), (b, their_greedy) = mine[0], other[0]
-        tokens = len(ByteTokenizer().encode(asked["arg_1"]))
+        tokens = len(ByteTokenizer().encode(asked[1]))
         assert abs(float(a) - float(b)) <= 1e-5 * tokens, asked
         assert str(greedy) == str(their_greedy)
 
@@ -179,9 +180,16 @@ def test_what_cannot_be_is_one_line(words, told, run, tasks, capsys):
     assert error.strip().startswith("error:") or error.count("error:") == 1
 
 
+def test_a_continuation_beyond_the_model_is_refused(pair):
+    """Its beginning would be left out of the score; theirs refuses it by an assertion."""
+    request = Instance("loglikelihood", {}, ("a", "bc " * 100), 0)
+    with pytest.raises(UserError, match=r"300 tokens .* max_position_embeddings=256"):
+        pair[0].loglikelihood([request], True)
+
+
 @pytest.mark.parametrize(
     ("context", "continuation"),
-    [("", "ab"), ("a ", "b"), ("abc " * 90, "the end"), ("a", "bc " * 100), ("x" * 253, "yz")],
+    [("", "ab"), ("a ", "b"), ("abc " * 90, "the end"), ("a" * 20, "bc " * 82), ("x" * 253, "yz")],
 )
 def test_texts_at_the_edges_are_scored_alike(context, continuation, pair):
     """No context, a blank at its end, and texts beyond the 256 positions, which lose their head."""
