@@ -253,6 +253,15 @@ class Loader:
             out.append(GlobalBatch(count(packed, self._depths), packed, seq_len, scored))
         return out
 
+    def validation_documents(self, most: int, min_tokens: int = 2) -> list[np.ndarray]:
+        """The longest held-out documents, int64 ids, the longest first.
+
+        Args:
+            most: how many.
+            min_tokens: shorter ones are left out.
+        """
+        return self._validation.longest(most, min_tokens)
+
     def validation_bytes(self, seq_len: int, num_tokens: int = 0) -> bytes:
         """The text that the targets of :meth:`validation` stand for, for other compressors.
 

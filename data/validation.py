@@ -50,6 +50,11 @@ class ValidationSet:
         """Tokens ``start .. stop - 1`` of a document, fewer at its end; int64."""
         return self._ids[document][start:stop]
 
+    def longest(self, most: int, min_tokens: int) -> list[np.ndarray]:
+        """The longest documents of at least so many tokens, int64 ids, the longest first."""
+        order = np.argsort(-self.lengths, kind="stable")[:most]
+        return [self._ids[i].astype(np.int64) for i in order if self.lengths[i] >= min_tokens]
+
     def name(self, document: int) -> DocumentName:
         """Its number among the held-out documents of all sources."""
         return DocumentName("validation", document, 0)

@@ -35,6 +35,7 @@ COMMANDS = {
     "plan": "scripts.plan",
     "prepare_data": "scripts.prepare_data",
     "score": "scripts.score",
+    "probe": "scripts.probe",
     "generate": "scripts.generate",
     "eval": "scripts.eval",
     "export_hf": "scripts.export_hf",
