@@ -43,12 +43,11 @@ from train.probes.measures import (
 )
 from train.probes.pictures import draw_attention, draw_needles, draw_positions
 from train.probes.reader import CacheReader, Reader, TransformersReader
-from train.probes.tasks import NEEDLES, filler_document, window_reach
+from train.probes.tasks import LEAST_TOKENS, NEEDLES, filler_document, window_reach
 from train.run_folder.folder import CONFIG, read_run
 from train.stages import resolve
 
 MARK = '"probes": "long context"'
-_LEAST = 128  # tokens of a document in which a needle fits
 _MOST_DOCUMENTS = 32  # of a run's held-out text that are read, the longest ones
 EPILOG = """--out holds
   probe.json         everything, by model
@@ -139,8 +138,10 @@ def check(options: argparse.Namespace) -> list[int]:
         lengths = sorted({int(word) for word in options.lengths.split(",")})
     except ValueError:
         raise UserError(f"--lengths {options.lengths} must be numbers with commas") from None
-    if lengths[0] < _LEAST:
-        raise UserError(f"--lengths {options.lengths}: {lengths[0]} must be at least {_LEAST}")
+    if lengths[0] < LEAST_TOKENS:
+        raise UserError(
+            f"--lengths {options.lengths}: {lengths[0]} must be at least {LEAST_TOKENS}"
+        )
     for name, least in (("depths", 1), ("count", 1), ("tail", 1), ("seed", 0)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")

@@ -138,6 +138,7 @@ class TrainConfig:
         eval_tokens: tokens of an evaluation, always the same rows; 0 = the whole validation split.
         final_eval_tokens: the same for the one after the last step, which is compared with xz;
             null: as ``eval_tokens``.
+        probe_every: steps between long-context probes (train/record/probing.py); 0 = never.
         checkpoint_every: steps between checkpoints; 0 = only at the end or when stopped.
         async_checkpoint: train on while a checkpoint is written; costs a copy of weights and
             optimizer state in host memory.
@@ -176,6 +177,7 @@ class TrainConfig:
     eval_only: bool = False
     eval_tokens: int = number(65536, least=0)
     final_eval_tokens: int | None = number(None, least=0)
+    probe_every: int = number(0, least=0)
     checkpoint_every: int = number(0, least=0)
     async_checkpoint: bool = True
     keep_checkpoints: int = number(2, least=0)

@@ -19,6 +19,7 @@ from train.display.tensorboard_tracker import TensorBoardTracker
 from train.display.wandb_tracker import WandbTracker
 from train.record.evaluation import Evaluator
 from train.record.metrics import MetricsFile, read_metrics
+from train.record.probing import Prober
 from train.record.profiling import PROFILE, ProfilerWindow
 from train.record.receipt import plain
 from train.record.recorder import Recorder
@@ -68,7 +69,8 @@ def build_recorder(
     told = (metrics, samples, trackers, profiler, report)
     screen = next((t for t in trackers if isinstance(t, Console)), None)
     evaluators = (evaluator, final_evaluator)
-    return Recorder(state, run.model, probe, *told, *evaluators, rate, plan.steps, screen)
+    prober = Prober(engine, state.loader, run.model, train.probe_every)
+    return Recorder(state, run.model, probe, *told, *evaluators, rate, plan.steps, screen, prober)
 
 
 def _cut_lines(state: RunState, metrics: MetricsFile, samples: SampleLog) -> None:

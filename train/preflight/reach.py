@@ -19,6 +19,7 @@ from train.config.scaled import scaled_line
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.preflight.forecast import quantity
+from train.probes.tasks import LEAST_TOKENS
 from train.stages import StagePlan
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ log = logging.getLogger(__name__)
 _LONG_WARMUP = 1 / 3  # of the run's steps
 MOST_EPOCHS = 4.0  # a token read more often teaches measurably less than a new one
 _EVERY = (
-    "eval_every", "checkpoint_every", "keep_checkpoints_every", "monitor_every", "log_every",
+    "probe_every", "eval_every", "checkpoint_every", "keep_checkpoints_every", "monitor_every",
+    "log_every",
 )  # fmt: skip
 
 
@@ -51,6 +53,12 @@ def check_reach(run: RunConfig, plan: StagePlan) -> None:
 
 def _impossible(run: RunConfig, plan: StagePlan) -> Iterator[str]:
     train, recovery = run.train, run.train.recovery
+    shortest = min(stage.seq_len for stage in plan.reached())
+    if train.probe_every and shortest < LEAST_TOKENS:
+        yield (
+            f"train.probe_every={train.probe_every} needs rows of {LEAST_TOKENS} tokens or more, in"
+            f" which a needle fits, but train.seq_len={shortest}"
+        )
     last = train.profile_start + train.profile_steps - 1
     if train.profile_steps and last > plan.steps:
         yield (

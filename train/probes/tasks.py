@@ -29,6 +29,7 @@ from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.errors import UserError
 
+LEAST_TOKENS = 128  # of a document in which a needle fits
 NEEDLES = ("single", "keys", "values")
 _PROBE = 0x70726F6265  # keys of probes are no keys of training data
 _NUM_VALUES_ASKED = 4  # values of a key, where there are several

@@ -187,6 +187,7 @@ METRICS = (
         "quant_lossy_*", "fraction of blocks that FP8 cannot hold", Reduction.mean,
         healthy="0", advice=_FORMAT,
     ),
+    Metric("probe_*", "nats per scored token, by long-context probe", Reduction.sum),
     Metric(
         "val_loss", "nats per target token", Reduction.sum,
         healthy="at most 1 % above its lowest value", advice=_OVERFIT,

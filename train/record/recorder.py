@@ -26,6 +26,7 @@ from train.record.metrics import (
     monitor_values,
     peak_memory_bytes,
 )
+from train.record.probing import Prober
 from train.record.profiling import ProfilerWindow
 from train.record.report import FinalEvaluation, RunReport
 from train.record.sample_log import SampleLog
@@ -69,6 +70,7 @@ class Recorder:
     matmul_rate: float
     steps: int
     screen: Screen | None
+    prober: Prober
     _seconds: tuple[float, float] = (0.0, 0.0)  # of the step just done: wall clock, CPU
     _val_loss: float | None = None  # of an evaluation after the step just done
     _began: float = 0.0  # of the step that is being computed
@@ -137,6 +139,7 @@ class Recorder:
         record["step_cpu_seconds"] = self.state.engine.largest(cpu_seconds)
         if step.monitors:
             record |= reach(rows, self.model)
+        record |= self.prober.measure(step)
         if evaluate:
             record |= self.evaluator.evaluate(step)
             if step.number < self.steps:  # else the end writes it

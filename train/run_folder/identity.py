@@ -118,6 +118,7 @@ TABLE = tuple(UseRule(*row) for row in (
     ("train.eval_tokens",            SAY, ANY, ANY, ANY, _NO),
     ("train.final_eval_tokens",      SAY, ANY, ANY, ANY, _NO),
     ("train.eval_*",                 ANY, ANY, ANY, ANY, _NO),
+    ("train.probe_every",            ANY, ANY, ANY, ANY, _NO),
     ("train.checkpoint_every",       ANY, ANY, ANY, ANY, _NO),
     ("train.async_checkpoint",       ANY, ANY, ANY, ANY, _NO),
     ("train.keep_*",                 ANY, ANY, ANY, ANY, _NO),

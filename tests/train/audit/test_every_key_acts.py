@@ -300,6 +300,8 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "train.balance_loss_weight": row(0.2, plan),
     "train.bias_update_speed": row(0.2, plan),
     "train.bias_stops_at_decay": row(True, plan, **DECAY),
+    "train.probe_every": row(1, outcome, train__seq_len=128, train__global_batch_tokens=128,
+                             train__micro_batch_size=1),
     "train.eval_every": row(1, outcome, **HELD_OUT),
     "train.eval_only": row(True, "train.eval_only=true has nothing to evaluate"),
     "train.eval_tokens": row(64, outcome, **HELD),

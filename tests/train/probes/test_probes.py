@@ -19,6 +19,7 @@ from model.init import init_weights
 from model.transformer import DeepSeekV4
 from scripts.__main__ import main as v4
 from scripts.cli.model_yaml import load_model_config
+from train.exchange.open import load_model
 from train.probes.attention import attention_by_distance
 from train.probes.measures import edges, loss_by_position, needles, retrieval, tail_losses
 from train.probes.reader import CacheReader, Scored
@@ -201,6 +202,33 @@ def run(tmp_path_factory):
     ])  # fmt: skip
     assert code == 0
     return folder
+
+
+def test_a_run_probes_itself(run, tmp_path):
+    """Losses while training are those of the reader, on the weights of the step."""
+    folder = tmp_path / "probing"
+    words = [
+        "pretrain", "model=v4_tiny", "data=long_range", "data.tokenizer=byte",
+        "data.sources.packages.packages=[asyncio,json,email,http]", f"run_dir={folder}",
+        "data.sources.synthetic.documents=20", "data.sources.synthetic.document_characters=2048",
+        f"data.cache_dir={run.parent}/cache", "data.validation.bytes=3000",
+        "model.vocab_size=260", "train.steps=2", "train.seq_len=256", "sample.tokens=0",
+        "train.global_batch_tokens=256", "train.micro_batch_size=1", "train.eval_tokens=256",
+        "train.probe_every=2", "train.precision=fp32",
+    ]  # fmt: skip
+    assert v4(words) == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert not any(name.startswith("probe_") for name in lines[0])
+    model, tokenizer = load_model(folder)
+    reader = CacheReader(model)
+    for name, depth in (("far", 0.0), ("near", 1.0)):
+        asked = [needle(tokenizer, "single", 256, depth, 0, n) for n in range(8)]
+        nll = torch.cat([reader.score(q.ids_N, q.begin).nll_P for q in asked])
+        assert lines[1][f"probe_needle_{name}"] == pytest.approx(float(nll.mean()), rel=1e-4)
+    assert {"probe_loss_0", "probe_loss_64", "probe_tail_whole"} <= set(lines[1])
+    words = [word.replace("=256", "=64").replace("probing", "short") for word in words]
+    assert v4(words) == 2
+    assert not (tmp_path / "short").exists()
 
 
 def test_the_command_probes_runs_and_exports(run, tmp_path, capsys):
