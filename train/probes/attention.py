@@ -157,7 +157,7 @@ def _some(entries: EntrySet, pick_P: Tensor) -> EntrySet:
 
 def _by_bucket(value_PE: Tensor, bucket_PE: Tensor, distances: Sequence[int]) -> dict[str, float]:
     """Sums over the entries of each bucket, by its beginning."""
-    inside = bucket_PE >= 0
-    total_D = torch.zeros(len(distances), device=value_PE.device)
-    total_D.index_add_(0, bucket_PE[inside], value_PE[inside])
-    return {str(begin): float(n) for begin, n in zip(distances, total_D, strict=True)}
+    return {
+        str(begin): float(value_PE.masked_fill(bucket_PE != place, 0.0).sum())
+        for place, begin in enumerate(distances)
+    }

@@ -17,7 +17,7 @@ FIRST_EDGE, EDGE_FACTOR = 16, 4  # position buckets: 0, 16, 64, 256 ...
 
 
 @dataclass(frozen=True)
-class Cell:
+class ProbeCell:
     """Questions of one form.
 
     Attributes:
@@ -69,8 +69,9 @@ def loss_by_position(
     for ids_N in (document[:longest] for document in documents if len(document) > 1):
         nll = reader.score(ids_N, 1).nll_P.double().numpy()
         bucket = np.searchsorted(begins, np.arange(1, len(ids_N)), side="right") - 1
-        nats += np.bincount(bucket, nll, len(begins))
-        tokens += np.bincount(bucket, minlength=len(begins))
+        for place in range(len(begins)):
+            nats[place] += nll[bucket == place].sum()
+            tokens[place] += (bucket == place).sum()
     ends = [*begins[1:].tolist(), longest]
     return [
         {"from": int(begin), "to": int(end), "tokens": int(n), "loss": float(total / n)}
@@ -117,7 +118,7 @@ def needles(
     seed: int,
     reach: int | None,
     tell: Callable[[], object] = lambda: None,
-) -> list[Cell]:
+) -> list[ProbeCell]:
     """Needles of every kind by length and depth."""
     cells = []
     for kind in NEEDLES:
@@ -136,7 +137,7 @@ def repeats(
     count: int,
     seed: int,
     reach: int | None,
-) -> list[Cell]:
+) -> list[ProbeCell]:
     """Copies of a passage and of random tokens (induction) over distances."""
     vocabulary, cells = ordinary_ids(tokenizer), []
     for length in lengths:
@@ -147,7 +148,7 @@ def repeats(
     return cells
 
 
-def retrieval(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+def retrieval(cells: Sequence[ProbeCell]) -> dict[str, dict[str, Any]]:
     """By task, right answers within the windows' reach and beyond it, with chance there."""
     found: dict[str, dict[str, Any]] = {}
     for task in dict.fromkeys(cell.task for cell in cells):
@@ -163,7 +164,7 @@ def retrieval(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def as_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def as_rows(cells: Sequence[ProbeCell]) -> list[dict[str, Any]]:
     """JSON values."""
     return [asdict(cell) for cell in cells]
 
@@ -171,7 +172,7 @@ def as_rows(cells: Sequence[Cell]) -> list[dict[str, Any]]:
 def _ask(
     reader: Reader, task: str, asked: Sequence[Question], length: int, depth: float | None,
     reach: int | None, whole: bool,
-) -> Cell:  # fmt: skip
+) -> ProbeCell:  # fmt: skip
     correct = nats = 0.0
     for q in asked:
         scored = reader.score(q.ids_N, q.begin)
@@ -182,4 +183,4 @@ def _ask(
     beyond = None if reach is None else min(q.distance for q in asked) > reach
     distance = sum(q.distance for q in asked) / n
     chance = sum(q.chance for q in asked) / n
-    return Cell(task, length, depth, distance, beyond, n, correct / n, chance, nats / n)
+    return ProbeCell(task, length, depth, distance, beyond, n, correct / n, chance, nats / n)
