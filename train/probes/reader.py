@@ -14,7 +14,7 @@ from model.generate import Decoder
 from model.transformer import DeepSeekV4
 
 
-class Scored(NamedTuple):
+class TokenScores(NamedTuple):
     """Of every scored token its negative log-likelihood in nats, and whether it was the likeliest.
 
     Attributes:
@@ -31,7 +31,7 @@ class Reader(Protocol):
 
     max_tokens: int
 
-    def score(self, ids_N: np.ndarray, begin: int) -> Scored:
+    def score(self, ids_N: np.ndarray, begin: int) -> TokenScores:
         """Score tokens ``begin .. N - 1``, each given all before it; ``begin`` is 1 or more."""
         ...
 
@@ -49,11 +49,11 @@ class CacheReader:
         self.max_tokens = model.config.max_position_embeddings
 
     @torch.no_grad()
-    def score(self, ids_N: np.ndarray, begin: int) -> Scored:
+    def score(self, ids_N: np.ndarray, begin: int) -> TokenScores:
         """See :class:`Reader`."""
         decoder = Decoder(self._model, 1, len(ids_N))
         ids = torch.from_numpy(ids_N).to(decoder.device)
-        found: list[Scored] = []
+        found: list[TokenScores] = []
         for start in range(0, len(ids) - 1, self._chunk):
             stop = min(start + self._chunk, len(ids) - 1)
             counts = [stop - start]
@@ -64,7 +64,7 @@ class CacheReader:
             first = max(start, begin - 1)  # the token that predicts the first scored one
             logits_TV = decoder.project(x_BTSD[:, first - start :])[0]
             found.append(_scored(logits_TV, ids[first + 1 : stop + 1]))
-        return Scored(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+        return TokenScores(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
 class TransformersReader:
@@ -79,13 +79,13 @@ class TransformersReader:
         self.max_tokens = int(getattr(model.config, "max_position_embeddings", 1 << 30))
 
     @torch.no_grad()
-    def score(self, ids_N: np.ndarray, begin: int) -> Scored:
+    def score(self, ids_N: np.ndarray, begin: int) -> TokenScores:
         """See :class:`Reader`."""
         ids = torch.from_numpy(ids_N).to(self._model.device)
         logits_NV = self._model(input_ids=ids[None]).logits[0].float()
         return _scored(logits_NV[begin - 1 : -1], ids[begin:])
 
 
-def _scored(logits_TV: Tensor, target_T: Tensor) -> Scored:
+def _scored(logits_TV: Tensor, target_T: Tensor) -> TokenScores:
     nll_T = F.cross_entropy(logits_TV.float(), target_T, reduction="none")
-    return Scored(nll_T.cpu(), (logits_TV.argmax(-1) == target_T).cpu())
+    return TokenScores(nll_T.cpu(), (logits_TV.argmax(-1) == target_T).cpu())

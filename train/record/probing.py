@@ -27,7 +27,7 @@ _DOCUMENTS = 8  # held-out documents, and needles of a kind
 _SEED = 0
 _TAIL = 500  # last tokens of a document, a quarter of the row at most
 
-Scored = tuple[np.ndarray, int, int]  # ids, and the first token that counts and the one behind
+Counted = tuple[np.ndarray, int, int]  # ids, and the first token that counts and the one behind
 
 
 class Prober:
@@ -53,7 +53,7 @@ class Prober:
                 found[f"probe_{name}"] = self._loss(step, scored)
         return found
 
-    def _probes(self, T: int) -> Iterator[tuple[str, list[Scored]]]:
+    def _probes(self, T: int) -> Iterator[tuple[str, list[Counted]]]:
         documents = self._loader.validation_documents(_DOCUMENTS)
         begins = edges(T)
         for begin, end in zip(begins, [*begins[1:], T], strict=True):
@@ -71,7 +71,7 @@ class Prober:
             ]
             yield f"needle_{name}", [(q.ids_N, q.begin, len(q.ids_N)) for q in asked]
 
-    def _loss(self, step: StepPlan, scored: list[Scored]) -> float:
+    def _loss(self, step: StepPlan, scored: list[Counted]) -> float:
         total = sum(stop - begin for _, begin, stop in scored)
         depths = 1 + self._config.num_nextn_predict_layers
         objective = Objective(
@@ -85,7 +85,7 @@ class Prober:
         shares = self._engine.evaluate(self._rows(step.stage.seq_len, scored, depths), objective)
         return float(shares.losses["loss"])
 
-    def _rows(self, T: int, scored: list[Scored], depths: int) -> Iterator[Batch]:
+    def _rows(self, T: int, scored: list[Counted], depths: int) -> Iterator[Batch]:
         """This data rank's rows, one a microbatch; each rank has as many."""
         rank, degree = self._engine.data_rank, self._engine.data_degree
         for number in range(-(-len(scored) // degree)):

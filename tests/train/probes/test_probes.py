@@ -22,7 +22,7 @@ from scripts.cli.model_yaml import load_model_config
 from train.exchange.open import load_model
 from train.probes.attention import attention_by_distance
 from train.probes.measures import edges, loss_by_position, needles, retrieval, tail_losses
-from train.probes.reader import CacheReader, Scored
+from train.probes.reader import CacheReader, TokenScores
 from train.probes.tasks import (
     NEEDLES,
     copy,
@@ -104,7 +104,7 @@ class Oracle:
             found = np.flatnonzero(past == ids_N[t - 1])
             hits.append(any(i + 1 < len(past) and past[i + 1] == ids_N[t] for i in found[:-1]))
         hit = torch.tensor(hits)
-        return Scored(torch.where(hit, 0.1, 5.0), hit)
+        return TokenScores(torch.where(hit, 0.1, 5.0), hit)
 
 
 def test_a_reader_that_looks_back_solves_what_lies_within_its_window():
