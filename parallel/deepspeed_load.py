@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -81,15 +82,20 @@ def build_extension(device: torch.device) -> None:
     Raises:
         ConfigError: somebody else's lock is in the way.
     """
-    if device.type == "cpu":
-        folder = Path(_get_build_directory(_EXTENSION, verbose=False))
-        build_under_lock(folder)
-
-
-def build_under_lock(folder: Path) -> None:
-    """Build in ``folder``; what a build of ours that was killed has left there goes first."""
+    if device.type != "cpu":
+        return
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder  # noqa: PLC0415  an extra
 
+    folder = Path(_get_build_directory(_EXTENSION, verbose=False))
+    build_under_lock(folder, lambda: ShareMemCommBuilder().load(verbose=False))
+
+
+def build_under_lock(folder: Path, build: Callable[[], object]) -> None:
+    """Build in ``folder``; what a build of ours that was killed has left there goes first.
+
+    Raises:
+        ConfigError: the lock there is not ours.
+    """
     lock, ours = folder / "lock", folder / "v4_builds"
     with (folder / "v4_lock").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)  # goes with its process, as torch's lock does not
@@ -103,5 +109,5 @@ def build_under_lock(folder: Path) -> None:
             lock.unlink()
         ours.touch()
         with contextlib.redirect_stdout(io.StringIO()):  # it prints that it did
-            ShareMemCommBuilder().load(verbose=False)
+            build()
         ours.unlink()
