@@ -27,6 +27,7 @@ BENCHMARKS = {
     "efficiency": "scripts.benchmarks.efficiency",
     "launches": "scripts.benchmarks.launches",
     "triton_aot": "scripts.benchmarks.triton_aot",
+    "context": "scripts.benchmarks.context",
     "step_parts": "scripts.layout_trials.step_parts",
     "timeline": "scripts.layout_trials.timeline",
     "fake_ranks": "scripts.layout_trials.fake_ranks",

@@ -152,6 +152,7 @@ def check_contexts(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> N
         UserError: names the stage and the values, and how many steps come before it.
     """
     kinds = [run.model.kind(layer) for layer in range(run.model.num_hidden_layers)]
+    whole = next((i for i, k in enumerate(kinds) if k in (LayerKind.dense, LayerKind.mha)), None)
     for index, stage in enumerate(plan.reached()):
         before = ""
         if steps := plan.step_at(stage.start_tokens):
@@ -165,10 +166,10 @@ def check_contexts(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> N
                 f"{needs}, which must divide the parallel.dp_shard={layout.dp_shard} * parallel.cp="
                 f"{layout.cp} ranks that share parameters{before}"
             )
-        if stage.cp > 1 and LayerKind.dense in kinds:
+        if stage.cp > 1 and whole is not None:
             raise UserError(
-                f"{needs}, but layer {kinds.index(LayerKind.dense)} of model.attention="
-                f"{run.model.attention} is dense: it would need whole rows{before}"
+                f"{needs}, but layer {whole} of model.attention={run.model.attention} is"
+                f" {kinds[whole].value}: it would need whole rows{before}"
             )
 
 

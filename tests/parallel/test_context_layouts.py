@@ -283,6 +283,10 @@ def plant_faults(rank, world):
     loss, gradient = off()
     assert loss < 1e-6, "all is as before"
     assert gradient < 1e-5
+    before = gradients(engine)
+    off()
+    for name, again in gradients(engine).items():
+        assert torch.equal(again, before[name]), f"{name} has other bits the second time"
 
 
 def test_planted_faults_are_caught():

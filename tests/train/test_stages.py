@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from model.config import IndexerPhase, ModelConfig
+from model.config import IndexerPhase, LayerKind, ModelConfig
 from parallel.config import ParallelConfig
 from train.config.schema import StageConfig, TrainConfig
 from train.stages import check_contexts, check_rows, loss_weights, resolve, trains
@@ -196,6 +196,9 @@ def test_stage_that_cannot_run_is_refused_when_reached_only():
     with pytest.raises(ValueError, match=rf"\(1m\) needs cp=8 .* train.steps={before}$"):
         check_contexts(resolve(run), run, layout)
     check_contexts(resolve(run), run, replace(layout, cp=2))
+    run.model.layer_kinds = [LayerKind.swa, LayerKind.mha, LayerKind.hca]
+    with pytest.raises(ValueError, match=r"\(1m\) needs cp=8 .* layer 1 .* is mha: .* whole rows"):
+        check_contexts(resolve(run), run, replace(layout, cp=2))
     train.steps = before
     check_contexts(resolve(run), run, layout)
 

@@ -425,6 +425,12 @@ def _check_deepspeed(run: RunConfig) -> None:
             f"parallel.{key}={degree} does not go with {asked}, which knows data ranks only: say"
             f" engine=torch, or parallel.{key}=1",
         )
+    for index, stage in enumerate(run.train.stages):
+        _need(
+            stage.cp in (None, 1),
+            f"train.stages[{index}].cp={stage.cp} does not go with {asked}, which holds rows whole:"
+            " say engine=torch, or cp: 1",
+        )
     _need(
         run.parallel.offload == "none",
         f"parallel.offload={run.parallel.offload} is the torch engine's, {asked} was asked for: say"

@@ -99,6 +99,7 @@ def test_engine_of_an_older_record_is_the_one_of_its_name():
     [
         (["parallel.pp=2"], "parallel.pp=2 does not go with engine.name=deepspeed"),
         (["parallel.ep=2"], "parallel.ep=2 does not go with engine.name=deepspeed"),
+        (["train.stages=[{until_tokens: 99999, cp: 2}]"], "train.stages[0].cp=2 does not go with"),
         (["parallel.dp_replicate=2"], "parallel.dp_replicate=2 does not go with"),
         (["optim.state_dtype=bf16"], "optim.state_dtype=bf16 does not go with"),
         (["engine.zero_stage=3", "train.ema_decay=0.9"], "say engine.zero_stage=2"),
