@@ -6,13 +6,15 @@
 One row, gloo processes of this machine, one forward and backward pass in fp32. A process counts
 what its resident memory has at the peak above what it had before, when weights, gradients and
 libraries were there. Of that the entries and indexer keys of all shards, which every rank holds,
-are known in closed form (``model/activation_memory.py``); the rest should fall as 1 / cp.
+are known in closed form (``model/activation_memory.py``); the rest should fall as 1 / cp. Processes
+give freed memory back at once (glibc's mmap threshold is held low): what a heap keeps is no need.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -86,13 +88,14 @@ def on_rank(rank: int, cp: int, args: argparse.Namespace, folder: str) -> None:
         "bytes": memory_bytes(CPU, "VmHWM") - before,
         "seconds": time.perf_counter() - began,
     }
-    Path(folder, f"{rank}.json").write_text(json.dumps(took))
+    Path(folder, f"{rank}.json").write_text(json.dumps(took, allow_nan=False))
     dist.destroy_process_group()
 
 
 def measure(cp: int, args: argparse.Namespace) -> dict[str, Any]:
     """The fullest of ``cp`` processes."""
     with tempfile.TemporaryDirectory() as folder:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # of the processes that start now
         mp.spawn(on_rank, (cp, args, folder), nprocs=cp)
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(cp)]
     entries = entry_bytes(load_model_config(args.model), args) if cp > 1 else 0.0

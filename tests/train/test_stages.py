@@ -196,11 +196,15 @@ def test_stage_that_cannot_run_is_refused_when_reached_only():
     with pytest.raises(ValueError, match=rf"\(1m\) needs cp=8 .* train.steps={before}$"):
         check_contexts(resolve(run), run, layout)
     check_contexts(resolve(run), run, replace(layout, cp=2))
-    run.model.layer_kinds = [LayerKind.swa, LayerKind.mha, LayerKind.hca]
-    with pytest.raises(ValueError, match=r"\(1m\) needs cp=8 .* layer 1 .* is mha: .* whole rows"):
-        check_contexts(resolve(run), run, replace(layout, cp=2))
     train.steps = before
     check_contexts(resolve(run), run, layout)
+
+
+def test_layer_that_needs_whole_rows_is_refused_with_shards():
+    run = make_run(TrainConfig(stages=[StageConfig(name="1m", until_tokens=8192, cp=2)], steps=0))
+    run.model.layer_kinds = [LayerKind.swa, LayerKind.mha, LayerKind.hca]
+    with pytest.raises(ValueError, match=r"\(1m\) needs cp=2 .* layer 1 .* is mha: .* whole rows"):
+        check_contexts(resolve(run), run, ParallelConfig(dp_shard=1, cp=2))
 
 
 def test_stage_that_a_step_jumps_over_is_refused():
