@@ -51,7 +51,10 @@ def pack(protocol: Protocol, path: Path) -> None:
     of another code version, and the only copy.
     """
     cells = protocol.finished()
-    listed = [[*astuple(cell)[:4], run.name] for cell, run in cells.items()]
+    listed = [
+        [*astuple(cell)[:4], *([list(cell.settings)] if cell.settings else []), run.name]
+        for cell, run in cells.items()
+    ]
     content = {"study": plain(protocol.study), "cells": listed}
     files = {STUDY: json.dumps(content, allow_nan=False).encode()}
     if path.is_file() and any(done < wanted for _, _, wanted, done in protocol.plan()):
@@ -90,5 +93,8 @@ def open_archive(path: Path) -> Protocol:
     schema = OmegaConf.structured(StudyConfig)
     study = OmegaConf.to_object(OmegaConf.merge(schema, content["study"]))
     assert isinstance(study, StudyConfig)
-    runs = {Cell(*cell): parse_run(path / name, files[name]) for *cell, name in content["cells"]}
+    runs = {
+        Cell(arm, steps, lr, seed, settings=tuple(*settings)): parse_run(path / name, files[name])
+        for arm, steps, lr, seed, *settings, name in content["cells"]
+    }
     return Protocol(study, Store([], None), path.parent, runs)

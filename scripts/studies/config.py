@@ -34,7 +34,9 @@ class ArmConfig:
         evaluates: another arm, whose trained weights this arm evaluates and does not train.
         fraction: of the study's steps that this arm trains for, with its own decay.
         steps: of its runs instead; 0: ``fraction`` of the study's.
-        like: another arm, whose overrides (and grid) it takes, its own behind them.
+        tune: other keys -> values that the search tries after the learning rate, key by key: what
+            is best so far stays unless a value lowers the loss.
+        like: another arm, whose overrides (grid, tune) it takes, its own behind them.
         seconds_of: another arm whose time it takes: as many steps as the arm ``like`` makes in the
             time that ``seconds_of`` runs, by the step times of both searches.
     """
@@ -44,6 +46,7 @@ class ArmConfig:
     evaluates: str = ""
     fraction: float = 1.0
     steps: int = 0
+    tune: dict[str, list[str]] = field(default_factory=dict)
     like: str = ""
     seconds_of: str = ""
 
@@ -93,6 +96,19 @@ class LawConfig:
 
 
 @dataclass
+class LadderConfig:
+    """How many steps one kind of arm needs for another's loss, at several lengths.
+
+    Attributes:
+        arms: of one kind by ascending steps, each tuned at its own; empty: not asked.
+        to: of the other kind; the loss of each is to be reached. The last is also predicted.
+    """
+
+    arms: list[str] = field(default_factory=list)
+    to: list[str] = field(default_factory=list)
+
+
+@dataclass
 class SequentialConfig:
     """Verdicts before all seeds are spent (``scripts/studies/sequential.py``).
 
@@ -125,6 +141,7 @@ class StudyConfig:
         search: the choice of learning rates.
         catch_up: steps to another arm's loss.
         law: of the loss over FLOPs.
+        ladder: steps to another kind of arm's loss, at several lengths.
         again: also run the baseline from other initial weights (A/A, the noise floor).
         level: of the two-sided test, a fraction.
         sequential: verdicts before all seeds are spent.
@@ -140,6 +157,7 @@ class StudyConfig:
     search: SearchConfig = field(default_factory=SearchConfig)
     catch_up: CatchUpConfig = field(default_factory=CatchUpConfig)
     law: LawConfig = field(default_factory=LawConfig)
+    ladder: LadderConfig = field(default_factory=LadderConfig)
     again: bool = True
     level: float = 0.05
     sequential: SequentialConfig = field(default_factory=SequentialConfig)
@@ -152,7 +170,7 @@ class StudyConfig:
         """
         for ok, message in (
             *self._basic_checks(), *self._arm_checks(), *self._catch_up_checks(),
-            *self._sequential_checks(), *self._law_checks(),
+            *self._sequential_checks(), *self._law_checks(), *self._ladder_checks(),
         ):  # fmt: skip
             if not ok:
                 raise UserError(message)
@@ -253,6 +271,40 @@ class StudyConfig:
                 " numbers, and one point is predicted",
             )
         ]
+
+    def _ladder_checks(self) -> list[tuple[bool, str]]:
+        ask, names = self.ladder, list(self.arms)
+        if not ask.arms and not ask.to:
+            return []
+        known = {*ask.arms, *ask.to} <= {*names}
+        trials = {n: self.trials(n) for n in (*ask.arms, *ask.to)} if known else {}
+        return [
+            (
+                known and len(ask.arms) >= 3 and len(ask.to) >= 3,
+                f"ladder.arms={ask.arms} and ladder.to={ask.to} must be at least 3 of arms={names}",
+            ),
+            (
+                not known
+                or all(
+                    (steps := [self.arms[n].steps for n in side]) == sorted({*steps} - {0})
+                    for side in (ask.arms, ask.to)
+                ),
+                f"ladder.arms={ask.arms} and ladder.to={ask.to} need arms.NAME.steps that ascend",
+            ),
+            (
+                len({*trials.values()}) <= 1,
+                f"ladder: arms must be tuned by equally many trials, not {trials}",
+            ),
+        ]
+
+    def trials(self, arm: str) -> int:
+        """Runs of an arm's search, if its first grid holds the best learning rate."""
+        return len(self.grid(arm)) + sum(len(values) for values in self.tune_of(arm).values())
+
+    def tune_of(self, arm: str) -> dict[str, list[str]]:
+        """Keys that an arm's search tries after the learning rate."""
+        config = self.arms[arm]
+        return config.tune or (self.arms[config.like].tune if config.like else {})
 
     def _sequential_checks(self) -> list[tuple[bool, str]]:
         asked, seeds = self.sequential, len(self.seeds)

@@ -14,7 +14,7 @@ from matplotlib.colors import hsv_to_rgb, to_hex
 from matplotlib.figure import Figure
 
 from scripts.studies.law import Law, Prediction
-from scripts.studies.results import ArmResult, CatchUp, StudyResults, curve_of
+from scripts.studies.results import ArmResult, CatchUp, Rung, StudyResults, curve_of
 from scripts.studies.statistics import Paired
 from train.record.ranking import LOSS, Group, Ranking
 
@@ -181,6 +181,18 @@ def draw_catch_up(found: CatchUp, arm: ArmResult, to: ArmResult) -> Figure:
     axes.axhline(statistics.fmean(target), color=_COLOURS[1], label=f"{to.name}, full length")
     axes.axhspan(min(target), max(target), color=_COLOURS[1], alpha=0.15)
     axes.legend()
+    return figure
+
+
+def draw_ladder(rungs: Sequence[Rung]) -> Figure:
+    """Ratio of steps to equal loss over the tokens of a run; each seed, and the mean."""
+    figure, axes = _axes("each seed, and their mean", "tokens of a run", "ratio of steps")
+    for rung in rungs:
+        ratios = list(rung.ratios.values())
+        axes.plot([rung.tokens] * len(ratios), ratios, "o", color=_COLOURS[0], alpha=0.5)
+    means = [statistics.fmean(rung.ratios.values()) for rung in rungs]
+    axes.plot([rung.tokens for rung in rungs], means, color=_COLOURS[0], marker="D")
+    axes.set_xscale("log")
     return figure
 
 

@@ -36,6 +36,7 @@ class Cell:
         lr: learning rate.
         seed: of data order and initialisation.
         source: folder of the weights that it evaluates; empty: it trains.
+        settings: overrides that the search tries, or has chosen.
     """
 
     arm: str
@@ -43,6 +44,7 @@ class Cell:
     lr: float
     seed: int
     source: str = ""
+    settings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,21 @@ class Choice:
     missing: tuple[float, ...] = ()
     best: float | None = None
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What the search found behind the learning rate.
+
+    Attributes:
+        settings: the best overrides so far.
+        tried: overrides -> validation loss of the search's run.
+        missing: runs to do next; later keys depend on them.
+    """
+
+    settings: tuple[str, ...] = ()
+    tried: Mapping[tuple[str, ...], float] = field(default_factory=dict)
+    missing: tuple[Cell, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,8 +168,8 @@ class Protocol:
     store: Store
     out: Path
     recorded: Mapping[Cell, FinishedRun] | None = None
-    _configs: dict[str, RunConfig] = field(default_factory=dict)
-    _identities: dict[tuple[str, int, float, int], str] = field(default_factory=dict)
+    _configs: dict[tuple[str, tuple[str, ...]], RunConfig] = field(default_factory=dict)
+    _identities: dict[Cell, str] = field(default_factory=dict)
 
     # ---- what to run -------------------------------------------------------------------------
     @property
@@ -210,6 +227,27 @@ class Protocol:
                 return choice
             losses |= {rate: run.val_loss for rate, run in found.items()}
 
+    def tuning(self, arm: str) -> Tuning:
+        """Where the search of an arm's other keys stands; nothing before the learning rate."""
+        arm = self.study.baseline if arm == AGAIN else self.study.arms[arm].evaluates or arm
+        choice = self.choice(arm)
+        if choice.best is None:
+            return Tuning()
+        best: tuple[str, ...] = ()
+        lowest, tried = choice.tried[choice.best], {}
+        for key, values in self.study.tune_of(arm).items():
+            asked = [(*best, f"{key}={value}") for value in values]
+            cells = [self._search_cell(arm, choice.best, settings) for settings in asked]
+            runs = [self.find(cell) for cell in cells]
+            tried |= {c.settings: r.val_loss for c, r in zip(cells, runs, strict=True) if r}
+            missing = tuple(c for c, run in zip(cells, runs, strict=True) if run is None)
+            if missing:
+                return Tuning(best, tried, missing)
+            winner = min(asked, key=lambda settings: tried[settings])
+            if tried[winner] < lowest:
+                best, lowest = winner, tried[winner]
+        return Tuning(best, tried)
+
     def batches(self) -> Iterator[Sweep]:
         """Runs that can be started now and are not finished, in order; empty when all is done.
 
@@ -217,6 +255,11 @@ class Protocol:
         """
         yield from self._search()
         if any(self.choice(arm).best is None for arm in self.trained_arms):
+            return
+        for arm in self.trained_arms:
+            for cell in self.tuning(arm).missing:
+                yield Sweep(f"tuning, {arm}, {cell.settings[-1]}", (cell,), "seed")
+        if any(self.tuning(arm).missing for arm in self.trained_arms):
             return
         yield from self._seeds()
 
@@ -241,11 +284,16 @@ class Protocol:
         return wanted.get((arm, steps or self.steps_of(arm)), list(self.study.seeds))
 
     def _found(self, arm: str, steps: int, seeds: Sequence[int]) -> dict[int, FinishedRun]:
-        rate = self.choice(arm).best
-        if rate is None:
-            return {}
-        found = {seed: self.find(Cell(arm, steps, rate, seed)) for seed in seeds}
+        cells = self._seed_cells(arm, steps, seeds)
+        found = {cell.seed: self.find(cell) for cell in cells}
         return {seed: run for seed, run in found.items() if run is not None}
+
+    def _seed_cells(self, arm: str, steps: int, seeds: Sequence[int]) -> list[Cell]:
+        """Runs of an arm as it was tuned; none before it is."""
+        rate, tuning = self.choice(arm).best, self.tuning(arm)
+        if rate is None or tuning.missing:
+            return []
+        return [Cell(arm, steps, rate, seed, settings=tuning.settings) for seed in seeds]
 
     # ---- looks -------------------------------------------------------------------------------
     @property
@@ -298,9 +346,9 @@ class Protocol:
             again_N = losses[AGAIN] - base_N if study.again else None
         return x_AN[None], None if again_N is None else again_N[None]
 
-    def _search_cell(self, arm: str, rate: float) -> Cell:
+    def _search_cell(self, arm: str, rate: float, settings: tuple[str, ...] = ()) -> Cell:
         steps = max(1, round(self.steps_of(arm) * self.study.search.fraction))
-        return Cell(arm, steps, rate, self.study.search.seed)
+        return Cell(arm, steps, rate, self.study.search.seed, settings=settings)
 
     def _search(self) -> Iterator[Sweep]:
         for arm in self.trained_arms:
@@ -350,10 +398,12 @@ class Protocol:
             for arm in self.trained_arms
             for rate in self.choice(arm).tried
         ]
-        for (arm, steps), seeds in self._wanted_seeds():
+        for arm in self.trained_arms:
             rate = self.choice(arm).best
             if rate is not None:
-                cells += [Cell(arm, steps, rate, seed) for seed in seeds]
+                cells += [self._search_cell(arm, rate, s) for s in self.tuning(arm).tried]
+        for (arm, steps), seeds in self._wanted_seeds():
+            cells += self._seed_cells(arm, steps, seeds)
         found = {cell: self.find(cell) for cell in cells}
         return {cell: run for cell, run in found.items() if run is not None}
 
@@ -361,10 +411,7 @@ class Protocol:
         for (arm, steps), seeds in self._wanted_seeds():
             if self._evaluates(arm):
                 continue
-            rate = self.choice(arm).best
-            assert rate is not None
-            cells = [Cell(arm, steps, rate, seed) for seed in seeds]
-            cells = [cell for cell in cells if not self._is_done(cell)]
+            cells = [c for c in self._seed_cells(arm, steps, seeds) if not self._is_done(c)]
             if cells:
                 short = "" if steps == self.steps_of(arm) else f", {steps} steps"
                 yield Sweep(f"seeds, {arm}{short}", tuple(cells), "seed")
@@ -375,8 +422,9 @@ class Protocol:
             if not arm.evaluates:
                 continue
             for seed, source in self.results(arm.evaluates).items():
-                rate = source.run.optim.lr
-                cell = Cell(name, self.steps_of(name), rate, seed, from_root(source.folder))
+                steps = self.steps_of(name)
+                (cell,) = self._seed_cells(name, steps, [seed])
+                cell = replace(cell, source=from_root(source.folder))
                 if self.find(cell) is None and source.has_weights:
                     yield Sweep(f"evaluation, {name}, seed {seed}", (cell,), "seed")
 
@@ -394,6 +442,9 @@ class Protocol:
             wanted = len(choice.tried) + len(choice.missing)
             example = self._search_cell(arm, grid[len(grid) // 2])
             yield f"search, {arm}", example, wanted, len(choice.tried)
+            if tuned := study.tune_of(arm):
+                wanted = sum(len(values) for values in tuned.values())
+                yield f"tuning, {arm}", example, wanted, len(self.tuning(arm).tried)
         for (arm, steps), seeds in self._wanted_seeds(at_most):
             grid = study.grid(study.baseline if arm == AGAIN else arm)
             rate = self.choice(arm).best or grid[len(grid) // 2]
@@ -417,22 +468,23 @@ class Protocol:
         """The finished run of a cell, or None."""
         if self.recorded is not None:
             return self.recorded.get(replace(cell, source=""))
-        key = (cell.arm, cell.steps, cell.lr, cell.seed)
-        if key not in self._identities:
-            self._identities[key] = identity_of(self.config(cell), self._evaluates(cell.arm))
-        return self.store.runs.get(self._identities[key])
+        cell = replace(cell, source="")
+        if cell not in self._identities:
+            self._identities[cell] = identity_of(self.config(cell), self._evaluates(cell.arm))
+        return self.store.runs.get(self._identities[cell])
 
     def config(self, cell: Cell) -> RunConfig:
         """The config of a cell, up to its folder."""
-        if cell.arm not in self._configs:
-            run = self._configs[cell.arm] = compose_run(self.overrides(cell))
+        key = cell.arm, cell.settings
+        if key not in self._configs:
+            run = self._configs[key] = compose_run(self.overrides(cell))
             if Precision.auto in (run.train.precision, run.train.head_precision):
                 raise UserError(
                     f"base: train.precision={run.train.precision.value},"
                     f" train.head_precision={run.train.head_precision.value} depend on the machine;"
                     " a study compares runs in one precision: give fp32 or bf16"
                 )
-        run = self._configs[cell.arm]
+        run = self._configs[key]
         train = replace(run.train, steps=cell.steps, eval_every=self._eval_every(cell))
         return replace(run, seed=cell.seed, optim=replace(run.optim, lr=cell.lr), train=train)
 
@@ -445,6 +497,7 @@ class Protocol:
         again = cell.arm == AGAIN
         arm = study.arms[study.baseline if again else cell.arm]
         own = [*study.base, *study.overrides_of(study.baseline if again else cell.arm)]
+        own += cell.settings
         own += [f"train.steps={cell.steps}", f"train.eval_every={self._eval_every(cell)}"]
         own += [f"optim.lr={cell.lr!r}", f"seed={cell.seed}"]
         own += [f"init_seed_offset={AGAIN_OFFSET}"] if again else []

@@ -18,6 +18,7 @@ from scripts.studies.plots import (
     draw_catch_up,
     draw_curves,
     draw_differences,
+    draw_ladder,
     draw_law,
     draw_search,
 )
@@ -27,11 +28,12 @@ from scripts.studies.results import (
     ArmResult,
     CatchUp,
     Comparison,
+    Rung,
     StudyResults,
     gather,
     law_points,
 )
-from scripts.studies.statistics import Crossing, Finding, Paired, Spread, spread
+from scripts.studies.statistics import Crossing, Finding, Paired, Spread, extrapolate, spread
 from train.record.receipt import plain, write_json
 
 MEASURED = "Measured on this machine"
@@ -53,6 +55,8 @@ def study_document(results: StudyResults) -> ReportDocument:
     document.add("Question", results.study.question, _design(results))
     if results.study.law.arms:
         document.add("The law", *_law(results))
+    if results.study.ladder.arms:
+        document.add("The ladder", *_ladder(results))
     document.add("Comparisons", *_comparisons(results))
     if results.catch_up is not None:
         document.add("Steps to the other arm's loss", *_catch_up(results, results.catch_up))
@@ -71,6 +75,8 @@ def lead(results: StudyResults) -> str:
     if blocked:
         return f"No answer: {blocked[0].name}: {blocked[0].choice.reason}."
     parts = [_verdict(results, comparison) for comparison in results.comparisons]
+    if results.study.ladder.arms:  # arms of other lengths
+        parts = [_ladder_line(results)]
     if results.study.law.arms:  # its arms differ in size, so their losses must
         parts = [_law_line(results)]
     if not parts and results.again_test is not None:
@@ -234,6 +240,55 @@ def _corrected(found: Comparison, test: Paired) -> str:
     return f"{size:.2f}, {found.standing.critical:.2f}" if found.standing.judged else f"{size:.2f}"
 
 
+def _ladder_line(results: StudyResults) -> str:
+    if not results.ladder:
+        return "no rung of the ladder is finished yet"
+    rungs = []
+    for rung in results.ladder:
+        ratios = spread([*rung.ratios.values()], results.study.level)
+        text = _ratio_text(rung.crossings, ratios)
+        rungs.append(f"{text} of the steps at {rung.tokens / 1e6:.2f} M tokens")
+    return f"to the loss of {', '.join(results.study.ladder.to)}: {'; '.join(rungs)}"
+
+
+def _ladder(results: StudyResults) -> list[Table | Picture | str]:
+    level, ask = results.study.level, results.study.ladder
+    trials = sorted({results.study.trials(name) for name in (*ask.arms, *ask.to)})
+    blocks: list[Table | Picture | str] = [
+        f"Each arm is tuned at its own length, by {_list(trials)} trials (and what a search adds at"
+        f" an edge): {', '.join(ask.arms)} against {', '.join(ask.to)}. Steps are interpolated in"
+        " log(steps) between the tuned lengths, seed by seed."
+    ]
+    rows = []
+    for rung in results.ladder:
+        times = spread([*rung.seconds.values()], level)
+        ratios = spread([*rung.ratios.values()], level)
+        rows.append([
+            rung.to, f"{rung.tokens:,}", _ratio_text(rung.crossings, ratios),
+            f"{times.mean:.3f} +- {times.half_width:.3f}", _foreseen(results, rung),
+            str(len(rung.crossings)),
+        ])  # fmt: skip
+    interval = f"+- {1 - level:.0%} interval"
+    head = ["to the loss of", "tokens", f"ratio of tokens, {interval}", f"of time, {interval}",
+            "predicted from the shorter ones", "seeds"]  # fmt: skip
+    blocks.append(Table(head, rows))
+    if results.ladder:
+        caption = "ratio of steps to equal loss over the length of a run"
+        blocks.append(Picture("ladder", caption, draw_ladder(results.ladder)))
+    return blocks
+
+
+def _foreseen(results: StudyResults, rung: Rung) -> str:
+    """What the shorter rungs say of a ratio: a power law of the length, seed by seed."""
+    shorter = [r for r in results.ladder if r.tokens < rung.tokens]
+    if len(shorter) < 2:
+        return ""
+    seeds = [s for s in rung.crossings if all(s in r.crossings for r in shorter)]
+    said = [extrapolate({r.tokens: r.ratios[s] for r in shorter}, rung.tokens) for s in seeds]
+    found = spread(said, results.study.level)
+    return f"{found.mean:.3f} +- {found.half_width:.3f}" if said else ""
+
+
 def _law(results: StudyResults) -> list[Table | Picture | str]:
     law, points = results.law, law_points(results)
     asked = [results.arms[name] for name in results.study.law.arms]
@@ -316,7 +371,23 @@ def _search_table(results: StudyResults) -> Table:
         best = "no answer" if arm.choice.reason else "not known yet"
         best = best if arm.choice.best is None else f"{arm.choice.best:g}"
         rows.append([arm.name, best, tried])
+    if any(results.study.tune_of(row[0]) for row in rows):
+        return _tuned_table(results, rows)
     return Table(["arm", "chosen", "validation loss by learning rate"], rows)
+
+
+def _tuned_table(results: StudyResults, rows: list[list[str]]) -> Table:
+    """The same with the other keys, and how many runs the search took."""
+    for row in rows:
+        arm = results.arms[row[0]]
+        tried = arm.tuning.tried
+        row += [
+            " ".join(f"`{word}`" for word in arm.tuning.settings) or "as they were",
+            ", ".join(f"`{words[-1]}`: {_loss(loss)}" for words, loss in tried.items()),
+            str(len(arm.choice.tried) + len(tried)),
+        ]
+    head = ["arm", "chosen", "validation loss by learning rate", "other keys", "tried", "trials"]
+    return Table(head, rows)
 
 
 def _search_picture(results: StudyResults) -> Picture | None:
@@ -465,6 +536,7 @@ def as_json(results: StudyResults) -> dict[str, Any]:
         "comparisons": [plain(c) for c in results.comparisons],
         "again": plain(results.again_test) if results.again_test else None,
         "catch_up": plain(results.catch_up) if results.catch_up else None,
+        "ladder": [plain(rung) for rung in results.ladder],
         "law": plain(results.law) if results.law else None,
         "predicted": plain(results.predicted) if results.predicted else None,
     }

@@ -11,7 +11,7 @@ from model.flops import parameter_counts
 from scripts.studies.config import AGAIN, StudyConfig
 from scripts.studies.estimate import flops_per_token
 from scripts.studies.law import Law, Prediction, fit_law, predict_last
-from scripts.studies.protocol import ArmStanding, Choice, Protocol
+from scripts.studies.protocol import ArmStanding, Choice, Protocol, Tuning
 from scripts.studies.statistics import (
     Crossing,
     Finding,
@@ -47,6 +47,8 @@ class ArmResult:
         active: that one token uses.
         flops: forward and backward, per token.
         tokens: that one run trains on.
+        steps: of one run.
+        tuning: of its other keys.
     """
 
     name: str
@@ -57,6 +59,8 @@ class ArmResult:
     active: int
     flops: float
     tokens: int
+    steps: int
+    tuning: Tuning
 
     @property
     def run_flops(self) -> float:
@@ -137,6 +141,30 @@ class CatchUp:
     target: Mapping[int, float]
 
 
+@dataclass(frozen=True)
+class Rung:
+    """One length of a ladder: what reaching the other kind of arm's loss takes.
+
+    Attributes:
+        to: the arm whose loss is reached.
+        steps: of its runs.
+        tokens: of its runs.
+        crossings: seed -> steps that the first kind needs, between its own tuned lengths.
+        seconds: seed -> the same as a ratio of running time.
+    """
+
+    to: str
+    steps: int
+    tokens: int
+    crossings: Mapping[int, Crossing]
+    seconds: Mapping[int, float]
+
+    @property
+    def ratios(self) -> dict[int, float]:
+        """Seed -> steps over steps."""
+        return {seed: crossing.steps / self.steps for seed, crossing in self.crossings.items()}
+
+
 @dataclass
 class StudyResults:
     """Everything a report shows.
@@ -152,6 +180,7 @@ class StudyResults:
         catch_up: None where it is not asked or not there yet.
         law: the same, of the loss over FLOPs.
         predicted: the last point of the law, from the others.
+        ladder: the rungs that are finished, by length.
         search_steps: of a run of the search.
         missing: runs still to do, of a sequential study up to the next look.
         again_seeds: that the noise floor is to stand on by now.
@@ -167,6 +196,7 @@ class StudyResults:
     catch_up: CatchUp | None = None
     law: Law | None = None
     predicted: Prediction | None = None
+    ladder: list[Rung] = field(default_factory=list)
     search_steps: int = 0
     missing: int = 0
     again_seeds: int = 0
@@ -208,12 +238,33 @@ def gather(name: str, protocol: Protocol) -> StudyResults:
     results.comparisons = _compare(results, protocol.standings() if study.is_sequential else {})
     if study.catch_up.arm:
         results.catch_up = _catch_up(protocol, arms)
+    results.ladder = _ladder(results)
     points = law_points(results)
     if study.law.arms and len(points) == len(study.law.arms):
         results.law = fit_law(points, study.level)
         results.predicted = predict_last(points, study.level)
     results.missing = sum(wanted - done for _, _, wanted, done in protocol.plan())
     return results
+
+
+def _ladder(results: StudyResults) -> list[Rung]:
+    """Every length at which some seed has its loss and the whole ladder of the first kind."""
+    ask, rungs = results.study.ladder, []
+    ladder = [results.arms[name] for name in ask.arms]
+    for name in ask.to:
+        arm = results.arms[name]
+        crossings, seconds = {}, {}
+        for seed, loss in arm.losses.items():
+            points = {a.steps: a.losses[seed] for a in ladder if seed in a.losses}
+            if len(points) < len(ladder) or not math.isfinite(loss):
+                continue
+            found = crossings[seed] = steps_to_reach(points, loss)
+            nearest = min(ladder, key=lambda a: abs(math.log(a.steps / found.steps)))
+            paces = [a.runs[seed].step_seconds for a in (nearest, arm)]
+            seconds[seed] = found.steps * paces[0] / (arm.steps * paces[1])
+        if crossings:
+            rungs.append(Rung(name, arm.steps, arm.tokens, crossings, seconds))
+    return rungs
 
 
 def law_points(results: StudyResults) -> dict[float, list[float]]:
@@ -250,6 +301,7 @@ def _arm(protocol: Protocol, name: str) -> ArmResult:
     return ArmResult(
         name, overrides, protocol.choice(name), runs, counts.total, counts.active,
         flops_per_token(run), run.train.steps * run.train.global_batch_tokens,
+        run.train.steps, protocol.tuning(name),
     )  # fmt: skip
 
 

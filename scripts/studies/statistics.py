@@ -124,6 +124,20 @@ def steps_to_reach(curve: Mapping[int, float], target: float) -> Crossing:
     return Crossing(steps[-1], ">")
 
 
+def extrapolate(points: Mapping[float, float], at: float) -> float:
+    """The power law through points (least squares in logarithms), further along.
+
+    Args:
+        points: x -> y, both above 0, at least two.
+        at: an x.
+    """
+    x, y = ([math.log(v) for v in values] for values in (points.keys(), points.values()))
+    middle, level = statistics.fmean(x), statistics.fmean(y)
+    steepness = sum((a - middle) * b for a, b in zip(x, y, strict=True))
+    slope = steepness / sum((a - middle) ** 2 for a in x)
+    return math.exp(level + slope * (math.log(at) - middle))
+
+
 @dataclass(frozen=True)
 class Spread:
     """A mean with its uncertainty.
