@@ -92,7 +92,7 @@ class MuonConfig:
     dtype: MatmulDtype = MatmulDtype.auto
     # Parameter pattern -> split, over optim/groups.py: "whole", "experts", or the name of a count
     # (o_groups, num_attention_heads, index_n_heads) by which the rows are cut into matrices of
-    # their own.
+    # their own; "adamw" leaves the parameter to AdamW.
     splits: dict[str, str] = field(default_factory=dict)
 
 

@@ -173,6 +173,8 @@ def _record(
     split_counts: Mapping[str, int],
 ) -> ParamRecord:
     owner = rule.owner if rule.owner is Owner.adamw else _owner_of_matrices(config)
+    if owner is Owner.muon and split == Owner.adamw:  # a matrix that is left to AdamW
+        owner = Owner.adamw
     decays = {
         Owner.muon: config.muon.weight_decay,
         Owner.adamw: config.adamw.weight_decay,

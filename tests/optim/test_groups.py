@@ -114,6 +114,16 @@ def test_splits_of_the_config_win():
     assert table["layers.1.attn.indexer.wq_b.weight"].num_matrices == 1
 
 
+def test_experts_can_be_left_to_adamw():
+    splits = {"<block>.ffn.experts.{w1,w2,w3}.weight": "adamw"}
+    optim = OptimConfig(muon=MuonConfig(splits=splits))
+    optim.adamw.weight_decay = 0.05
+    table = table_of(small_config(), optim)
+    expert, gate = table["layers.0.ffn.experts.w1.weight"], table["layers.0.ffn.gate.weight"]
+    assert (expert.owner, expert.num_matrices, expert.weight_decay) == (Owner.adamw, 0, 0.05)
+    assert gate.owner is Owner.muon
+
+
 @pytest.mark.parametrize(
     "name",
     [

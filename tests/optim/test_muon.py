@@ -222,3 +222,31 @@ def test_dtype_is_what_was_asked_or_what_the_device_multiplies():
     native = capabilities.get("amx_bf16") or capabilities.get("avx512_bf16")
     assert matmul_dtype(MatmulDtype.auto, cpu) == (torch.bfloat16 if native else torch.float32)
     assert matmul_dtype(MatmulDtype.auto, torch.device("meta")) == torch.float32
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
+def test_config_of_torchs_muon_moves_as_torch_optim_muon(shape, nesterov, monkeypatch):
+    """Five classic iterations and an RMS of 0.2 are its ``match_rms_adamw``, over three steps.
+
+    torch iterates in bf16; the cast is taken away, so that both compute in fp32: 1e-4 of the
+    weight's own movement, since five of these iterations do not contract rounding errors.
+    """
+    monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
+    classic = [NewtonSchulzIterations(5, 3.4445, -4.7750, 2.0315)]
+    config = fp32_config(nesterov=nesterov, newton_schulz=classic, rms=0.2)
+    parameters, muon = make({"w": (shape, 1)}, config)
+    start = parameters["w"].detach().clone()
+    theirs = Parameter(start.clone())
+    peer = torch.optim.Muon(
+        [theirs], lr=LR, weight_decay=DECAY, momentum=config.momentum, nesterov=nesterov,
+        adjust_lr_fn="match_rms_adamw",
+    )  # fmt: skip
+    for _ in range(3):
+        theirs.grad = torch.randn(shape)
+        parameters["w"].grad = theirs.grad.clone()
+        muon.step(LR, ["w"])
+        peer.step()
+    moved = theirs.detach() - start
+    assert relative(parameters["w"].detach() - start, moved) < 1e-4
