@@ -44,9 +44,8 @@ from scripts.studies.archive import archive_of, pack
 from scripts.studies.config import AGAIN, StudyConfig, load_study, study_names
 from scripts.studies.estimate import Cost, Estimate
 from scripts.studies.protocol import Protocol, Sweep, from_root
-from scripts.studies.report import lead, write_study_report
+from scripts.studies.report import lead, power_line, write_study_report
 from scripts.studies.results import gather
-from scripts.studies.sequential import effect_found
 from scripts.studies.statistics import paired
 from scripts.studies.store import Store
 from train.errors import ROOT, ExitCode, UserError
@@ -217,7 +216,7 @@ def print_plan(name: str, protocol: Protocol) -> None:
             f"{cost.seconds / 60:>14.1f}"
         )
     print(f"{cost_line(protocol, estimate)}, {estimate.basis}; a search may grow")
-    print(power_line(protocol))
+    print(told_power(protocol))
     other = len(protocol.store.other_code)
     if other:
         print(f"{other} finished runs are of another code version (--any-code counts them)")
@@ -236,30 +235,15 @@ def _cost_text(cost: Cost) -> str:
     return f"{cost.runs} runs, {cost.tokens / 1e6:.2f} M tokens, {cost.seconds / 3600:.2f} hours"
 
 
-def power_line(protocol: Protocol) -> str:
-    """The error rate, and the smallest effect that the study is likely to find."""
-    study, asked = protocol.study, protocol.study.sequential
-    if not protocol.others:
-        return "A/A alone: there is no effect to find"
-    looks = study.looks if study.is_sequential else (len(study.seeds),)
-    # without looks each comparison is tested at the whole level; Holm's p stands beside it
-    arms = len(protocol.others) if study.is_sequential else 1
-    effect = effect_found(
-        looks, study.level, arms, asked.spending, asked.futility, study.again, asked.power
-    )
-    text = (
-        f"verdicts after {', '.join(map(str, looks))} seeds; equal arms get one in at most"
-        f" {study.level:.0%} of {'studies' if study.is_sequential else 'comparisons'}; an effect of"
-        f" {effect:.2f} sigmas of a pair is found with {asked.power:.0%} power"
-    )
+def told_power(protocol: Protocol) -> str:
+    """What the study can find; in nats where an A/A pair is there."""
+    study = protocol.study
     losses, again = protocol.results(study.baseline), protocol.results(AGAIN) if study.again else {}
     test = paired(
         {seed: run.val_loss for seed, run in again.items()},
         {seed: run.val_loss for seed, run in losses.items()}, study.level,
     )  # fmt: skip
-    if test is None:
-        return text
-    return f"{text}: {effect * test.deviation:.4f} nats where pairs spread as the A/A pair's do"
+    return power_line(study, test)
 
 
 def _start(protocol: Protocol, batch: Sweep, launcher: str, lock: int) -> ExitCode:

@@ -12,6 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from scripts.studies.config import StudyConfig
 from scripts.studies.document import Picture, ReportDocument, Table
 from scripts.studies.law import Estimated
 from scripts.studies.plots import (
@@ -33,10 +36,13 @@ from scripts.studies.results import (
     gather,
     law_points,
 )
+from scripts.studies.sequential import effect_found
 from scripts.studies.statistics import Crossing, Finding, Paired, Spread, extrapolate, spread
+from train.errors import ROOT
 from train.record.receipt import plain, write_json
 
 MEASURED = "Measured on this machine"
+_OTHERS = ROOT / "docs" / "studies" / "others.yaml"
 _WORDS = {Finding.below: "a lower loss than", Finding.above: "a higher loss than"}
 
 
@@ -63,6 +69,10 @@ def study_document(results: StudyResults) -> ReportDocument:
     document.add("Curves", _picture("curves", "validation loss of each arm", results))
     document.add("Learning rates", _search_table(results), _search_picture(results))
     document.add("Arms", _arms(results), _acts(results))
+    document.add("What the protocol can find", _protocol(results))
+    document.add("Limits", _limits(results))
+    if others := _others(results.name):
+        document.add("What others report", others)
     document.add("Configs and receipts", *_receipts(results))
     document.add(MEASURED, *_measured(results))
     return document
@@ -434,6 +444,75 @@ def _acts(results: StudyResults) -> Table | None:
     return Table(["share of", *(ACTS[key] for key in keys)], rows)
 
 
+def power_line(study: StudyConfig, again: Paired | None) -> str:
+    """The error rate, and the smallest effect that a study is likely to find.
+
+    Args:
+        study: the config.
+        again: the A/A pairs, where there are any, whose spread gives nats.
+    """
+    others, asked = len(study.arms) - 1, study.sequential
+    if not others:
+        return "A/A alone: there is no effect to find"
+    # without looks each comparison is tested at the whole level; Holm's p stands beside it
+    looks, arms = (study.looks, others) if study.is_sequential else ((len(study.seeds),), 1)
+    effect = effect_found(
+        looks, study.level, arms, asked.spending, asked.futility, study.again, asked.power
+    )
+    text = (
+        f"verdicts after {', '.join(map(str, looks))} seeds; equal arms get one in at most"
+        f" {study.level:.0%} of {'studies' if study.is_sequential else 'comparisons'}; an effect of"
+        f" {effect:.2f} sigmas of a pair is found with {asked.power:.0%} power"
+    )
+    if again is None:
+        return text
+    return f"{text}: {effect * again.deviation:.4f} nats where pairs spread as the A/A pair's do"
+
+
+def _protocol(results: StudyResults) -> str:
+    study, test = results.study, results.again_test
+    parts = [f"By simulation of the whole protocol: {power_line(study, test)}."]
+    if test is not None:
+        parts.append(
+            f"The A/A pair, equal arms by construction, differs by {_number(test.mean)} +-"
+            f" {test.half_width:.4f} nats (p {test.p:.2g})."
+        )
+    runs = [run for run in results.runs if run.records]
+    tokens = sum(r.run.train.steps * r.run.train.global_batch_tokens for r in runs)
+    parts.append(f"The seeds of all arms: {len(runs)} trained runs, {tokens / 1e6:.2f} M tokens.")
+    return " ".join(parts)
+
+
+def _limits(results: StudyResults) -> str:
+    base = results.baseline
+    per = base.tokens / base.active
+    if results.study.law.arms:
+        return (
+            "The law is fitted over the sizes and lengths of its points; beyond them it is a guess."
+            " One corpus, one tokenizer and one held-out text; rates were chosen on one seed."
+        )
+    parts = [
+        f"One size ({base.parameters:,} parameters, {base.active:,} active) and"
+        f" {base.tokens / 1e6:.2f} M tokens a run of the baseline, {per:.2g} an active parameter:"
+        " nothing here is said of larger models or longer runs, where the order of arms may be"
+        " another.",
+        "One corpus, one tokenizer and one held-out text; seeds vary order and initial weights.",
+        "Learning rates are compared on one seed, so a chosen rate may be a neighbour of the best.",
+    ]
+    unequal = [c.arm for c in results.comparisons if not c.equal_cost]
+    if unequal:
+        parts.append(f"Costs a token differ: {', '.join(unequal)}.")
+    return " ".join(parts)
+
+
+def _others(name: str) -> Table | None:
+    """What is reported elsewhere; a file that is kept by hand, with its sources."""
+    rows = yaml.safe_load(_OTHERS.read_text(encoding="utf-8")).get(name)
+    if not rows:
+        return None
+    return Table(["reported", "source"], [[row["claim"], row["source"]] for row in rows])
+
+
 def _receipts(results: StudyResults) -> list[Table | str]:
     base = " ".join(f"`{word}`" for word in results.study.base)
     arms = [[arm.name, " ".join(f"`{word}`" for word in arm.overrides)]
@@ -469,6 +548,8 @@ def _measured(results: StudyResults) -> list[Table | str]:
         " a machine that does nothing else; CPU seconds hold better beside other work.",
         Table(["arm", "CPU seconds a step", "wall-clock seconds a step"], rows),
     ]
+    spent = [r["step_seconds"] for run in results.runs for r in run.records if "step_seconds" in r]
+    blocks.append(f"The steps of the seeds' runs took {sum(spent) / 3600:.2f} hours in all.")
     if results.catch_up is not None:
         blocks += _time_to_catch_up(results, results.catch_up)
     return blocks
