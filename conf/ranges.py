@@ -95,17 +95,17 @@ def number(
     return field(default=default, metadata=metadata)
 
 
-def out_of_range(section: Any, path: str) -> str | None:
-    """The first number of a section, or of one inside it, that lies outside its range.
+def out_of_range(section: Any, path: str) -> list[str]:
+    """The numbers of a section, or of one inside it, that lie outside their range.
 
     Args:
         section: a dataclass instance.
         path: its config path, for the message.
 
     Returns:
-        One line with key, value and range; None: all are right.
+        A line each, with key, value and range; none: all are right.
     """
-    return next(_problems(section, path), None)
+    return list(_problems(section, path))
 
 
 def _problems(section: Any, path: str) -> Iterator[str]:

@@ -6,9 +6,11 @@ Plain dataclasses that OmegaConf accepts. Nothing here reads a file; what only t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from conf.problems import refuse
 from conf.ranges import number, out_of_range
 from data.errors import ConfigError
 
@@ -21,7 +23,7 @@ class SourceKind(StrEnum):
     jsonl = "jsonl"  # JSON lines, the text under ``text_key``
     parquet = "parquet"
     hub = "hub"  # a dataset by name on the Hugging Face hub, or a dataset folder
-    store = "store"  # a token store written by scripts/prepare_data.py
+    store = "store"  # a token store written by scripts/prepare.py
     package_sources = "package_sources"  # source files of packages, one document per folder
     synthetic = "synthetic"  # written from a seed: what is stated once is asked for again
 
@@ -200,23 +202,24 @@ class DataConfig:
         Raises:
             ValueError: names the key and the values that cannot be.
         """
-        problem = out_of_range(self, "data")
-        if problem is not None:
-            raise ConfigError(problem)
+        refuse(ConfigError, out_of_range(self, "data"))
+        problems: list[str] = []
         if self.vocab_size < _LEAST_BPE and "vocab_size" not in self.unused():
-            raise ConfigError(
+            problems.append(
                 f"data.vocab_size={self.vocab_size} must be {_LEAST_BPE} or more for"
                 " data.tokenizer=bpe: the bytes, the special tokens and some pairs"
             )
         if not self.tokenizer.strip():
-            raise ConfigError("data.tokenizer='' must be bpe, byte, a file, a folder or a name")
+            problems.append("data.tokenizer='' must be bpe, byte, a file, a folder or a name")
         if not self.cache_dir.strip():
-            raise ConfigError("data.cache_dir='' must name a folder")
+            problems.append("data.cache_dir='' must name a folder")
         for name, source in self.named_sources().items():
-            _check_source(name, source)
-        _check_weights(self.named_sources())
-        for key, reason in self.unused().items():
-            _refuse_given(self, key, reason)
+            problems += _source_problems(name, source)
+        problems += _weight_problems(self.named_sources())
+        if not problems:
+            for key, reason in self.unused().items():
+                problems += _given_in_vain(self, key, reason)
+        refuse(ConfigError, problems)
 
     def unused(self) -> dict[str, str]:
         """Keys of this section that act on nothing with these sources, and why.
@@ -282,55 +285,53 @@ def _unused_of(name: str, source: SourceConfig) -> dict[str, str]:
 _NO_WISH = {"vocab_size", "cache_dir", "workers"}
 
 
-def _refuse_given(cfg: DataConfig, key: str, reason: str) -> None:
-    """Refuse a key without effect that holds another value than its default."""
+def _given_in_vain(cfg: DataConfig, key: str, reason: str) -> Iterator[str]:
+    """A key without effect that holds another value than its default."""
     if key in _NO_WISH:
         return
     path, _, leaf = key.rpartition(".")
     section = cfg.sources.get(path.removeprefix("sources.")) or cfg.validation
     value = getattr(section, leaf)
     if value != getattr(type(section)(), leaf):
-        raise ConfigError(f"data.{key}={value} has no effect: {reason}")
+        yield f"data.{key}={value} has no effect: {reason}"
 
 
-def _check_source(name: str, source: SourceConfig) -> None:
+def _source_problems(name: str, source: SourceConfig) -> Iterator[str]:
     key = f"data.sources.{name}"
     kind = source.kind.value
     if not name or "/" in name or name.startswith("."):
-        raise ConfigError(f"{key}: {name!r} cannot name a source")
+        yield f"{key}: {name!r} cannot name a source"
     if source.kind in _SOURCE_KEYS["packages"]:
         if not source.packages:
-            raise ConfigError(f"{key}.packages=[] must name a package for {key}.kind={kind}")
+            yield f"{key}.packages=[] must name a package for {key}.kind={kind}"
     elif source.kind is SourceKind.synthetic:
         if not source.tasks:
-            raise ConfigError(f"{key}.tasks=[] must name a task for {key}.kind={kind}")
+            yield f"{key}.tasks=[] must name a task for {key}.kind={kind}"
     elif not source.path.strip():
-        raise ConfigError(f"{key}.path='' must be given for {key}.kind={kind}")
+        yield f"{key}.path='' must be given for {key}.kind={kind}"
     if source.streaming and source.kind in {*WRITTEN_HERE, SourceKind.store}:
-        raise ConfigError(f"{key}.streaming=true cannot be with {key}.kind={kind}")
+        yield f"{key}.streaming=true cannot be with {key}.kind={kind}"
     long = f"{key}.long_tokens={source.long_tokens} and {key}.long_times={source.long_times}"
     if (source.long_tokens > 0) != (source.long_times > 1):
-        raise ConfigError(f"{long} belong together: give both or none")
+        yield f"{long} belong together: give both or none"
     if not source.text_key:
-        raise ConfigError(f"{key}.text_key='' must name a column for {key}.kind={kind}")
+        yield f"{key}.text_key='' must name a column for {key}.kind={kind}"
 
 
-def _check_weights(sources: dict[str, SourceConfig]) -> None:
+def _weight_problems(sources: dict[str, SourceConfig]) -> Iterator[str]:
     weights = {f"data.sources.{name}.weight": s.weight for name, s in sources.items()}
     given = {key: w for key, w in weights.items() if w is not None}
     if given and len(given) < len(weights):
         missing = next(key for key in weights if key not in given)
         set_key = next(iter(given))
-        raise ConfigError(
-            f"{missing}=null but {set_key}={given[set_key]}: give all weights or none"
-        )
+        yield (f"{missing}=null but {set_key}={given[set_key]}: give all weights or none")
     if given and abs(sum(given.values()) - 1.0) > 1e-6:
         told = ", ".join(f"{key}={w}" for key, w in given.items())
-        raise ConfigError(f"{told}: weights sum to {sum(given.values()):.6g}, they must sum to 1")
+        yield f"{told}: weights sum to {sum(given.values()):.6g}, they must sum to 1"
     if not given and len(sources) > 1:
         for name, source in sources.items():
             if source.streaming:
-                raise ConfigError(
+                yield (
                     f"data.sources.{name}.streaming=true needs data.sources.{name}.weight, which is"
                     f" null: a stream of unknown size beside {len(sources) - 1} other source(s)"
                 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from conf.problems import ProblemsError
 
-class ConfigError(ValueError):
+
+class ConfigError(ProblemsError):
     """A config key, or a file that a key names, cannot be; the text names it and the values.
 
     The user's: exit code 2.

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import itertools
 import os
 import stat
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from data.config import SourceConfig, SourceKind
 from data.errors import ConfigError
@@ -32,6 +34,7 @@ _SUFFIXES = {SourceKind.parquet: (".parquet",)} | {
     kind: tuple(plain + packed for plain in suffixes for packed in _COMPRESSED)
     for kind, suffixes in _PLAIN_SUFFIXES.items()
 }
+_LOOKED_AT = 10_000  # names in a folder by which its kind is told
 
 
 @dataclass
@@ -59,6 +62,23 @@ class FoundFiles:
         if self.hidden:
             words.append(f"{self.hidden} with hidden names")
         return " and ".join(words)
+
+
+def kind_of(path: Path) -> SourceKind:
+    """The kind of source that a path most likely is: by the suffixes of most of its files.
+
+    Args:
+        path: a file or a folder; one that does not exist is the name of a hub dataset.
+    """
+    if not path.exists():
+        return SourceKind.hub
+    if (path / "manifest.json").is_file() and any(path.glob("tokenizer*")):
+        return SourceKind.store
+    files = [path] if path.is_file() else itertools.islice(path.rglob("*"), _LOOKED_AT)
+    counts = Counter(
+        kind for file in files for kind, ends in _SUFFIXES.items() if file.name.endswith(ends)
+    )
+    return counts.most_common(1)[0][0] if counts else SourceKind.text
 
 
 def find_files(name: str, source: SourceConfig) -> FoundFiles:

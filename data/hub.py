@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from data.cache import raise_if_full
 from data.config import SourceConfig
 from data.errors import ConfigError
 from data.files import shown
+from data.network import go_offline_if_away
 
 
 class HubDocuments:
@@ -88,6 +90,7 @@ def _load(key: str, source: SourceConfig, **options: Any) -> Any:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come in our one line
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    away = "" if Path(source.path).exists() else go_offline_if_away()
     try:
         return datasets.load_dataset(
             source.path,
@@ -99,7 +102,8 @@ def _load(key: str, source: SourceConfig, **options: Any) -> Any:
     except Exception as error:  # the library raises many kinds, some bare
         raise_if_full(error, options.get("cache_dir", "the hub's cache"), "data.cache_dir")
         raise ConfigError(
-            f"{key}.path={shown(source.path)} cannot be read as hub: {_reason(error)}"
+            f"{key}.path={shown(source.path)} cannot be read as hub:"
+            f" {f'{away}, and its cache has no such data' if away else _reason(error)}"
         ) from error
 
 

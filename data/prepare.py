@@ -4,7 +4,7 @@
 2. :func:`build_tokenizer`: a byte-level BPE is trained on training documents only.
 3. :func:`cached_stores`: token stores of the text sources (data/tokenise.py).
 
-Streams are tokenised while training; stores were prepared by scripts/prepare_data.py.
+Streams are tokenised while training; stores were prepared by scripts/prepare.py.
 """
 
 from __future__ import annotations

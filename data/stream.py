@@ -1,7 +1,7 @@
 """A streamed source as something that pools draw from: tokenised while training, in its own order.
 
 Every process reads the whole stream (a pool must be known before its rows can be divided), which is
-for what does not fit the disk; scripts/prepare_data.py is the quick way for the rest.
+for what does not fit the disk; scripts/prepare.py is the quick way for the rest.
 """
 
 from __future__ import annotations

@@ -283,7 +283,7 @@ class TokenStore:
         path = self.folder / MANIFEST
         if not self.folder.is_dir():
             partial = self.folder.with_name(self.folder.name + ".partial")
-            hint = ": it was not finished, run prepare_data.py again" if partial.is_dir() else ""
+            hint = ": it was not finished, run prepare.py again" if partial.is_dir() else ""
             raise ConfigError(f"{self._key}: no such folder{hint}")
         if not path.is_file():
             raise ConfigError(f"{self._key}: no {MANIFEST} in it, so it is not a finished store")

@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.cache import raise_if_full
 from data.errors import ConfigError
+from data.network import go_offline_if_away
 from data.plain_text import PROBES, lost_characters, text_encoder, unknown_id
 
 logger = logging.getLogger(__name__)
@@ -349,6 +350,7 @@ def _locate(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
+    go_offline_if_away()
     try:
         path = Path(hf_hub_download(name, "tokenizer.json"))
     except Exception as error:  # many kinds: no network, no such name, offline and not cached

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from conf.problems import refuse
 from conf.ranges import number, out_of_range
 from model.errors import ConfigError
 from model.scaled import LARGEST, scaled_shape
@@ -233,9 +234,7 @@ class ModelConfig:
         Raises:
             ValueError: names the two keys in conflict and both values.
         """
-        message = out_of_range(self, prefix) or next(iter(self._problems(prefix)), None)
-        if message is not None:
-            raise ConfigError(message)
+        refuse(ConfigError, out_of_range(self, prefix) or self._problems(prefix))
 
     def _problems(self, p: str) -> list[str]:
         out: list[str] = []
@@ -257,9 +256,16 @@ class ModelConfig:
                 len(given) in (0, layers),
                 f"{p}.{name} has {len(given)} entries but {p}.num_hidden_layers={layers}",
             )
+        if not out:
+            self._layers(p, need)
         self._family(p, need)
-        if out:
-            return out
+        self._divisibility(p, need)
+        self._released_only(p, need)
+        return out
+
+    def _layers(self, p: str, need: Any) -> None:
+        """Each layer has a ratio that fits its kind."""
+        layers = self.num_hidden_layers
         for layer, ratio in enumerate(self.compress_ratios[:layers]):
             if not self.layer_kinds:
                 need(
@@ -281,9 +287,6 @@ class ModelConfig:
             f"{p}.compress_ratios ends in {list(extra)}, but MTP blocks are window-only (ratio 0):"
             f" {p}.num_nextn_predict_layers={self.num_nextn_predict_layers}",
         )
-        self._divisibility(p, need)
-        self._released_only(p, need)
-        return out
 
     def _family(self, p: str, need: Any) -> None:
         """A scale says something of the shape, or nothing: other sizes are of no family."""

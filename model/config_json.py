@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from typing import Any, get_args, get_origin, get_type_hints
 
+from conf.problems import refuse
 from conf.ranges import out_of_range
 from model.config import ONE_VALUE, ModelConfig, RopeScaling
 from model.errors import ConfigError
@@ -47,8 +48,7 @@ def from_official(values: Mapping[str, Any]) -> ModelConfig:
     given["name"] = str(values.get("name", values.get("model_type", "official")))
     config = ModelConfig(**given, rope_scaling=_scaling(values))
     refuse_foreign(values)
-    if (problem := out_of_range(config, "config.json")) is not None:
-        raise ConfigError(problem)
+    refuse(ConfigError, out_of_range(config, "config.json"))
     missing = config.num_hidden_layers + config.num_nextn_predict_layers
     missing -= len(config.compress_ratios)
     if 0 < missing <= config.num_nextn_predict_layers:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from conf.problems import ProblemsError
 
-class ConfigError(ValueError):
+
+class ConfigError(ProblemsError):
     """A config key, or a file that a key names, cannot be; the text names it and the values."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from conf.problems import refuse
 from conf.ranges import number, out_of_range
 from optim.errors import ConfigError
 
@@ -123,17 +124,14 @@ class OptimConfig:
         Raises:
             ValueError: names the keys and their values.
         """
-        problem = out_of_range(self, prefix)
-        if problem is not None:
-            raise ConfigError(problem)
-        for ok, message in (
+        refuse(ConfigError, out_of_range(self, prefix))
+        checks = (
             *_base_checks(self, prefix),
             *_schedule_checks(self.schedule, f"{prefix}.schedule"),
             *_muon_checks(self.muon, f"{prefix}.muon"),
             *_adamw_checks(self.adamw, f"{prefix}.adamw"),
-        ):
-            if not ok:
-                raise ConfigError(message)
+        )
+        refuse(ConfigError, (message for ok, message in checks if not ok))
 
 
 Checks = Iterator[tuple[bool, str]]

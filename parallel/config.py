@@ -6,9 +6,11 @@ does not multiply the world size. One degree may be -1, "the rest of the world".
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
+from conf.problems import refuse
 from conf.ranges import number, out_of_range
 from parallel.errors import ConfigError
 
@@ -130,35 +132,29 @@ class ParallelConfig:
         Raises:
             ValueError: names the keys and their values.
         """
-        problem = out_of_range(self, prefix)
-        if problem is not None:
-            raise ConfigError(problem)
+        refuse(ConfigError, out_of_range(self, prefix) or self._problems(prefix))
+
+    def _problems(self, prefix: str) -> Iterator[str]:
         for key in _DEGREES:
             value = getattr(self, key)
             if value == 0:
-                raise ConfigError(
-                    f"{prefix}.{key}={value} must be 1 or more, or -1 for the rest of the world"
-                )
+                yield f"{prefix}.{key}={value} must be 1 or more, or -1 for the rest of the world"
         if self.schedule not in SCHEDULES:
-            raise ConfigError(
-                f"{prefix}.schedule={self.schedule} is none of {', '.join(SCHEDULES)}"
-            )
+            yield f"{prefix}.schedule={self.schedule} is none of {', '.join(SCHEDULES)}"
         if self.offload not in OFFLOADS:
-            raise ConfigError(f"{prefix}.offload={self.offload} is none of {', '.join(OFFLOADS)}")
+            yield f"{prefix}.offload={self.offload} is none of {', '.join(OFFLOADS)}"
         rest = [key for key in _AXES if getattr(self, key) == -1]
         if len(rest) > 1:
-            raise ConfigError(
+            yield (
                 f"{prefix}.{rest[0]}=-1 and {prefix}.{rest[1]}=-1: only one of them can be the rest"
             )
         if self.ep == -1:
-            raise ConfigError(
+            yield (
                 f"{prefix}.ep=-1: give a number, since ep is part of the data axes"
                 f" ({prefix}.dp_shard={self.dp_shard})"
             )
-        if self.pp == 1 and self.schedule != "1f1b":
-            raise ConfigError(
-                f"{prefix}.schedule={self.schedule} needs {prefix}.pp above 1 (now {self.pp})"
-            )
+        if self.pp == 1 and self.schedule in SCHEDULES and self.schedule != "1f1b":
+            yield f"{prefix}.schedule={self.schedule} needs {prefix}.pp above 1 (now {self.pp})"
 
     def resolve(self, world_size: int, prefix: str = "parallel") -> ParallelConfig:
         """Replace -1 by a number and check the product against the world.

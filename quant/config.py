@@ -7,9 +7,11 @@ the plan's business (``train.stages[].quantised``).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from enum import StrEnum
 
+from conf.problems import refuse
 from quant.errors import ConfigError
 
 
@@ -118,23 +120,26 @@ class QuantConfig:
         Raises:
             ValueError: names the keys in conflict and their values.
         """
+        refuse(ConfigError, self._problems(prefix))
+
+    def _problems(self, prefix: str) -> Iterator[str]:
         parts = self.parts()
         linears = parts.shared_experts or parts.attention or parts.mtp
         linears = linears or parts.experts is not ExpertFormat.none
         for key in ("activations", "gradients"):
             if getattr(parts, key) and not linears:
-                raise ConfigError(
+                yield (
                     f"{prefix}.{key}=true acts on linears with quantised weights, but"
                     f" {prefix}.experts={parts.experts.value}, shared_experts=false,"
                     " attention=false and mtp=false"
                 )
         if parts.gradients and not parts.activations:
-            raise ConfigError(
+            yield (
                 f"{prefix}.gradients=true needs {prefix}.activations=true (now false): the"
                 " weight gradient reads the FP8 activations"
             )
         if self.engine == QuantEngine.transformer_engine and not parts.gradients:
-            raise ConfigError(
+            yield (
                 f"{prefix}.engine={QuantEngine.transformer_engine.value} runs forward and backward"
                 f" in FP8, but {prefix}.gradients=false"
             )

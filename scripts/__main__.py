@@ -20,6 +20,7 @@ if not __package__:  # run as a folder
 from scripts.cli.group import run_command, show_list
 
 MOVED = {  # old script -> how it is called now
+    "prepare_data": "prepare",
     "bench_step": "bench step",
     "bench_optim": "bench optim",
     "bench_quant": "bench quant",
@@ -33,7 +34,7 @@ MOVED = {  # old script -> how it is called now
 COMMANDS = {
     "pretrain": "train.pretrain:command",
     "plan": "scripts.plan",
-    "prepare_data": "scripts.prepare_data",
+    "prepare": "scripts.prepare",
     "score": "scripts.score",
     "probe": "scripts.probe",
     "generate": "scripts.generate",

@@ -31,6 +31,7 @@ from train.errors import ExitCode, UserError
 from train.record.metrics import Record, StepLines
 from train.record.sample_log import data_hash
 from train.run_folder.folder import ABANDONED, CONFIG, SAMPLES, read_run
+from train.run_folder.tokenizer import inherited_tokenizer
 
 _BEGINNING = 60  # characters of a text in a line
 
@@ -137,7 +138,7 @@ def open_loader(folder: Path, hashes: set[str]) -> Loader:
         UserError: it is not what it was.
     """
     run = read_run(folder)
-    tokenizer = build_tokenizer(run.data)
+    tokenizer = inherited_tokenizer(run) or build_tokenizer(run.data)
     depths = 1 + run.model.num_nextn_predict_layers
     loader = build_loader(run.data, tokenizer, run.seed, depths)
     now = data_hash(loader.manifest)

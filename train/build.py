@@ -60,6 +60,7 @@ from train.run_folder.folder import CHECKPOINTS, holds_run, write_identity
 from train.run_folder.identity import RunIdentity
 from train.run_folder.origin import agree_on_ranks
 from train.run_folder.restore import restore
+from train.run_folder.tokenizer import inherited_tokenizer
 from train.stages import StagePlan, resolve
 
 PARAMS = "params.csv"
@@ -103,7 +104,7 @@ def build(run: RunConfig, precision: PrecisionChoice | None = None) -> Trainer:
 
 def build_data(run: RunConfig) -> Loader:
     """What plans batches, its data opened."""
-    tokenizer = build_tokenizer(run.data)
+    tokenizer = inherited_tokenizer(run) or build_tokenizer(run.data)
     loader = build_loader(run.data, tokenizer, run.seed, 1 + run.model.num_nextn_predict_layers)
     check_prompt(tokenizer, sample_prompt(run, loader), run.sample.tokens, run.model)
     return loader

@@ -19,6 +19,7 @@ import model.errors
 import optim.errors
 import parallel.errors
 import quant.errors
+from conf.problems import ProblemsError, refuse
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -32,11 +33,11 @@ class ExitCode(IntEnum):
     resumable = 75  # stopped early on purpose; the same command continues
 
 
-class UserError(ValueError):
+class UserError(ProblemsError):
     """Input that cannot be, whoever noticed first; its text is the one line that the user reads."""
 
 
-USER_ERRORS: tuple[type[ValueError], ...] = (
+USER_ERRORS: tuple[type[ProblemsError], ...] = (
     UserError, data.errors.ConfigError, model.errors.ConfigError, optim.errors.ConfigError,
     parallel.errors.ConfigError, quant.errors.ConfigError,
 )  # fmt: skip
@@ -60,6 +61,32 @@ class TrainingFailedError(RuntimeError):
 
 # Told in one line, exit code 1: nothing to debug, and nothing wrong with the input.
 FAILURES: tuple[type[Exception], ...] = (TrainingFailedError, data.errors.DiskError)
+
+
+def check_all(*checks: Callable[[], object]) -> None:
+    """Make every check, and raise what they refuse together.
+
+    Args:
+        checks: each raises one of :data:`USER_ERRORS`, or returns.
+
+    Raises:
+        UserError: the problems of all of them.
+    """
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except DoesNotFitError:
+            raise
+        except USER_ERRORS as error:
+            problems += map(str, error.args)
+    refuse(UserError, problems)
+
+
+def lines_of(error: BaseException) -> list[str]:
+    """The problems of an error, a line each."""
+    problems = error.args if isinstance(error, USER_ERRORS) else ()
+    return [one_line(UserError(problem)) for problem in problems] or [one_line(error)]
 
 
 def one_line(error: BaseException) -> str:

@@ -17,11 +17,12 @@ if __name__ == "__main__":  # run as a file: the repository root, not train/, mu
 
     leave_on_signal()  # a signal during the imports below is answered too
 
+import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING
 
 import hydra
@@ -33,7 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.cache import raise_if_full
 from parallel.launch import check_launch, launched_rank
-from train.config.command_line import CONF, normalise, options, sweeps
+from train.config.command_line import CONF, further_problems, normalise, options, sweeps
 from train.config.schema import RunConfig, load
 from train.config.sweep import forget_refused, in_own_folder, sweep_folders
 from train.errors import (
@@ -43,6 +44,7 @@ from train.errors import (
     ExitCode,
     UserError,
     ends_when_unread,
+    lines_of,
     one_line,
 )
 from train.preflight.reach import check_reach
@@ -103,10 +105,12 @@ def checked(
     from train.preflight import fit  # noqa: PLC0415
     from train.preflight.engine import check_engine  # noqa: PLC0415
     from train.preflight.precision import settle  # noqa: PLC0415
+    from train.preflight.services import check_services  # noqa: PLC0415
 
     world = fit.this_world(run.train.device)
     run, choice = settle(run, world, measure)
     check_audited(run)
+    check_services(run)
     fit.check(run, plan, world)
     check_kernels(run.model, world.device)
     check_engine(run, plan, world.device)
@@ -185,7 +189,7 @@ def cli(args: Sequence[str]) -> int:
     try:
         check_launch()
     except USER_ERRORS as error:  # said by every process: none of them knows its number
-        _print(one_line(error))
+        _print(lines_of(error))
         return ExitCode.user_error
 
     def job(cfg: DictConfig) -> None:
@@ -208,7 +212,11 @@ def cli(args: Sequence[str]) -> int:
         return cfg
 
     def compose_and_run() -> int:
-        with _hydra_reads([sys.argv[0], *normalise(args)]):
+        try:
+            words = normalise(args)
+        except USER_ERRORS as error:
+            raise UserError(*error.args, *further_problems(args)) from error
+        with _hydra_reads([sys.argv[0], *words]):
             hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
         order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)
         return next((code for code in order if code in codes), ExitCode.finished)
@@ -266,41 +274,51 @@ def _hydra_reads(argv: list[str]) -> Iterator[None]:
 
 
 def _guarded(body: Callable[[], int], untold: list[str]) -> int:
-    """Run ``body``; turn the user's errors into one line and exit code 2.
+    """Run ``body``; turn the user's errors into one line each and exit code 2.
 
     A run that was to stop at a failure, or met a full disk, gets one line too, and exit code 1.
 
-    Rank 0 prints the line; another rank adds it to ``untold``.
+    Rank 0 prints them; another rank adds them to ``untold``.
     """
-    code = ExitCode.user_error
+    code, before = ExitCode.user_error, ""
     try:
         return int(body())
     except DoesNotFitError as error:
-        line, before = one_line(error), error.table
+        lines, before = lines_of(error), error.table
     except FAILURES as error:
-        line, before, code = one_line(error), "", ExitCode.failure
+        lines, code = [one_line(error)], ExitCode.failure
     except (HydraException, OmegaConfBaseException) as error:
-        line, before = _composition_error(error), ""
+        lines = [_composition_error(error)]
     except USER_ERRORS as error:
-        line, before = one_line(error), ""
+        lines = lines_of(error)
     except Stopped:
         raise
     except SystemExit as left:  # Hydra's help and its parser of flags
         return int(left.code or 0)
     except KeyboardInterrupt:
         if launched_rank() == 0:
-            _print("interrupted; the same command goes on from the newest checkpoint")
+            _print(["interrupted; the same command goes on from the newest checkpoint"])
         raise Stopped from None
     if launched_rank() == 0:
-        _print(line, before)
+        _print(lines, before)
     else:
-        untold.append(line)
+        untold += lines
     return code
 
 
-def _print(text: str, before: str = "") -> None:
-    sys.stderr.write(f"{before}\n\nerror: {text}\n" if before else f"error: {text}\n")
+def _print(lines: Sequence[str], before: str = "") -> None:
+    text = "".join(f"error: {line}\n" for line in lines)
+    _tell_launcher(text)
+    sys.stderr.write(f"{before}\n\n{text}" if before else text)
     sys.stderr.flush()
+
+
+def _tell_launcher(text: str) -> None:
+    """Let torchrun end its own report with our lines, which stand far above it otherwise."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with suppress(OSError):
+            content = {"message": text.rstrip(), "timestamp": str(int(time.time()))}
+            Path(path).write_text(json.dumps(content), encoding="utf-8")
 
 
 def _let_rank_0_tell(untold: list[str]) -> None:
@@ -311,8 +329,7 @@ def _let_rank_0_tell(untold: list[str]) -> None:
     """
     if untold:
         time.sleep(PATIENCE)
-        for line in untold:
-            _print(f"rank {launched_rank()}: {line}")
+        _print([f"rank {launched_rank()}: {line}" for line in untold])
 
 
 def _composition_error(error: Exception) -> str:

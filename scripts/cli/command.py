@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import ParamSpec
 
-from train.errors import FAILURES, USER_ERRORS, ExitCode, ends_when_unread, one_line
+from train.errors import FAILURES, USER_ERRORS, ExitCode, ends_when_unread, lines_of
 
 P = ParamSpec("P")
 
@@ -63,9 +63,9 @@ def _ended(work: Callable[[], int | None]) -> int:
 
 
 def tell(error: Exception, code: ExitCode) -> ExitCode:
-    """Print an error in one line, behind what was printed before; returns ``code``."""
+    """Print an error, a line a problem, behind what was printed before; returns ``code``."""
     sys.stdout.flush()
-    sys.stderr.write(f"error: {one_line(error)}\n")
+    sys.stderr.write("".join(f"error: {line}\n" for line in lines_of(error)))
     return code
 
 

@@ -73,12 +73,12 @@ def test_docstrings_begin_with_one_sentence_for_the_list():
 @pytest.mark.parametrize(
     ("words", "code", "told"),
     [
-        ([], 0, "prepare_data"),
+        ([], 0, "prepare"),
         (["scores"], 2, "did you mean score?"),
         (["bench_step"], 2, "bench step"),
         (["bench", "setp"], 2, "did you mean step?"),
         (["bench", "step", "--help"], 0, "usage: bench step"),
-        (["prepare-data", "--help"], 0, "usage: v4 prepare_data"),
+        (["import-hf", "--help"], 0, "usage: v4 import_hf"),
         (["pretrain", "model=v4_nope"], 2, "v4_nope"),
     ],
 )

@@ -15,7 +15,7 @@ import pytest
 from data.config import DataConfig, SourceConfig, SourceKind, TextUnit, ValidationConfig
 from data.loader import build_loader
 from data.prepare import build_tokenizer
-from scripts.prepare_data import main as prepare
+from scripts.prepare import main as prepare
 from tests.train.audit.config_reads import ConfigReads
 from train.errors import ROOT
 

@@ -20,7 +20,7 @@ from data.prepare import Corpus, build_tokenizer, cached_stores
 from data.sources import open_documents
 from data.token_store import TokenStore
 from data.tokenizer import ByteTokenizer
-from scripts.prepare_data import main
+from scripts.prepare import main
 
 pytestmark = pytest.mark.core
 

@@ -114,7 +114,7 @@ def test_missing_truncated_or_foreign_files_are_found(store, tmp_path):
     manifest.unlink()
     assert "not a finished store" in message()
     folder.rename(tmp_path / "store.partial")
-    assert "prepare_data.py again" in message()
+    assert "prepare.py again" in message()
 
 
 def test_killed_writing_goes_on_with_the_missing_shards(store, small_config):

@@ -196,3 +196,12 @@ def test_layout_that_cannot_be_is_one_line_from_one_rank(corpus, tmp_path, args,
     assert message in lines[0]
     assert "exitcode  : 2" in done.stderr
     assert not folder.exists()
+
+
+def test_the_launchers_report_ends_with_the_users_lines(tmp_path):
+    """Its own table of failures would bury them."""
+    done = launch(2, "model=v4_tiny", "train.lr=1", "train.stepz=2", f"run_dir={tmp_path}/run")
+    assert done.returncode == 1  # torchrun's own
+    end = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
+    assert "error: unknown config key train.lr=1: give optim.lr" in end
+    assert "error: unknown config key train.stepz=2: did you mean train.steps?" in end

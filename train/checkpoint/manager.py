@@ -331,6 +331,11 @@ def hold(source: str, asked_by: str = "init_from") -> Hold:
         found = Checkpoints(folder).hold_newest()
         if found is not None:
             return found
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        raise UserError(
+            f"{asked_by}={source} is a model folder of another format: v4 import_hf {source}"
+            f" runs/imported makes it {asked_by}=runs/imported"
+        )
     raise UserError(
         f"{asked_by}={source} holds no complete checkpoint (looked for {MANIFEST} in it, and for"
         f" step_* folders in {path / 'checkpoints'})"

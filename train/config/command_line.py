@@ -9,11 +9,14 @@ and everything else is left to Hydra's own composition.
 from __future__ import annotations
 
 import difflib
+import functools
 import itertools
 import re
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import is_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -23,9 +26,13 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from data.files import kind_of
+from train.config.aliases import meant_by_flag, meant_by_key
 from train.config.schema import RunConfig, load, unknown_key
-from train.errors import ROOT, UserError
+from train.errors import ROOT, USER_ERRORS, UserError, check_all
 
 CONF = ROOT / "conf"
 _FLAGS = get_args_parser()._option_string_actions  # each flag with what Hydra does with it
@@ -60,9 +67,30 @@ def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
     cleaned = [plus.sub("", arg) for arg in args]
     flags, overrides = _split(cleaned)
     own_conf = not any(flag.split("=")[0] in _FOREIGN for flag in flags)
-    for arg in overrides:
-        _check_override(arg, known, conf if own_conf else None)
+    given = conf if own_conf else None
+    check_all(*(partial(_check_override, arg, known, given) for arg in overrides))
     return [*flags, *_gather_items(overrides, sweeps(flags))]
+
+
+def further_problems(args: Sequence[str]) -> tuple[str, ...]:
+    """What else cannot be, the arguments aside that :func:`normalise` refuses.
+
+    Args:
+        args: refused by it.
+    """
+    good, known = [], groups()
+    for arg in args:
+        with suppress(*USER_ERRORS):
+            if not arg.startswith("-"):
+                _check_override(arg, known, CONF)
+                good.append(arg)
+    try:
+        compose_run(good)
+    except (HydraException, OmegaConfBaseException):
+        return ()
+    except USER_ERRORS as error:
+        return error.args
+    return ()
 
 
 def sweeps(args: Sequence[str]) -> bool:
@@ -102,7 +130,9 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
         if arg.startswith("-"):
             flag = arg.split("=")[0]
             if flag not in _FLAGS:
-                raise UserError(f"unknown flag {flag}: {_hint(flag, list(_FLAGS), 'see --help')}")
+                meant = meant_by_flag(flag)
+                hint = f"give {meant}" if meant else _hint(flag, list(_FLAGS), "see --help")
+                raise UserError(f"unknown flag {flag}: {hint}")
             flags.append("--info=all" if arg in ("--info", "-i") else arg)
             awaits_value = "=" not in arg and _FLAGS[flag].nargs is None
         elif awaits_value:
@@ -188,8 +218,37 @@ def _check_override(arg: str, known: Sequence[str], conf: Path | None) -> None:
             _check_option(key, arg.partition("=")[2], conf)
         return
     problem = unknown_key(key.split("."), RunConfig, known)
+    meant = meant_by_key(key)
+    if isinstance(found, str | bool) and meant and _is_section(key):
+        raise UserError(f"{arg}: {key} is a section; give {meant}")
+    if problem is not None and meant:
+        problem = f"give {meant}"
     if problem is not None:
         raise UserError(f"unknown config key {arg.lstrip('+~')}: {problem}")
+    _check_type(arg, key, override)
+
+
+def _is_section(key: str) -> bool:
+    return is_dataclass(get_type_hints(RunConfig).get(key))
+
+
+def _check_type(arg: str, key: str, override: Override) -> None:
+    """Refuse a value that its key cannot take; keys of named items are composed first."""
+    if override.is_delete() or override.is_sweep_override() or _item_depth(key.split(".")):
+        return
+    if not set(key).isdisjoint("@/"):
+        return
+    try:
+        OmegaConf.update(_schema(), key, override.value())
+    except OmegaConfBaseException as error:
+        text = str(error).splitlines()[0]
+        if "interpolation" not in text.lower():
+            raise UserError(f"{arg}: {text}") from error
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(RunConfig)
 
 
 def _quoted(arg: str) -> str | None:
@@ -222,6 +281,8 @@ def _holds_text(parts: Sequence[str]) -> bool:
 
 def _check_option(group: str, value: str, conf: Path) -> None:
     """Every option named in a plain or comma-separated value must be a file of the group."""
+    if meant := _path_for_option(group, value, conf):
+        raise UserError(f"{group}={value}: conf/{group} has no such file; give {meant}")
     if not re.fullmatch(r"[\w.,\- ]*", value) or value == "null":
         return  # a Hydra function such as glob(...); composition will judge
     have = options(group, conf)
@@ -230,6 +291,30 @@ def _check_option(group: str, value: str, conf: Path) -> None:
             raise UserError(
                 f"{group}={option}: conf/{group} has no such file; {_hint(option, have)}"
             )
+
+
+def _path_for_option(group: str, value: str, conf: Path) -> str | None:
+    """What is meant where a path or a hub name stands for the option of a group."""
+    if value in options(group, conf) or not re.fullmatch(r"[\w.\-/~ ]+", value):
+        return None
+    path = Path(value).expanduser()
+    found = path.exists() or "/" in value
+    if not found:
+        return None
+    if group == "data":
+        return _data_of(path, value)
+    if group in ("model", "train") and path.exists():
+        return f"init_from={value} (a run or a checkpoint) and model=NAME of its size"
+    if group == "model":
+        return (
+            f"v4 import_hf FOLDER runs/imported, then init_from=runs/imported ({value} is no size)"
+        )
+    return None
+
+
+def _data_of(path: Path, value: str) -> str:
+    kind = kind_of(path).value
+    return f"data={kind} data.sources.{kind}.path={value}"
 
 
 def _hint(word: str, known: Sequence[str], otherwise: str = "") -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
 from typing import Any, get_args, get_origin, get_type_hints
@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import train.config.scaled  # noqa: F401  the resolver of conf/model/v4_scaled.yaml
+from conf.problems import refuse
 from conf.ranges import number, out_of_range
 from data.config import DataConfig
 from model.config import IndexerPhase, Kernels, LayerKind, ModelConfig
@@ -28,7 +29,7 @@ from optim.config import OptimConfig, ScheduleKind, StateDtype
 from parallel.config import EngineConfig, EngineName, ParallelConfig
 from quant.config import ExpertFormat, QuantConfig
 from train.config.recovery import RecoveryConfig
-from train.errors import UserError
+from train.errors import UserError, check_all
 
 
 class Precision(StrEnum):
@@ -200,27 +201,33 @@ class TrainConfig:
         Raises:
             ValueError: names the keys and their values.
         """
-        _need(
+        own = [message for ok, message in self._checks(prefix) if not ok]
+        check_all(
+            lambda: refuse(UserError, own),
+            lambda: self.recovery.validate(self.checkpoint_every, self.keep_checkpoints),
+        )
+
+    def _checks(self, prefix: str) -> Iterator[tuple[bool, str]]:
+        yield (
             self.head_precision != Precision.bf16 or self.precision == Precision.bf16,
             f"{prefix}.head_precision={self.head_precision.value} needs {prefix}.precision=bf16,"
             f" not {self.precision.value} ({prefix}.head_precision=auto follows it)",
         )
-        _need(
+        yield (
             not self.keep_best_checkpoints or _meet(self.eval_every, self.checkpoint_every),
             f"{prefix}.keep_best_checkpoints={self.keep_best_checkpoints} needs checkpoints of"
             f" evaluated steps, but {prefix}.eval_every={self.eval_every} and"
             f" {prefix}.checkpoint_every={self.checkpoint_every}: one must divide the other",
         )
-        _need(
+        yield (
             self.checkpoint_every > 0 or not self.keep_checkpoints_every,
             f"{prefix}.keep_checkpoints_every={self.keep_checkpoints_every} needs checkpoints to"
             f" choose from, but {prefix}.checkpoint_every={self.checkpoint_every}",
         )
-        _need(
+        yield (
             bool(self.stages) or self.steps > 0 or self.eval_only,
             f"{prefix}.steps={self.steps} must be above 0, since {prefix}.stages is empty",
         )
-        self.recovery.validate(self.checkpoint_every, self.keep_checkpoints)
 
 
 @dataclass
@@ -298,11 +305,6 @@ def _meet(a: int, b: int) -> bool:
     return a > 0 and b > 0 and max(a, b) % min(a, b) == 0
 
 
-def _need(ok: bool, message: str) -> None:
-    if not ok:
-        raise UserError(message)
-
-
 def load(cfg: DictConfig) -> RunConfig:
     """Turn a composed config into a validated RunConfig.
 
@@ -318,7 +320,7 @@ def load(cfg: DictConfig) -> RunConfig:
         raise UserError(describe(error)) from error
     if isinstance(raw, dict) and isinstance(raw.get("engine"), str):
         raw["engine"] = {"name": raw["engine"]}  # as it was saved before it was a section
-    _check_shape(raw, RunConfig, "")
+    refuse(UserError, _shape_problems(raw, RunConfig, ""))
     _refuse_bytes(raw, "")
     try:
         run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), raw))
@@ -356,104 +358,111 @@ def validate(run: RunConfig) -> None:
     Raises:
         ValueError: names the keys and both values.
     """
-    problem = out_of_range(run, "")
-    _need(problem is None, problem or "")
-    run.model.validate()
-    run.data.validate()
-    run.optim.validate()
-    run.quant.validate()
-    run.parallel.validate()
-    run.engine.validate()
-    run.train.validate()
+    refuse(UserError, out_of_range(run, ""))
+    across = [message for ok, message in _checks_across(run) if not ok]
+    check_all(
+        run.model.validate,
+        run.data.validate,
+        run.optim.validate,
+        run.quant.validate,
+        run.parallel.validate,
+        run.engine.validate,
+        run.train.validate,
+        lambda: refuse(UserError, across),
+    )
+
+
+def _checks_across(run: RunConfig) -> Iterator[tuple[bool, str]]:
+    """What must hold between sections."""
     recovery = run.train.recovery
-    _need(
+    yield (
         run.parallel.pp == 1 or not recovery.may_anticipate,
         f"train.recovery.anticipatory={recovery.anticipatory.value} is not built for pipeline"
         f" stages (parallel.pp={run.parallel.pp}): say never",
     )
-    _need(
+    yield (
         run.optim.schedule.kind is not ScheduleKind.constant or not run.train.bias_stops_at_decay,
         "train.bias_stops_at_decay=true needs a learning rate that decays, but"
         f" optim.schedule.kind={run.optim.schedule.kind.value}",
     )
-    _check_widths(run)
+    yield from _width_checks(run)
     kinds = [run.model.kind(layer) for layer in range(run.model.num_hidden_layers)]
-    _need(
+    yield (
         LayerKind.mha not in kinds or not run.sample.tokens,
         f"sample.tokens={run.sample.tokens} asks for text, but a layer is of"
         f" model.layer_kinds={LayerKind.mha.value}, which has no cache: say sample.tokens=0",
     )
-    _need(bool(run.run_dir.strip()), f"run_dir={run.run_dir!r} must name a folder")
-    _need(
+    yield bool(run.run_dir.strip()), f"run_dir={run.run_dir!r} must name a folder"
+    yield (
         run.train.weights == Weights.model or run.train.eval_only or bool(run.init_from),
         f"train.weights={run.train.weights.value} says what train.eval_only evaluates or init_from"
         f" starts from, but train.eval_only=false and init_from={run.init_from!r}",
     )
     if run.engine.name is EngineName.deepspeed:
-        _check_deepspeed(run)
+        yield from _deepspeed_checks(run)
     if run.parallel.offload == "optimizer+master":
-        _check_offload(run)
+        yield from _offload_checks(run)
 
 
-def _check_offload(run: RunConfig) -> None:
-    """Refuse what reads fp32 weights that are not on the device, or has none to keep elsewhere."""
+def _offload_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
+    """What reads fp32 weights that are not on the device, or has none to keep elsewhere."""
     asked, instead = "parallel.offload=optimizer+master", "say parallel.offload=optimizer"
-    _need(
+    yield (
         run.train.precision is not Precision.fp32,
         f"{asked} keeps masters of weights that compute in bf16, but train.precision=fp32 has none:"
         f" {instead}",
     )
-    _need(
+    yield (
         not run.quant.active,
         f"{asked} does not go with quant.recipe={run.quant.recipe.value}, which reads masters on"
         f" the device: {instead}",
     )
-    _need(
+    yield (
         not run.train.ema_decay,
         f"{asked} does not go with train.ema_decay={run.train.ema_decay}, which averages the"
         f" weights on the device: {instead}",
     )
 
 
-def _check_deepspeed(run: RunConfig) -> None:
-    """Refuse what ZeRO's flat shards, or this engine, cannot do exactly."""
+def _deepspeed_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
+    """What ZeRO's flat shards, or this engine, cannot do exactly."""
     asked = "engine.name=deepspeed"
     for key in ("pp", "ep", "cp", "dp_replicate"):
         degree = getattr(run.parallel, key)
-        _need(
+        yield (
             degree == 1,
             f"parallel.{key}={degree} does not go with {asked}, which knows data ranks only: say"
             f" engine=torch, or parallel.{key}=1",
         )
     for index, stage in enumerate(run.train.stages):
-        _need(
+        yield (
             stage.cp in (None, 1),
             f"train.stages[{index}].cp={stage.cp} does not go with {asked}, which holds rows whole:"
             " say engine=torch, or cp: 1",
         )
-    _need(
+    yield (
         run.parallel.offload == "none",
         f"parallel.offload={run.parallel.offload} is the torch engine's, {asked} was asked for: say"
         " engine=torch, or engine=deepspeed_zero2_offload",
     )
-    _need(
+    yield (
         run.optim.state_dtype is StateDtype.fp32,
         f"optim.state_dtype={run.optim.state_dtype.value} does not go with {asked}, which keeps"
         " moments as fp32 shards: say engine=torch, or optim.state_dtype=fp32",
     )
-    _need(
+    yield (
         not run.train.ema_decay or run.engine.zero_stage < 3,
         f"train.ema_decay={run.train.ema_decay} needs whole weights on every rank, which {asked}"
         f" with engine.zero_stage={run.engine.zero_stage} does not keep: say engine.zero_stage=2",
     )
-    _need(
+    yield (
         not run.train.recovery.may_anticipate,
         f"train.recovery.anticipatory={run.train.recovery.anticipatory.value} is not built for"
         f" {asked}: say never",
     )
 
 
-def _check_widths(run: RunConfig) -> None:
+def _width_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
     """The grouped matmul of the experts takes rows of whole 16 bytes."""
     model, quantised = run.model, run.quant.parts().experts is not ExpertFormat.none
     if model.kernels is Kernels.reference and not quantised:
@@ -466,7 +475,7 @@ def _check_widths(run: RunConfig) -> None:
     )
     for key in ("hidden_size", "moe_intermediate_size"):
         width = getattr(model, key)
-        _need(
+        yield (
             width % unit == 0,
             f"model.{key}={width} must be a multiple of {unit} for {by} in"
             f" train.precision={run.train.precision.value}",
@@ -512,41 +521,51 @@ def unknown_key(path: Sequence[str], schema: Any, also: Sequence[str] = ()) -> s
     return None
 
 
-def _check_shape(raw: Any, schema: Any, path: str) -> None:
-    """Refuse an unknown key, and a section, list or value where another of them belongs.
+def _shape_problems(raw: Any, schema: Any, path: str) -> Iterator[str]:
+    """Unknown keys, and sections, lists or values where another of them belongs.
 
     Args:
         raw: plain dicts, lists and values.
         schema: a dataclass, or the annotation of a field.
         path: config path of ``raw``.
-
-    Raises:
-        UserError: names the key.
     """
     origin = get_origin(schema)
     if origin is list:
-        _need(isinstance(raw, list), f"{path}={shown(raw)} must be a list")
+        if not isinstance(raw, list):
+            yield f"{path}={shown(raw)} must be a list"
+            return
         for index, item in enumerate(raw):
-            _check_shape(item, get_args(schema)[0], f"{path}[{index}]")
+            yield from _shape_problems(item, get_args(schema)[0], f"{path}[{index}]")
     elif origin is dict:
-        _need(isinstance(raw, dict), f"{path}={shown(raw)} must be NAME: VALUE pairs")
+        if not isinstance(raw, dict):
+            yield f"{path}={shown(raw)} must be NAME: VALUE pairs"
+            return
         for name, item in raw.items():
-            _need(isinstance(name, str), f"{path}: {shown(name)} must be a name")
-            _check_shape(item, get_args(schema)[1], f"{path}.{name}")
+            if not isinstance(name, str):
+                yield f"{path}: {shown(name)} must be a name"
+            yield from _shape_problems(item, get_args(schema)[1], f"{path}.{name}")
     elif is_dataclass(schema):
-        _need(isinstance(raw, dict), f"{path}={shown(raw)} must be KEY: VALUE pairs")
-        types = _types(schema)
-        for key, value in raw.items():
-            full = f"{path}.{key}" if path else str(key)
-            problem = unknown_key([str(key)], schema)
-            if problem is not None:
-                problem = problem.replace(
-                    "did you mean ", f"did you mean {full.removesuffix(str(key))}"
-                )
-                raise UserError(f"unknown config key {shown(full)}={shown(value)}: {problem}")
-            _check_shape(value, types[key], full)
-    else:
-        _need(not isinstance(raw, list | dict), f"{path}={shown(raw)} must be one value")
+        if not isinstance(raw, dict):
+            yield f"{path}={shown(raw)} must be KEY: VALUE pairs"
+            return
+        yield from _key_problems(raw, schema, path)
+    elif isinstance(raw, list | dict):
+        yield f"{path}={shown(raw)} must be one value"
+
+
+def _key_problems(raw: dict[str, Any], schema: Any, path: str) -> Iterator[str]:
+    """Of the keys of a section; arguments as of :func:`_shape_problems`."""
+    types = _types(schema)
+    for key, value in raw.items():
+        full = f"{path}.{key}" if path else str(key)
+        problem = unknown_key([str(key)], schema)
+        if problem is not None:
+            problem = problem.replace(
+                "did you mean ", f"did you mean {full.removesuffix(str(key))}"
+            )
+            yield f"unknown config key {shown(full)}={shown(value)}: {problem}"
+            continue
+        yield from _shape_problems(value, types[key], full)
 
 
 _SHOWN = 100  # characters

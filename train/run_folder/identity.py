@@ -254,6 +254,7 @@ def check(
             f"{where} holds a run with {first.key}={_shown(first.before)}, but now"
             f" {first.key}={_shown(first.now)}{_origin(first, recorded, now)}{others}: "
             + _ADVICE[use]
+            + _recipe(use, first.key, where)
         )
     if tell and (told := found[Severity.tell]):
         shown = ", ".join(
@@ -270,6 +271,14 @@ _ADVICE = {
     Use.export: "the weights belong to the first",
     Use.ranks: "all ranks must be the same",
 }
+
+
+def _recipe(use: Use, key: str, where: str) -> str:
+    """How a run goes on where its own folder may not: from its weights, in another one."""
+    if use is not Use.resume or row_of(key).init_from is Severity.refuse:
+        return ""
+    recorded = where.removeprefix("run_dir=")
+    return f"; there init_from={recorded} goes on from the weights of this one"
 
 
 def check_ranks(records: Sequence[RunIdentity]) -> None:

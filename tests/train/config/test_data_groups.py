@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from scripts.prepare_data import main as prepare
+from scripts.prepare import main as prepare
 from train.errors import ROOT, ExitCode
 from train.pretrain import cli
 

@@ -1,4 +1,4 @@
-"""scripts/prepare_data.py as a user runs it: several processes, killed and run again, verified."""
+"""scripts/prepare.py as a user runs it: several processes, killed and run again, verified."""
 
 import json
 import os
@@ -8,15 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data.config import DataConfig, SourceConfig, SourceKind
 from data.loader import build_loader
 from data.prepare import build_tokenizer
+from data.summary import control_strings
 from data.token_store import TokenStore
-from scripts.prepare_data import main
+from scripts.prepare import main
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare_data.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare.py"
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -116,6 +119,67 @@ def test_help_and_bad_input(work):
     assert missing.returncode == 2
     assert missing.stderr.startswith("error: data.sources.x.path=")
     assert missing.stderr.count("\n") == 1
-    foreign = run("--out", work)
+    foreign = run("--out", work, "--kind", "embedded")
     assert foreign.returncode == 2
     assert "is not a token store" in foreign.stderr
+
+
+TEXTS = ["plain words " * 30, "plain words " * 30, "русский текст", "", "中文", "a <|endoftext|> b"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "folder"])
+def test_one_command_makes_a_store_and_says_what_it_holds(kind, tmp_path, capsys, monkeypatch):
+    """From what lies there; the figures beside a count by hand. A byte is a token, plus one end."""
+    monkeypatch.chdir(tmp_path)
+    place = Path("set") if kind == "folder" else Path(f"mine.{kind}")
+    if kind == "jsonl":
+        place.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    elif kind == "parquet":
+        pq.write_table(pa.table({"text": TEXTS}), place)
+    else:
+        place.mkdir()
+        for number, text in enumerate(TEXTS):
+            (place / f"{number}.md").write_text(text)
+    words = [str(place), "--tokenizer", "byte", "--cache-dir", "cache", "--validation-bytes", "0"]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    held = [text for text in TEXTS if text]
+    size = sum(len(text.encode()) for text in held)
+    store = TokenStore(Path("stores") / place.stem, "made")
+    assert store.train.num_tokens == size + len(held)
+    assert f"{len(held)} with text" in out
+    assert f"{size:,} bytes, {size + len(held):,} tokens" in out
+    assert f"{size / (size + len(held)):.2f} bytes a token" in out
+    assert "1 documents whose whole text came before" in out
+    assert "document 0, 360 bytes: 'plain words plain" in out
+    lengths = sorted(len(text.encode()) + 1 for text in held)
+    assert f"0% {lengths[0]}, 10% {lengths[0]}, 50% {lengths[2]}, 90% 361, 99% 361, 100% 361" in out
+    letters = sum(c.isalpha() for text in held for c in text)
+    assert f"cyrillic {12 / letters:.1%}, " in out
+    assert f"cjk {2 / letters:.1%}" in out
+
+
+def test_strings_of_control_tokens_in_the_text_are_told(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text("\n\n".join(TEXTS) + " one more word" * 200)
+    words = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "store"), "--vocab-size", "512",
+             "--validation-bytes", "0", "--cache-dir", str(tmp_path / "cache")]  # fmt: skip
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    tokenizer = TokenStore(tmp_path / "store", "made").tokenizer
+    (found,) = [string for string in control_strings(tokenizer) if string in "".join(TEXTS)]
+    assert f"control     {found!r} in 1\n" in out
+    assert tokenizer.encode(found) != [tokenizer.eos_id]  # it is read as plain text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "name a source"),
+        (["a", "--path", "b"], "name one source"),
+        (["--out", "x", "--kind", "text", "nothing.txt"], "nothing.txt"),
+    ],
+)
+def test_a_source_that_cannot_be_is_one_line(words, says, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert says in capsys.readouterr().err

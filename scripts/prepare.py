@@ -1,4 +1,6 @@
-"""Tokenise a source once into a memory-mapped, checksummed token store.
+"""From a folder, files or a hub dataset to a token store, and a summary of what it holds.
+
+Text is tokenised once; the store is memory-mapped and checksummed.
 
 Several processes share the work; killed and started again by the same command it goes on where it
 was. The store holds the training shards, the held-out documents with their text, and the tokenizer.
@@ -7,6 +9,7 @@ was. The store holds the training shards, the held-out documents with their text
 from __future__ import annotations
 
 import argparse
+import glob
 import logging
 import sys
 from collections.abc import Sequence
@@ -17,21 +20,24 @@ if not __package__:  # run as a file
 
 from data.cache import build_once
 from data.config import DataConfig, OnBadLine, SourceConfig, SourceKind, TextUnit, ValidationConfig
+from data.files import kind_of
 from data.prepare import Corpus, build_tokenizer
+from data.summary import summarise
 from data.token_store import TokenStore
 from data.tokenise import SHARD_BYTES, StoreJob, write_store
+from data.tokenizer import Tokenizer
 from scripts.cli.command import command
 from scripts.cli.parser import CommandParser
 from train.errors import UserError
 
 EPILOG = """examples:
-  scripts/prepare_data.py --out stores/books --kind text --path books/ --vocab-size 16384
-  scripts/prepare_data.py --out stores/web --kind parquet --path 'web/*.parquet' \\
-      --tokenizer deepseek-v4 --workers 16
-  scripts/prepare_data.py --verify stores/web
+  v4 prepare books/                                to stores/books: text, JSON lines or Parquet
+  v4 prepare 'web/*.parquet' --tokenizer deepseek-v4 --workers 16 --out stores/web
+  v4 prepare HuggingFaceFW/fineweb-edu --subset sample-10BT
+  v4 prepare --verify stores/web
 
 then train on it:
-  python train/pretrain.py data=store data.sources.store.path=stores/books model.vocab_size=16384
+  v4 pretrain data=store data.sources.store.path=stores/books
 """
 
 
@@ -42,22 +48,34 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.verify:
         store = TokenStore(options.verify, f"--verify {options.verify}")
         store.verify()
-    else:
-        store = prepare(options)
+        report(store)
+        return
+    corpus, store, tokenizer = prepare(options)
     report(store)
+    if options.summary:
+        (name,) = corpus.sources
+        print(
+            "\n".join(f"  {t}" for t in summarise(corpus.documents(name), store, tokenizer).lines())
+        )
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     v = ValidationConfig()
     parser = CommandParser(description=__doc__, epilog=EPILOG)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--out", type=Path, help="folder of the new store")
+    parser.add_argument(
+        "source", nargs="?", default="", help="file, folder, glob pattern or hub name"
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--out", type=Path, help="folder of the new store (default: stores/NAME)")
     what.add_argument("--verify", type=Path, help="compare a store with its checksums and leave")
     made = (SourceKind.store, SourceKind.synthetic)  # there is nothing to prepare
     kinds = [kind.value for kind in SourceKind if kind not in made]
-    parser.add_argument("--kind", choices=kinds, default="embedded", help="kind of source")
-    parser.add_argument("--path", default="", help="file, folder, glob pattern or hub name")
+    parser.add_argument("--kind", choices=kinds, default="",
+                        help="kind of source (default: by the suffixes of its files)")  # fmt: skip
+    parser.add_argument("--path", default="", help="the source, by another name")
+    parser.add_argument("--summary", action=argparse.BooleanOptionalAction, default=True,
+                        help="read all documents once more and tell what they are")  # fmt: skip
     parser.add_argument("--text-key", default="text", help="column with the text")
     parser.add_argument("--unit", choices=[u.value for u in TextUnit], default="document",
                         help="what one document is in a text file")  # fmt: skip
@@ -81,20 +99,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def prepare(options: argparse.Namespace) -> TokenStore:
+def prepare(options: argparse.Namespace) -> tuple[Corpus, TokenStore, Tokenizer]:
     """Make the store, or go on making it.
+
+    Returns:
+        The documents, the store, and the tokenizer.
 
     Raises:
         ValueError: the source, the tokenizer or the folder cannot be used.
     """
-    out: Path = options.out
+    path = options.source or options.path
+    if options.source and options.path:
+        raise UserError(f"--path {options.path} and {options.source}: name one source")
+    if not (path or options.kind):
+        raise UserError("name a source: a file, a folder, a glob pattern or a hub dataset")
+    kind = SourceKind(options.kind) if options.kind else _kind_of(path)
+    out: Path = options.out or Path("stores") / (Path(path).name.partition(".")[0] or kind.value)
     shard_bytes: int = options.shard_bytes
     if shard_bytes < 1:
         raise UserError(f"--shard-bytes {shard_bytes} must be at least 1")
     name = out.name or "store"
     source = SourceConfig(
-        kind=SourceKind(options.kind),
-        path=options.path,
+        kind=kind,
+        path=path,
         text_key=options.text_key,
         unit=TextUnit(options.unit),
         on_bad_line=OnBadLine(options.on_bad_line),
@@ -131,7 +158,13 @@ def prepare(options: argparse.Namespace) -> TokenStore:
     store = TokenStore(out, f"--out {out}")
     if finished and (store.plan["corpus"], store.plan["tokenizer"]) != (plan, tokenizer.hash):
         raise UserError(f"--out {out} holds a store of another source or tokenizer")
-    return store
+    return corpus, store, tokenizer
+
+
+def _kind_of(path: str) -> SourceKind:
+    """By what is there; of a glob pattern by its first file."""
+    found = sorted(glob.glob(path, recursive=True))
+    return kind_of(Path(found[0] if found and not Path(path).exists() else path).expanduser())
 
 
 def report(store: TokenStore) -> None:
