@@ -215,7 +215,8 @@ def cli(args: Sequence[str]) -> int:
         try:
             words = normalise(args)
         except USER_ERRORS as error:
-            raise UserError(*error.args, *further_problems(args)) from error
+            problems = dict.fromkeys([*error.args, *further_problems(args)])
+            raise UserError(*problems) from error
         with _hydra_reads([sys.argv[0], *words]):
             hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
         order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)

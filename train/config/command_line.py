@@ -276,7 +276,7 @@ def _holds_text(parts: Sequence[str]) -> bool:
             schema = get_type_hints(schema).get(part)
         else:
             return False
-    return schema is str
+    return schema is str or str in get_args(schema)
 
 
 def _check_option(group: str, value: str, conf: Path) -> None:
