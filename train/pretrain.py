@@ -319,7 +319,7 @@ def _tell_launcher(text: str) -> None:
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
             content = {"message": text.rstrip(), "timestamp": str(int(time.time()))}
-            Path(path).write_text(json.dumps(content), encoding="utf-8")
+            Path(path).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
 
 
 def _let_rank_0_tell(untold: list[str]) -> None:
