@@ -54,7 +54,7 @@ class OnBadLine(StrEnum):
 class LongDocuments(StrEnum):
     """What becomes of a document that is longer than a row."""
 
-    split = "split"  # it fills several rows
+    split = "split"  # it fills several rows  # pyright: ignore[reportAssignmentType]
     truncate = "truncate"  # its first row is trained on, the rest is not
     skip = "skip"  # it is not trained on
 

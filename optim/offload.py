@@ -30,7 +30,7 @@ class Arrival:
         event: recorded behind them; None: they are there.
     """
 
-    def __init__(self, tensors: list[Tensor], event: torch.cuda.Event | None) -> None:
+    def __init__(self, tensors: list[Tensor], event: torch.Event | None) -> None:
         self._tensors, self._event = tensors, event
 
     def on_device(self) -> list[Tensor]:
@@ -97,7 +97,7 @@ class Transfers:
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
 
-    def _mark(self) -> torch.cuda.Event | None:
+    def _mark(self) -> torch.Event | None:
         return self._stream.record_event() if self._stream is not None else None
 
 

@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.utils.cpp_extension import _get_build_directory
@@ -48,7 +49,8 @@ def load_deepspeed(device: torch.device) -> ModuleType:
             f"engine=deepspeed was proven with deepspeed=={RELEASE}, found {found}: pip install"
             f" deepspeed=={RELEASE}"
         )
-    accelerator = deepspeed.get_accelerator().device_name()
+    active: Any = deepspeed.get_accelerator()
+    accelerator = active.device_name()
     if accelerator != device.type:
         raise ConfigError(
             f"environment variable DS_ACCELERATOR={accelerator}, but train.device is {device.type}"
@@ -65,7 +67,9 @@ def need_nvme(path: str) -> None:
     Raises:
         ConfigError: the folder cannot be written, or DeepSpeed cannot build its reader.
     """
-    from deepspeed.ops.op_builder import AsyncIOBuilder  # noqa: PLC0415  an extra
+    from deepspeed.ops.op_builder import (  # noqa: PLC0415  an extra
+        AsyncIOBuilder,  # pyright: ignore[reportAttributeAccessIssue]  made by its import
+    )
 
     if not os.access(path, os.W_OK):
         raise ConfigError(f"engine.nvme_path={path} is no folder that can be written")

@@ -144,15 +144,15 @@ def _run(
     """
     import lm_eval  # noqa: PLC0415  optional package
 
+    evaluate: Any = lm_eval.simple_evaluate
     try:
-        found = lm_eval.simple_evaluate(
+        found = evaluate(
             model=model, tasks=list(names), task_manager=tasks, num_fewshot=options.fewshot,
             limit=options.limit, bootstrap_iters=0, fewshot_random_seed=options.seed,
             log_samples=False,
         )  # fmt: skip
     except (OSError, ValueError) as error:  # datasets: no file, no network, no such data set
         raise UserError(f"--tasks {options.tasks}: {one_line(error)}") from error
-    assert found is not None
     return {
         "harness_version": lm_eval.__version__,
         "versions": {name: found["versions"].get(name) for name in found["results"]},

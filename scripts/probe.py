@@ -220,7 +220,7 @@ def open_reader(
         from transformers import AutoModelForCausalLM  # noqa: PLC0415 - only for its models
 
         try:
-            other = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
+            other: Any = AutoModelForCausalLM.from_pretrained(path, local_files_only=True)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"{path} cannot be read by transformers: {one_line(error)}") from error
         dtype = torch.bfloat16 if options.precision == "bf16" else torch.float32

@@ -219,7 +219,7 @@ def _table(passes: Sequence[tuple[int, BlockLaunches]]) -> list[str]:
 
 def _operations(one: BlockLaunches) -> list[str]:
     """Each operator, and each aten operation outside them, with its counts."""
-    rows = [(f"operator ({one.name})", "kernel", "forward", "backward")]
+    rows: list[tuple[str, ...]] = [(f"operator ({one.name})", "kernel", "forward", "backward")]
     for inside, kernel in sorted(one.forward.keys() | one.backward.keys()):
         counts = (str(side[inside, kernel] or "") for side in (one.forward, one.backward))
         rows.append((inside, kernel, *counts))
@@ -229,7 +229,9 @@ def _operations(one: BlockLaunches) -> list[str]:
 def _plain(name: str) -> list[str]:
     """Launches that 256 more tokens cost the plain path, by kind of block."""
     config = replace(load_model_config(name), kernels=Kernels.torch)
-    rows = [(f"block of {name}", "forward, a chunk of 256", "backward, a chunk of 256")]
+    rows: list[tuple[str, ...]] = [
+        (f"block of {name}", "forward, a chunk of 256", "backward, a chunk of 256")
+    ]
     for layer in kinds(config).values():
         few, many = (block_pass(config, layer, chunks * 256) for chunks in (2, 3))
         more = [

@@ -91,10 +91,10 @@ def fit_law(points: Mapping[float, Sequence[float]], level: float, draws: int = 
     centre = float(np.exp(np.log(flops).mean()))
     best = _fit(means[None], flops / centre)
     many = _fit(_draw(means, errors, degrees, draws), flops / centre)
-    return Law(
-        *(_interval(float(one[0]), drawn, level) for one, drawn in zip(best, many, strict=True)),
-        centre, deviation,
-    )  # fmt: skip
+    irreducible, reducible, exponent = (
+        _interval(float(one[0]), drawn, level) for one, drawn in zip(best, many, strict=True)
+    )
+    return Law(irreducible, reducible, exponent, centre, deviation)
 
 
 def predict_last(

@@ -37,7 +37,10 @@ def lines(count: int) -> list[Line]:
     """Of each of ``count`` things, no two alike."""
     if count <= len(_COLOURS) * len(_STYLES):
         return [Line(colour, style) for style in _STYLES for colour in _COLOURS][:count]
-    hues = [to_hex(hsv_to_rgb((i / count, 0.9, 0.5 + 0.35 * (i % 2)))) for i in range(count)]
+    hues = [
+        to_hex(tuple(hsv_to_rgb((i / count, 0.9, 0.5 + 0.35 * (i % 2))).tolist()))
+        for i in range(count)
+    ]
     return [Line(hue, _STYLES[i % len(_STYLES)]) for i, hue in enumerate(hues)]
 
 
@@ -91,7 +94,7 @@ def draw_groups(ranking: Ranking) -> Figure:
     title += "; line: training loss, smoothed" if compare else ""
     figure, axes = _axes(title, "tokens", unit, height=4.2 + 0.12 * max(0, len(groups) - 6))
     for line, group in zip(lines(len(groups)), groups, strict=True):
-        style = {"color": line.colour, "linestyle": line.style}
+        style: dict[str, Any] = {"color": line.colour, "linestyle": line.style}
         axes.plot([], [], **style, marker="o", markersize=4, label=_short(group.label))
         if compare:
             _band(axes, _points(group, "loss"), style, smooth=True)

@@ -243,7 +243,7 @@ class Protocol:
             missing = tuple(c for c, run in zip(cells, runs, strict=True) if run is None)
             if missing:
                 return Tuning(best, tried, missing)
-            winner = min(asked, key=lambda settings: tried[settings])
+            winner = min(asked, key=tried.__getitem__)
             if tried[winner] < lowest:
                 best, lowest = winner, tried[winner]
         return Tuning(best, tried)

@@ -177,7 +177,7 @@ def take_look(
     """
     n = bounds.looks[look]
     part = x_RAN[..., :n]
-    finite_RA = np.isfinite(part).all(-1)
+    finite_RA = np.asarray(np.isfinite(part).all(-1))
     part = np.where(finite_RA[..., None], part, 0.0)
     size_RA = np.abs(t_statistics(part, (n,))[..., 0])
     mean_RA = part.mean(-1)

@@ -167,8 +167,9 @@ class Health:
         loss = record.get("val_loss")
         if loss is None or not math.isfinite(loss):
             return True if "val_loss" in record else None
-        self._best = loss if self._best is None else min(loss, self._best)
-        return loss > _ABOVE_BEST * self._best
+        best = loss if self._best is None else min(loss, self._best)
+        self._best = best
+        return loss > _ABOVE_BEST * best
 
     def _explodes(self, record: Mapping[str, Any]) -> bool | None:
         norm = record.get("grad_norm")

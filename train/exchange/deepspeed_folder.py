@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,7 +43,7 @@ def write_folder(checkpoint: Path, config: Path, target: Path) -> None:
     if not (checkpoint / "latest").is_file():
         raise UserError(f"{checkpoint} is no folder of DeepSpeed's save_checkpoint: no file latest")
     try:
-        state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
+        state: Any = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
     except Exception as error:  # whatever unpickling and its asserts raise
         raise UserError(f"{checkpoint} cannot be read: {one_line(error)}") from error
     shutil.copyfile(config, target / CONFIG_JSON)

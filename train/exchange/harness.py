@@ -98,7 +98,7 @@ class HarnessModel(TemplateLM):
         ]
 
     def _continue(self, context: str, asked: dict[str, Any]) -> str:
-        options = normalize_gen_kwargs(asked, _NEW_TOKENS)
+        options: dict[str, Any] = {**normalize_gen_kwargs(asked, _NEW_TOKENS)}
         stops = handle_stop_sequences(options.pop("until", None), eos=None)
         new = int(options.pop("max_gen_toks"))
         sampled = bool(options.pop("do_sample", False))

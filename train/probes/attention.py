@@ -64,7 +64,8 @@ def _watching(
     look: Callable[[WindowAttention, tuple[Any, ...], AttentionResult], None],
 ) -> Iterator[None]:
     """Call ``look`` with the inputs and the result of every layer's attention kernel."""
-    layers = [b.attn for b in model.layers.values() if isinstance(b, Block)]
+    blocks = [block for block in model.layers.values() if isinstance(block, Block)]
+    layers = [block.attn for block in blocks if isinstance(block.attn, WindowAttention)]
     kernels = [attn._attention for attn in layers]
 
     def watched(attn: WindowAttention, kernel: Any) -> Any:

@@ -101,7 +101,11 @@ def tail_losses(
     chosen = [ids_N for ids_N in chosen if len(ids_N) > least]
     if not chosen:
         return {"documents": 0, "needs_tokens": least + 1}
-    found = {"documents": len(chosen), "tail": tail, "tokens": sum(map(len, chosen))}
+    found: dict[str, Any] = {
+        "documents": len(chosen),
+        "tail": tail,
+        "tokens": sum(map(len, chosen)),
+    }
     for name, context in {"whole": longest, **contexts}.items():
         cut = [ids_N[-min(len(ids_N), tail + context) :] for ids_N in chosen]
         losses = [float(reader.score(ids_N, len(ids_N) - tail).nll_P.mean()) for ids_N in cut]

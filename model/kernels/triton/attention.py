@@ -291,8 +291,9 @@ def attention(
         asked = _with_blind_queries(q_BTHK, start_BT, entries, before)
         o, lse, _ = attention(asked[0], kv_BUK, sink_H, asked[1], window, asked[2])
         o, lse = o[:, before:], lse[:, before:]
-        chosen = entries is not None and entries.index_BTN is not None
-        return AttentionResult(o, lse, mass_of(q_BTHK, lse, entries) if chosen else None)
+        if entries is None or entries.index_BTN is None:
+            return AttentionResult(o, lse, None)
+        return AttentionResult(o, lse, mass_of(q_BTHK, lse, entries))
     K, dtype = q_BTHK.shape[-1], q_BTHK.dtype
     q, kv, scale = padded(q_BTHK), padded(kv_BUK.to(dtype)), K**-0.5
     table, uses = None, (None, None, None, None)

@@ -187,7 +187,8 @@ def document_counts(
         expert = tl.load(INDEX + n.to(tl.int64) * K + j, mask=ok, other=0)
         tl.atomic_add(COUNTS + G * E + expert, 1.0, mask=ok & valid, sem="relaxed")
         if DOCUMENT is not None:
-            tl.atomic_add(COUNTS + document * E + expert, 1.0, mask=ok, sem="relaxed")
+            row = COUNTS + document * E  # pyright: ignore[reportPossiblyUnboundVariable]
+            tl.atomic_add(row + expert, 1.0, mask=ok, sem="relaxed")
 
 
 @triton.jit
@@ -340,12 +341,9 @@ class _Route(torch.autograd.Function):
         ctx: Any, grad_score: Tensor | None, _: None, grad_weight: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         logits, valid, index = ctx.saved_tensors
-        if grad_weight is None:
-            grad_weight = logits.new_zeros(index.shape)
-        grad_score = None if grad_score is None else grad_score.contiguous()
-        grad = OPS.triton_gate_backward(
-            logits, valid, index, grad_weight.contiguous(), grad_score, ctx.scale
-        )
+        weight = logits.new_zeros(index.shape) if grad_weight is None else grad_weight.contiguous()
+        score = None if grad_score is None else grad_score.contiguous()
+        grad = OPS.triton_gate_backward(logits, valid, index, weight, score, ctx.scale)
         return grad, None, None, None, None, None
 
 
@@ -359,10 +357,10 @@ def route(
 ) -> Routing:
     """:func:`model.kernels.routing.route` in Triton."""
     given = None if index_NK is None else index_NK.contiguous()
-    score_NE, index_NK, weight_NK = _Route.apply(
+    score_NE, chosen_NK, weight_NK = _Route.apply(
         logits_NE.contiguous(), valid_N.contiguous(), bias_E, given, topk, scale
     )
-    return Routing(index_NK, weight_NK, score_NE)
+    return Routing(chosen_NK, weight_NK, score_NE)
 
 
 @torch.no_grad()
