@@ -7,8 +7,9 @@ not matter which thread did it; :class:`PoolsAhead` only decides when. One threa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -43,7 +44,6 @@ class PoolsAhead:
         self._mixture = mixture
         self._long = long
         self._rewind = rewind
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pools")
         self._here: tuple[Position, PlannedPool] | None = None
         self._behind: tuple[Position, Future[PlannedPool | None]] | None = None
 
@@ -72,7 +72,12 @@ class PoolsAhead:
         assert self._here is not None
         target = position.next_pool(self._here[1].pool.after)
         if self._behind is None:
-            self._behind = target, self._thread.submit(self._plan, target)
+            planned: Future[PlannedPool | None] = Future()
+            self._behind = target, planned
+            # of its own, not of an executor: it ends with the draw, and no exit waits for it
+            threading.Thread(
+                target=self._draw, args=(target, planned), name="pools", daemon=True
+            ).start()
 
     def forget(self) -> None:
         """Wait for what is being drawn and drop it: drawing goes on elsewhere."""
@@ -89,6 +94,12 @@ class PoolsAhead:
             self.forget()
             self._rewind(start)
         return self._plan(start)
+
+    def _draw(self, target: Position, planned: Future[PlannedPool | None]) -> None:
+        try:
+            planned.set_result(self._plan(target))
+        except BaseException as error:  # told where the pool is asked for
+            planned.set_exception(error)
 
     def _plan(self, start: Position) -> PlannedPool | None:
         p = start

@@ -18,7 +18,8 @@ from typing import Any
 
 import hydra
 import torch
-from omegaconf import DictConfig
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, open_dict
 
 import scripts.export_hf
 import train.build
@@ -65,7 +66,11 @@ class Composed:
 
     def __init__(self, words: Sequence[str]) -> None:
         with hydra.initialize_config_dir(str(CONF), version_base=None):
-            self._config = hydra.compose("config", list(words))
+            config = hydra.compose("config", list(words), return_hydra_config=True)
+        HydraConfig.instance().set_config(config)  # as hydra.main does
+        with open_dict(config):
+            del config["hydra"]
+        self._config = config
 
     def stand_in(self, words: Sequence[str]) -> None:
         """Let ``pretrain.cli`` of this process take its config from here."""

@@ -126,6 +126,8 @@ def prepare(place: Path, faults: Sequence[Callable[[], None]] = ()) -> Commands:
     assert first.code == 0, first.printed()
     assert run() == 0, "the run that warms the parent failed"
     shutil.rmtree(folder)
+    for thread in set(threading.enumerate()) - {threading.current_thread()}:
+        thread.join(60)  # one that draws the next pool
     assert threading.active_count() == 1, threading.enumerate()
     assert len(os.listdir("/proc/self/task")) == 1, "a process of several threads cannot be forked"
     composed = child.Composed(words)
