@@ -199,7 +199,8 @@ SIZE = [
 METRIC = [
     Edit("train/record/metrics.py",
          '    Metric("busy_experts", "experts that got a token, all layers", Reduction.same),\n',
-         '    Metric("dead_experts", "experts that got no token, all layers", Reduction.same),\n'),
+         '        healthy="0 where a step has 20 copies of tokens for each expert",'
+         " advice=_BALANCE,\n    ),\n"),
     Edit("train/record/metrics.py",
          '        "busy_experts": sum(int((load_E > 0).sum()) for load_E in loads),\n',
          '        "dead_experts": sum(int((load_E == 0).sum()) for load_E in loads),\n'),

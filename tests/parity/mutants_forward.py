@@ -26,6 +26,7 @@ from model.attention.csa import CompressedSparseAttention
 from model.attention.hca import HeavilyCompressedAttention
 from model.linear import BlockLinear
 from model.moe.experts import Experts, SharedExpert
+from model.rope import apply_rope
 
 Plant = Callable[[pytest.MonkeyPatch], None]
 
@@ -278,7 +279,10 @@ query_norm_missing = op(
 
 
 def _no_kv_norm(attention: WindowAttention) -> None:
-    attention.kv_norm.forward = lambda x: x
+    def forward(x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        return x if rope is None else apply_rope(x, *rope)
+
+    attention.kv_norm.forward = forward
 
 
 window_kv_norm_missing = after_init(WindowAttention, _no_kv_norm)
@@ -313,10 +317,11 @@ gate_clamped_below = op("swiglu", _both_sides)
 
 # ---- compressor ---------------------------------------------------------------------------------
 def _swap_halves(real: Any) -> Any:
-    def blocks(self: Compressor, x_BTC: Tensor, plan: Any) -> Tensor:
-        return real(self, x_BTC.roll(self.dim, dims=-1) if self.overlap else x_BTC, plan)
+    def project(self: Compressor, u_BTD: Tensor) -> tuple[Tensor, ...]:
+        k_z = real(self, u_BTD)
+        return tuple(x.roll(self.dim, dims=-1) for x in k_z) if self.overlap else k_z
 
-    return blocks
+    return project
 
 
 def _without_ape(real: Any) -> Any:
@@ -330,7 +335,7 @@ def _without_ape(real: Any) -> Any:
     return forward
 
 
-overlap_halves_swapped = attribute(Compressor, "_blocks", _swap_halves)
+overlap_halves_swapped = attribute(Compressor, "project", _swap_halves)
 ape_missing = attribute(Compressor, "forward", _without_ape)
 
 

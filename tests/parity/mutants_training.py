@@ -113,8 +113,11 @@ def _full_in_every_phase(real: Any) -> Any:
 
 
 def _rotate_half_here(indexer: LightningIndexer) -> None:
-    for module in (indexer, indexer.compressor):
-        module._rope = rotate_half
+    norm = indexer.compressor.norm
+    indexer._rope = rotate_half
+    norm._norm_rope = lambda x, weight, eps, *rope: rotate_half(
+        norm._rms_norm(x, weight, eps), *rope
+    )
 
 
 indexer_rope_rotate_half = after_init(LightningIndexer, _rotate_half_here)
