@@ -15,6 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from parallel.collectives import local
 
+_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio: mixes bits by a product
 _CHUNK = 1 << 22  # elements hashed at once
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -68,19 +69,20 @@ def total_of(tensor: Tensor, mine: Tensor) -> Tensor:
 
 
 def fingerprint(tensor: Tensor) -> tuple[int, int]:
-    """Two sums over the bits of the part that lies here: a changed bit changes one of them.
+    """Two sums over the bits of the part that lies here: a changed word changes the first.
 
-    Not collective. Sums wrap around; the second weighs each word by an odd number of its place, so
-    that words which trade places are seen too.
+    Not collective. Sums wrap around. In the second each word is mixed with its place beforehand,
+    and not linearly: an optimizer's first step moves words by one amount up or down, which sums of
+    words, weighed or not, may not show.
     """
     flat = local(tensor).detach().contiguous().view(-1)
     words = flat.view(_WORDS[flat.element_size()])
     plain, placed = 0, 0
     for number, chunk in enumerate(words.split(_CHUNK)):
         place = torch.arange(len(chunk), device=chunk.device, dtype=torch.int64)
-        place = 2 * (place + number * _CHUNK) + 1
+        mixed = (chunk.to(torch.int64) + (place + number * _CHUNK) * _ODD) * _ODD
         plain += int(chunk.sum(dtype=torch.int64))
-        placed += int((chunk.to(torch.int64) * place).sum())
+        placed += int((mixed ^ (mixed >> 32)).sum())
     return plain, placed
 
 

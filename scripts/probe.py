@@ -29,6 +29,7 @@ from quant.config import Recipe
 from scripts.cli.command import command
 from scripts.cli.model_options import add_weights_option, open_model
 from scripts.cli.outputs import PNG, check_output, write_text
+from scripts.cli.parser import CommandParser
 from train.errors import UserError, one_line
 from train.exchange.output_files import make_folder
 from train.probes.attention import attention_by_distance
@@ -70,9 +71,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = CommandParser(description=__doc__, epilog=EPILOG)
     parser.add_argument("models", type=Path, nargs="+", metavar="RUN",
                         help="run, checkpoint, transformers folder or official folder")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")

@@ -62,7 +62,7 @@ def poisoned_run(folder: Path, corpus: Path, **recovery: Any) -> RunConfig:
     data = replace(
         run.data,
         sources={"words": source},
-        packing=PackingConfig(pool_documents=1),
+        packing=PackingConfig(pool_documents=1, pool_rows=0),
         validation=ValidationConfig(bytes=400, max_overlap=1.0),
     )
     muon = replace(run.optim.muon, dtype=MatmulDtype.fp32)

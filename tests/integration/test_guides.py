@@ -31,7 +31,7 @@ CASES = [(path.stem, line) for path in DOCUMENTS for line in lines(path)]
 
 
 def test_guides_hold_commands():
-    assert len(GUIDES) == 8
+    assert len(GUIDES) == 9
     assert {path.stem for path in GUIDES} <= {stem for stem, _ in CASES}
 
 

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,12 +15,17 @@ from tests.helpers import ROOT
 from tests.parallel.torchrun import ONE_THREAD
 
 GUIDE = ROOT / "docs" / "guide" / "recipes.md"
-SHORT = ["train.eval_tokens=512", "sample.tokens=0", "train.device=cpu", "data.cache_dir=cache"]
+SHORT = ["train.eval_tokens=512", "sample.tokens=0", "train.device=cpu"]
 
 
 def commands():
     blocks = re.findall(r"```\w*\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     return [shlex.split(line) for block in blocks for line in block.splitlines()]
+
+
+def cache():
+    """Absolute: a relative one is of the repository."""
+    return str(Path.cwd() / "cache")
 
 
 def shortened(words):
@@ -28,7 +34,8 @@ def shortened(words):
     staged = any(w.startswith("train.stages=") for w in words)
     more = [] if staged else ["train.steps=4" if steps else "train.steps=2"]
     words = [w.replace("until_tokens: 5120", "until_tokens: 512") for w in words if w != steps]
-    return [w.replace("until_tokens: 10240", "until_tokens: 1024") for w in words] + more + SHORT
+    words = [w.replace("until_tokens: 10240", "until_tokens: 1024") for w in words]
+    return [*words, *more, *SHORT, f"data.cache_dir={cache()}"]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +61,7 @@ def place(tmp_path_factory):
             elif rest[0] == "pretrain":
                 assert main(["pretrain", *shortened(rest[1:])]) == 0, rest
             else:
-                assert main([*rest, "--cache-dir", "cache"]) == 0, rest
+                assert main([*rest, "--cache-dir", cache()]) == 0, rest
     return folder
 
 

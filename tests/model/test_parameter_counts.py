@@ -104,7 +104,10 @@ def test_closed_form_equals_the_real_modules(variant):
     assert buffer_shapes(config) == saved
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in CONF.glob("*.yaml")))
+SHIPPED = {path.stem for path in CONF.glob("*.yaml")} - {"v4_scaled"}  # a family, by model.scale
+
+
+@pytest.mark.parametrize("name", sorted(SHIPPED))
 def test_shipped_models_equal_their_closed_form(name):
     config = shipped(name)
     real = {fqn: tuple(p.shape) for fqn, p in on_meta(config).named_parameters()}

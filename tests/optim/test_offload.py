@@ -129,6 +129,7 @@ def test_next_chunk_travels_while_one_is_orthogonalised():
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_copies_run_beside_newton_schulz_on_a_gpu():
     """The offloaded step of large matrices takes less than copies and work one after the other."""
     device = torch.device("cuda")

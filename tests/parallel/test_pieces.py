@@ -3,6 +3,9 @@
 Rows and bits are copies, so they are equal; norms are sums of squares in another order (1e-6).
 """
 
+import itertools
+
+import pytest
 import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -47,6 +50,15 @@ def test_plain_tensor_is_its_own_piece():
     assert torch.equal(rows_of(whole, 1, 3), whole[1:3])
     torch.testing.assert_close(norms_of(whole, True), whole.flatten(1).norm(dim=1))
     assert largest_of(torch.zeros(0)) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fingerprint_sees_a_first_step_of_adam(dtype):
+    """Each value moves by the rate: words of one binade by one amount up or down."""
+    before = torch.tensor([0.00158, -0.0013, -0.00142, 0.00139], dtype=dtype)
+    for signs in itertools.product((-1.0, 0.0, 1.0), repeat=4):
+        after = before - 4e-4 * torch.tensor(signs, dtype=dtype)
+        assert (fingerprint(after) == fingerprint(before)) == torch.equal(after, before), signs
 
 
 def test_fingerprint_sees_one_bit_a_swap_and_a_sign_of_zero():

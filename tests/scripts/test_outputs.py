@@ -175,4 +175,4 @@ def test_samples_refuses_a_damaged_line(line, run, capsys):
 def test_report_refuses_a_damaged_receipt(receipt, run, tmp_path, capsys):
     (run / "receipt.json").write_text(receipt)
     error = refused(report.main, capsys, run, run, "--out", tmp_path / "out")
-    assert re.search(r"receipt.json is damaged: it holds no|holds no finished run", error)
+    assert re.search(r"receipt.json is damaged: ", error)

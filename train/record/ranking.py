@@ -193,6 +193,8 @@ def summary_of(
         raise UserError(f"{folder / CONFIG} is damaged: it holds no config")
     name = RECEIPT if records or EVALUATION not in files else EVALUATION
     receipt = _parsed(folder, files, name, json.loads)
+    if name == RECEIPT in files and type(receipt.get("finished")) is not bool:
+        raise UserError(f"{folder / name} is damaged: it holds no run")
     done = receipt.get("finished") is True or name == EVALUATION
     state = "running" if held else "finished" if done else "stopped"
     identity = _parsed(folder, files, IDENTITY, json.loads)
