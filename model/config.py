@@ -1,8 +1,8 @@
 """Model configuration: keys spelled as in the released ``config.json`` (reference A.1).
 
 A layer is explicit: ``layer_kinds`` names it (swa | csa | hca | dense) and ``compress_ratios``
-gives its ratio. A released config has ratios only (0, 4, 128); :meth:`ModelConfig.from_official`
-maps them onto kinds. CSA overlaps two windows and HCA does not, whatever the ratio.
+gives its ratio. A released config has ratios only (0, 4, 128); model/config_json.py maps them onto
+kinds. CSA overlaps two windows and HCA does not, whatever the ratio.
 """
 
 from __future__ import annotations
@@ -213,19 +213,6 @@ class ModelConfig:
         if self.layer_kinds:
             return LayerKind(self.layer_kinds[layer])
         return _KIND_OF_RATIO[self.compress_ratios[layer]]
-
-    # ---- import ----------------------------------------------------------------------------------
-    @classmethod
-    def from_official(cls, config_json: dict[str, Any]) -> ModelConfig:
-        """Build from a released ``config.json``; keys that do not shape the model are passed over.
-
-        Raises:
-            ValueError: a key that must be there is missing, or the values cannot be (see
-                :meth:`validate`).
-        """
-        from model.config_json import from_official  # noqa: PLC0415  it builds this class
-
-        return from_official(config_json)
 
     # ---- validation ------------------------------------------------------------------------------
     def validate(self, prefix: str = "model") -> None:

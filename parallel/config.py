@@ -174,9 +174,14 @@ class ParallelConfig:
         for key in _AXES:
             if getattr(self, key) == -1:
                 if world_size % known:
+                    given = " * ".join(
+                        f"{prefix}.{axis}={getattr(self, axis)}"
+                        for axis in _AXES
+                        if getattr(self, axis) > 1
+                    )
                     raise ConfigError(
-                        f"{prefix}.{key}=-1 cannot be the rest: the other degrees multiply to"
-                        f" {known}, which does not divide the world size {world_size}"
+                        f"{prefix}.{key}=-1 cannot be the rest: {given} does not divide the world"
+                        f" size {world_size}"
                     )
                 out = replace(self, **{key: world_size // known})
                 known = world_size

@@ -2,8 +2,8 @@
 
 import pytest
 
-from model.config import LayerKind, ModelConfig, RopeScaling, Router
-from model.config_json import official_config
+from model.config import LayerKind, RopeScaling, Router
+from model.config_json import from_official, official_config
 from model.errors import ConfigError
 from tests.parity.configs import tiny_config
 
@@ -36,7 +36,7 @@ NOT_OF_THE_MODEL = {
 
 @pytest.mark.core
 def test_every_released_value_is_taken():
-    config = ModelConfig.from_official(RELEASED)
+    config = from_official(RELEASED)
     assert [config.kind(i).value for i in range(4)] == ["swa", "hca", "csa", "hca"]
     assert [config.ratio(i) for i in range(4)] == [0, 128, 4, 128]
     assert [config.router(i) for i in range(4)] == [Router.hash] * 3 + [Router.learned]
@@ -52,23 +52,23 @@ def test_no_default_of_ours_fills_in(key, how):
     values = {k: v for k, v in RELEASED.items() if k != key}
     if how == "null":
         if key == "rope_scaling":
-            assert ModelConfig.from_official(values | {key: None}).rope_scaling.factor == 1.0
+            assert from_official(values | {key: None}).rope_scaling.factor == 1.0
             return
         values[key] = None
     with pytest.raises(ValueError, match=f"config.json: key {key} is missing"):
-        ModelConfig.from_official(values)
+        from_official(values)
 
 
 @pytest.mark.parametrize("key", ["factor", "original_max_position_embeddings", "beta_fast"])
 def test_no_default_of_ours_fills_in_yarn(key):
     scaling = {k: v for k, v in RELEASED["rope_scaling"].items() if k != key}
     with pytest.raises(ValueError, match=rf"config.json: key rope_scaling.{key} is missing"):
-        ModelConfig.from_official(RELEASED | {"rope_scaling": scaling})
+        from_official(RELEASED | {"rope_scaling": scaling})
 
 
 def test_keys_with_a_single_value_may_be_absent():
     short = {key: value for key, value in RELEASED.items() if key not in ONE_VALUE}
-    assert ModelConfig.from_official(short) == ModelConfig.from_official(RELEASED)
+    assert from_official(short) == from_official(RELEASED)
 
 
 @pytest.mark.parametrize(
@@ -90,19 +90,19 @@ def test_keys_with_a_single_value_may_be_absent():
 )
 def test_a_value_that_cannot_be_is_named(changes, named):
     with pytest.raises(ValueError, match=named):
-        ModelConfig.from_official(RELEASED | changes)
+        from_official(RELEASED | changes)
 
 
 def test_ours_says_nothing_of_how_it_computes():
     """Keys that a stranger's file cannot mean, and the ablation switch, are not read."""
-    config = ModelConfig.from_official(RELEASED | {"kernels": "reference", "attention": "swa"})
+    config = from_official(RELEASED | {"kernels": "reference", "attention": "swa"})
     assert config.kernels.value == "auto"
     assert config.kind(2) is LayerKind.csa
 
 
 def test_official_config_round_trips():
     config = tiny_config(num_nextn_predict_layers=1, num_hash_layers=2)
-    again = ModelConfig.from_official(official_config(config))
+    again = from_official(official_config(config))
     for layer in range(config.num_hidden_layers):
         assert (again.kind(layer), again.ratio(layer)) == (config.kind(layer), config.ratio(layer))
         assert again.router(layer) == config.router(layer)
@@ -121,4 +121,4 @@ def test_official_config_round_trips():
 )  # fmt: skip
 def test_a_number_that_no_field_holds_is_refused(key, value):
     with pytest.raises(ConfigError, match=key):
-        ModelConfig.from_official(RELEASED | {key: value})
+        from_official(RELEASED | {key: value})

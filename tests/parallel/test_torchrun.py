@@ -173,7 +173,7 @@ BAD = [
     (["parallel.ep=3"], "parallel.ep=3 must divide the 2 data ranks"),
     (["parallel.ep=2", "model.n_routed_experts=5"],
      "parallel.ep=2 must divide model.n_routed_experts=5"),
-    (["parallel.cp=4"], "parallel.dp_shard=-1 cannot be the rest: the other degrees multiply to 4"),
+    (["parallel.cp=4"], "parallel.dp_shard=-1 cannot be the rest: parallel.cp=4 does not divide"),
     (["parallel.cp=2", "train.seq_len=63", "train.global_batch_tokens=126"],
      "train.seq_len=63 must be a multiple of cp=2, its shards"),
     (["parallel.cp=2", "model.attention=dense"],

@@ -202,7 +202,9 @@ def test_study_composes_and_every_run_has_a_plan(name, tmp_path):
         assert wanted >= 3, title
         assert done == 0
     own = [arm for arm, asked in config.arms.items() if not asked.seconds_of]  # else of its length
-    identities = {arm: identity_of(plan.config(Cell(arm, 10, 1e-3, 1))) for arm in own}
+    identities = {
+        arm: identity_of(plan.config(Cell(arm, plan.steps_of(arm), 1e-3, 1))) for arm in own
+    }
     assert len(set(identities.values())) == len(identities), "two arms are the same"
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from model.config import ModelConfig
+from model.config_json import from_official
 from quant.config import QuantConfig
 from train.config.transformers_json import from_transformers_config, is_transformers_config
 from train.errors import USER_ERRORS, UserError, one_line
@@ -30,7 +31,7 @@ def read_config_json(path: Path) -> tuple[ModelConfig, QuantConfig | None]:
         raise UserError(f"{path} is no config: it holds a {type(values).__name__}")
     try:
         theirs = is_transformers_config(values)
-        config = (from_transformers_config if theirs else ModelConfig.from_official)(values)
+        config = (from_transformers_config if theirs else from_official)(values)
         return config, _quant(values.get(QUANT_KEY))
     except USER_ERRORS as error:
         raise UserError(f"{path}: {one_line(error)}") from error

@@ -122,8 +122,11 @@ def export_folder(
     origin = {"source": source.origin, "job": job.label()}
     files = _files(source, job)
     with alone_in(target):
-        check_target(target, files, [*names, INDEX], "export")
+        # The model card last: of what differs, it says the least.
+        first = {name: content for name, content in files.items() if name != CARD}
+        check_target(target, first, [*names, INDEX, CARD], "export")
         _check_shards(target, names, origin)
+        check_target(target, files, [*names, INDEX], "export")
         for name, content in files.items():
             write_bytes(target / name, content)
         done, total = 0, sum(piece.nbytes for shard in shards for piece in shard)

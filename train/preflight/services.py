@@ -23,13 +23,13 @@ def check_services(run: RunConfig) -> None:
 
     settings = wandb.setup().settings
     offline = "wandb.mode=offline keeps all for a later wandb sync"
-    if reason := unreachable(settings.base_url):
-        raise UserError(f"wandb.mode=online: {reason}; {offline}")
     if not settings.api_key and not _in_netrc(settings.base_url):
         raise UserError(
             f"wandb.mode=online: there is no key for {settings.base_url}; wandb login, or the"
             f" environment variable WANDB_API_KEY, gives one; {offline}"
         )
+    if reason := unreachable(settings.base_url):
+        raise UserError(f"wandb.mode=online: {reason}; {offline}")
 
 
 def _in_netrc(url: str) -> bool:

@@ -48,8 +48,8 @@ def test_a_proxy_asks_for_us(server, no_proxy, monkeypatch):
 def test_wandb_without_server_or_key_is_one_line_at_once(
     base, says, server, no_proxy, monkeypatch, tmp_path
 ):
-    url = AWAY if base == "away" else server
-    settings = type("Settings", (), {"base_url": url, "api_key": None})
+    url, key = (AWAY, "k" * 40) if base == "away" else (server, None)
+    settings = type("Settings", (), {"base_url": url, "api_key": key})
     monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": settings}))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
