@@ -187,7 +187,8 @@ def _runs_table(runs: Sequence[RunSummary], names: Sequence[str]) -> Table:
     rows = [
         [name, run.state, f"{run.step:,}", f"{run.records[-1].get('tokens', 0):,}"
          if run.records else "", _number(run.value(LOSS)), _number(run.value(BITS)),
-         str(run.config.get("seed", "")), f"`{run.aspect('code').get('source_sha256', '')[:12]}`"]
+         str(run.config.get("seed", "")),
+         f"`{str(run.aspect('code').get('source_sha256', ''))[:12]}`"]
         for name, run in zip(names, runs, strict=True)
     ]  # fmt: skip
     head = ["run", "state", "steps", "tokens", "val_loss", "bits per byte", "seed", "code"]

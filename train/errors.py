@@ -90,8 +90,9 @@ def lines_of(error: BaseException) -> list[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """Text of an error with its white space, line ends included, folded."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Text of an error, printable, with its white space, line ends included, folded."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text.encode("utf-8", "backslashreplace").decode()  # half of a surrogate pair
 
 
 def ends_when_unread(work: Callable[[], int]) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ LOSS, BITS = "val_loss", "val_bits_per_byte"
 OF_NO_EFFECT = ("run_dir", "wandb.", "tensorboard", "sample.", "train.log_every")
 _SEEDS = ("seed", "init_seed_offset")
 _MOST_KEYS = 4  # in a label
+# of a receipt: what is read as a record of more
+_RECORDS = ("metrics", "final_metrics", "code", "layout", "environment", "data.sources.*")
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,18 @@ class RunSummary:
         return int(self.records[-1]["step"]) if self.records else 0
 
     def value(self, measure: str) -> float | None:
-        """Of the newest evaluation; None: there was none yet. Infinite where it was not finite."""
+        """Of the newest evaluation; None: there was none yet. Infinite where it was not finite.
+
+        Raises:
+            UserError: a file says something else than a number.
+        """
         for record in (self.receipt.get("metrics"), *reversed(self.records), self._final()):
             if record and measure in record:
                 value = record[measure]
-                return math.inf if value is None else float(value)
+                try:
+                    return math.inf if value is None else float(value)
+                except (TypeError, ValueError, OverflowError) as error:
+                    raise UserError(f"{self.folder} is damaged: {measure} is no number") from error
         return None
 
     def _final(self) -> Mapping[str, Any]:
@@ -69,7 +78,7 @@ class RunSummary:
     def aspect(self, name: str) -> Mapping[str, Any]:
         """Code, data, layout or environment, as recorded; empty: it was not."""
         if name in self.receipt:
-            return self.receipt[name]
+            return self.receipt[name] or {}
         if name == "data" and self.identity:
             return {key: self.identity.get(key) for key in ("tokenizer", "sources")}
         return self.identity.get(name) or {}
@@ -195,10 +204,22 @@ def summary_of(
     receipt = _parsed(folder, files, name, json.loads)
     if name == RECEIPT in files and type(receipt.get("finished")) is not bool:
         raise UserError(f"{folder / name} is damaged: it holds no run")
+    _check_records(folder / name, receipt, _RECORDS)
     done = receipt.get("finished") is True or name == EVALUATION
     state = "running" if held else "finished" if done else "stopped"
     identity = _parsed(folder, files, IDENTITY, json.loads)
     return RunSummary(folder, flatten(config), receipt, identity, records, state)
+
+
+def _check_records(path: Path, content: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Refuse a file in which something that is to hold more is a value."""
+    for name in names:
+        first, _, rest = name.partition(".")
+        inner = content.get(first)
+        if inner is not None and not isinstance(inner, dict):
+            raise UserError(f"{path} is damaged: {first} is no record")
+        if rest and inner:
+            _check_records(path, inner, inner if rest == "*" else [rest])
 
 
 def _parsed(folder: Path, files: Mapping[str, bytes], name: str, parse: Any) -> dict[str, Any]:
