@@ -136,7 +136,7 @@ class Living:
             return
         may = name in (life.FULL, life.READ_ONLY, life.SECOND) and struck
         if why or (outcome.code == REFUSED and may):
-            printed = job.ranks[0].printed()
+            printed = job.printed()  # of a fault that one rank meets, that rank tells
             expect(
                 outcome.code == REFUSED, f"left with {job.codes}, not with 2 ({why})",
                 job.printed(),

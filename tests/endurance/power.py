@@ -26,6 +26,9 @@ class Volatile:
     def __init__(self, root: str) -> None:
         self._root = root
         self._durable: dict[tuple[int, int], int] = {}  # file that was written -> its durable bytes
+        self._open: dict[
+            tuple[int, int], int
+        ] = {}  # the same -> kept open: its inode stays its own
         self._names: list[tuple[str, Callable[[], None]]] = []  # folder, what undoes the change
         self._kept_in = f"{root}.kept_{os.getpid()}"  # removed files, as further links to them
         self._count = 0
@@ -35,13 +38,18 @@ class Volatile:
         """What comes behind the present end of a file is not on the disk yet."""
         found = os.fstat(descriptor)
         key = found.st_dev, found.st_ino
+        if key not in self._open:
+            self._open[key] = REAL["dup"](descriptor)
         if anew or key not in self._durable:
             self._durable[key] = 0 if anew else found.st_size
 
     def synced(self, descriptor: int, path: str) -> None:
         """The disk has this file, or the names in this folder."""
         found = os.fstat(descriptor)
-        self._durable.pop((found.st_dev, found.st_ino), None)
+        key = found.st_dev, found.st_ino
+        self._durable.pop(key, None)
+        if key in self._open:
+            REAL["close"](self._open.pop(key))
         self._names = [change for change in self._names if change[0] != path]
 
     def keep(self, path: str) -> str:

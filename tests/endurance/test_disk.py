@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 
 from tests.endurance import checkpoints, disk, life
+from tests.endurance.power import Volatile
 
 pytestmark = pytest.mark.core
 PATCHED = (
@@ -210,3 +211,15 @@ def test_power_takes_names_that_their_folder_was_not_synced_for(tmp_path):
 def contents(folder):
     found = (path for path in folder.rglob("*") if path.is_file())
     return {str(path.relative_to(folder)): path.read_text() for path in found}
+
+
+def test_a_file_that_another_process_made_of_a_removed_one_is_kept(tmp_path):
+    """File systems give the numbers of removed files out again."""
+    volatile = Volatile(str(tmp_path))
+    with (tmp_path / "mine").open("wb") as file:
+        volatile.writes(file.fileno(), anew=True)
+        file.write(b"x" * 100)
+    (tmp_path / "mine").unlink()  # by another process, which is not noted here
+    (tmp_path / "theirs").write_bytes(b"y" * 100)
+    volatile.lose()
+    assert (tmp_path / "theirs").read_bytes() == b"y" * 100
