@@ -28,7 +28,7 @@ class Volatile:
         self._durable: dict[tuple[int, int], int] = {}  # file that was written -> its durable bytes
         self._open: dict[
             tuple[int, int], int
-        ] = {}  # the same -> kept open: its inode stays its own
+        ] = {}  # the same -> open: its inode is its own
         self._names: list[tuple[str, Callable[[], None]]] = []  # folder, what undoes the change
         self._kept_in = f"{root}.kept_{os.getpid()}"  # removed files, as further links to them
         self._count = 0
