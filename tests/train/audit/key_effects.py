@@ -130,7 +130,7 @@ def outcome(run: RunConfig, folder: Path) -> Any:
     handler.emit = lambda record: lines.append(record.getMessage())
     logger = console.log
     before = logger.level
-    logger.setLevel(logging.INFO)  # a value set aside of it leaves the answers it remembers
+    logger.setLevel(logging.INFO)  # not by the attribute: loggers remember what they let pass
     logger.addHandler(handler)
     try:
         code = _train(run, None)
