@@ -26,9 +26,7 @@ class Volatile:
     def __init__(self, root: str) -> None:
         self._root = root
         self._durable: dict[tuple[int, int], int] = {}  # file that was written -> its durable bytes
-        self._open: dict[
-            tuple[int, int], int
-        ] = {}  # the same -> open: its inode is its own
+        self._open: dict[tuple[int, int], int] = {}  # the same -> open: its inode is its own
         self._names: list[tuple[str, Callable[[], None]]] = []  # folder, what undoes the change
         self._kept_in = f"{root}.kept_{os.getpid()}"  # removed files, as further links to them
         self._count = 0
