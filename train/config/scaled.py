@@ -27,7 +27,7 @@ TOKENS_PER_PARAMETER = 20
 _ROWS = (16, 18432)  # of a step; V4-Flash's 75.5 M tokens are 18432 rows of 4096
 _SEQ_LEN = (256, 4096)
 _MICRO = (16, 1)
-_LR = (1.6e-2, 2.7e-4)  # Muon's: the smallest shape's by search (docs/LOG.md), V4-Flash's
+_LR = (1.6e-2, 2.7e-4)  # Muon's: of the smallest shape the better of two (docs/LOG.md); V4-Flash's
 _WARMUP = 2000
 _EVAL_TOKENS = (16_384, 8_388_608)
 

@@ -31,10 +31,8 @@ def test_pool_is_the_reference(ratio, K, overlap):
     C = K * (1 + overlap)
     inputs = [torch.randn(2, 29, C), torch.randn(2, 29, C) * 3, torch.randn(ratio, C)]
     ours, entries = of(pool, ratio, overlap)
-    # along a block the logits' gradients cancel: errors go by the terms
-    norm = torch.tensor(float(entries * K) ** 0.5 * 2)
     grads = [torch.randn(2, entries, K)]
-    check(ours, of(plain, ratio, overlap)[0], inputs, grads, norms={1: norm, 2: norm})
+    check(ours, of(plain, ratio, overlap)[0], inputs, grads)
 
 
 def test_tokens_that_serve_no_entry_have_no_gradient():
