@@ -28,7 +28,7 @@ from quant.probe import QuantProbe
 from scripts.cli.command import command
 from scripts.cli.model_options import add_model_options, open_model
 from scripts.cli.parser import CommandParser
-from train.config.schema import is_text
+from train.config.load import is_text
 from train.errors import TrainingFailedError, UserError, one_line
 from train.record.continuation import encode_prompt
 

@@ -40,7 +40,8 @@ from train.checkpoint.manager import Checkpoints
 from train.checkpoint.retention import Retention
 from train.checkpoint.state import RunState
 from train.config.flat import flat_config
-from train.config.schema import Device, Precision, RunConfig, dump
+from train.config.load import dump
+from train.config.schema import Device, Precision, RunConfig
 from train.display.build import build_recorder
 from train.errors import UserError
 from train.loop import Trainer

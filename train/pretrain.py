@@ -35,7 +35,8 @@ from omegaconf.errors import OmegaConfBaseException
 from data.cache import raise_if_full
 from parallel.launch import check_launch, launched_rank
 from train.config.command_line import CONF, further_problems, normalise, options, sweeps
-from train.config.schema import RunConfig, load
+from train.config.load import load
+from train.config.schema import RunConfig
 from train.config.sweep import forget_refused, in_own_folder, sweep_folders
 from train.errors import (
     FAILURES,

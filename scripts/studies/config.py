@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.config.command_line import CONF
-from train.config.schema import describe
+from train.config.load import describe
 from train.errors import UserError, one_line
 
 STUDIES = CONF / "study"

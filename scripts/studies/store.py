@@ -22,7 +22,8 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from train.config.schema import RunConfig, load
+from train.config.load import load
+from train.config.schema import RunConfig
 from train.errors import UserError
 from train.record.metrics import Record, read_metrics
 from train.record.receipt import RECEIPT, config_hash, plain

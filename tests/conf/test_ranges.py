@@ -11,7 +11,8 @@ from conf.ranges import Range, number, out_of_range
 from data.config import SourceConfig, SourceKind
 from optim.config import NewtonSchulzIterations
 from train.config.command_line import compose_run
-from train.config.schema import RunConfig, StageConfig, validate
+from train.config.load import validate
+from train.config.schema import RunConfig, StageConfig
 from train.errors import USER_ERRORS
 
 pytestmark = pytest.mark.core

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import yaml
 
-from train.config.schema import RunConfig, dump
+from train.config.load import dump
+from train.config.schema import RunConfig
 from train.record.receipt import config_hash, plain
 
 CODE = "c" * 64

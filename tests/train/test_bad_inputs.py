@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from train.config.command_line import compose_run
-from train.config.schema import dump
+from train.config.load import dump
 from train.errors import ROOT, ExitCode
 from train.pretrain import PATIENCE, cli
 

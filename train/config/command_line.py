@@ -31,7 +31,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.files import kind_of
 from train.config.aliases import meant_by_flag, meant_by_key
-from train.config.schema import RunConfig, load, unknown_key
+from train.config.load import load, unknown_key
+from train.config.schema import RunConfig
 from train.errors import ROOT, USER_ERRORS, UserError, check_all
 
 CONF = ROOT / "conf"
@@ -115,7 +116,7 @@ def compose_run(args: Sequence[str] = (), conf: Path = CONF) -> RunConfig:
         conf: folder of the groups.
 
     Raises:
-        ValueError: as :func:`normalise` and :func:`train.config.schema.load`.
+        ValueError: as :func:`normalise` and :func:`train.config.load.load`.
     """
     with initialize_config_dir(str(conf), version_base=None):
         return load(compose("config", normalise(args, conf)))

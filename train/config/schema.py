@@ -1,33 +1,26 @@
-"""The whole configuration of a run: typed sections, and :func:`load`, which makes a RunConfig.
+"""The whole configuration of a run: typed sections, which ``train/config/load.py`` fills.
 
 ``RunConfig`` is seen only by ``train/``; every other package gets its own section. Nothing is
-changed after :func:`load`; derived values are functions (the plan of stages: ``train/stages.py``).
+changed after loading; derived values are functions (the plan of stages: ``train/stages.py``).
 Progress is counted in tokens of the global batch, lengths in tokens, times in seconds, "every" in
 optimizer steps.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-import train.config.scaled  # noqa: F401  the resolver of conf/model/v4_scaled.yaml
 from conf.problems import refuse
-from conf.ranges import number, out_of_range
+from conf.ranges import number
 from data.config import DataConfig
-from model.config import IndexerPhase, Kernels, LayerKind, ModelConfig
-from model.errors import ConfigError
-from optim.config import OptimConfig, ScheduleKind, StateDtype
-from parallel.config import EngineConfig, EngineName, ParallelConfig
-from quant.config import ExpertFormat, QuantConfig
+from model.config import IndexerPhase, ModelConfig
+from optim.config import OptimConfig
+from parallel.config import EngineConfig, ParallelConfig
+from quant.config import QuantConfig
 from train.config.recovery import RecoveryConfig
 from train.errors import UserError, check_all
 
@@ -297,281 +290,5 @@ class RunConfig:
 ConfigStore.instance().store("run_schema", RunConfig)
 
 
-# Resolving the annotations of a section costs more than everything else in a check.
-_types = functools.cache(get_type_hints)
-
-
 def _meet(a: int, b: int) -> bool:
     return a > 0 and b > 0 and max(a, b) % min(a, b) == 0
-
-
-def load(cfg: DictConfig) -> RunConfig:
-    """Turn a composed config into a validated RunConfig.
-
-    Raises:
-        UserError: an unknown key, a wrong type, or values that cannot be together.
-    """
-    try:
-        raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
-    except OmegaConfBaseException as error:
-        _, refused, why = str(error).splitlines()[0].partition(f"{ConfigError.__name__} raised ")
-        if refused:  # a rule of conf/ refused its own key (train/config/scaled.py)
-            raise UserError(why.partition(": ")[2]) from error
-        raise UserError(describe(error)) from error
-    if isinstance(raw, dict) and isinstance(raw.get("engine"), str):
-        raw["engine"] = {"name": raw["engine"]}  # as it was saved before it was a section
-    refuse(UserError, _shape_problems(raw, RunConfig, ""))
-    _refuse_bytes(raw, "")
-    try:
-        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), raw))
-    except OmegaConfBaseException as error:
-        raise UserError(describe(error)) from error
-    assert isinstance(run, RunConfig)
-    validate(run)
-    return run
-
-
-def is_text(text: str) -> bool:
-    """Whether it has a UTF-8 form: a lone surrogate, from bytes of another encoding, has none."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _refuse_bytes(value: Any, key: str) -> None:
-    """Refuse a string that no file could hold, such as a path in another encoding."""
-    if isinstance(value, dict):
-        for name, part in value.items():
-            _refuse_bytes(part, f"{key}.{name}".lstrip("."))
-    elif isinstance(value, list):
-        for number, part in enumerate(value):
-            _refuse_bytes(part, f"{key}[{number}]")
-    elif isinstance(value, str) and not is_text(value):
-        raise UserError(f"{key}={value!a} is not UTF-8")
-
-
-def validate(run: RunConfig) -> None:
-    """Check every section, then what must hold between them.
-
-    Raises:
-        ValueError: names the keys and both values.
-    """
-    refuse(UserError, out_of_range(run, ""))
-    across = [message for ok, message in _checks_across(run) if not ok]
-    check_all(
-        run.model.validate,
-        run.data.validate,
-        run.optim.validate,
-        run.quant.validate,
-        run.parallel.validate,
-        run.engine.validate,
-        run.train.validate,
-        lambda: refuse(UserError, across),
-    )
-
-
-def _checks_across(run: RunConfig) -> Iterator[tuple[bool, str]]:
-    """What must hold between sections."""
-    recovery = run.train.recovery
-    yield (
-        run.parallel.pp == 1 or not recovery.may_anticipate,
-        f"train.recovery.anticipatory={recovery.anticipatory.value} is not built for pipeline"
-        f" stages (parallel.pp={run.parallel.pp}): say never",
-    )
-    yield (
-        run.optim.schedule.kind is not ScheduleKind.constant or not run.train.bias_stops_at_decay,
-        "train.bias_stops_at_decay=true needs a learning rate that decays, but"
-        f" optim.schedule.kind={run.optim.schedule.kind.value}",
-    )
-    yield from _width_checks(run)
-    kinds = [run.model.kind(layer) for layer in range(run.model.num_hidden_layers)]
-    yield (
-        LayerKind.mha not in kinds or not run.sample.tokens,
-        f"sample.tokens={run.sample.tokens} asks for text, but a layer is of"
-        f" model.layer_kinds={LayerKind.mha.value}, which has no cache: say sample.tokens=0",
-    )
-    yield bool(run.run_dir.strip()), f"run_dir={run.run_dir!r} must name a folder"
-    yield (
-        run.train.weights == Weights.model or run.train.eval_only or bool(run.init_from),
-        f"train.weights={run.train.weights.value} says what train.eval_only evaluates or init_from"
-        f" starts from, but train.eval_only=false and init_from={run.init_from!r}",
-    )
-    if run.engine.name is EngineName.deepspeed:
-        yield from _deepspeed_checks(run)
-    if run.parallel.offload == "optimizer+master":
-        yield from _offload_checks(run)
-
-
-def _offload_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
-    """What reads fp32 weights that are not on the device, or has none to keep elsewhere."""
-    asked, instead = "parallel.offload=optimizer+master", "say parallel.offload=optimizer"
-    yield (
-        run.train.precision is not Precision.fp32,
-        f"{asked} keeps masters of weights that compute in bf16, but train.precision=fp32 has none:"
-        f" {instead}",
-    )
-    yield (
-        not run.quant.active,
-        f"{asked} does not go with quant.recipe={run.quant.recipe.value}, which reads masters on"
-        f" the device: {instead}",
-    )
-    yield (
-        not run.train.ema_decay,
-        f"{asked} does not go with train.ema_decay={run.train.ema_decay}, which averages the"
-        f" weights on the device: {instead}",
-    )
-
-
-def _deepspeed_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
-    """What ZeRO's flat shards, or this engine, cannot do exactly."""
-    asked = "engine.name=deepspeed"
-    for key in ("pp", "ep", "cp", "dp_replicate"):
-        degree = getattr(run.parallel, key)
-        yield (
-            degree == 1,
-            f"parallel.{key}={degree} does not go with {asked}, which knows data ranks only: say"
-            f" engine=torch, or parallel.{key}=1",
-        )
-    for index, stage in enumerate(run.train.stages):
-        yield (
-            stage.cp in (None, 1),
-            f"train.stages[{index}].cp={stage.cp} does not go with {asked}, which holds rows whole:"
-            " say engine=torch, or cp: 1",
-        )
-    yield (
-        run.parallel.offload == "none",
-        f"parallel.offload={run.parallel.offload} is the torch engine's, {asked} was asked for: say"
-        " engine=torch, or engine=deepspeed_zero2_offload",
-    )
-    yield (
-        run.optim.state_dtype is StateDtype.fp32,
-        f"optim.state_dtype={run.optim.state_dtype.value} does not go with {asked}, which keeps"
-        " moments as fp32 shards: say engine=torch, or optim.state_dtype=fp32",
-    )
-    yield (
-        not run.train.ema_decay or run.engine.zero_stage < 3,
-        f"train.ema_decay={run.train.ema_decay} needs whole weights on every rank, which {asked}"
-        f" with engine.zero_stage={run.engine.zero_stage} does not keep: say engine.zero_stage=2",
-    )
-    yield (
-        not run.train.recovery.may_anticipate,
-        f"train.recovery.anticipatory={run.train.recovery.anticipatory.value} is not built for"
-        f" {asked}: say never",
-    )
-
-
-def _width_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
-    """The grouped matmul of the experts takes rows of whole 16 bytes."""
-    model, quantised = run.model, run.quant.parts().experts is not ExpertFormat.none
-    if model.kernels is Kernels.reference and not quantised:
-        return
-    unit = 4 if run.train.precision is Precision.fp32 else 8
-    by = (
-        "quant.experts"
-        if quantised
-        else f"model.kernels={model.kernels.value} (reference takes any)"
-    )
-    for key in ("hidden_size", "moe_intermediate_size"):
-        width = getattr(model, key)
-        yield (
-            width % unit == 0,
-            f"model.{key}={width} must be a multiple of {unit} for {by} in"
-            f" train.precision={run.train.precision.value}",
-        )
-
-
-def describe(error: OmegaConfBaseException) -> str:
-    """One line for an error of the config library: the full key, what was given and wanted."""
-    parts = (getattr(error, "full_key", None) or "config", str(error).splitlines()[0])
-    return ": ".join(shown(part, 3 * _SHOWN) for part in parts)
-
-
-def dump(run: RunConfig) -> str:
-    """The resolved config as YAML, as written to a run folder's ``config.yaml``."""
-    return OmegaConf.to_yaml(OmegaConf.structured(run))
-
-
-def unknown_key(path: Sequence[str], schema: Any, also: Sequence[str] = ()) -> str | None:
-    """What to say of a dotted key that the schema does not have; None where it is known.
-
-    Args:
-        path: the parts of the key.
-        schema: the dataclass it is looked up in; a part inside a list or dict is free.
-        also: further names that would have been right at the top.
-    """
-    for depth, key in enumerate(path):
-        if get_origin(schema) in (list, dict):
-            schema = get_args(schema)[-1]
-            continue
-        if not is_dataclass(schema):
-            return None
-        own = [f.name for f in fields(schema)]
-        known = [*own, *(name for name in also if depth == 0 and name not in own)]
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            prefix = "".join(f"{part}." for part in path[:depth])
-            if near:
-                return f"did you mean {prefix}{near[0]}?"
-            return f"{prefix.rstrip('.') or 'the config'} has {', '.join(known)}"
-        if key not in own:
-            return None
-        schema = _types(schema)[key]
-    return None
-
-
-def _shape_problems(raw: Any, schema: Any, path: str) -> Iterator[str]:
-    """Unknown keys, and sections, lists or values where another of them belongs.
-
-    Args:
-        raw: plain dicts, lists and values.
-        schema: a dataclass, or the annotation of a field.
-        path: config path of ``raw``.
-    """
-    origin = get_origin(schema)
-    if origin is list:
-        if not isinstance(raw, list):
-            yield f"{path}={shown(raw)} must be a list"
-            return
-        for index, item in enumerate(raw):
-            yield from _shape_problems(item, get_args(schema)[0], f"{path}[{index}]")
-    elif origin is dict:
-        if not isinstance(raw, dict):
-            yield f"{path}={shown(raw)} must be NAME: VALUE pairs"
-            return
-        for name, item in raw.items():
-            if not isinstance(name, str):
-                yield f"{path}: {shown(name)} must be a name"
-            yield from _shape_problems(item, get_args(schema)[1], f"{path}.{name}")
-    elif is_dataclass(schema):
-        if not isinstance(raw, dict):
-            yield f"{path}={shown(raw)} must be KEY: VALUE pairs"
-            return
-        yield from _key_problems(raw, schema, path)
-    elif isinstance(raw, list | dict):
-        yield f"{path}={shown(raw)} must be one value"
-
-
-def _key_problems(raw: dict[str, Any], schema: Any, path: str) -> Iterator[str]:
-    """Of the keys of a section; arguments as of :func:`_shape_problems`."""
-    types = _types(schema)
-    for key, value in raw.items():
-        full = f"{path}.{key}" if path else str(key)
-        problem = unknown_key([str(key)], schema)
-        if problem is not None:
-            problem = problem.replace(
-                "did you mean ", f"did you mean {full.removesuffix(str(key))}"
-            )
-            yield f"unknown config key {shown(full)}={shown(value)}: {problem}"
-            continue
-        yield from _shape_problems(value, types[key], full)
-
-
-_SHOWN = 100  # characters
-
-
-def shown(value: Any, most: int = _SHOWN) -> str:
-    """A value in a message: on one line, and not too long."""
-    text = " ".join(str(value).split())
-    return text if len(text) <= most else f"{text[:_SHOWN]}..."

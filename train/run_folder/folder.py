@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 from data.tokenizer import Tokenizer
 from train.checkpoint.files import STATE, replace_durably, seal, step_of
 from train.config.flat import flat_config, flatten
-from train.config.schema import RunConfig, load
+from train.config.load import load
+from train.config.schema import RunConfig
 from train.errors import USER_ERRORS, UserError, one_line
 from train.run_folder.identity import RunIdentity, Use, check
 

@@ -18,7 +18,8 @@ from tests.integration.small_run import fit, small_run, write_corpus
 from train.build import build
 from train.checkpoint import reader as checkpoint_reader
 from train.checkpoint.average import WeightAverage
-from train.config.schema import Weights, load
+from train.config.load import load
+from train.config.schema import Weights
 from train.errors import UserError
 from train.exchange.open import load_model
 from train.record.metrics import read_metrics

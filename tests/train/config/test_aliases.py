@@ -7,7 +7,8 @@ import pytest
 from tests.train.test_bad_inputs import CASES
 from train.config.aliases import FLAGS, KEYS
 from train.config.command_line import options
-from train.config.schema import RunConfig, unknown_key
+from train.config.load import unknown_key
+from train.config.schema import RunConfig
 from train.pretrain import cli
 
 

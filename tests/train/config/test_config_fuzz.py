@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.config.command_line import compose_run
-from train.config.schema import RunConfig, dump
+from train.config.load import dump
+from train.config.schema import RunConfig
 from train.errors import USER_ERRORS
 from train.preflight.precision import Measure
 from train.pretrain import checked

@@ -9,7 +9,8 @@ from omegaconf import OmegaConf
 from parallel.config import EngineName, OffloadTo
 from train.config.command_line import compose_run, groups, normalise, options
 from train.config.flat import flat_config, pairs
-from train.config.schema import RunConfig, describe, dump, load, unknown_key
+from train.config.load import describe, dump, load, unknown_key
+from train.config.schema import RunConfig
 from train.errors import UserError
 
 pytestmark = pytest.mark.core

@@ -11,7 +11,8 @@ from quant.config import QuantConfig
 from tests.parity.configs import tiny_config
 from tests.parity.weights import random_weights
 from train.checkpoint.manager import Checkpoints
-from train.config.schema import RunConfig, TrainConfig, dump
+from train.config.load import dump
+from train.config.schema import RunConfig, TrainConfig
 from train.run_folder.folder import CHECKPOINTS, CONFIG
 
 CONFIG_TINY = tiny_config(vocab_size=320, num_nextn_predict_layers=1, kernels="fast")

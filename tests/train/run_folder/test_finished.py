@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 import train.build
 from tests.integration.small_run import final_tensors, small_run, write_corpus
-from train.config.schema import StageConfig, dump
+from train.config.load import dump
+from train.config.schema import StageConfig
 from train.errors import ExitCode, UserError
 from train.pretrain import main
 

@@ -32,7 +32,8 @@ from tests.integration.small_run import (
 from train.build import build
 from train.checkpoint import files as checkpoint_files
 from train.checkpoint.files import MANIFEST, STATE, describe_file, open_manifest, seal
-from train.config.schema import StageConfig, dump
+from train.config.load import dump
+from train.config.schema import StageConfig
 from train.errors import ExitCode, UserError
 from train.exchange.export import ExportFormat, ExportJob, export_folder
 from train.exchange.import_model import import_checkpoint
