@@ -41,6 +41,13 @@ class MatmulDtype(StrEnum):
     bf16 = "bf16"
 
 
+class UpdateScale(StrEnum):
+    """Factor between an orthogonal matrix and Muon's update, before the learning rate."""
+
+    rms = "rms"  # optim.muon.rms * sqrt(max(rows, columns)): the paper's
+    original = "original"  # sqrt(max(1, rows / columns)): torch.optim.Muon's adjust_lr_fn
+
+
 class StateDtype(StrEnum):
     """Storage of momentum and moments; the arithmetic is fp32 either way."""
 
@@ -89,6 +96,7 @@ class MuonConfig:
     rms: float = number(
         0.18, least=1e-4, most=10
     )  # root mean square of the update before the learning rate
+    scale: UpdateScale = UpdateScale.rms
     weight_decay: float = number(0.1, least=0)
     dtype: MatmulDtype = MatmulDtype.auto
     # Parameter pattern -> split, over optim/groups.py: "whole", "experts", or the name of a count
@@ -165,6 +173,10 @@ def _schedule_checks(c: ScheduleConfig, p: str) -> Checks:
 def _muon_checks(c: MuonConfig, p: str) -> Checks:
     dtypes = [*MatmulDtype]
     yield c.dtype in dtypes, f"{p}.dtype={c.dtype} must be one of {dtypes}"
+    yield (
+        c.scale != UpdateScale.original or c.rms == MuonConfig().rms,
+        f"{p}.scale={c.scale} takes no {p}.rms={c.rms}: leave it at {MuonConfig().rms}",
+    )
     yield len(c.newton_schulz) > 0, f"{p}.newton_schulz={c.newton_schulz} needs at least one stage"
     for singular in _SINGULAR_VALUES:
         after = _iterated(c.newton_schulz, singular)

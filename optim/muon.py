@@ -4,6 +4,7 @@ DeepSeek-V4 section 2.4, algorithm 1:
 
     M <- mu M + G;   U <- HybridNS(mu M + G);   W <- W (1 - lr wd) - lr rms sqrt(max(n, m)) U
 
+``optim.muon.scale=original`` puts ``sqrt(max(1, n / m))`` of [n, m] in the place of the last factors.
 The maths is three functions: :func:`direction_` and :func:`apply_` are elementwise, so they work
 on any shard, and :func:`optim.newton_schulz.newton_schulz` needs whole matrices. :class:`Muon`
 strings them together where each rank holds whole parameters; a sharded version gathers between the
@@ -20,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from optim.config import MatmulDtype, MuonConfig
+from optim.config import MatmulDtype, MuonConfig, UpdateScale
 from optim.newton_schulz import Coefficients, newton_schulz
 from optim.offload import Transfers, resting_zeros, streamed
 
@@ -129,7 +130,7 @@ class Muon:
             direction_(piece.grad, piece.momentum, config.momentum, config.nesterov, out)
         dtype = matmul_dtype(config.dtype, first.device)
         update_NRC = newton_schulz(direction_NRC, self.coefficients, dtype)
-        scale = update_scale(rows, cols, config.rms)
+        scale = update_scale(rows, cols, config)
         for piece, update in zip(chunk, update_NRC.split(counts), strict=True):
             apply_(piece.weight, update, lr, scale, piece.weight_decay)
             if piece.live is not None:
@@ -157,9 +158,15 @@ def apply_(weight: Tensor, update: Tensor, lr: float, scale: float, weight_decay
     weight.mul_(1.0 - lr * weight_decay).add_(update, alpha=-lr * scale)
 
 
-def update_scale(rows: int, cols: int, rms: float) -> float:
-    """Factor that gives an orthogonal [rows, cols] matrix this root mean square."""
-    return rms * math.sqrt(max(rows, cols))
+def update_scale(rows: int, cols: int, config: MuonConfig) -> float:
+    """Factor of an orthogonal [rows, cols] matrix, before the learning rate.
+
+    ``rms`` gives a matrix of full rank that root mean square; ``original`` (Jordan 2024) bounds how
+    far the output of ``x W^T`` moves, per root mean square of x.
+    """
+    if config.scale == UpdateScale.original:
+        return math.sqrt(max(1.0, rows / cols))
+    return config.rms * math.sqrt(max(rows, cols))
 
 
 def expand(config: MuonConfig) -> list[Coefficients]:

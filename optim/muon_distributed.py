@@ -301,7 +301,7 @@ class _Return:
         """Wait, then move the shards; decay was applied before."""
         if self.work is not None:
             self.work.wait()
-        scale = update_scale(self.owner.rows, self.owner.cols, muon.config.rms)
+        scale = update_scale(self.owner.rows, self.owner.cols, muon.config)
         start = 0
         for owner, matrices in self.owner.owned.items():
             for matrix in matrices:

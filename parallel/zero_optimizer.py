@@ -289,7 +289,7 @@ class ZeroMuon:
             momentum_NRC.copy_(own)
         dtype = matmul_dtype(config.dtype, self._device)
         update_NRC = self._from_all(newton_schulz(direction_NRC, self._coefficients, dtype))
-        scale, start = update_scale(now.rows, now.cols, config.rms), 0
+        scale, start = update_scale(now.rows, now.cols, config), 0
         for record in now.records:
             master = self._partitions.master(record.name)
             update = update_NRC[start : start + record.num_matrices].view(master.shape)

@@ -12,7 +12,7 @@ import torch
 from torch.nn import Parameter
 
 import optim.muon
-from optim.config import MatmulDtype, MuonConfig, NewtonSchulzIterations
+from optim.config import MatmulDtype, MuonConfig, NewtonSchulzIterations, UpdateScale
 from optim.muon import Muon, MuonEntry, expand, matmul_dtype
 from optim.newton_schulz import newton_schulz, newton_schulz_reference
 from tests.helpers import relative
@@ -225,23 +225,29 @@ def test_dtype_is_what_was_asked_or_what_the_device_multiplies():
 
 
 @pytest.mark.core
+@pytest.mark.parametrize(
+    ("adjust_lr_fn", "own"),
+    [("match_rms_adamw", {"rms": 0.2}), ("original", {"scale": UpdateScale.original})],
+)
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12), (16, 16)])
-def test_config_of_torchs_muon_moves_as_torch_optim_muon(shape, nesterov, monkeypatch):
-    """Five classic iterations and an RMS of 0.2 are its ``match_rms_adamw``, over three steps.
+def test_config_of_torchs_muon_moves_as_torch_optim_muon(
+    shape, nesterov, adjust_lr_fn, own, monkeypatch
+):
+    """Five classic iterations and either rule for the size of an update, over three steps.
 
     torch iterates in bf16; the cast is taken away, so that both compute in fp32: 1e-4 of the
     weight's own movement, since five of these iterations do not contract rounding errors.
     """
     monkeypatch.setattr(torch.Tensor, "bfloat16", lambda self: self.clone())
     classic = [NewtonSchulzIterations(5, 3.4445, -4.7750, 2.0315)]
-    config = fp32_config(nesterov=nesterov, newton_schulz=classic, rms=0.2)
+    config = fp32_config(nesterov=nesterov, newton_schulz=classic, **own)
     parameters, muon = make({"w": (shape, 1)}, config)
     start = parameters["w"].detach().clone()
     theirs = Parameter(start.clone())
     peer = torch.optim.Muon(
         [theirs], lr=LR, weight_decay=DECAY, momentum=config.momentum, nesterov=nesterov,
-        adjust_lr_fn="match_rms_adamw",
+        adjust_lr_fn=adjust_lr_fn,
     )  # fmt: skip
     for _ in range(3):
         theirs.grad = torch.randn(shape)

@@ -69,6 +69,7 @@ def test_defaults_are_the_papers():
         ({"schedule__decay_start_tokens": -5}, r"optim\.schedule\.decay_start_tokens=-5"),
         ({"muon__momentum": 1.0}, r"optim\.muon\.momentum=1\.0"),
         ({"muon__rms": 0.0}, r"optim\.muon\.rms=0\.0"),
+        ({"muon__scale": "original", "muon__rms": 0.2}, r"optim\.muon\.scale=original .*rms=0\.2"),
         ({"muon__weight_decay": -0.1}, r"optim\.muon\.weight_decay=-0\.1"),
         ({"muon__dtype": "fp16"}, r"optim\.muon\.dtype=fp16"),
         ({"muon__newton_schulz": []}, r"optim\.muon\.newton_schulz=\[\]"),

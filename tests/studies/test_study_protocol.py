@@ -220,6 +220,7 @@ def test_constants_of_muon_are_study_parameters(tmp_path):
     assert [s.steps for s in run["eight_plus_two"].optim.muon.newton_schulz] == [8, 2]
     assert run["momentum_90"].optim.muon.momentum == 0.9
     assert run["rms_25"].optim.muon.rms == 0.25
+    assert run["torch_muon_original"].optim.muon.scale == "original"
     split = run["heads_split"]
     shapes = {
         "layers.1.attn.wq_b.weight": (128, 64),

@@ -7,6 +7,7 @@ check, write it and add a line to one of the two tables at the end.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from model.moe.router import Gate
 from model.precision import precision_of
 from model.transformer import DeepSeekV4
 from optim.groups import Owner, ParamRecord, build_table
+from optim.muon import update_scale
 from parallel.collectives import local
 from parallel.engine import Shares, Update
 from parallel.pieces import largest_of, rows_of, total_of
@@ -142,7 +144,7 @@ class KnownUpdate:
     """
 
     form: Callable[[Evidence, str, Tensor], Iterator[str]]
-    usual: Callable[[RunConfig], float]
+    usual: Callable[[Evidence, str], float]
     largest: Callable[[Evidence, str], float]
 
 
@@ -200,7 +202,7 @@ def live(e: Evidence) -> Iterator[str]:
 
 def lr_to_judge(e: Evidence, name: str) -> float:
     """Learning rate from which an update stands out of the rounding of the weight itself."""
-    usual = UPDATES[e.records[name].owner].usual(e.run)
+    usual = UPDATES[e.records[name].owner].usual(e, name)
     return _EPS * largest_of(e.before[name]) / (_LOST_DIGITS * usual)
 
 
@@ -218,8 +220,11 @@ def check_audited(run: RunConfig) -> None:
         )
 
 
-def _muon_size(e: Evidence, _: str) -> float:
-    return e.run.optim.muon.rms
+def _muon_size(e: Evidence, name: str) -> float:
+    """Root mean square of an update of full rank."""
+    record = e.records[name]
+    rows, cols = math.prod(record.shape[:-1]) // record.num_matrices, record.shape[-1]
+    return update_scale(rows, cols, e.run.optim.muon) / math.sqrt(max(rows, cols))
 
 
 def _adamw_size(e: Evidence, name: str) -> float:
@@ -238,8 +243,9 @@ def _muon_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
         rows_of(w, which * rows, (which + 1) * rows).flatten(0, -2).double()
         for w in (e.before[name], after)
     )
-    update = (old * (1 - lr * record.weight_decay) - new) / (lr * e.run.optim.muon.rms)
-    energy, off = distance_from_orthogonal(update.float() / max(update.shape) ** 0.5)
+    scale = update_scale(old.shape[0], old.shape[1], e.run.optim.muon)
+    update = (old * (1 - lr * record.weight_decay) - new) / (lr * scale)
+    energy, off = distance_from_orthogonal(update.float())
     if not (energy > 0 and off <= _FLAT):
         yield (
             f"{name}: muon was asked for, but {off:.2g} of the update's energy is off an orthogonal"
@@ -444,8 +450,8 @@ def _part_of(module: str) -> str:
 
 # Without a line here an optimizer is refused: it could be any other, and nobody would notice.
 UPDATES: dict[Owner, KnownUpdate] = {
-    Owner.muon: KnownUpdate(_muon_form, lambda run: run.optim.muon.rms, _muon_size),
-    Owner.adamw: KnownUpdate(_adamw_form, lambda run: 1.0, _adamw_size),
+    Owner.muon: KnownUpdate(_muon_form, _muon_size, _muon_size),
+    Owner.adamw: KnownUpdate(_adamw_form, lambda e, name: 1.0, _adamw_size),
 }
 BEFORE_UPDATE: dict[str, Check] = {
     "tracked": tracked,

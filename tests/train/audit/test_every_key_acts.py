@@ -25,6 +25,7 @@ from optim.config import (
     OptimizerName,
     ScheduleKind,
     StateDtype,
+    UpdateScale,
 )
 from parallel.config import EngineName, OffloadTo
 from quant.config import ExpertFormat, QuantEngine, Recipe
@@ -235,6 +236,7 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "optim.muon.newton_schulz.b": row(-1.51, step, optim__muon__newton_schulz=NS),
     "optim.muon.newton_schulz.c": row(0.4, step, optim__muon__newton_schulz=NS),
     "optim.muon.rms": row(0.3, step),
+    "optim.muon.scale": row(UpdateScale.original, step),
     "optim.muon.weight_decay": row(0.5, params),
     "optim.muon.dtype": row(MatmulDtype.bf16, step, optim__muon__dtype=MatmulDtype.fp32),
     "optim.muon.splits": row({"<block>.attn.wq_b.weight": "num_attention_heads"}, params),
