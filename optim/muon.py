@@ -4,7 +4,7 @@ DeepSeek-V4 section 2.4, algorithm 1:
 
     M <- mu M + G;   U <- HybridNS(mu M + G);   W <- W (1 - lr wd) - lr rms sqrt(max(n, m)) U
 
-``optim.muon.scale=original`` puts ``sqrt(max(1, n / m))`` of [n, m] in the place of the last factors.
+``optim.muon.scale=original`` takes ``sqrt(max(1, n / m))`` of [n, m] for ``rms sqrt(max(n, m))``.
 The maths is three functions: :func:`direction_` and :func:`apply_` are elementwise, so they work
 on any shard, and :func:`optim.newton_schulz.newton_schulz` needs whole matrices. :class:`Muon`
 strings them together where each rank holds whole parameters; a sharded version gathers between the

@@ -10,13 +10,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from model.config import IndexerPhase, LayerKind, ModelConfig
 from parallel.config import ParallelConfig
 from parallel.pipeline_split import check_microbatches
 from train.config.schema import RunConfig, StageConfig, TrainConfig
 from train.errors import UserError
+
+# Of the expert bias, steps times speed. With 2.2 and 8.8 a gate of v4_nano was last above twice its
+# mean load at step 68 and 35 of 220 (docs/LOG.md, Optimizer); from 6,000 steps on it is the paper's
+# speed, and extrapolated.
+_BIAS_WAY = 6.0
+_LEAST_SPEED, _MOST_SPEED = 1e-3, 0.05
+
+
+_Number = TypeVar("_Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Stage:
     indexer_phase: IndexerPhase
     lr: float | None
     mtp_loss_weight: float | None
-    bias_update_speed: float | None
+    bias_update_speed: float
     quantised: bool
 
     @property
@@ -128,6 +138,9 @@ def resolve(run: RunConfig) -> StagePlan:
     for index, stage in enumerate(stages):
         _check_stage(stage, _label(train, index), run)
     total = stages[-1].until_tokens
+    if train.bias_update_speed is None:
+        speed = bias_speed(_count(stages, total, None)[0])
+        stages = tuple(_stages(replace(train, bias_update_speed=speed), run.parallel.cp))
     steps, end = _count(stages, total, train.steps or None)
     plan = StagePlan(stages, steps, end, total)
     for index, stage in enumerate(plan.reached()):
@@ -138,6 +151,19 @@ def resolve(run: RunConfig) -> StagePlan:
                 f"{stage.until_tokens} and the last step before it ends at {plan.tokens_at(before)}"
             )
     return plan
+
+
+def bias_speed(steps: int) -> float:
+    """Speed of the expert bias where none is asked for.
+
+    Gates collapse in the first steps of Muon and come back when a bias has gone about as far as
+    scores lie apart. The paper's 1e-3 does so within a thousandth of a run of a million steps; a
+    run of hundreds needs a speed by which its whole length is worth several such ways.
+
+    Args:
+        steps: of the whole plan, the horizon of the schedules.
+    """
+    return min(_MOST_SPEED, max(_LEAST_SPEED, _BIAS_WAY / steps))
 
 
 def check_contexts(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> None:
@@ -182,7 +208,6 @@ def loss_weights(stage: Stage, train: TrainConfig, decaying: bool) -> LossWeight
         decaying: whether the learning rate has begun to decay.
     """
     mtp = train.mtp_loss_weight_decay if decaying else train.mtp_loss_weight
-    speed = train.bias_update_speed if stage.bias_update_speed is None else stage.bias_update_speed
     full, warmup = (stage.indexer_phase == p for p in (IndexerPhase.full, IndexerPhase.warmup))
     if warmup:  # everything but the indexer stands still
         return LossWeights(0.0, train.indexer_loss_weight, 0.0, 0.0)
@@ -190,7 +215,9 @@ def loss_weights(stage: Stage, train: TrainConfig, decaying: bool) -> LossWeight
         mtp=mtp if stage.mtp_loss_weight is None else stage.mtp_loss_weight,
         indexer=0.0 if full else train.indexer_loss_weight,
         balance=train.balance_loss_weight,
-        bias_update_speed=0.0 if decaying and train.bias_stops_at_decay else speed,
+        bias_update_speed=(
+            0.0 if decaying and train.bias_stops_at_decay else stage.bias_update_speed
+        ),
     )
 
 
@@ -259,7 +286,7 @@ def _stages(train: TrainConfig, cp: int) -> Iterator[Stage]:
     listed = train.stages or [
         StageConfig(name="all", until_tokens=max(1, train.steps) * train.global_batch_tokens)
     ]
-    start = 0
+    start, speed = 0, train.bias_update_speed or 0.0  # null: steps must be counted first
     for index, s in enumerate(listed):
         yield Stage(
             name=s.name or str(index),
@@ -274,13 +301,13 @@ def _stages(train: TrainConfig, cp: int) -> Iterator[Stage]:
             indexer_phase=train.indexer_phase if s.indexer_phase is None else s.indexer_phase,
             lr=s.lr,
             mtp_loss_weight=s.mtp_loss_weight,
-            bias_update_speed=s.bias_update_speed,
+            bias_update_speed=_given(s.bias_update_speed, speed),
             quantised=s.quantised,
         )
         start = s.until_tokens
 
 
-def _given(value: int | None, default: int) -> int:
+def _given(value: _Number | None, default: _Number) -> _Number:
     return default if value is None else value
 
 

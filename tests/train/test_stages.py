@@ -107,9 +107,9 @@ def test_paper_sized_plan_is_counted_at_once():
 @pytest.mark.parametrize(
     ("phase", "decaying", "expected"),
     [
-        ("full", False, (0.3, 0.0, 1e-4, 1e-3)),
+        ("full", False, (0.3, 0.0, 1e-4, 6e-3)),
         ("warmup", False, (0.0, 1e-2, 0.0, 0.0)),
-        ("sparse", False, (0.3, 1e-2, 1e-4, 1e-3)),
+        ("sparse", False, (0.3, 1e-2, 1e-4, 6e-3)),
         ("sparse", True, (0.1, 1e-2, 1e-4, 0.0)),
     ],
 )
@@ -118,6 +118,26 @@ def test_loss_weights_follow_phase_and_decay(phase, decaying, expected):
     stage = resolve(make_run(train)).stages[0]
     w = loss_weights(stage, train, decaying)
     assert (w.mtp, w.indexer, w.balance, w.bias_update_speed) == expected
+
+
+@pytest.mark.parametrize(
+    ("steps", "speed"), [(20, 0.05), (120, 0.05), (300, 0.02), (6000, 1e-3), (430_000, 1e-3)]
+)
+def test_speed_of_the_bias_follows_the_horizon_unless_given(steps, speed):
+    """6 over the steps of the whole plan, between 0.05 and the paper's 1e-3."""
+    batch = 128
+
+    def speeds(**own):
+        train = TrainConfig(seq_len=32, global_batch_tokens=batch, micro_batch_size=2, **own)
+        return [s.bias_update_speed for s in resolve(make_run(train)).stages]
+
+    assert speeds(steps=steps) == [speed]
+    assert speeds(steps=steps, bias_update_speed=0.25) == [0.25]
+    halves = [
+        StageConfig(name="one", until_tokens=batch * steps // 2),
+        StageConfig(name="two", until_tokens=batch * steps, bias_update_speed=0.125),
+    ]
+    assert speeds(steps=0, stages=halves) == speeds(steps=7, stages=halves) == [speed, 0.125]
 
 
 def test_stage_values_win_over_the_train_section():

@@ -125,7 +125,8 @@ class TrainConfig:
         mtp_loss_weight_decay: its weight from the first decaying step on.
         indexer_loss_weight: weight of the indexer's KL loss; 0 = off.
         balance_loss_weight: weight of the per-document balance loss; 0 = off.
-        bias_update_speed: change of the expert bias a step; 0 = off.
+        bias_update_speed: change of the expert bias a step; 0 = off; null: by the run's length
+            (:func:`train.stages.bias_speed`).
         bias_stops_at_decay: freeze the expert bias from the first decaying step on.
         eval_every: steps between evaluations; 0 = only at the end.
         eval_only: evaluate once, on the rows of the final evaluation, and leave.
@@ -165,7 +166,7 @@ class TrainConfig:
     mtp_loss_weight_decay: float = number(0.1, least=0, most=100)
     indexer_loss_weight: float = number(1e-2, least=0, most=100)
     balance_loss_weight: float = number(1e-4, least=0, most=100)
-    bias_update_speed: float = number(1e-3, least=0, most=1)
+    bias_update_speed: float | None = number(None, least=0, most=1)
     bias_stops_at_decay: bool = False
     eval_every: int = number(0, least=0)
     eval_only: bool = False

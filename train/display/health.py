@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from model.config import ModelConfig
+from train.record.gates import PATIENCE, has_idle, is_collapsed, largest_load
 from train.record.metrics import Record, metric_of
 
 log = logging.getLogger(__name__)
 
-_LOAD = 0.9  # of the largest load that a gate can give
-_COPIES = 20  # tokens for each expert of a step; below, an expert without any is chance
 _ABOVE_BEST = 1.01  # validation loss over its lowest
 _USUAL = 10.0  # times the usual norm of the gradient
 _FORGET = 0.05  # share of the newest norm in the usual one
@@ -112,7 +111,7 @@ class Health:
         return told
 
     def _make_signs(self) -> list[Sign]:
-        most = self._model.n_routed_experts / self._model.num_experts_per_tok
+        most = largest_load(self._model)
         return [
             Sign(
                 "expert_load_max",
@@ -120,14 +119,14 @@ class Health:
                     f"a gate has collapsed: its busiest expert gets {v:.3g} times the mean of"
                     f" {most:.3g} that are possible (expert_load_max)"
                 ),
-                10,
-                lambda r: _above(r, "expert_load_max", _LOAD * most),
+                PATIENCE,
+                lambda r: is_collapsed(r, self._model),
             ),
             Sign(
                 "dead_experts",
                 lambda v: f"{v:.0f} experts get no token (dead_experts)",
-                10,
-                self._dead,
+                PATIENCE,
+                lambda r: has_idle(r, self._tokens, self._model),
             ),
             Sign(
                 "val_loss",
@@ -153,15 +152,6 @@ class Health:
                 lambda r: _above(r, "stream_gain", _GAIN),
             ),
         ]
-
-    def _dead(self, record: Mapping[str, Any]) -> bool | None:
-        dead = record.get("dead_experts")
-        if dead is None or self._tokens is None:
-            return None
-        copies = (record["tokens"] - self._tokens) * self._model.num_experts_per_tok
-        if copies < _COPIES * self._model.n_routed_experts:
-            return None
-        return dead > 0
 
     def _rises(self, record: Mapping[str, Any]) -> bool | None:
         loss = record.get("val_loss")

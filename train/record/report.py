@@ -18,6 +18,7 @@ from parallel.engine import Engine
 from train.config.schema import RunConfig
 from train.preflight.precision import PrecisionChoice
 from train.record.continuation import continue_text
+from train.record.gates import gates_over_the_run
 from train.record.metrics import read_metrics
 from train.record.plots import draw_losses
 from train.record.receipt import (
@@ -78,7 +79,7 @@ class RunReport:
     ) -> None:
         self._folder, self._seed = Path(run.run_dir), run.seed
         self._weights = run.train.weights.value
-        self._title = run_title(run)
+        self._title, self._model = run_title(run), run.model
         self._sample = (prompt, run.sample.tokens, run.sample.temperature)
         self._facts = {
             "config_sha256": config_hash(run),
@@ -113,11 +114,14 @@ class RunReport:
             return
         records = read_metrics(self._folder / METRICS)
         draw_losses(records, self._folder / CURVE, self._title)
+        gates, warnings = gates_over_the_run(records, self._model)
+        for text in warnings:
+            log.warning("audit, over the run: %s", text)
         receipt = {
             **self._facts,
             "finished": validation is not None and validation.is_finite,
             "progress": dict(progress),
-            "audit": dict(audit),
+            "audit": {**audit, "gates": gates},
             "final_metrics": records[-1] if records else {},
         }
         if validation is not None:
