@@ -15,6 +15,7 @@ from model.block import Aux, Block
 from model.config import IndexerPhase, ModelConfig, Residual
 from model.context import ForwardContext, build_context
 from model.hyper_connections import HyperHead, PlainHead
+from model.kernels.select import select
 from model.kv_exchange import KVExchange, WholeRows
 from model.linear import Linear
 from model.loss import ModelOutput, Objective, cross_entropy_sum, project
@@ -65,6 +66,7 @@ class DeepSeekV4(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.kernels)
         self.head = Linear(config.hidden_size, config.vocab_size)
+        self._cross_entropy = select("cross_entropy", config.kernels)
         self.mtp = nn.ModuleDict(
             {str(k): MTPBlock(config, f"mtp.{k}") for k in range(config.num_nextn_predict_layers)}
         )
@@ -190,6 +192,7 @@ class DeepSeekV4(nn.Module):
                 labels_BTK[..., k].flatten(),
                 self.config.loss_chunk_tokens,
                 self.head_dtype,
+                self._cross_entropy,
             )
             / max(objective.targets_K[k], 1)
             for k, h in enumerate(h_KBTD)

@@ -30,6 +30,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from model.kernels.ran import started
+
 logger = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "cpu"
@@ -71,6 +73,7 @@ class KernelLibrary:
 
     def call(self, name: str, dtype: torch.dtype, *arguments: Tensor | float | None) -> None:
         """Run ``name`` on torch's number of threads; tensors go in by their address."""
+        started(name)
         raw = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
         self._functions[name, dtype](*raw, torch.get_num_threads())
 

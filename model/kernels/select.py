@@ -23,6 +23,7 @@ from model.kernels import (
     attention_cpu,
     attention_fast,
     cpu_build,
+    cross_entropy,
     elementwise,
     elementwise_fast,
     gather,
@@ -33,6 +34,7 @@ from model.kernels import (
     pool,
     routing,
 )
+from model.kernels.ran import serving
 from model.linear import block_linear_loop, grouped_linear_op, grouped_linear_reference
 from model.rope import apply_rope
 
@@ -130,6 +132,12 @@ _OPS: dict[str, Implementations] = {
     "mhc_merge": Implementations(
         mhc.mhc_merge, mhc_fast.mhc_merge_torch, mhc_fast.mhc_merge, "mhc:mhc_merge"
     ),
+    "cross_entropy": Implementations(
+        cross_entropy.cross_entropy_rows,
+        cross_entropy.cross_entropy_rows,
+        None,
+        "cross_entropy:cross_entropy_rows",
+    ),
     "mhc_head": Implementations(
         mhc.mhc_head, mhc_fast.mhc_head_torch, mhc_fast.mhc_head, "mhc:mhc_head"
     ),
@@ -211,13 +219,21 @@ def select(op_name: str, kernels: Kernels) -> Op:
         op = functools.partial(_by_device, op_name)
         return functools.update_wrapper(op, _OPS[op_name].torch)
     kind = _kind(_OPS[op_name], kernels, "cpu" if kernels is Kernels.compiled else "cuda")
-    return _implementation(op_name, kind)
+    found = _implementation(op_name, kind)
+    op = functools.partial(_serve, op_name, kind, found)
+    return functools.update_wrapper(op, getattr(found, "__wrapped__", found))
 
 
 def _by_device(op_name: str, *args: Any, **named: Any) -> Any:
     device = next(a for a in _tensors(args)).device.type
-    op = _implementation(op_name, _kind(_OPS[op_name], Kernels.auto, device))
-    return op(*args, **named)
+    kind = _kind(_OPS[op_name], Kernels.auto, device)
+    return _serve(op_name, kind, _implementation(op_name, kind), *args, **named)
+
+
+def _serve(op_name: str, kind: Kernels, found: Op, *args: Any, **named: Any) -> Any:
+    """Call an implementation, counted (``model/kernels/ran.py``)."""
+    with serving(op_name, kind):
+        return found(*args, **named)
 
 
 def _tensors(args: tuple[Any, ...]) -> Any:

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from data.batch import IGNORE, Batch
 from model.config import LayerKind
 from model.flops import parameter_shapes
+from model.kernels.ran import Ran, recorded
 from model.loss import Objective
 from model.moe.router import Gate
 from model.transformer import DeepSeekV4
@@ -87,7 +88,9 @@ class Audit:
         self._unjudged: set[str] = set()
         self._some_unjudged, self._judging_lr = True, 0.0  # of any rank
         self._checked = False
-        self._result: dict[str, Any] = {"steps": [], "checks": [], "not_exercised": []}
+        self._result: dict[str, Any] = {
+            "steps": [], "checks": [], "not_exercised": [], "kernels": {}, "started": {},
+        }  # fmt: skip
 
     def result(self) -> dict[str, Any]:
         """What was audited, for the receipt; a fault never gets this far."""
@@ -111,7 +114,10 @@ class Audit:
             self._checked = True
         observer = _Observer(self._evidence(step, rows), self._engine)
         observer.before_step()
-        with watch_seams(self._model, self._engine.sharded) as observer.evidence.seams:
+        with (
+            recorded() as observer.evidence.ran,
+            watch_seams(self._model, self._engine.sharded) as observer.evidence.seams,
+        ):
             yield observer
         self._judge(observer.evidence)
 
@@ -168,6 +174,7 @@ class Audit:
             self._gradients[name] = self._gradients.get(name, torch.zeros_like(norms)) + norms
         for name, load_E in e.shares.expert_load.items():
             self._loads[name] = self._loads.get(name, torch.zeros_like(load_E)) + load_E
+        self._note_kernels(e.ran)
         self._longest = max(self._longest, e.longest_document)
         self._targets_K = [a + b for a, b in zip(self._targets_K, e.targets_K, strict=True)]
         hidden = {name: lr_to_judge(e, name) for name in sorted(self._unjudged)}
@@ -176,6 +183,15 @@ class Audit:
         self._judging_lr = self._engine.largest(max(hidden.values(), default=0.0))
         if self._steps == AUDITED_STEPS or e.step.number == self._plan.steps:
             self._end_window(e)
+
+    def _note_kernels(self, ran: Ran) -> None:
+        """What served each op on any rank, and how often each kernel was started here."""
+        kinds: dict[str, set[str]] = {}
+        for ops in [self._result["kernels"], *self._engine.gather(ran.by_op())]:
+            for op, found in ops.items():
+                kinds.setdefault(op, set()).update(found.split("+"))
+        self._result["kernels"] = {op: "+".join(sorted(kinds[op])) for op in sorted(kinds)}
+        self._result["started"] = dict(sorted(ran.kernels.items()))
 
     def _end_window(self, e: Evidence) -> None:
         faults: list[str] = []

@@ -15,8 +15,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.config import IndexerPhase, LayerKind, Router
+from model.attention.core import WindowAttention
+from model.block import Block
+from model.config import IndexerPhase, Kernels, LayerKind, Router
 from model.flops import parameter_shapes
+from model.hyper_connections import HyperConnection
+from model.kernels.ran import KERNELS_OF_OWN, Ran
+from model.kernels.select import active_kernels
+from model.moe.experts import Experts
 from model.moe.router import Gate
 from model.precision import precision_of
 from model.transformer import DeepSeekV4
@@ -69,6 +75,7 @@ class Evidence:
         longest_document: tokens of the longest piece of the batch.
         targets_K: labels of the batch, for the main head and every MTP depth.
         num_microbatches: of this process.
+        ran: what served the ops of the table.
         pipeline: what ran its stages; None without a pipeline.
     """
 
@@ -92,6 +99,7 @@ class Evidence:
     longest_document: int = 0
     targets_K: tuple[float, ...] = ()
     num_microbatches: int = 1
+    ran: Ran = field(default_factory=Ran)
     pipeline: Pipeline | None = None
 
     @property
@@ -351,6 +359,59 @@ def bias(e: Evidence) -> Iterator[str]:
             yield f"{name}.bias moved by {moved:g}, train.bias_update_speed asks for {speed:g}"
 
 
+# ---- kernels ------------------------------------------------------------------------------------
+# Op -> modules that call it once a pass (HyperConnection: by its two methods, once each).
+_CALLERS = {
+    "attention": WindowAttention,
+    "mhc_pre": HyperConnection,
+    "mhc_merge": HyperConnection,
+    "swiglu": Experts,
+}
+
+
+def kernels(e: Evidence) -> Iterator[str]:
+    """Every op was served by the code that ``model.kernels`` stands for here, in each call."""
+    asked = Kernels(e.run.model.kernels)
+    table = active_kernels(asked, next(e.model.parameters()).device)
+    for (op, kind), calls in sorted(e.ran.calls.items()):
+        if kind != table[op]:
+            yield f"model.kernels={asked.value}: {op} was served by {kind.value}, not {table[op]}"
+        plain = e.ran.without[op, kind] if kind in KERNELS_OF_OWN else 0
+        if plain and not _left_to_torch(e, op, kind):
+            yield (
+                f"model.kernels={asked.value}: {op} was called {calls} times by its {kind.value}"
+                f" implementation, and in {plain} of them no {kind.value} kernel was started"
+            )
+    for op, caller in _CALLERS.items():
+        served = sum(e.ran.calls[op, kind] for kind in Kernels)
+        least = e.num_microbatches * _callers(e, caller)
+        if served < least:
+            yield (
+                f"model.kernels={asked.value}: {op} was served {served} times by the table,"
+                f" {least} or more were to be: something else runs in its place"
+            )
+
+
+def _left_to_torch(e: Evidence, op: str, kind: Kernels) -> bool:
+    """Whether an implementation says of itself that it leaves this to torch.
+
+    Triton's block_linear is torch's batched product; C++ leaves what it cannot serve
+    (``model/kernels/*_cpu.py``).
+    """
+    if kind is not Kernels.compiled:
+        return op == "block_linear"
+    asked = e.run.model.kernels == Kernels.compiled
+    phase = e.step.stage.indexer_phase
+    return not asked or (op == "indexer_loss" and phase is not IndexerPhase.sparse)
+
+
+def _callers(e: Evidence, caller: type[torch.nn.Module]) -> int:
+    """Modules of a kind in the blocks that ran."""
+    blocks = [m for name, m in e.model.named_modules()
+              if isinstance(m, Block) and e.seams.passes[name]]  # fmt: skip
+    return sum(isinstance(m, caller) for block in blocks for m in block.modules())
+
+
 # ---- precision and quantisation -----------------------------------------------------------------
 def precision(e: Evidence) -> Iterator[str]:
     """The large matmuls ran in the dtype asked for."""
@@ -459,6 +520,7 @@ BEFORE_UPDATE: dict[str, Check] = {
     "mtp": mtp,
     "indexer": indexer,
     "balance": balance,
+    "kernels": kernels,
     "precision": precision,
     "quant": quant,
     "recompute": recompute,

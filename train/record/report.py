@@ -89,7 +89,7 @@ class RunReport:
             "environment": environment(engine.device),
             # What optim.muon.dtype=auto became on this device.
             "muon_dtype": str(matmul_dtype(run.optim.muon.dtype, engine.device)).split(".")[1],
-            "kernels": active_kernels(run.model.kernels, engine.device),
+            "kernels_selected": active_kernels(run.model.kernels, engine.device),
         }
         if precision is not None:
             self._facts["precision"] = plain(precision)
@@ -121,6 +121,7 @@ class RunReport:
             **self._facts,
             "finished": validation is not None and validation.is_finite,
             "progress": dict(progress),
+            "kernels": dict(audit["kernels"]),  # what ran, by op
             "audit": {**audit, "gates": gates},
             "final_metrics": records[-1] if records else {},
         }

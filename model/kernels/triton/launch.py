@@ -24,6 +24,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from model.kernels.ran import started
+
 LIBRARY = torch.library.Library("v4", "FRAGMENT")
 OPS = torch.ops.v4
 ARCHITECTURES: tuple[str, ...] = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -129,6 +131,7 @@ def launch(kernel: Any, grid: Sequence[int], *args: Any, **constants: Any) -> No
     counter = _counter.get()
     if counter is not None:
         counter[kernel.fn.__name__] += 1
+    started(kernel.fn.__name__)
     tensor = next(a for a in args if isinstance(a, Tensor))
     if isinstance(tensor, FakeTensor) or tensor.is_meta or 0 in grid:
         return

@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from data.batch import IGNORE
-from model.config import IndexerPhase
+from model.config import IndexerPhase, Kernels
 from model.context import build_context
+from model.kernels import elementwise
+from model.kernels.attention import attention_reference
 from optim.build import build_optimizer
 from optim.config import OptimConfig, OptimizerName
 from quant.config import ExpertFormat, QuantConfig, Recipe
@@ -200,6 +202,10 @@ def nothing_recomputed(trainer, stack):
         block.__dict__.pop("forward", None)
 
 
+def attention_of_no_table(trainer, stack):
+    trainer.engine.model.layers["1"].attn._attention = attention_reference
+
+
 RECOMPUTED = {"activation_checkpoint": ActivationCheckpoint.block}
 BF16, WARMUP = {"precision": Precision.bf16}, {"indexer_phase": IndexerPhase.warmup}
 # fault -> (the audit's name for it, words of its line, how the run differs from the plain one)
@@ -231,6 +237,11 @@ FAULTS = {
     frozen_weight_moves: ("frozen", "head.weight is frozen in this phase but moved", WARMUP),
     documents_seen_as_one: ("isolation", "reaches the one before it", {}),
     nothing_recomputed: ("recompute", "layers.0 ran 2 times in 2 microbatches", RECOMPUTED),
+    attention_of_no_table: (
+        "kernels",
+        "attention was served 6 times by the table, 8",
+        {},
+    ),
     fp32_where_bf16_was_asked: ("precision", "multiplied in torch.float32", BF16),
 }
 
@@ -246,6 +257,41 @@ def test_planted_fault_stops_the_run_by_name(tmp_path, corpus, plant):
     lines = [line.strip() for line in str(error.value).splitlines()[1:]]
     assert any(line.startswith(f"{name}:") and words in line for line in lines), lines
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def triton_run(folder, corpus):
+    """One block, one short row: Triton's interpreter takes its time."""
+    run = one_step(folder, corpus, seq_len=12, global_batch_tokens=12, micro_batch_size=1)
+    shape = {"num_hidden_layers": 1, "layer_kinds": ["swa"], "compress_ratios": [0]}
+    kernels = {"kernels": Kernels.triton, "num_nextn_predict_layers": 0}
+    return replace(run, model=small_config(vocab_size=260, **shape, **kernels))
+
+
+def test_op_that_only_says_it_is_triton_is_refused_by_name(tmp_path, corpus):
+    with patch("model.kernels.triton.swiglu.swiglu", elementwise.swiglu):
+        trainer = build(triton_run(tmp_path / "planted", corpus))
+        with pytest.raises(AuditError) as error:
+            step(trainer)
+    assert [line.strip() for line in str(error.value).splitlines()[1:]] == [
+        "kernels: model.kernels=triton: swiglu was called 2 times by its triton implementation,"
+        " and in 2 of them no triton kernel was started"
+    ]
+    trainer = build(triton_run(tmp_path / "honest", corpus))
+    step(trainer)
+    result = trainer.audit.result()
+    assert {"attention", "cross_entropy", "swiglu"} <= result["kernels"].keys()
+    assert result["kernels"].pop("block_linear") == "torch"  # one batched product of torch's
+    assert set(result["kernels"].values()) == {"triton"}
+    assert {"swiglu_forward", "swiglu_backward"} <= result["started"].keys()
+
+
+def test_op_that_only_says_it_is_compiled_is_refused_by_name(tmp_path, corpus):
+    run = one_step(tmp_path / "run", corpus)
+    run.model = small_config(vocab_size=260, kernels=Kernels.compiled)
+    with patch("model.kernels.elementwise_fast.compiled", lambda *_: False):
+        trainer = build(run)
+        with pytest.raises(AuditError, match=r"rms_norm was called \d+ times by its compiled imp"):
+            step(trainer)
 
 
 # ---- steps that are not finite belong to train.recovery --------------------------------------
@@ -361,6 +407,7 @@ def test_honest_variant_passes(tmp_path, corpus, name):
     trainer = build(run)
     step(trainer)
     assert trainer.audit.result()["steps"] == [1]
+    assert trainer.audit.result()["kernels"]["swiglu"] == "compiled"
     assert [key for key in reads.unread() if needed(run, key)] == [], "a wish that nobody fulfils"
 
 
