@@ -21,6 +21,7 @@ from optim.errors import ConfigError
 from optim.groups import Owner, ParamRecord, build_table
 from optim.muon import Muon, MuonEntry
 from optim.muon_distributed import ShardedMuon
+from optim.newton_schulz import SymmetricProduct, whole_product
 from optim.offload import Offload
 
 State = dict[str, dict[str, Tensor]]
@@ -140,6 +141,7 @@ def build_optimizer(
     group: ProcessGroup | None = None,
     shapes: Mapping[str, Iterable[int]] | None = None,
     offload: Offload | None = None,
+    product: SymmetricProduct = whole_product,
 ) -> Optimizer:
     """Build the optimizer of a model.
 
@@ -154,6 +156,7 @@ def build_optimizer(
         shapes: name and whole shape of all parameters of the model, against which patterns of the
             config are held; None: the given ones are all.
         offload: what rests in host memory; None: nothing.
+        product: forms the symmetric products of Newton-Schulz.
 
     Raises:
         ValueError: see :meth:`OptimConfig.validate` and :func:`optim.groups.build_table`.
@@ -169,7 +172,8 @@ def build_optimizer(
             f"optim.name={config.name}: optim/build.py has no engine of {missing[0]} in ENGINES"
         )
     engines = {
-        owner: build(parameters, table, config, group, offload) for owner, build in ENGINES.items()
+        owner: build(parameters, table, config, group, offload, product)
+        for owner, build in ENGINES.items()
     }
     return Optimizer(parameters, table, engines, trainable)
 
@@ -180,6 +184,7 @@ def _build_muon(
     config: OptimConfig,
     group: ProcessGroup | None,
     offload: Offload | None,
+    product: SymmetricProduct,
 ) -> GroupOptimizer:
     transfers, masters = (offload.transfers, offload.masters) if offload else (None, {})
     entries = [
@@ -196,8 +201,8 @@ def _build_muon(
             )
     state_dtype = _STATE_DTYPES[config.state_dtype]
     if group is not None:
-        return ShardedMuon(entries, config.muon, state_dtype, group, transfers)
-    return Muon(entries, config.muon, state_dtype, transfers)
+        return ShardedMuon(entries, config.muon, state_dtype, group, transfers, product)
+    return Muon(entries, config.muon, state_dtype, transfers, product)
 
 
 def _build_adamw(
@@ -206,6 +211,7 @@ def _build_adamw(
     config: OptimConfig,
     _: ProcessGroup | None,
     offload: Offload | None,
+    _product: SymmetricProduct,
 ) -> GroupOptimizer:
     transfers, masters = (offload.transfers, offload.masters) if offload else (None, {})
     entries = [

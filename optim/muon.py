@@ -22,7 +22,12 @@ import torch
 from torch import Tensor
 
 from optim.config import MatmulDtype, MuonConfig, UpdateScale
-from optim.newton_schulz import Coefficients, newton_schulz
+from optim.newton_schulz import (
+    Coefficients,
+    SymmetricProduct,
+    newton_schulz,
+    whole_product,
+)
 from optim.offload import Transfers, resting_zeros, streamed
 
 # Elements orthogonalised in one call. On a CPU a chunk has to stay in cache through all
@@ -57,6 +62,7 @@ class Muon:
         config: the ``optim.muon`` section.
         state_dtype: of the momentum.
         transfers: momentum rests in host memory, and travels by these; None: on the device.
+        product: forms the symmetric products of Newton-Schulz.
 
     Attributes:
         state: name -> {"momentum": tensor shaped like the parameter}.
@@ -70,8 +76,9 @@ class Muon:
         config: MuonConfig,
         state_dtype: torch.dtype,
         transfers: Transfers | None = None,
+        product: SymmetricProduct = whole_product,
     ) -> None:
-        self.config, self.transfers = config, transfers
+        self.config, self.transfers, self.product = config, transfers, product
         self.coefficients = expand(config)
         self.entries = {entry.name: entry for entry in entries}
         self.state = {
@@ -129,7 +136,7 @@ class Muon:
         for piece, out in zip(chunk, direction_NRC.split(counts), strict=True):
             direction_(piece.grad, piece.momentum, config.momentum, config.nesterov, out)
         dtype = matmul_dtype(config.dtype, first.device)
-        update_NRC = newton_schulz(direction_NRC, self.coefficients, dtype)
+        update_NRC = newton_schulz(direction_NRC, self.coefficients, dtype, self.product)
         scale = update_scale(rows, cols, config)
         for piece, update in zip(chunk, update_NRC.split(counts), strict=True):
             apply_(piece.weight, update, lr, scale, piece.weight_decay)

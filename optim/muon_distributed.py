@@ -33,7 +33,12 @@ from optim.muon import (
     matmul_dtype,
     update_scale,
 )
-from optim.newton_schulz import matmul_flops, newton_schulz
+from optim.newton_schulz import (
+    SymmetricProduct,
+    matmul_flops,
+    newton_schulz,
+    whole_product,
+)
 from optim.offload import Transfers, streamed
 
 
@@ -154,6 +159,7 @@ class ShardedMuon(Muon):
         state_dtype: of the momentum.
         group: all ranks that hold a part of any parameter.
         transfers: see :class:`optim.muon.Muon`.
+        product: the same.
 
     Attributes:
         state: name -> {"momentum": DTensor like the parameter}.
@@ -167,8 +173,9 @@ class ShardedMuon(Muon):
         state_dtype: torch.dtype,
         group: dist.ProcessGroup,
         transfers: Transfers | None = None,
+        product: SymmetricProduct = whole_product,
     ) -> None:
-        super().__init__(entries, config, state_dtype, transfers)
+        super().__init__(entries, config, state_dtype, transfers, product)
         self._group, self._rank = group, group.rank()
         group_rank = {rank: i for i, rank in enumerate(dist.get_process_group_ranks(group))}
         self._matrices = {e.name: matrices_of(e, group_rank) for e in entries}
@@ -374,7 +381,7 @@ class _Round:
         if mine:
             whole_NRC = torch.empty(len(mine), self.rows, self.cols, device=device)
             self._assemble(whole_NRC, mine, arrival, me)
-            update_NRC = newton_schulz(whole_NRC, muon.coefficients, dtype)
+            update_NRC = newton_schulz(whole_NRC, muon.coefficients, dtype, muon.product)
             for matrix, update in zip(mine, update_NRC.unbind(0), strict=True):
                 updates[matrix.name, matrix.index] = update
                 muon.orthogonalised.append((matrix.name, matrix.index))

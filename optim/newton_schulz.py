@@ -14,6 +14,7 @@ much, singular values pass 1.264, where the quintic's basin ends, and the matrix
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +25,41 @@ Coefficients = tuple[float, float, float]
 # enough that every gradient is normalised, large enough that squares lost to underflow in the norm
 # cannot blow a matrix up.
 NORM_FLOOR = 1e-15
+
+
+class SymmetricProduct(Protocol):
+    """``out <- beta plus + alpha left right``, where that is symmetric: half need be computed.
+
+    ``left`` [N, M, K] is contiguous or a transposed view of what is; ``right`` is its transpose,
+    or itself where it is symmetric.
+    """
+
+    def __call__(
+        self,
+        left_NMK: Tensor,
+        right_NKM: Tensor,
+        out_NMM: Tensor,
+        plus_NMM: Tensor | None = None,
+        beta: float = 0.0,
+        alpha: float = 1.0,
+    ) -> None:
+        """Write ``out``; without ``plus`` beta is 0 and alpha 1."""
+        ...
+
+
+def whole_product(
+    left_NMK: Tensor,
+    right_NKM: Tensor,
+    out_NMM: Tensor,
+    plus_NMM: Tensor | None = None,
+    beta: float = 0.0,
+    alpha: float = 1.0,
+) -> None:
+    """The :class:`SymmetricProduct` that computes all of it, by torch."""
+    if plus_NMM is None:
+        torch.bmm(left_NMK, right_NKM, out=out_NMM)
+    else:
+        torch.baddbmm(plus_NMM, left_NMK, right_NKM, beta=beta, alpha=alpha, out=out_NMM)
 
 
 def newton_schulz_reference(matrix_RC: Tensor, coefficients: Sequence[Coefficients]) -> Tensor:
@@ -47,7 +83,10 @@ def newton_schulz_reference(matrix_RC: Tensor, coefficients: Sequence[Coefficien
 
 
 def newton_schulz(
-    batch_NRC: Tensor, coefficients: Sequence[Coefficients], dtype: torch.dtype
+    batch_NRC: Tensor,
+    coefficients: Sequence[Coefficients],
+    dtype: torch.dtype,
+    product: SymmetricProduct = whole_product,
 ) -> Tensor:
     """Orthogonalise each matrix of a batch.
 
@@ -55,6 +94,7 @@ def newton_schulz(
         batch_NRC: matrices of equal shape, fp32; not changed.
         coefficients: (a, b, c) of each iteration, in order.
         dtype: of the matmuls and the result, fp32 or bf16.
+        product: forms the two symmetric products of an iteration.
 
     Returns:
         Same shape in ``dtype``, singular values near 1; a zero matrix stays zero.
@@ -67,14 +107,14 @@ def newton_schulz(
     norm_N11 = torch.linalg.vector_norm(batch_NRC, dim=(-2, -1), keepdim=True)
     x = torch.empty_like(batch_NRC, dtype=dtype, memory_format=torch.contiguous_format)
     torch.mul(batch_NRC, norm_N11.clamp_(min=NORM_FLOOR).reciprocal_(), out=x)
-    work = _Workspace(x)
+    work = _Workspace(x, product)
     for stage in coefficients:
         x = work.iterate(x, stage)
     return x
 
 
 def matmul_flops(rows: int, cols: int, num_steps: int) -> int:
-    """FLOPs of the matmuls for one matrix, two per multiply-add.
+    """FLOPs of the matmuls for one matrix, two per multiply-add; symmetric products in whole.
 
     Args:
         rows: of the matrix.
@@ -88,7 +128,8 @@ def matmul_flops(rows: int, cols: int, num_steps: int) -> int:
 class _Workspace:
     """Buffers of one batch: x and ``spare`` take turns, so iterations allocate nothing."""
 
-    def __init__(self, x_NRC: Tensor) -> None:
+    def __init__(self, x_NRC: Tensor, product: SymmetricProduct) -> None:
+        self.product = product
         n, rows, cols = x_NRC.shape
         self.tall = rows > cols  # then X^T X is the small side: no transposed copy is ever made
         self.spare = torch.empty_like(x_NRC)
@@ -99,8 +140,8 @@ class _Workspace:
         """One iteration; returns the buffer that holds the result."""
         a, b, c = stage
         gram, poly = self.small
-        torch.bmm(x.mT, x, out=gram) if self.tall else torch.bmm(x, x.mT, out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=poly)
+        self.product(x.mT, x, gram) if self.tall else self.product(x, x.mT, gram)
+        self.product(gram, gram, poly, gram, b, c)
         left, right = (x, poly) if self.tall else (poly, x)
         result = torch.baddbmm(x, left, right, beta=a, out=self.spare)
         self.spare = x

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from data.batch import Batch
 from model.block import Block
+from model.kernels.select import select
 from model.loss import ModelOutput, Objective
 from model.transformer import DeepSeekV4
 from optim.build import Optimizer
@@ -90,7 +91,8 @@ class DeepSpeedEngine(RankedEngine):
         home = device if config.offload_optimizer is OffloadTo.none else torch.device("cpu")
         group = mesh.data.get_group()
         muon = [record for record in table if record.owner is Owner.muon]
-        self._muon = ZeroMuon(muon, optim.muon, parts, group, device, home)
+        product = select("symmetric_product", model.config.kernels)
+        self._muon = ZeroMuon(muon, optim.muon, parts, group, device, home, product)
         self._adamw = _ZeroAdamW(
             [record.name for record in table if record.owner is Owner.adamw], self._zero_engine,
             parts, self._sharded,

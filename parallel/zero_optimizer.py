@@ -24,7 +24,7 @@ from torch.optim.adamw import adamw
 from optim.config import AdamWConfig, MuonConfig
 from optim.groups import Owner, ParamRecord
 from optim.muon import CHUNK_ELEMENTS, apply_, direction_, expand, matmul_dtype, update_scale
-from optim.newton_schulz import newton_schulz
+from optim.newton_schulz import SymmetricProduct, newton_schulz
 from parallel.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -231,6 +231,7 @@ class ZeroMuon:
         group: the data ranks.
         device: where to orthogonalise.
         home: where momentum stays between steps (``cpu`` with an offloaded optimizer).
+        product: forms the symmetric products of Newton-Schulz.
 
     Attributes:
         orthogonalised: matrices that this rank orthogonalised in the last step.
@@ -246,8 +247,10 @@ class ZeroMuon:
         group: dist.ProcessGroup,
         device: torch.device,
         home: torch.device,
+        product: SymmetricProduct,
     ) -> None:
         self._config, self._partitions, self._group = config, partitions, group
+        self._product = product
         self._coefficients, self._device, self._home = expand(config), device, home
         self._rounds = _rounds(table, group.size() * CHUNK_ELEMENTS[device.type])
         self._momentum = [
@@ -288,7 +291,9 @@ class ZeroMuon:
         if own is not momentum_NRC:
             momentum_NRC.copy_(own)
         dtype = matmul_dtype(config.dtype, self._device)
-        update_NRC = self._from_all(newton_schulz(direction_NRC, self._coefficients, dtype))
+        update_NRC = self._from_all(
+            newton_schulz(direction_NRC, self._coefficients, dtype, self._product)
+        )
         scale, start = update_scale(now.rows, now.cols, config), 0
         for record in now.records:
             master = self._partitions.master(record.name)

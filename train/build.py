@@ -17,6 +17,7 @@ from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
 from model.flops import parameter_shapes
 from model.init import init_weights
+from model.kernels.select import select
 from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
 from optim.groups import build_table
@@ -234,6 +235,7 @@ def build_engine(run: RunConfig, model: DeepSeekV4, mesh: Mesh | None) -> Engine
     optimizer = build_optimizer(
         model.named_parameters(), run.optim, split_counts=run.model.split_counts, group=group,
         shapes=parameter_shapes(run.model), offload=offload,
+        product=select("symmetric_product", run.model.kernels),
     )  # fmt: skip
     if mesh is None:
         masters = offload.masters if offload is not None else None

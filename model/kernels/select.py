@@ -33,6 +33,7 @@ from model.kernels import (
     mhc_fast,
     pool,
     routing,
+    symmetric,
 )
 from model.kernels.ran import serving
 from model.linear import block_linear_loop, grouped_linear_op, grouped_linear_reference
@@ -125,6 +126,12 @@ _OPS: dict[str, Implementations] = {
         functools.partial(_norm_rope, Kernels.torch),
         functools.partial(_norm_rope, Kernels.compiled),
         "norm_rope:norm_rope",
+    ),
+    "symmetric_product": Implementations(
+        symmetric.symmetric_product,
+        symmetric.symmetric_product,
+        None,
+        "symmetric:symmetric_product",
     ),
     "mhc_pre": Implementations(
         mhc.mhc_pre, mhc_fast.mhc_pre_torch, mhc_fast.mhc_pre, "mhc:mhc_pre"

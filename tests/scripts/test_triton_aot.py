@@ -8,7 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from scripts.benchmarks.triton_aot import KERNELS, Compiled, faults, replications
+from scripts.benchmarks.triton_aot import (
+    KERNELS,
+    Compiled,
+    expected_mma,
+    judge,
+    markdown,
+    replications,
+)
 from train.errors import ROOT
 
 MODULES = sorted(p.stem for p in KERNELS.glob("*.py") if "\nSHIPPED" in p.read_text())
@@ -50,27 +57,46 @@ def test_what_cannot_be_compiled_is_one_line(words, environment, told):
 
 
 @pytest.mark.parametrize(
-    ("found", "products", "told"),
+    ("found", "expected", "told"),
     [
-        ({"shared": 101_377}, False, ["shared 101377 > 101376"]),
-        ({"shared": 101_376}, False, []),
-        ({"tmem": 513}, False, ["tmem 513 > 512"]),
-        ({"spilled": 4}, False, ["spills 4 bytes without a stated reason"]),
-        ({"replicated": 2, "mma": {"mma.sync": 1}}, True, ["warps compute one product 2 times"]),
-        ({}, True, ["no tensor core instruction"]),
-        ({"replicated": 1, "mma": {"mma.sync": 1}}, True, []),
+        ({"shared": 101_377}, "", ["shared 101377 > 101376"]),
+        ({"shared": 101_376}, "", []),
+        ({"tmem": 513}, "", ["tmem 513 > 512"]),
+        ({"spilled": 4}, "", ["spills 4 bytes without a stated reason"]),
+        ({"replicated": 2, "mma": {"mma.sync": 1}}, "mma.sync",
+         ["warps compute one product 2 times without a stated reason"]),
+        ({}, "mma.sync", ["no mma.sync instruction"]),
+        ({"mma": {"mma.sync": 1}}, "wgmma", ["no wgmma instruction"]),
+        ({"replicated": 1, "mma": {"mma.sync": 1}}, "mma.sync", []),
     ],
-)
-def test_faults(found, products, told):
-    assert faults(Compiled("m", "n", "sm_86", "", **found), PLAIN, products) == told
+)  # fmt: skip
+def test_faults(found, expected, told):
+    line = Compiled("m", "n", "sm_86", "", **found)
+    judge(line, PLAIN, expected)
+    assert line.faults == told
 
 
-def test_a_stated_reason_lets_a_spill_pass():
-    stated = SimpleNamespace(spills={"sm_86": "why"}, replicates={"sm_86": "why"})
-    line = Compiled("m", "n", "sm_86", "", spilled=8, replicated=2)
-    assert faults(line, stated, False) == []
-    line.arch = "sm_89"
-    assert len(faults(line, stated, False)) == 2
+def test_what_has_a_stated_reason_passes_and_is_told():
+    stated = SimpleNamespace(spills={"sm_86": "why"}, replicates={"sm_86": "because"})
+    for arch, faulty in (("sm_86", 0), ("sm_89", 2)):
+        line = Compiled("m", "n", arch, "", spilled=8, replicated=2)
+        judge(line, stated)
+        assert (len(line.faults), len(line.passed)) == (faulty, 2 - faulty)
+        assert ("because" in markdown([line], "")) == (arch == "sm_86")
+
+
+def test_the_instruction_that_is_expected_follows_the_rows_of_the_product():
+    products = {
+        rows: f"%a = tt.dot %b, %c, %d : tensor<{rows}x16xbf16> * tensor<16x64xbf16>"
+        f" -> tensor<{rows}x64xf32>" for rows in (16, 64)
+    }  # fmt: skip
+    for arch, small, large in (
+        ("sm_86", "mma.sync", "mma.sync"), ("sm_90", "mma.sync", "wgmma"),
+        ("sm_100", "mma.sync", "tcgen05"), ("gfx942", "v_mfma", "v_mfma"),
+    ):  # fmt: skip
+        assert expected_mma(products[16], arch) == small
+        assert expected_mma(products[64], arch) == large
+    assert expected_mma("%a = tt.load %b", "sm_90") == ""
 
 
 def test_repeated_products_are_counted():

@@ -52,7 +52,8 @@ TILES: dict[tuple[str, str], dict[int, Tiles]] = {
         },
         128: {
             "other": _tile(64, 32, 128, 4, 2, turned=True), "sm_90": _tile(64, 64, 128, 4, 2),
-            "sm_100": _tile(128, 64, 128, 8, 2), "gfx942": _mfma(64, 32, 128, 4, 2),
+            "sm_100": _tile(128, 64, 128, 8, 2), "sm_120": _tile(64, 32, 128, 4, 3, turned=True),
+            "gfx942": _mfma(64, 32, 128, 4, 2),
         },
         512: {
             "other": _tile(64, 16, 512, 8, 2, turned=True), "sm_90": _tile(128, 32, 256, 8, 2),
@@ -93,6 +94,10 @@ TILES: dict[tuple[str, str], dict[int, Tiles]] = {
         },
     },
     ("pairs", "list"): {
+        64: {
+            "other": _tile(16, 64, 64, 4, 1), "sm_100": _tile(16, 64, 64, 8, 1),
+            "gfx942": _mfma(16, 64, 64, 4, 1),
+        },
         128: {"other": _tile(16, 64, 128, 4, 1), "gfx942": _mfma(16, 64, 128, 4, 1)},
         512: {
             "other": _tile(16, 32, 256, 4, 2, turned=True), "sm_90": _tile(16, 128, 256, 8, 2),
@@ -100,7 +105,10 @@ TILES: dict[tuple[str, str], dict[int, Tiles]] = {
         },
     },
     ("mass", "list"): {
-        128: {"other": _tile(16, 64, 128, 4, 1), "gfx942": _mfma(16, 64, 128, 4, 1)},
+        128: {
+            "other": _tile(16, 64, 128, 4, 1), "sm_80": _tile(16, 64, 128, 8, 1),
+            "gfx942": _mfma(16, 64, 128, 4, 1),
+        },
         512: {
             "other": _tile(64, 16, 512, 8, 2, turned=True), "sm_90": _tile(64, 64, 512, 4, 1),
             "sm_100": _tile(64, 64, 512, 4, 1), "gfx942": _mfma(64, 16, 512, 4, 1),

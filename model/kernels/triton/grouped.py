@@ -75,7 +75,8 @@ def _expert_of(OFFSETS, tile, E: tl.constexpr, EP: tl.constexpr, BM: tl.constexp
 
 
 @triton.jit
-def _dot(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+def product_step(a, b, acc, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
+    """``acc + a b``, in fp32."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -101,7 +102,7 @@ def grouped_product(
             x = tl.load(X + r[:, None] * I + i[None, :], mask=r_ok & (i < I)[None, :], other=0.0)
             w_at = i[:, None] * O + o[None, :] if TURNED else i[:, None] + o[None, :] * I
             w = tl.load(W + w_at, mask=(i < I)[:, None] & (o < O)[None, :], other=0.0)
-            acc = _dot(x, w, acc, UPCAST, PRECISION)
+            acc = product_step(x, w, acc, UPCAST, PRECISION)
         y = acc.to(Y.dtype.element_ty)
         tl.store(Y + r[:, None] * O + o[None, :], y, mask=r_ok & (o < O)[None, :])
 
@@ -124,7 +125,7 @@ def grouped_weight_gradient(
         ok = (first + rows < stop - start)[:, None]
         g = tl.load(G + rows[:, None] * O + o[None, :], mask=ok & (o < O)[None, :], other=0.0)
         x = tl.load(X + rows[:, None] * I + i[None, :], mask=ok & (i < I)[None, :], other=0.0)
-        acc = _dot(tl.trans(g), x, acc, UPCAST, PRECISION)
+        acc = product_step(tl.trans(g), x, acc, UPCAST, PRECISION)
         G += BK * O  # an expert's rows may lie beyond what 32 bits count
         X += BK * I
     at = e.to(tl.int64) * O * I + o[:, None] * I + i[None, :]

@@ -57,7 +57,7 @@ _RANGE_INTERPRETED = Tile({"BT": 32, "BE": 32}, 1, 1)
 _LIST_INTERPRETED = Tile({"BN": 32}, 1, 1)
 # The choice is by what compiles, fits and does not spill (``scripts/bench.py triton_aot``).
 _SCORES: Tiles = {
-    "other": Tile({"BT": 64, "BE": 64}, 4, 3), "sm_90": Tile({"BT": 128, "BE": 128}, 8, 3),
+    "other": Tile({"BT": 64, "BE": 64}, 4, 3), "sm_90": Tile({"BT": 128, "BE": 64}, 8, 3),
     "sm_100": Tile({"BT": 128, "BE": 64}, 8, 3),
     "gfx942": Tile({"BT": 128, "BE": 128}, 8, 2, _MFMA), INTERPRETER: _RANGE_INTERPRETED,
 }  # fmt: skip
@@ -71,6 +71,7 @@ _LIST: dict[int, Tiles] = {
 }  # fmt: skip
 _PAIRS: Tiles = {
     "other": Tile({"BN": 64}, 4, 1), "sm_100": Tile({"BN": 64}, 8, 1),
+    "sm_120": Tile({"BN": 64}, 8, 1),
     "gfx942": Tile({"BN": 64}, 4, 1, _MFMA), INTERPRETER: _LIST_INTERPRETED,
 }  # fmt: skip
 _QUERIES_RANGE: Tiles = {

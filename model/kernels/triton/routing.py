@@ -34,7 +34,7 @@ from model.kernels.triton.launch import (
 from model.kv_exchange import KVExchange
 from model.sequence_plan import SequencePlan
 
-_ELEMENTS = {INTERPRETER: 4096, "other": 2048}  # of a block of scores
+_ELEMENTS = {INTERPRETER: 4096, "other": 1024}  # of a block of scores
 _ROWS = {INTERPRETER: 16, "other": 256}  # copies that one program orders
 _INSIDE = 16  # copies, or blocks, that are met at once
 _LOWEST = tl.constexpr(-(2**63))

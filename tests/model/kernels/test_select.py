@@ -18,7 +18,7 @@ def test_choices_by_device(monkeypatch):
     monkeypatch.setattr(select, "triton_installed", lambda: True)
     plain = {
         "grouped_linear", "block_linear", "route", "expert_order", "load_and_balance", "send",
-        "collect", "pool_entries", "cross_entropy",
+        "collect", "pool_entries", "cross_entropy", "symmetric_product",
     }  # fmt: skip
     on_cpu = dict.fromkeys(ops, "compiled") | dict.fromkeys(plain, "torch")
     for kernels in (Kernels.auto, Kernels.fast):
