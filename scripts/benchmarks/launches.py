@@ -3,9 +3,10 @@
     python scripts/bench.py launches --markdown docs/bench/launches.md
 
 Counted are Triton launches and the aten operations that compute, also those inside operators;
-views and allocations start nothing. A block is traced by itself, forward and backward, with all its
-losses, in bf16 and with weight copies, as the second and further microbatches of a step see it but
-for the addition to each gradient that stands already (one ``add_`` a parameter).
+views, allocations and what touches host tensors alone start nothing. A block is traced by itself,
+forward and backward, with all its losses, in bf16 and with weight copies, as the second and further
+microbatches of a step see it but for the addition to each gradient that stands already (one
+``add_`` a parameter).
 """
 
 # Legend: B rows, T tokens, S streams, D hidden
@@ -15,7 +16,7 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from model.block import Block
 from model.config import Kernels, ModelConfig
@@ -37,6 +39,9 @@ from train.errors import ROOT, ExitCode
 
 FORWARD, BACKWARD = 60, 130  # launches a block
 CHUNK = 6  # launches a chunk of fixed bytes
+# Of the plain path, a chunk of 256 queries of one of its loops; the indexer's loss forms the
+# teacher, the scores and three gradients in one.
+PLAIN_CHUNK, PLAIN_LOSS = 25, 40
 _NOTHING = {"detach", "lift_fresh", "_unsafe_view", "empty", "new_empty", "empty_like",
             "empty_strided", "new_empty_strided"}  # fmt: skip
 
@@ -46,11 +51,15 @@ class LaunchCounter(TorchDispatchMode):
 
     Attributes:
         launches: ``(operator or "", kernel or aten operation)`` -> how often; the operator is the
-            one of ``torch.ops.v4`` inside which it runs.
+            one of ``torch.ops.v4`` inside which it runs; with ``within``, the function there.
+
+    Args:
+        within: end of a file's path: operations are counted by its functions.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, within: str = "") -> None:
         super().__init__()
+        self.within = within
         self.launches: Counter[tuple[str, str]] = Counter()
         self._inside = ""
 
@@ -59,8 +68,9 @@ class LaunchCounter(TorchDispatchMode):
         implementation = IMPLEMENTATIONS.get(name)
         if implementation is None:
             out = func(*args, **(kwargs or {}))
-            if computes(func):
-                self.launches[self._inside, name] += 1
+            if computes(func) and not _on_host((args, kwargs, out)):
+                inside = _function_of(self.within) if self.within else self._inside
+                self.launches[inside, name] += 1
             return out
         outside, self._inside = self._inside, name
         try:
@@ -82,6 +92,21 @@ def computes(func: Any) -> bool:
     return not view
 
 
+def _on_host(tree: Any) -> bool:
+    """Whether all tensors of a call are the host's: those of a device are meta here."""
+    return all(t.device.type == "cpu" for t in tree_leaves(tree) if isinstance(t, torch.Tensor))
+
+
+def _function_of(file: str) -> str:
+    """The outermost function of a file that is running; empty: none is."""
+    found, frame = "", sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(file):
+            found = frame.f_code.co_qualname
+        frame = frame.f_back
+    return found
+
+
 @dataclass
 class BlockLaunches:
     """What one block starts.
@@ -100,7 +125,12 @@ class BlockLaunches:
 
 
 def block_pass(
-    config: ModelConfig, layer: int, tokens: int, rows: int = 1, documents: int = 1
+    config: ModelConfig,
+    layer: int,
+    tokens: int,
+    rows: int = 1,
+    documents: int = 1,
+    within: str = "",
 ) -> BlockLaunches:
     """Trace a block with all its losses on meta tensors.
 
@@ -110,6 +140,7 @@ def block_pass(
         tokens: of a row.
         rows: of a microbatch.
         documents: packed into each row.
+        within: see :class:`LaunchCounter`; then no functions are collected.
     """
     meta = torch.device("meta")
     with meta:
@@ -127,8 +158,8 @@ def block_pass(
         requires_grad=True,
     )  # fmt: skip
     ids_BT = torch.empty(rows, tokens, dtype=torch.int64, device=meta)
-    forward, backward = LaunchCounter(), LaunchCounter()
-    with functions_called() as functions:
+    forward, backward = LaunchCounter(within), LaunchCounter(within)
+    with nullcontext(set[str]()) if within else functions_called() as functions:
         with forward:
             out_BTSD, aux = block(x_BTSD, ids_BT, context)
         ends = [out_BTSD, *(aux[name] for name in ("indexer_kl", "balance") if name in aux)]
@@ -227,19 +258,30 @@ def _operations(one: BlockLaunches) -> list[str]:
     return _lines(rows)
 
 
+def plain_chunk(config: ModelConfig, layer: int) -> dict[str, int]:
+    """Launches that 256 more tokens cost a block of the plain path, by its loops over chunks.
+
+    Args:
+        config: the model; its kernels are not asked.
+        layer: number of the block.
+    """
+    config = replace(config, kernels=Kernels.torch)
+    more: Counter[str] = Counter()
+    last = 10 if config.ratio(layer) == 4 else 3  # more entries than the indexer chooses
+    for chunks, sign in ((last, 1), (last - 1, -1)):
+        one = block_pass(config, layer, chunks * 256, within="kernels/attention_fast.py")
+        for side in (one.forward, one.backward):
+            for (function, _), count in side.items():
+                more[function] += sign * count
+    return {name: count for name, count in more.items() if count}
+
+
 def _plain(name: str) -> list[str]:
-    """Launches that 256 more tokens cost the plain path, by kind of block."""
-    config = replace(load_model_config(name), kernels=Kernels.torch)
-    rows: list[tuple[str, ...]] = [
-        (f"block of {name}", "forward, a chunk of 256", "backward, a chunk of 256")
-    ]
-    for layer in kinds(config).values():
-        few, many = (block_pass(config, layer, chunks * 256) for chunks in (2, 3))
-        more = [
-            sum(b.values()) - sum(a.values())
-            for a, b in ((few.forward, many.forward), (few.backward, many.backward))
-        ]
-        rows.append((few.name, *map(str, more)))
+    config = load_model_config(name)
+    rows: list[tuple[str, ...]] = [(f"block of {name}", "loop", "launches, a chunk of 256")]
+    for kind, layer in kinds(config).items():
+        for loop, launches in sorted(plain_chunk(config, layer).items()):
+            rows.append((kind, loop, str(launches)))
     return _lines(rows)
 
 

@@ -3,7 +3,8 @@
 No GPU is needed. Compilers say nothing of a kernel that asks for more shared memory than there is,
 that spills, whose warps compute one product several times, or that leaves products to plain
 arithmetic; this does, with exit code 1. ``Shipped.spills`` and ``replicates`` give the exceptions.
-With TRITON_CACHE_DIR set, only what has changed since is compiled again.
+With TRITON_CACHE_DIR set, only what has changed since is compiled again; ``--parse`` stops after
+types and shapes, where most of what the interpreter lets pass fails already.
 
     python scripts/bench.py triton_aot
     python scripts/bench.py triton_aot --arch sm_86 sm_90 --kernel swiglu --markdown table.md
@@ -91,7 +92,7 @@ def main(words: Sequence[str] | None = None) -> int:
         os.environ.setdefault("TRITON_CACHE_DIR", fresh)
         for module, shipped in shipped_kernels(args.kernel):
             for arch in args.arch:
-                lines.append(compile_one(module, shipped, arch))
+                lines.append(compile_one(module, shipped, arch, args.parse))
                 print(render(lines[-1]), flush=True)
     if args.json:
         write_json(Path(args.json), [asdict(line) for line in lines], indent=2)
@@ -99,7 +100,7 @@ def main(words: Sequence[str] | None = None) -> int:
         shown = " ".join(["python scripts/bench.py triton_aot", *(words or sys.argv[1:])])
         write_text(Path(args.markdown), markdown(lines, shown))
     faulty = sum(bool(line.faults) for line in lines)
-    print(f"{len(lines)} compiled, {faulty} with faults")
+    print(f"{len(lines)} {'parsed' if args.parse else 'compiled'}, {faulty} with faults")
     return ExitCode.failure if faulty else ExitCode.finished
 
 
@@ -122,13 +123,14 @@ def shipped_kernels(wanted: Sequence[str]) -> Iterator[tuple[str, Any]]:
             yield name, shipped
 
 
-def compile_one(module: str, shipped: Any, arch: str) -> Compiled:
+def compile_one(module: str, shipped: Any, arch: str, parse: bool = False) -> Compiled:
     """Compile a kernel with its tile for an architecture, and look at the result.
 
     Args:
         module: file of the kernel.
         shipped: the kernel's line, see ``model.kernels.triton.launch.Shipped``.
         arch: a key of ``SHARED``.
+        parse: no more than types and shapes.
     """
     from model.kernels.triton.launch import tile_of  # noqa: PLC0415 (imports triton)
 
@@ -137,9 +139,11 @@ def compile_one(module: str, shipped: Any, arch: str) -> Compiled:
     line = Compiled(module, shipped.name, arch, f"{sizes} w{tile.warps} s{tile.stages}".strip())
     begin = time.perf_counter()
     try:
-        kernel = _compile(shipped, tile, arch)
+        kernel = (_parse if parse else _compile)(shipped, tile, arch)
     except Exception as error:  # whatever the compiler raises is this line's fault
         line.faults.append(f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
+        return line
+    if parse:
         return line
     line.seconds = round(time.perf_counter() - begin, 1)
     line.shared, line.tmem = kernel.metadata.shared, getattr(kernel.metadata, "tmem_size", 0) or 0
@@ -198,6 +202,27 @@ def judge(line: Compiled, shipped: Any, expected: str = "") -> None:
 
 def _compile(shipped: Any, tile: Any, arch: str) -> Any:
     import triton  # noqa: PLC0415 (after the environment is set)
+
+    source, target, options = _source(shipped, tile, arch)
+    with contextlib.redirect_stdout(io.StringIO()):  # an error of ptxas prints the whole PTX
+        return triton.compile(source, target=target, options=options)
+
+
+def _parse(shipped: Any, tile: Any, arch: str) -> None:
+    """What :func:`_compile` begins with: types and shapes, which the interpreter does not check."""
+    from triton._C.libtriton import ir  # noqa: PLC0415
+    from triton.compiler.compiler import make_backend  # noqa: PLC0415
+
+    source, target, given = _source(shipped, tile, arch)
+    backend, context = make_backend(target), ir.context()
+    options = backend.parse_options(given)
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    functions = backend.get_codegen_implementation(options)
+    source.make_ir(target, options, functions, backend.get_module_map(), context)
+
+
+def _source(shipped: Any, tile: Any, arch: str) -> tuple[Any, Any, dict[str, Any]]:
     from triton.backends.compiler import GPUTarget  # noqa: PLC0415
     from triton.compiler import ASTSource  # noqa: PLC0415
 
@@ -205,7 +230,7 @@ def _compile(shipped: Any, tile: Any, arch: str) -> Any:
     constants = {**shipped.constants, **tile.sizes}
     unknown = [n for n in names if n not in shipped.types and n not in constants]
     assert not unknown, f"Shipped {shipped.name!r} gives neither type nor value of {unknown}"
-    kinds = {name: kind for name, kind in shipped.types.items() if name in names}
+    kinds = {n: kind for n, kind in shipped.types.items() if n in names and n not in constants}
     types = {name: kind.removesuffix(":16") for name, kind in kinds.items()}
     divisible = [n for n, kind in kinds.items() if kind[0] == "*" or kind.endswith(":16")]
     source = ASTSource(
@@ -216,9 +241,7 @@ def _compile(shipped: Any, tile: Any, arch: str) -> Any:
     )
     amd = arch.startswith("gfx")
     target = GPUTarget("hip", arch, 64) if amd else GPUTarget("cuda", int(arch[3:]), 32)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, **tile.options}
-    with contextlib.redirect_stdout(io.StringIO()):  # an error of ptxas prints the whole PTX
-        return triton.compile(source, target=target, options=options)
+    return source, target, {"num_warps": tile.warps, "num_stages": tile.stages, **tile.options}
 
 
 def _nvidia_registers(kernel: Any, arch: str) -> tuple[int, int]:
@@ -326,6 +349,9 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
         "--arch", nargs="+", choices=list(SHARED), default=list(SHARED), help="default: all"
     )
     parser.add_argument("--kernel", nargs="+", default=[], help="files of kernels (default: all)")
+    parser.add_argument(
+        "--parse", action="store_true", help="only types and shapes: seconds, no figures"
+    )
     parser.add_argument("--json", default="", help="also write the table to this file")
     parser.add_argument("--markdown", default="", help="also write the table as a document")
     return parser.parse_args(words)

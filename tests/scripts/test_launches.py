@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 
 from model.config import Kernels
-from scripts.benchmarks.launches import BACKWARD, CHUNK, FORWARD, block_pass, kinds, main
+from scripts.benchmarks.launches import (
+    BACKWARD,
+    CHUNK,
+    FORWARD,
+    PLAIN_CHUNK,
+    PLAIN_LOSS,
+    block_pass,
+    kinds,
+    main,
+    plain_chunk,
+)
 from scripts.cli.model_yaml import load_model_config
 
 PLAIN = (
@@ -53,6 +63,17 @@ def test_the_plain_path_is_seen():
     one, forward, _ = totals(config, 0, 256)
     assert forward > 2 * FORWARD
     assert any(f.startswith(PLAIN) for f in one.functions)
+
+
+def test_a_chunk_of_the_plain_path_is_few_launches():
+    config = load_model_config("v4_small")
+    layers = {name.split(",")[0]: (name, layer) for name, layer in kinds(config).items()}
+    for name, layer in layers.values():  # one of each attention
+        loops = plain_chunk(config, layer)
+        assert ("indexer_loss_chunked" in loops) == name.startswith("csa")
+        for loop, launches in loops.items():
+            bound = PLAIN_LOSS if loop == "indexer_loss_chunked" else PLAIN_CHUNK
+            assert 5 < launches <= bound, (name, loop)
 
 
 def test_the_command_writes_its_table(tmp_path, capsys):

@@ -87,9 +87,9 @@ def cross_entropy_rows(
 
 SHIPPED = tuple(
     Shipped(
-        f"gradient {kind}", cross_entropy_row,
+        f"{'gradient' if grad else 'loss'} {kind}", cross_entropy_row,
         {"LOGITS": "*fp32", "LABELS": "*i64", "LOSSES": "*fp32", "GRAD": f"*{kind}", "V": "i32:16"},
-        {"HAS_GRAD": True}, _TILES,
+        {"HAS_GRAD": grad}, _TILES,
     )
-    for kind in ("bf16", "fp32")
+    for kind, grad in (("bf16", True), ("fp32", True), ("fp32", False))
 )  # fmt: skip

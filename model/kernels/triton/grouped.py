@@ -156,8 +156,8 @@ def row_sums(
     if WEIGHT is not None:
         if tl.program_id(1) == 0:
             for k in tl.static_range(K):
-                row = tl.load(PLACE + n * K + k, mask=n < N, other=0)
-                tl.store(MOVED + n * K + k, tl.load(WEIGHT + row, mask=n < N), mask=n < N)
+                place = tl.load(PLACE + n * K + k, mask=n < N, other=0)
+                tl.store(MOVED + n * K + k, tl.load(WEIGHT + place, mask=n < N), mask=n < N)
 
 
 def _tiles(dtype: torch.dtype) -> dict[str, Tile]:
@@ -394,11 +394,15 @@ SHIPPED = (
     *_shipped("*fp32", _TILES_FP32),
     *(
         Shipped(
-            f"row sums K={k}", row_sums,
-            {"X": "*bf16", "PLUS": "*bf16", "Y": "*bf16", "INDEX": "*i32", "N": "i32",
-             "C": "i32:16", "WEIGHT": "*fp32", "PLACE": "*i32", "MOVED": "*fp32"}, {"K": k},
+            f"row sums K={k}{name}", row_sums,
+            {"X": "*bf16", "Y": "*bf16", "INDEX": "*i32", "N": "i32", "C": "i32:16", **types},
+            {"K": k, **{x: None for x in ("PLUS", "WEIGHT", "PLACE", "MOVED") if x not in types}},
             {"other": _move_tile(4096, "other")},
         )
         for k in (1, 6, 8)
+        for name, types in (
+            (" plus", {"PLUS": "*bf16"}),
+            (" and weights", {"WEIGHT": "*fp32", "PLACE": "*i32", "MOVED": "*fp32"}),
+        )
     ),
 )  # fmt: skip

@@ -71,7 +71,7 @@ _LIST: dict[int, Tiles] = {
 }  # fmt: skip
 _PAIRS: Tiles = {
     "other": Tile({"BN": 64}, 4, 1), "sm_100": Tile({"BN": 64}, 8, 1),
-    "sm_120": Tile({"BN": 64}, 8, 1),
+    "sm_120": Tile({"BN": 32}, 4, 1),
     "gfx942": Tile({"BN": 64}, 4, 1, _MFMA), INTERPRETER: _LIST_INTERPRETED,
 }  # fmt: skip
 _QUERIES_RANGE: Tiles = {

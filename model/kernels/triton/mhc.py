@@ -545,8 +545,10 @@ def _shipped(head: bool) -> tuple[Shipped, ...]:
              "MORE": None}  # fmt: skip
     floats = dict.fromkeys(("FN", "PFN", *back), f32)
     types = {**floats, **coefficients, **streams, **numbers, **small}
-    return tuple(
-        Shipped(f"{kind}: {kernel.fn.__name__.removeprefix('mhc_')}", kernel, types, shape, tiles)
+    lines = [
+        Shipped(
+            f"{kind}: {kernel.fn.__name__.removeprefix('mhc_')}", kernel, types, {**shape}, tiles
+        )
         for kernel, tiles in (
             (mhc_mix, _MIX),
             (mhc_coefficients, _COLLAPSE),
@@ -554,7 +556,12 @@ def _shipped(head: bool) -> tuple[Shipped, ...]:
             (mhc_coefficients_backward, _COEFFICIENTS),
             (mhc_streams_backward, _STREAMS),
         )
-    )
+    ]
+    if not head:
+        del shape["MORE"]
+        name, types = "pre: coefficients_backward of more", {**types, "MORE": f32}
+        lines.append(Shipped(name, mhc_coefficients_backward, types, {**shape}, _COEFFICIENTS))
+    return tuple(lines)
 
 
 def _rows_shipped() -> tuple[Shipped, ...]:

@@ -9,6 +9,7 @@ is summed over a fixed number of runs of rows, then over the runs: in one order 
 # Legend: N rows (of RoPE: of a head of a token), K channels, R rotation pairs
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -267,6 +268,11 @@ def _shipped_rope(K: int, R: int) -> Shipped:
 
 
 SHIPPED = (
+    *(
+        replace(line, name=f"{line.name} unweighted",
+                constants={**line.constants, "HAS_WEIGHT": False})
+        for line in _shipped_norm(128)
+    ),
     *(line for width in (128, 512, 1536, 4096, 7168) for line in _shipped_norm(width)),
     *(_shipped_rope(K, 32) for K in (64, 128, 512)),
-)
+)  # fmt: skip

@@ -417,17 +417,27 @@ def _shipped(experts: int, topk: int) -> tuple[Shipped, ...]:
     sizes = {"E": experts, "EP": EP, "K": topk, "KP": power_of_two(topk), "INSIDE": _INSIDE,
              "BR": _ROWS["other"]}  # fmt: skip
     rows = {"other": Tile({"BN": max(1, _ELEMENTS["other"] // EP)})}
-    nothing = {"other": Tile({})}
+    nothing, given = {"other": Tile({})}, {"GIVEN": "*i64"}
+    variants = (
+        ("given ", gate_choice, rows, {}, given),
+        ("alone ", gate_backward, rows, {"GSCORE": None}, {}),
+        ("no ", document_counts, {"other": Tile({"BN": 128})}, {"DOCUMENT": None},
+         {"COUNTS": "*fp32"}),
+        ("gradient of ", balance_rows, rows, {}, {"COUNTS": "*fp32"}),
+    )  # fmt: skip
     return tuple(
-        Shipped(f"{kernel.fn.__name__} E={experts}", kernel, types | more, sizes | fixed, tiles)
-        for kernel, tiles, fixed, more in (
-            (gate_choice, rows, {"GIVEN": None}, {}),
-            (gate_backward, rows, {}, {}),
-            (expert_counts, nothing, {}, {}),
-            (expert_offsets, nothing, {}, {}),
-            (expert_places, nothing, {}, {}),
-            (document_counts, {"other": Tile({"BN": 128})}, {}, {"COUNTS": "*fp32"}),
-            (balance_rows, rows, {"GRAD": None}, {"COUNTS": "*fp32"}),
+        Shipped(
+            f"{name}{kernel.fn.__name__} E={experts}", kernel, types | more, sizes | fixed, tiles
+        )
+        for name, kernel, tiles, fixed, more in (
+            ("", gate_choice, rows, {"GIVEN": None}, {}),
+            ("", gate_backward, rows, {}, {}),
+            ("", expert_counts, nothing, {}, {}),
+            ("", expert_offsets, nothing, {}, {}),
+            ("", expert_places, nothing, {}, {}),
+            ("", document_counts, {"other": Tile({"BN": 128})}, {}, {"COUNTS": "*fp32"}),
+            ("", balance_rows, rows, {"GRAD": None}, {"COUNTS": "*fp32"}),
+            *(variants if experts == 256 else ()),
         )
     )
 

@@ -3,6 +3,7 @@
 # Legend: N rows, I expert intermediate
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -105,4 +106,11 @@ def _shipped(width: int) -> tuple[Shipped, ...]:
     )
 
 
-SHIPPED = (*_shipped(512), *_shipped(2048)[1:])
+def _unweighted(line: Shipped) -> Shipped:
+    """Of the shared experts."""
+    return replace(line, name=f"{line.name} unweighted", constants={"HAS_WEIGHT": False})
+
+
+SHIPPED = (
+    *_shipped(512), *_shipped(2048)[1:], *(_unweighted(line) for line in _shipped(2048)),
+)  # fmt: skip

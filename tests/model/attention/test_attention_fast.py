@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from model.kernels import attention_cpu, attention_fast, indexer_cpu
+from model.kernels import attention_cpu, attention_fast, chunks, indexer_cpu
 from model.kernels.attention import EntrySet, attention_reference
 from model.kernels.indexer import index_scores, index_topk_reference, indexer_loss_reference
 from model.sequence_plan import build_sequence_plan
@@ -44,9 +44,9 @@ def ops(request, monkeypatch):
     if request.param == "whole":
         return CHUNKED
     if request.param in ("chunk", "gather"):
-        monkeypatch.setattr(attention_fast, "_chunk_size", lambda like, rows, keys, tokens: 16)
+        monkeypatch.setattr(chunks, "chunk_size", lambda like, rows, keys, tokens: 16)
         if request.param == "gather":
-            monkeypatch.setattr(attention_fast, "_MASK_UP_TO", 0)
+            monkeypatch.setattr(chunks, "MASK_UP_TO", 0)
         return CHUNKED
     monkeypatch.setattr(attention_cpu, "attention_chunked", None)
     monkeypatch.setattr(indexer_cpu, "index_topk_chunked", None)
