@@ -310,9 +310,9 @@ def _shipped(heads: int, dim: int) -> tuple[Shipped, ...]:
         small = dim == 32 and tiles is _KEYS_RANGE
         why = "32 x 32 products have fewer tiles than warps"
         replicates = dict.fromkeys(ARCHITECTURES[:-1], why) if small else {}
-        return Shipped(
-            name, kernel, {**types, "OUT": out}, constants, compiled, replicates=replicates
-        )
+        full = dim == 128 and tiles is _QUERIES_RANGE
+        spills = {"sm_120": "smaller tiles form products twice"} if full else {}
+        return Shipped(name, kernel, {**types, "OUT": out}, constants, compiled, spills, replicates)
 
     return (
         one("choice", index_scores, _SCORES, "*i64", RANKED=True),
