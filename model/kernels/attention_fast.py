@@ -16,9 +16,9 @@ from torch import Tensor
 from model.kernels import chunks
 from model.kernels.attention import AttentionResult, EntrySet
 from model.kernels.chunks import (
-    Entries,
-    Met,
-    Window,
+    ChunkEntries,
+    ChunkWindow,
+    MetEntries,
     accumulate,
     chunks_of,
     dots_of,
@@ -50,8 +50,8 @@ class _ChunkedAttention(torch.autograd.Function):
         o_BTHK = torch.empty_like(q_BTHK)
         lse_BTH = torch.empty(B, T, H, device=q_BTHK.device, dtype=torch.float32)
         ctx.size = chunks.chunk_size(q_BTHK, B * H, 2 * window + typical_entries(entries), T)
-        near = Window(start_BT, window, kv_BUK.shape[1], ctx.size)
-        far = None if entries is None else Entries(entries)
+        near = ChunkWindow(start_BT, window, kv_BUK.shape[1], ctx.size)
+        far = None if entries is None else ChunkEntries(entries)
         sink, scale_1 = sink_H.float(), lse_BTH.new_full((1,), K**-0.5)
         for chunk in chunks_of(T, ctx.size):
             met = None if far is None else far.of(chunk)
@@ -72,8 +72,8 @@ class _ChunkedAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_o_BTHK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q_BTHK, kv_BUK, sink_H, entry_kv_BEK, start_BT, o_BTHK, lse_BTH = ctx.saved_tensors
         scale = q_BTHK.shape[-1] ** -0.5
-        near = Window(start_BT, ctx.window, kv_BUK.shape[1], ctx.size)
-        far = None if ctx.entries is None else Entries(ctx.entries)
+        near = ChunkWindow(start_BT, ctx.window, kv_BUK.shape[1], ctx.size)
+        far = None if ctx.entries is None else ChunkEntries(ctx.entries)
         grad_q, delta_BTH = torch.empty_like(q_BTHK), torch.empty_like(lse_BTH)
         grad_kv = torch.zeros_like(kv_BUK, dtype=torch.float32)
         grad_entries = (
@@ -147,7 +147,7 @@ def index_topk_chunked(
     count, w_BTJ = min(topk, E), w_BTJ.float()
     index_BTN = torch.full((B, T, count), -1, dtype=torch.int64, device=q_BTJL.device)
     lowest = torch.finfo(torch.float32).min
-    visible = Entries(EntrySet(k_BEL, first_BT, stop_BT, bounds=bounds))
+    visible = ChunkEntries(EntrySet(k_BEL, first_BT, stop_BT, bounds=bounds))
     for chunk in chunks_of(T, chunks.chunk_size(k_BEL, B * J, E, T)):
         met = visible.of(chunk)
         if met is None:
@@ -192,7 +192,7 @@ class _ChunkedIndexerLoss(torch.autograd.Function):
         total = torch.zeros((), device=q_BTJL.device, dtype=torch.float32)
         wide_BTJ, scale_1 = w_BTJ.float(), lse_BTH.new_full((1,), q_BTHK.shape[-1] ** -0.5)
         size = chunks.chunk_size(q_BTJL, B * max(J, q_BTHK.shape[2]), typical_entries(entries), T)
-        used = Entries(entries)
+        used = ChunkEntries(entries)
         for chunk in chunks_of(T, size):
             met = used.of(chunk)
             if met is None:
@@ -222,7 +222,7 @@ class _ChunkedIndexerLoss(torch.autograd.Function):
         return grad_q * grad, grad_k * grad, grad_w * grad, None, None, None
 
 
-def _teacher(scores_BCHG: Tensor, lse_BCH: Tensor, met: Met) -> Tensor:
+def _teacher(scores_BCHG: Tensor, lse_BCH: Tensor, met: MetEntries) -> Tensor:
     """Attention mass over heads, full denominator, normalised over the keys of each query."""
     mass = scores_BCHG.sub_(lse_BCH[..., None]).exp_().sum(dim=2)
     mass.masked_fill_(met.hidden_BCG, 0.0)  # not 0 by itself if the denominator is NaN

@@ -1,6 +1,6 @@
 """What a chunk of queries meets: the plain path's keys, their products, and the way back.
 
-The window is a band: a chunk of C queries meets C + window - 1 tokens. Entries are a slice (all
+The window is a band: a chunk of C queries meets C + window - 1 tokens. ChunkEntries are a slice (all
 visible ones) with a mask while the slice is short, or gathered per query when the choice is much
 smaller than the slice. What all queries of a chunk meet stands in one table, since on a GPU it is
 the number of operations that costs.
@@ -50,7 +50,7 @@ def chunks_of(T: int, size: int) -> Iterator[slice]:
         yield slice(begin, min(begin + size, T))
 
 
-class Met(NamedTuple):
+class MetEntries(NamedTuple):
     """Entries that a chunk meets: a slice of the row, or for each query those that it chose.
 
     Attributes:
@@ -64,7 +64,7 @@ class Met(NamedTuple):
     index_BCN: Tensor | None
 
 
-class Keys(NamedTuple):
+class ChunkKeys(NamedTuple):
     """Keys of a chunk: those that all its queries meet, then those of each query.
 
     Attributes:
@@ -79,13 +79,13 @@ class Keys(NamedTuple):
     gathered_BCNK: Tensor | None
     hidden_BCG: Tensor
     window: slice
-    met: Met | None
+    met: MetEntries | None
 
 
 _NO_WINDOW = slice(0, 0)
 
 
-class Window:
+class ChunkWindow:
     """What queries see of the window, for all chunks of a call at once.
 
     Args:
@@ -111,7 +111,7 @@ class Window:
         return slice(low, stop), self.hidden_BTG[:, chunk, low - first : stop - first]
 
 
-class Entries:
+class ChunkEntries:
     """What queries use of the entries of their row, for all chunks of a call at once."""
 
     def __init__(self, entries: EntrySet) -> None:
@@ -124,7 +124,7 @@ class Entries:
             self.none_BTN = self.index_BTN < 0
             self.column_BTN = self.index_BTN.masked_fill(self.none_BTN, self.E)
 
-    def of(self, chunk: slice) -> Met | None:
+    def of(self, chunk: slice) -> MetEntries | None:
         """What a chunk meets; None when no query of it sees any."""
         rows = slice(*self.bounds.of(chunk))
         if rows.start >= rows.stop:
@@ -132,14 +132,14 @@ class Entries:
         if self.index_BTN is None:
             row_G = self.row_E[rows]
             outside = (row_G < self.first_BT1[:, chunk]) | (row_G >= self.stop_BT1[:, chunk])
-            return Met(rows, outside, None)
+            return MetEntries(rows, outside, None)
         column_BCN = self.column_BTN[:, chunk]
         B, C, N = column_BCN.shape
         if rows.stop - rows.start > MASK_UP_TO * N:
             none_BCN = self.none_BTN[:, chunk]
-            return Met(rows, none_BCN, column_BCN.masked_fill(none_BCN, 0))
+            return MetEntries(rows, none_BCN, column_BCN.masked_fill(none_BCN, 0))
         hidden = torch.ones(B, C, self.E + 1, dtype=torch.bool, device=column_BCN.device)
-        return Met(rows, hidden.scatter_(2, column_BCN, False)[..., rows], None)
+        return MetEntries(rows, hidden.scatter_(2, column_BCN, False)[..., rows], None)
 
 
 def _bounds(entries: EntrySet) -> Bounds:
@@ -161,30 +161,30 @@ def _flat(table_BEK: Tensor, index_BCN: Tensor) -> tuple[Tensor, Tensor]:
     return table_BEK.reshape(B * E, K), flat.flatten()
 
 
-def take(table_BEK: Tensor, met: Met) -> Keys:
+def take(table_BEK: Tensor, met: MetEntries) -> ChunkKeys:
     """The entries of a chunk."""
     if met.index_BCN is None:
-        return Keys(table_BEK[:, met.rows], None, met.hidden_BCG, _NO_WINDOW, met)
+        return ChunkKeys(table_BEK[:, met.rows], None, met.hidden_BCG, _NO_WINDOW, met)
     table, flat = _flat(table_BEK, met.index_BCN)
     gathered = table.index_select(0, flat).view(*met.index_BCN.shape, -1)
-    return Keys(None, gathered, met.hidden_BCG, _NO_WINDOW, met)
+    return ChunkKeys(None, gathered, met.hidden_BCG, _NO_WINDOW, met)
 
 
 def join(
-    kv_BUK: Tensor, window: tuple[slice, Tensor], entries_BEK: Tensor | None, met: Met | None
-) -> Keys:
+    kv_BUK: Tensor, window: tuple[slice, Tensor], entries_BEK: Tensor | None, met: MetEntries | None
+) -> ChunkKeys:
     """The window's keys and the entries of a chunk."""
     rows, hidden = window
     near = kv_BUK[:, rows]
     if entries_BEK is None or met is None:
-        return Keys(near, None, hidden, rows, None)
+        return ChunkKeys(near, None, hidden, rows, None)
     far = take(entries_BEK, met)
     shared = near if far.shared_BSK is None else torch.cat((near, far.shared_BSK), dim=1)
     hidden = torch.cat((hidden, met.hidden_BCG), dim=-1)
-    return Keys(shared, far.gathered_BCNK, hidden, rows, met)
+    return ChunkKeys(shared, far.gathered_BCNK, hidden, rows, met)
 
 
-def dots_of(x_BACHK: Tensor, keys: Keys) -> Tensor:
+def dots_of(x_BACHK: Tensor, keys: ChunkKeys) -> Tensor:
     """``x . key`` for all keys: [B, A, C, H, G]."""
     parts = []
     if keys.shared_BSK is not None:
@@ -198,7 +198,7 @@ def dots_of(x_BACHK: Tensor, keys: Keys) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def mix(p_BCHG: Tensor, keys: Keys) -> Tensor:
+def mix(p_BCHG: Tensor, keys: ChunkKeys) -> Tensor:
     """``sum_g p key_g``: [B, C, H, K]; of two kinds of keys in fp32."""
     B, C, H, _ = p_BCHG.shape
     if keys.shared_BSK is None:
@@ -212,7 +212,7 @@ def mix(p_BCHG: Tensor, keys: Keys) -> Tensor:
 
 
 def accumulate(
-    grad_kv: Tensor | None, grad_entries: Tensor | None, keys: Keys, p: Tensor, x: Tensor
+    grad_kv: Tensor | None, grad_entries: Tensor | None, keys: ChunkKeys, p: Tensor, x: Tensor
 ) -> None:
     """Add ``p^T x`` to the rows (fp32) that the keys came from; p [B, A, C, H, G], x [.., K]."""
     B, S = p.shape[0], 0
@@ -241,7 +241,7 @@ def _scaled(dots: Tensor, scale_1: Tensor) -> Tensor:
     return torch.mul(dots, scale_1, out=dots if dots.dtype == torch.float32 else None)
 
 
-def masked_scores(dots_BCHG: Tensor, scale_1: Tensor, keys: Keys) -> Tensor:
+def masked_scores(dots_BCHG: Tensor, scale_1: Tensor, keys: ChunkKeys) -> Tensor:
     """Scaled dots in fp32, -inf for what is hidden; the dots are used up."""
     hidden = keys.hidden_BCG[:, :, None]
     return _scaled(dots_BCHG, scale_1).masked_fill_(hidden, float("-inf"))
