@@ -1,6 +1,6 @@
 """What a chunk of queries meets: the plain path's keys, their products, and the way back.
 
-The window is a band: a chunk of C queries meets C + window - 1 tokens. ChunkEntries are a slice (all
+The window is a band: a chunk of C queries meets C + window - 1 tokens. Entries are a slice (all
 visible ones) with a mask while the slice is short, or gathered per query when the choice is much
 smaller than the slice. What all queries of a chunk meet stands in one table, since on a GPU it is
 the number of operations that costs.
