@@ -9,12 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from docs.studies.default_run import table as search
 from scripts import report
 from scripts.studies.archive import open_archive, pack
 from scripts.studies.report import study_document
 from scripts.studies.results import gather
 from scripts.studies.store import ARCHIVED, Store, read_archive
 from tests.helpers import ROOT
+from train.config.command_line import compose_run
 
 DOCS = ROOT / "docs" / "studies"
 ARCHIVES = sorted((DOCS / "archives").iterdir())
@@ -71,6 +73,13 @@ def test_runs_that_archives_share_are_read_once(monkeypatch):
     store = Store([DOCS / "archives"], None)
     assert sorted(read) == sorted({*names}) == sorted(store.runs)
     assert len(read) < len(names)
+
+
+def test_table_of_the_default_runs_search_is_what_its_trials_say():
+    trials = json.loads(search.TRIALS.read_text())
+    assert search.table(trials) in search.DOCUMENT.read_text()
+    steps = compose_run([]).train.steps
+    assert [t["config"]["train"]["steps"] for t in trials.values()].count(steps) >= 1
 
 
 @pytest.mark.parametrize(
