@@ -8,9 +8,7 @@ Goes into the identity of a run (train/run_folder/identity.py).
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,15 +16,12 @@ from typing import Any
 from data.config import DataConfig, SourceConfig, SourceKind, ValidationConfig
 from data.corpus import package_versions
 from data.files import find_files
+from data.hub import hub_revision
 from data.token_store import TokenStore
 from data.tokenizer import Tokenizer
 
-log = logging.getLogger(__name__)
-
 _LIBRARIES = ("numpy", "datasets", "tokenizers")
 _BLOCK, _BLOCKS = 1 << 18, 16  # bytes of a sample; samples of a file, evenly spread
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_PATIENCE = 10.0  # seconds that the hub may take to tell a revision
 
 
 def sources_content(cfg: DataConfig, stores: Mapping[str, TokenStore]) -> dict[str, Any]:
@@ -101,7 +96,7 @@ def stream_content(name: str, source: SourceConfig, validation: ValidationConfig
     if Path(source.path).exists():
         files = sorted(p for p in Path(source.path).rglob("*") if p.is_file())
         return fields | {"files": [file_content(file) for file in files]}
-    return fields | {"repository": source.path, "revision": _revision(source), "files": []}
+    return fields | {"repository": source.path, "revision": hub_revision(source), "files": []}
 
 
 def file_content(path: str | Path) -> list[Any]:
@@ -116,22 +111,3 @@ def file_content(path: str | Path) -> list[Any]:
                 file.seek((size - _BLOCK) * number // (_BLOCKS - 1))
                 found.update(file.read(_BLOCK))
     return [size, found.hexdigest()]
-
-
-def _revision(source: SourceConfig) -> str | None:
-    """The commit that a hub's dataset stands at; None where the hub cannot be asked."""
-    if _COMMIT.fullmatch(source.revision):
-        return source.revision
-    from huggingface_hub import HfApi  # noqa: PLC0415 - only for a hub's streams
-
-    try:
-        info = HfApi().dataset_info(
-            source.path, revision=source.revision or None, timeout=_PATIENCE
-        )
-    except Exception as error:  # offline, a mirror without this call, no permission
-        log.info(
-            "data: the hub does not tell the revision of %s, so it is not compared with an earlier"
-            " one (%s)", source.path, " ".join(str(error).split())[:200],
-        )  # fmt: skip
-        return None
-    return info.sha

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from data.cache import raise_if_full
+from data.cache import digest, locked, raise_if_full
 from data.config import SourceConfig
 from data.errors import ConfigError
 from data.files import shown
 from data.network import go_offline_if_away
+
+log = logging.getLogger(__name__)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_PATIENCE = 10.0  # seconds that the hub may take to tell a revision
 
 
 class HubDocuments:
@@ -82,6 +88,48 @@ class HubRows:
             raise ConfigError(
                 f"{self._what}: cannot be read after {number} documents: {_reason(error)}"
             ) from error
+
+
+def hub_revision(source: SourceConfig) -> str | None:
+    """The commit that a hub's dataset stands at; None, and a line, where the hub cannot be asked.
+
+    Args:
+        source: names the dataset, and maybe a branch, a tag or the commit itself.
+    """
+    if _COMMIT.fullmatch(source.revision):
+        return source.revision
+    from huggingface_hub import HfApi  # noqa: PLC0415 - only for a hub's datasets
+
+    go_offline_if_away()
+    try:
+        info = HfApi().dataset_info(
+            source.path, revision=source.revision or None, timeout=_PATIENCE
+        )
+    except Exception as error:  # offline, a mirror without this call, no permission
+        log.info(
+            "data: the hub does not tell the revision of %s, so it is not compared with an earlier"
+            " one (%s)", source.path, _reason(error)[:200],
+        )  # fmt: skip
+        return None
+    return info.sha
+
+
+def cached_revision(source: SourceConfig, folder: Path) -> str:
+    """The revision whose copy in the cache is right: the hub's own, or the last one that was seen.
+
+    Args:
+        source: a dataset of the hub.
+        folder: of the cache; the commit that the hub tells is remembered in it.
+    """
+    seen = folder / f"revision-{digest([source.path, source.revision])[:24]}"
+    commit = hub_revision(source)
+    if commit is not None:
+        if not seen.is_file() or seen.read_text() != commit:
+            with locked(seen, "data.cache_dir"):
+                seen.with_suffix(".new").write_text(commit)
+                seen.with_suffix(".new").replace(seen)
+        return commit
+    return seen.read_text() if seen.is_file() else source.revision
 
 
 def _load(key: str, source: SourceConfig, **options: Any) -> Any:

@@ -12,6 +12,7 @@ import json
 import logging
 from array import array
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ from data.config import OnBadLine, SourceConfig, SourceKind
 from data.corpus import embedded_documents
 from data.errors import ConfigError
 from data.files import FoundFiles, find_files, shown
-from data.hub import HubDocuments, HubRows
+from data.hub import HubDocuments, HubRows, cached_revision
 from data.progress import progress_map
 from data.readers import Place, RawDocument, UnreadableFile, json_rows, parquet_rows, text_rows
 from data.synthetic import VERSION, SyntheticDocuments
@@ -260,7 +261,9 @@ def open_documents(
         unchanged()
 
     if source.kind is SourceKind.hub:
-        documents: Documents = HubDocuments(name, source, f"{cache_root(cache_dir)}/datasets/{key}")
+        of_commit = replace(source, revision=before.get("revision", source.revision))
+        folder = f"{cache_root(cache_dir)}/datasets/{key}"
+        documents: Documents = HubDocuments(name, of_commit, folder)
         unchanged()
     else:
         documents = CachedDocuments(build_once(cache_root(cache_dir) / "texts" / key, copy))
@@ -272,7 +275,8 @@ def open_documents(
 def fingerprint(name: str, source: SourceConfig, cache_dir: str) -> dict[str, Any]:
     """What the documents of a source depend on, the key of what is cached of them.
 
-    Files are known by their bytes and their order: neither a name nor a time can lie about them.
+    Files are known by their bytes and their order: neither a name nor a time can lie about them; a
+    dataset of the hub by the commit that it stands at.
 
     Raises:
         ConfigError: there are none, or one cannot be read.
@@ -299,7 +303,8 @@ def fingerprint(name: str, source: SourceConfig, cache_dir: str) -> dict[str, An
     fields |= {"subset": source.subset, "split": source.split}
     folder = Path(source.path)
     if not folder.exists():
-        return fields | {"path": source.path, "revision": source.revision}
+        revision = cached_revision(source, cache_root(cache_dir) / "datasets")
+        return fields | {"path": source.path, "revision": revision}
     if source.revision:
         raise ConfigError(
             f"data.sources.{name}.revision={source.revision} has no effect:"

@@ -71,26 +71,29 @@ class EngineConfig:
         Raises:
             ConfigError: names the keys and their values.
         """
+        refuse(ConfigError, self._problems(prefix))
+
+    def _problems(self, prefix: str) -> Iterator[str]:
         if self.name is EngineName.torch:
             for key, default in ((f.name, f.default) for f in fields(EngineConfig)[1:]):
                 if getattr(self, key) != default:
-                    raise ConfigError(
+                    yield (
                         f"{prefix}.{key}={getattr(self, key)} needs {prefix}=deepspeed, not"
                         f" {prefix}.name={self.name.value}"
                     )
         if self.offload_parameters is not OffloadTo.none and self.zero_stage != 3:
-            raise ConfigError(
+            yield (
                 f"{prefix}.offload_parameters={self.offload_parameters.value} needs"
                 f" {prefix}.zero_stage=3, not {self.zero_stage}"
             )
         if self.offload_optimizer is OffloadTo.nvme and self.zero_stage != 3:
-            raise ConfigError(
+            yield (
                 f"{prefix}.offload_optimizer=nvme needs {prefix}.zero_stage=3, not"
                 f" {self.zero_stage}"
             )
         on_nvme = OffloadTo.nvme in (self.offload_optimizer, self.offload_parameters)
         if on_nvme != bool(self.nvme_path):
-            raise ConfigError(
+            yield (
                 f"{prefix}.nvme_path={self.nvme_path!r}, but"
                 f" {prefix}.offload_optimizer={self.offload_optimizer.value} and"
                 f" {prefix}.offload_parameters={self.offload_parameters.value}: nvme needs a"
@@ -185,16 +188,18 @@ class ParallelConfig:
                     )
                 out = replace(self, **{key: world_size // known})
                 known = world_size
+        problems = []
         if known != world_size:
             shown = " * ".join(f"{key}={getattr(self, key)}" for key in _AXES)
-            raise ConfigError(
+            problems.append(
                 f"{prefix}: {shown} = {known} ranks, but the world size is {world_size}"
             )
         if out.data_degree % out.ep:
-            raise ConfigError(
+            problems.append(
                 f"{prefix}.ep={out.ep} must divide the {out.data_degree} data ranks"
                 f" (dp_replicate * dp_shard * cp)"
             )
+        refuse(ConfigError, problems)
         return out
 
     @property

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable
 from enum import IntEnum
 from pathlib import Path
+from typing import TypeVar
 
 import data.errors
 import model.errors
@@ -22,6 +23,7 @@ import quant.errors
 from conf.problems import ProblemsError, refuse
 
 ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
 
 
 class ExitCode(IntEnum):
@@ -44,14 +46,14 @@ USER_ERRORS: tuple[type[ProblemsError], ...] = (
 
 
 class DoesNotFitError(UserError):
-    """The run needs more memory than a rank has.
+    """The run needs more memory than a rank has; the last of its problems says so.
 
     Attributes:
         table: what it needs, what there is, and what would fit.
     """
 
-    def __init__(self, message: str, table: str) -> None:
-        super().__init__(message)
+    def __init__(self, *problems: str, table: str) -> None:
+        super().__init__(*problems)
         self.table = table
 
 
@@ -63,6 +65,45 @@ class TrainingFailedError(RuntimeError):
 FAILURES: tuple[type[Exception], ...] = (TrainingFailedError, data.errors.DiskError)
 
 
+class Problems:
+    """What checks refuse, gathered, so that whoever mends one problem knows of the others.
+
+    A check is made on what earlier ones left: where something is refused already, one that trips
+    over it in another way is passed over.
+    """
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.misfit: DoesNotFitError | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.lines) or self.misfit is not None
+
+    def of(self, check: Callable[[], T]) -> T | None:
+        """What a check returns; None where it refuses, or trips over what is refused already."""
+        try:
+            return check()
+        except DoesNotFitError as error:
+            self.misfit = error
+        except USER_ERRORS as error:
+            self.lines += map(str, error.args)
+        except Exception:
+            if not self:
+                raise
+        return None
+
+    def refuse(self) -> None:
+        """Raise all of them together, where there are any.
+
+        Raises:
+            UserError: the problems; a misfit is the last of them, and brings its table.
+        """
+        if self.misfit is not None:
+            lines = dict.fromkeys([*self.lines, *map(str, self.misfit.args)])
+            raise DoesNotFitError(*lines, table=self.misfit.table)
+        refuse(UserError, self.lines)
+
+
 def check_all(*checks: Callable[[], object]) -> None:
     """Make every check, and raise what they refuse together.
 
@@ -72,15 +113,10 @@ def check_all(*checks: Callable[[], object]) -> None:
     Raises:
         UserError: the problems of all of them.
     """
-    problems: list[str] = []
+    problems = Problems()
     for check in checks:
-        try:
-            check()
-        except DoesNotFitError:
-            raise
-        except USER_ERRORS as error:
-            problems += map(str, error.args)
-    refuse(UserError, problems)
+        problems.of(check)
+    problems.refuse()
 
 
 def lines_of(error: BaseException) -> list[str]:

@@ -32,10 +32,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.problems import ProblemsError
 from data.cache import raise_if_full
 from parallel.launch import check_launch, launched_rank
-from train.config.command_line import CONF, further_problems, normalise, options, sweeps
-from train.config.load import load
+from train.config.command_line import CONF, acceptable, composed, normalise, options, sweeps
+from train.config.load import parse
 from train.config.schema import RunConfig
 from train.config.sweep import forget_refused, in_own_folder, sweep_folders
 from train.errors import (
@@ -43,12 +44,13 @@ from train.errors import (
     USER_ERRORS,
     DoesNotFitError,
     ExitCode,
+    Problems,
     UserError,
     ends_when_unread,
     lines_of,
     one_line,
 )
-from train.preflight.reach import check_reach
+from train.preflight.reach import tell_reach
 from train.recovery.stop import Stopped, stop_with_launcher
 from train.run_folder.folder import (
     CONFIG,
@@ -56,10 +58,10 @@ from train.run_folder.folder import (
     make_writable,
     untouched_if_refused,
 )
-from train.stages import check_contexts, check_rows, check_schedule, resolve
+from train.stages import resolve
 
 if TYPE_CHECKING:
-    from train.preflight.precision import Measure, PrecisionChoice
+    from train.preflight.precision import PrecisionChoice
     from train.record.ranking import RunSummary
 
 log = logging.getLogger(__name__)
@@ -76,52 +78,13 @@ def main(cfg: DictConfig) -> int:
         ValueError: the input cannot be; nothing was written.
         Stopped: a signal ended it; it is saved.
     """
-    run, precision = checked(cfg)
-    if run.dry_run:
-        return _dry_run(run)
-    with untouched_if_refused(run.run_dir):
-        return _train(run, precision)
+    from train.preflight.checks import check_run  # noqa: PLC0415  torch takes seconds
 
-
-def checked(
-    cfg: DictConfig, measure: Measure | None = None
-) -> tuple[RunConfig, PrecisionChoice | None]:
-    """The run that a composed config describes, once all is asked that needs no file.
-
-    Args:
-        cfg: as Hydra composed it.
-        measure: see :func:`train.preflight.precision.settle`.
-
-    Returns:
-        The run, and why it computes in this precision; None where that was asked for.
-
-    Raises:
-        UserError: it cannot be, here; as the packages' own errors.
-    """
-    run = load(cfg)
-    plan = resolve(run)
-    from model.kernels.select import check_kernels  # noqa: PLC0415
-    from parallel.mesh import check_layout  # noqa: PLC0415  torch takes seconds, which no typo
-    from train.audit.checks import check_audited  # noqa: PLC0415      should cost
-    from train.preflight import fit  # noqa: PLC0415
-    from train.preflight.engine import check_engine  # noqa: PLC0415
-    from train.preflight.precision import settle  # noqa: PLC0415
-    from train.preflight.services import check_services  # noqa: PLC0415
-
-    world = fit.this_world(run.train.device)
-    run, choice = settle(run, world, measure)
-    check_audited(run)
-    check_services(run)
-    fit.check(run, plan, world)
-    check_kernels(run.model, world.device)
-    check_engine(run, plan, world.device)
-    check_reach(run, plan)
-    layout = run.parallel.resolve(world.ranks)
-    check_layout(layout, run.model)
-    check_contexts(plan, run, layout)
-    check_rows(plan, layout.data_degree)
-    check_schedule(plan, layout)
-    return run, choice
+    run = parse(cfg)
+    with untouched_if_refused(run.run_dir, always=run.dry_run):
+        run, precision = check_run(run)
+        tell_reach(run, resolve(run))
+        return _dry_run(run) if run.dry_run else _train(run, precision)
 
 
 def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
@@ -145,7 +108,7 @@ def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
                 trainer = build(run, precision)
                 code = trainer.fit()
     if trainer.stop.signalled:
-        raise Stopped
+        raise Stopped(code)
     return code
 
 
@@ -165,10 +128,6 @@ def _dry_run(run: RunConfig) -> int:
         return ExitCode.finished
     from train.build import build_data, foretell  # noqa: PLC0415
 
-    folder = Path(run.run_dir)
-    with untouched_if_refused(run.run_dir, always=True):
-        make_writable(folder)
-        check_run_folder(run)
     foretell(run, resolve(run), build_data(run))
     log.info("dry_run=true: nothing was trained; what was read of the text is kept in its cache")
     return ExitCode.finished
@@ -216,8 +175,8 @@ def cli(args: Sequence[str]) -> int:
         try:
             words = normalise(args)
         except USER_ERRORS as error:
-            problems = dict.fromkeys([*error.args, *further_problems(args)])
-            raise UserError(*problems) from error
+            _refuse_all(error, args)
+            raise
         with _hydra_reads([sys.argv[0], *words]):
             hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
         order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)
@@ -225,8 +184,8 @@ def cli(args: Sequence[str]) -> int:
 
     try:
         code = _guarded(compose_and_run, untold)
-    except Stopped:
-        code = ExitCode.resumable
+    except Stopped as stopped:  # of a sweep, jobs are left
+        code = ExitCode.resumable if sweeps(args) else ExitCode(stopped.code)
     if sweeps(args) and launched_rank() == 0 and set(codes) <= {ExitCode.user_error}:
         forget_refused(args)
     elif sweeps(args) and launched_rank() == 0:
@@ -237,6 +196,19 @@ def cli(args: Sequence[str]) -> int:
 
         leave_process_group()
     return code
+
+
+def _refuse_all(error: ProblemsError, args: Sequence[str]) -> None:
+    """Raise what a command line cannot be, and what the rest of it could not be either."""
+    from train.preflight.checks import check_run  # noqa: PLC0415
+
+    problems = Problems()
+    problems.lines += map(str, error.args)
+    with suppress(HydraException, OmegaConfBaseException):
+        run = problems.of(lambda: parse(composed(acceptable(args))))
+        if run is not None:
+            problems.of(lambda: check_run(run, problems=problems))
+    problems.refuse()
 
 
 def _tell_ranking(folders: Sequence[Path]) -> None:
@@ -319,8 +291,9 @@ def _tell_launcher(text: str) -> None:
     """Let torchrun end its own report with our lines, which stand far above it otherwise."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         with suppress(OSError):
-            content = {"message": text.rstrip(), "timestamp": str(int(time.time()))}
-            Path(path).write_text(json.dumps(content, allow_nan=False), encoding="utf-8")
+            inner = {"message": text.rstrip(), "extraInfo": {"timestamp": str(int(time.time()))}}
+            content = json.dumps({"message": inner}, allow_nan=False)
+            Path(path).write_text(content, encoding="utf-8")
 
 
 def _let_rank_0_tell(untold: list[str]) -> None:

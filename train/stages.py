@@ -11,13 +11,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
+from conf.problems import refuse
 from model.config import IndexerPhase, LayerKind, ModelConfig
 from parallel.config import ParallelConfig
 from parallel.pipeline_split import check_microbatches
 from train.config.schema import RunConfig, StageConfig, TrainConfig
-from train.errors import UserError
+from train.errors import UserError, check_all
 
 # Of the expert bias, steps times speed. With 2.2 and 8.8 a gate of v4_nano was last above twice its
 # mean load at step 68 and 35 of 220 (docs/LOG.md, Optimizer); from 6,000 steps on it is the paper's
@@ -133,10 +135,27 @@ def resolve(run: RunConfig) -> StagePlan:
     Raises:
         UserError: stages that cannot be, or one in which no step begins; names it and the values.
     """
+    plan, problems = survey(run)
+    refuse(UserError, problems)
+    assert plan is not None
+    return plan
+
+
+def survey(run: RunConfig) -> tuple[StagePlan | None, list[str]]:
+    """The plan of a run, and all that is wrong with it.
+
+    Returns:
+        None for the plan where its steps cannot be counted; the problems, none where it is right.
+    """
     train = run.train
     stages = tuple(_stages(train, run.parallel.cp))
+    uncountable, problems = list[str](), list[str]()
     for index, stage in enumerate(stages):
-        _check_stage(stage, _label(train, index), run)
+        label = f"{_label(train, index)}: " if train.stages else "train."
+        uncountable += (label + text for ok, text in _lengths(stage) if not ok)
+        problems += (label + text for ok, text in _rows_and_phase(stage, run) if not ok)
+    if uncountable:
+        return None, [*uncountable, *problems]
     total = stages[-1].until_tokens
     if train.bias_update_speed is None:
         speed = bias_speed(_count(stages, total, None)[0])
@@ -146,11 +165,11 @@ def resolve(run: RunConfig) -> StagePlan:
     for index, stage in enumerate(plan.reached()):
         before = plan.step_at(stage.start_tokens)
         if plan.step_at(stage.until_tokens) == before:
-            raise UserError(
+            problems.append(
                 f"{_label(train, index)}: no step begins in it, since until_tokens="
                 f"{stage.until_tokens} and the last step before it ends at {plan.tokens_at(before)}"
             )
-    return plan
+    return plan, problems
 
 
 def bias_speed(steps: int) -> float:
@@ -177,6 +196,10 @@ def check_contexts(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> N
     Raises:
         UserError: names the stage and the values, and how many steps come before it.
     """
+    refuse(UserError, _context_problems(plan, run, layout))
+
+
+def _context_problems(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> Iterator[str]:
     kinds = [run.model.kind(layer) for layer in range(run.model.num_hidden_layers)]
     whole = next((i for i, k in enumerate(kinds) if k in (LayerKind.dense, LayerKind.mha)), None)
     for index, stage in enumerate(plan.reached()):
@@ -188,12 +211,12 @@ def check_contexts(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> N
             f" {stage.cp} shards)"
         )
         if layout.shard_degree % stage.cp:
-            raise UserError(
+            yield (
                 f"{needs}, which must divide the parallel.dp_shard={layout.dp_shard} * parallel.cp="
                 f"{layout.cp} ranks that share parameters{before}"
             )
         if stage.cp > 1 and whole is not None:
-            raise UserError(
+            yield (
                 f"{needs}, but layer {whole} of model.attention={run.model.attention} is"
                 f" {kinds[whole].value}: it would need whole rows{before}"
             )
@@ -240,19 +263,22 @@ def check_rows(plan: StagePlan, data_degree: int) -> None:
     Raises:
         UserError: names the stage and both values.
     """
-    for stage in plan.reached():
-        row_degree = data_degree // stage.cp
-        rows, unit = stage.quantum_tokens // stage.seq_len, stage.micro_batch_size * row_degree
-        if rows % unit:
-            fitting = math.gcd(rows // row_degree, stage.micro_batch_size)
-            advice = f"; {fitting} would do" if rows % row_degree == 0 else ""
-            what = "batches that grow by" if stage.ramp_from_tokens else "a batch of"
-            raise UserError(
-                f"stage {stage.name}: {what} {rows} rows (train.global_batch_tokens="
-                f"{stage.global_batch_tokens}, seq_len={stage.seq_len}) must be a multiple of"
-                f" train.micro_batch_size={stage.micro_batch_size} times {row_degree} data rank(s)"
-                f"{advice}"
-            )
+    refuse(UserError, (_row_problem(stage, data_degree // stage.cp) for stage in plan.reached()))
+
+
+def _row_problem(stage: Stage, row_degree: int) -> str | None:
+    rows, unit = stage.quantum_tokens // stage.seq_len, stage.micro_batch_size * row_degree
+    if rows % unit == 0:
+        return None
+    fitting = math.gcd(rows // row_degree, stage.micro_batch_size)
+    advice = f"; {fitting} would do" if rows % row_degree == 0 else ""
+    what = "batches that grow by" if stage.ramp_from_tokens else "a batch of"
+    return (
+        f"stage {stage.name}: {what} {rows} rows (train.global_batch_tokens="
+        f"{stage.global_batch_tokens}, seq_len={stage.seq_len}) must be a multiple of"
+        f" train.micro_batch_size={stage.micro_batch_size} times {row_degree} data rank(s)"
+        f"{advice}"
+    )
 
 
 def check_schedule(plan: StagePlan, layout: ParallelConfig) -> None:
@@ -265,21 +291,23 @@ def check_schedule(plan: StagePlan, layout: ParallelConfig) -> None:
     Raises:
         ValueError: names the keys and both values.
     """
-    if layout.pp == 1:
-        return
-    for stage in plan.reached():
-        sizes, tokens = {stage.global_batch_tokens}, stage.start_tokens
-        while tokens < stage.until_tokens:
-            sizes.add(stage.batch_tokens(tokens))
-            tokens = stage.constant_until(tokens)
-        for size in sorted(sizes):
-            groups = max(1, layout.data_degree // stage.cp)
-            batch = (
-                f"a batch of {size} tokens in stage {stage.name} (seq_len={stage.seq_len},"
-                f" train.micro_batch_size={stage.micro_batch_size}, {groups} data rank(s))"
-            )
-            count = size // stage.seq_len // (stage.micro_batch_size * groups)
-            check_microbatches(layout, count, batch)
+    if layout.pp > 1:
+        check_all(*(partial(_check_microbatches, s, layout) for s in plan.reached()))
+
+
+def _check_microbatches(stage: Stage, layout: ParallelConfig) -> None:
+    sizes, tokens = {stage.global_batch_tokens}, stage.start_tokens
+    while tokens < stage.until_tokens:
+        sizes.add(stage.batch_tokens(tokens))
+        tokens = stage.constant_until(tokens)
+    for size in sorted(sizes):
+        groups = max(1, layout.data_degree // stage.cp)
+        batch = (
+            f"a batch of {size} tokens in stage {stage.name} (seq_len={stage.seq_len},"
+            f" train.micro_batch_size={stage.micro_batch_size}, {groups} data rank(s))"
+        )
+        count = size // stage.seq_len // (stage.micro_batch_size * groups)
+        check_microbatches(layout, count, batch)
 
 
 def _stages(train: TrainConfig, cp: int) -> Iterator[Stage]:
@@ -319,56 +347,57 @@ def _label(train: TrainConfig, index: int) -> str:
     return f"train.stages[{index}]" + (f" ({name})" if name else "")
 
 
-def _check_stage(stage: Stage, label: str, run: RunConfig) -> None:
-    def need(ok: bool, message: str) -> None:
-        if not ok:
-            raise UserError(f"{label}: {message}" if run.train.stages else f"train.{message}")
-
-    batch, seq_len = stage.global_batch_tokens, stage.seq_len
-    need(
+def _lengths(stage: Stage) -> Iterator[tuple[bool, str]]:
+    """What makes a stage's steps countable: it has a length, and its batch grows."""
+    batch, ramp = stage.global_batch_tokens, stage.ramp_from_tokens
+    yield (
         stage.until_tokens > stage.start_tokens,
         f"until_tokens={stage.until_tokens} must lie beyond the end of the stage before it,"
         f" {stage.start_tokens}",
     )
-    need(
-        batch % seq_len == 0, f"global_batch_tokens={batch} must be a multiple of seq_len={seq_len}"
-    )
-    need(
-        seq_len % stage.cp == 0,
-        f"seq_len={seq_len} must be a multiple of cp={stage.cp}, its shards",
-    )
-    limit = run.model.max_position_embeddings
-    need(seq_len <= limit, f"seq_len={seq_len} exceeds model.max_position_embeddings={limit}")
-    ramp = stage.ramp_from_tokens
-    need(
-        0 <= ramp < batch and ramp % seq_len == 0,
-        f"ramp_from_tokens={ramp} must be a multiple of seq_len={seq_len} below"
+    yield (
+        0 <= ramp < batch and ramp % stage.seq_len == 0,
+        f"ramp_from_tokens={ramp} must be a multiple of seq_len={stage.seq_len} below"
         f" global_batch_tokens={batch}",
     )
-    need(
+    yield (
         (stage.ramp_tokens > 0) == (ramp > 0),
         f"ramp_tokens={stage.ramp_tokens} and ramp_from_tokens={ramp} belong together",
     )
     length = stage.until_tokens - stage.start_tokens
-    need(
-        stage.ramp_tokens < length,
+    yield (
+        length <= 0 or stage.ramp_tokens < length,
         f"ramp_tokens={stage.ramp_tokens} must be below the stage's {length} tokens: the batch"
         f" would never reach global_batch_tokens={batch}",
     )
+
+
+def _rows_and_phase(stage: Stage, run: RunConfig) -> Iterator[tuple[bool, str]]:
+    """What rows and the indexer's phase ask of batch and model."""
+    batch, seq_len = stage.global_batch_tokens, stage.seq_len
+    yield (
+        batch % seq_len == 0,
+        f"global_batch_tokens={batch} must be a multiple of seq_len={seq_len}",
+    )
+    yield (
+        seq_len % stage.cp == 0,
+        f"seq_len={seq_len} must be a multiple of cp={stage.cp}, its shards",
+    )
+    limit = run.model.max_position_embeddings
+    yield seq_len <= limit, f"seq_len={seq_len} exceeds model.max_position_embeddings={limit}"
+    weight, topk = run.train.indexer_loss_weight, run.model.index_topk
     if stage.indexer_phase == IndexerPhase.sparse and _has_indexer(run.model):
-        weight, topk = run.train.indexer_loss_weight, run.model.index_topk
-        need(
+        yield (
             topk > 1 or weight == 0,
             f"indexer_phase=sparse teaches the indexer the order of the entries that it chose, but"
             f" model.index_topk={topk} is one: train.indexer_loss_weight={weight} must be 0",
         )
     if stage.indexer_phase == IndexerPhase.warmup:
-        weight = run.train.indexer_loss_weight
-        need(
+        yield (
             weight > 0,
             f"indexer_phase=warmup trains nothing with train.indexer_loss_weight={weight}",
         )
-        need(
+        yield (
             _has_indexer(run.model),
             f"indexer_phase=warmup needs a csa layer, but model.name={run.model.name} has none"
             f" (model.attention={run.model.attention})",

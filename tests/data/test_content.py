@@ -6,13 +6,16 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import datasets
 import huggingface_hub
+import numpy as np
 import pytest
 
 from data.config import DataConfig, PackingConfig, SourceConfig, SourceKind, ValidationConfig
 from data.content import file_content, stream_content
 from data.loader import build_loader
 from data.prepare import build_tokenizer
+from data.sources import open_documents
 
 TEXTS = [f"document {i}: " + " ".join(f"w{i * j % 97}" for j in range(60)) for i in range(40)]
 
@@ -124,3 +127,34 @@ def test_a_hub_that_does_not_answer_leaves_the_revision_unknown_and_says_so(monk
     with caplog.at_level(logging.INFO):
         assert stream_content("s", source, ValidationConfig())["revision"] is None
     assert "does not tell the revision of some/text" in caplog.text
+
+
+def test_a_hub_dataset_is_read_anew_when_it_changed_and_from_the_cache_when_the_hub_is_away(
+    tmp_path, monkeypatch
+):
+    stands_at, loaded = ["a" * 40], []
+
+    class Hub:
+        def dataset_info(self, path, revision, timeout):
+            if not stands_at:
+                raise OSError("no network")
+            return SimpleNamespace(sha=stands_at[-1])
+
+    def load(path, revision, cache_dir, **options):
+        loaded.append((revision, cache_dir))
+        return datasets.Dataset.from_dict({"text": [f"text of {revision}"]})
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr("data.hub.go_offline_if_away", lambda: "")
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = SourceConfig(SourceKind.hub, "some/text")
+
+    def text():
+        return open_documents("s", source, str(tmp_path)).texts(np.arange(1))[0]
+
+    assert text() == f"text of {'a' * 40}"
+    stands_at.append("b" * 40)
+    assert text() == f"text of {'b' * 40}"
+    stands_at.clear()
+    assert text() == f"text of {'b' * 40}"
+    assert loaded[0] != loaded[1] == loaded[2]

@@ -134,6 +134,12 @@ def test_interrupt_before_the_first_step_is_resumable(tmp_path, monkeypatch, cap
     assert "same command" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("code", [ExitCode.finished, ExitCode.resumable])
+def test_a_signal_behind_the_last_step_leaves_the_run_finished(code, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.build, "build", lambda run, precision: Stub(code, signalled=True))
+    assert cli(["model=v4_tiny", f"run_dir={tmp_path}"]) == code
+
+
 def test_signal_ends_the_jobs_of_a_sweep_that_follow(tmp_path, monkeypatch):
     begun = []
 

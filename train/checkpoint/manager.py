@@ -331,12 +331,29 @@ def hold(source: str, asked_by: str = "init_from") -> Hold:
         found = Checkpoints(folder).hold_newest()
         if found is not None:
             return found
+    raise _holds_none(source, asked_by)
+
+
+def check_source(source: str, asked_by: str = "init_from") -> None:
+    """Refuse a folder in which nothing bears a checkpoint's name; arguments as of :func:`hold`.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(source)
+    if not (path / MANIFEST).exists() and not published(path / "checkpoints"):
+        if not published(path):
+            raise _holds_none(source, asked_by)
+
+
+def _holds_none(source: str, asked_by: str) -> UserError:
+    path = Path(source)
     if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        raise UserError(
+        return UserError(
             f"{asked_by}={source} is a model folder of another format: v4 import_hf {source}"
             f" runs/imported makes it {asked_by}=runs/imported"
         )
-    raise UserError(
+    return UserError(
         f"{asked_by}={source} holds no complete checkpoint (looked for {MANIFEST} in it, and for"
         f" step_* folders in {path / 'checkpoints'})"
     )

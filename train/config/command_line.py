@@ -73,11 +73,11 @@ def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
     return [*flags, *_gather_items(overrides, sweeps(flags))]
 
 
-def further_problems(args: Sequence[str]) -> tuple[str, ...]:
-    """What else cannot be, the arguments aside that :func:`normalise` refuses.
+def acceptable(args: Sequence[str]) -> list[str]:
+    """The keys and options that :func:`normalise` would take.
 
     Args:
-        args: refused by it.
+        args: of which it refuses some.
     """
     good, known = [], groups()
     for arg in args:
@@ -85,13 +85,7 @@ def further_problems(args: Sequence[str]) -> tuple[str, ...]:
             if not arg.startswith("-"):
                 _check_override(arg, known, CONF)
                 good.append(arg)
-    try:
-        compose_run(good)
-    except (HydraException, OmegaConfBaseException):
-        return ()
-    except USER_ERRORS as error:
-        return error.args
-    return ()
+    return good
 
 
 def sweeps(args: Sequence[str]) -> bool:
@@ -118,8 +112,13 @@ def compose_run(args: Sequence[str] = (), conf: Path = CONF) -> RunConfig:
     Raises:
         ValueError: as :func:`normalise` and :func:`train.config.load.load`.
     """
+    return load(composed(args, conf))
+
+
+def composed(args: Sequence[str] = (), conf: Path = CONF) -> DictConfig:
+    """The config of a command line as Hydra composes it; arguments as of :func:`compose_run`."""
     with initialize_config_dir(str(conf), version_base=None):
-        return load(compose("config", normalise(args, conf)))
+        return compose("config", normalise(args, conf))
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:

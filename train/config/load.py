@@ -17,7 +17,7 @@ from conf.ranges import out_of_range
 from model.errors import ConfigError
 from train.config.across import checks_across
 from train.config.schema import RunConfig
-from train.errors import UserError, check_all
+from train.errors import Problems, UserError
 
 # Resolving the annotations of a section costs more than everything else in a check.
 _types = functools.cache(get_type_hints)
@@ -28,6 +28,17 @@ def load(cfg: DictConfig) -> RunConfig:
 
     Raises:
         UserError: an unknown key, a wrong type, or values that cannot be together.
+    """
+    run = parse(cfg)
+    validate(run)
+    return run
+
+
+def parse(cfg: DictConfig) -> RunConfig:
+    """Turn a composed config into a RunConfig whose values are of the right types, no more.
+
+    Raises:
+        UserError: an unknown key, or a wrong type.
     """
     try:
         raw = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True, enum_to_str=True)
@@ -45,7 +56,6 @@ def load(cfg: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise UserError(describe(error)) from error
     assert isinstance(run, RunConfig)
-    validate(run)
     return run
 
 
@@ -73,21 +83,19 @@ def _refuse_bytes(value: Any, key: str) -> None:
 def validate(run: RunConfig) -> None:
     """Check every section, then what must hold between them.
 
+    Where a number is beyond its range, the sections that have none such are checked.
+
     Raises:
         ValueError: names the keys and both values.
     """
-    refuse(UserError, out_of_range(run, ""))
-    across = [message for ok, message in checks_across(run) if not ok]
-    check_all(
-        run.model.validate,
-        run.data.validate,
-        run.optim.validate,
-        run.quant.validate,
-        run.parallel.validate,
-        run.engine.validate,
-        run.train.validate,
-        lambda: refuse(UserError, across),
-    )
+    problems, own = Problems(), out_of_range(run, "")
+    problems.lines += own
+    for name in ("model", "data", "optim", "quant", "parallel", "engine", "train"):
+        if not any(line.startswith(f"{name}.") for line in own):
+            problems.of(getattr(run, name).validate)
+    if not own:
+        problems.of(lambda: refuse(UserError, (text for ok, text in checks_across(run) if not ok)))
+    problems.refuse()
 
 
 def describe(error: OmegaConfBaseException) -> str:

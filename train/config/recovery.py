@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from conf.problems import refuse
 from conf.ranges import number
 from train.errors import UserError
 
@@ -82,14 +84,17 @@ class RecoveryConfig:
         Raises:
             UserError: names the keys and their values.
         """
+        refuse(UserError, self._problems(checkpoint_every, keep_checkpoints))
+
+    def _problems(self, checkpoint_every: int, keep_checkpoints: int) -> Iterator[str]:
         prefix = "train.recovery"
         if self.on_nonfinite is Remedy.none:
-            raise UserError(
+            yield (
                 f"{prefix}.on_nonfinite=none: an update that is not finite is never applied; say"
                 " skip, rollback or stop"
             )
         if self.skip_steps and not self.rolls_back:
-            raise UserError(
+            yield (
                 f"{prefix}.skip_steps={self.skip_steps} acts after a rollback, but nothing leads to"
                 f" one: {prefix}.on_spike={self.on_spike.value}, on_nonfinite="
                 f"{self.on_nonfinite.value}"
@@ -98,12 +103,12 @@ class RecoveryConfig:
             return
         key = "on_spike" if self.on_spike is Remedy.rollback else "on_nonfinite"
         if checkpoint_every == 0:
-            raise UserError(
+            yield (
                 f"{prefix}.{key}=rollback needs checkpoints to go back to, but"
                 f" train.checkpoint_every={checkpoint_every}"
             )
         if keep_checkpoints == 1:
-            raise UserError(
+            yield (
                 f"{prefix}.{key}=rollback needs train.keep_checkpoints of 2 or more, or 0 (all):"
                 f" with {keep_checkpoints}, one saved within a spike leaves none from before it"
             )

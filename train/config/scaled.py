@@ -96,13 +96,10 @@ def scaled_cost(scale: int) -> ScaledCost:
 
 
 def scaled_line(scale: int) -> str:
-    """The same in one line, for whoever starts such a run."""
-    cost = scaled_cost(scale)
+    """What the banner does not say of such a run."""
     return (
-        f"model.scale={scale}: {cost.parameters:.3g} parameters, {cost.active:.3g} active,"
-        f" {cost.flops_per_token:.3g} FLOPs a token, {cost.tokens:.3g} tokens in {cost.steps:,}"
-        f" steps, {cost.flops:.3g} FLOPs as the family has them; its batch, tokens and learning"
-        " rate are extrapolated by rule"
+        f"model.scale={scale}: where nothing else is given, its batch, tokens and learning rate are"
+        " extrapolated by the rule of the family"
     )
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from conf.problems import refuse
 from model.flops import parameter_shapes
 from optim.config import ScheduleKind
 from parallel.config import EngineName, OffloadTo
@@ -25,8 +28,16 @@ def check_engine(run: RunConfig, plan: StagePlan, device: str) -> None:
     Raises:
         UserError: names the key, its value, and what to choose instead.
     """
+    refuse(UserError, _problems(run, plan))
+    if run.engine.name is EngineName.deepspeed:
+        load_deepspeed(torch.device(device))
+        if OffloadTo.nvme in (run.engine.offload_optimizer, run.engine.offload_parameters):
+            need_nvme(run.engine.nvme_path)
+
+
+def _problems(run: RunConfig, plan: StagePlan) -> Iterator[str]:
     if run.parallel.offload == "optimizer+master" and launched_world_size() > 1:
-        raise UserError(
+        yield (
             "parallel.offload=optimizer+master keeps whole masters of one process, but the world"
             f" size is {launched_world_size()}: say parallel.offload=optimizer"
         )
@@ -36,7 +47,7 @@ def check_engine(run: RunConfig, plan: StagePlan, device: str) -> None:
     decays = run.optim.schedule.kind is not ScheduleKind.constant
     for stage in plan.reached():
         if stage.cp > 1:
-            raise UserError(
+            yield (
                 f"engine.name=deepspeed holds whole rows, but stage {stage.name} needs cp="
                 f"{stage.cp}: say engine=torch"
             )
@@ -44,11 +55,9 @@ def check_engine(run: RunConfig, plan: StagePlan, device: str) -> None:
             weights = loss_weights(stage, run.train, decaying)
             frozen = [name for name in names if not trains(name, stage, weights)]
             if frozen:
-                raise UserError(
+                yield (
                     f"engine.name=deepspeed trains all parameters, but stage {stage.name} freezes"
                     f" {len(frozen)} of them ({frozen[0]}; losses of weight 0, or the indexer's"
                     " warm-up): say engine=torch"
                 )
-    load_deepspeed(torch.device(device))
-    if OffloadTo.nvme in (run.engine.offload_optimizer, run.engine.offload_parameters):
-        need_nvme(run.engine.nvme_path)
+                break

@@ -151,7 +151,7 @@ def check(run: RunConfig, plan: StagePlan, world: World) -> None:
             f"model.name={run.model.name} needs {_gb(need)} a rank on {world.ranks}"
             f" {world.device} rank(s), which have {_gb(world.bytes_per_rank)}"
         )
-    raise DoesNotFitError(message, report(run, plan, layout, world))
+    raise DoesNotFitError(message, table=report(run, plan, layout, world))
 
 
 def _check_host(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World) -> None:
@@ -165,7 +165,7 @@ def _check_host(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: 
             f"parallel.offload={run.parallel.offload} (engine.offload_optimizer="
             f"{run.engine.offload_optimizer.value}) keeps {_gb(host)} of model.name="
             f"{run.model.name} in host memory, which has {_gb(has)} a rank",
-            report(run, plan, layout, world),
+            table=report(run, plan, layout, world),
         )
 
 

@@ -87,6 +87,24 @@ def settle(
     return replace(run, train=train), choice
 
 
+def assumed(run: RunConfig) -> RunConfig:
+    """The run as it would compute if it could be, nothing measured: what was recorded, or bf16.
+
+    Args:
+        run: refused already; bf16 asks for the least memory.
+
+    Raises:
+        UserError: as :func:`settle`.
+    """
+    train = run.train
+    if train.precision is Precision.auto:
+        taken = _recorded(Path(run.run_dir)) or Precision.bf16
+        train = replace(train, precision=taken)
+    if train.head_precision is Precision.auto:
+        train = replace(train, head_precision=train.precision)
+    return replace(run, train=train)
+
+
 def _choose(run: RunConfig, world: World, measure: Measure) -> PrecisionChoice:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if world.ranks > 1:

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 
+from conf.problems import refuse
 from data.epochs import SourceUse
 from optim.config import ScheduleKind
 from optim.schedule import check_run_length, decay_start
@@ -17,7 +18,7 @@ from parallel.launch import launched_rank
 from train.config.recovery import Anticipatory, Remedy
 from train.config.scaled import scaled_line
 from train.config.schema import RunConfig
-from train.errors import UserError
+from train.errors import UserError, check_all
 from train.preflight.forecast import quantity
 from train.probes.tasks import LEAST_TOKENS
 from train.stages import StagePlan
@@ -33,22 +34,27 @@ _EVERY = (
 
 
 def check_reach(run: RunConfig, plan: StagePlan) -> None:
-    """Refuse what cannot happen within the plan, and tell what does not.
+    """Refuse what cannot happen within the plan.
 
     Raises:
         UserError: names the key, its value and the length of the run.
     """
-    check_run_length(run.optim.schedule, plan.total_tokens)
-    for problem in _impossible(run, plan):
-        raise UserError(problem)
-    if launched_rank() == 0:
-        if run.model.scale:
-            log.info("%s", scaled_line(run.model.scale))
-        for line in warnings(run, plan):
-            log.warning("%s", line)
-        absent = list(never(run, plan))
-        if absent:
-            log.info("never within the run's %d steps: %s", plan.steps, ", ".join(absent))
+    check_all(
+        lambda: check_run_length(run.optim.schedule, plan.total_tokens),
+        lambda: refuse(UserError, _impossible(run, plan)),
+    )
+
+
+def tell_reach(run: RunConfig, plan: StagePlan) -> None:
+    """Tell what a run asks for that does little, or nothing within its steps; on rank 0 alone."""
+    if launched_rank():
+        return
+    if run.model.scale:
+        log.info("%s", scaled_line(run.model.scale))
+    for line in warnings(run, plan):
+        log.warning("%s", line)
+    if absent := list(never(run, plan)):
+        log.info("never within the run's %d steps: %s", plan.steps, ", ".join(absent))
 
 
 def _impossible(run: RunConfig, plan: StagePlan) -> Iterator[str]:

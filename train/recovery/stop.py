@@ -35,10 +35,14 @@ def stop_with_launcher() -> None:
 
 
 class Stopped(SystemExit):
-    """A signal ended what ran, and also ends what would come next, as the jobs of a sweep."""
+    """A signal ended what ran, and also ends what would come next, as the jobs of a sweep.
 
-    def __init__(self) -> None:
-        super().__init__(ExitCode.resumable)
+    Args:
+        code: of what ran: a run whose last step was done when the signal came is finished.
+    """
+
+    def __init__(self, code: int = ExitCode.resumable) -> None:
+        super().__init__(code)
 
 
 def leave_on_signal() -> None:

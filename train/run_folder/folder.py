@@ -35,10 +35,14 @@ LOCK = ".lock"
 PROBE = ".probe_"  # begin of the names of files that live for a moment
 
 
-def check_run_folder(run: RunConfig) -> None:
+def check_run_folder(run: RunConfig, tell: bool = True) -> None:
     """Refuse a folder that belongs to another run.
 
     Compares what is known before data is read; the rest follows when it is (origin.py).
+
+    Args:
+        run: the config.
+        tell: whether to log what differs and may.
 
     Raises:
         UserError: names ``run_dir`` and, where a config differs, the key and both values.
@@ -61,7 +65,7 @@ def check_run_folder(run: RunConfig) -> None:
     use = Use.evaluate if run.train.eval_only else Use.resume
     now, done = RunIdentity(config=flat_config(run)), _done_tokens(folder)
     # Where there is a checkpoint, its own record is compared too, and then told of.
-    check(use, read_identity(folder), now, f"run_dir={folder}", done, tell=not done)
+    check(use, read_identity(folder), now, f"run_dir={folder}", done, tell=tell and not done)
 
 
 def read_run(folder: Path) -> RunConfig:

@@ -249,7 +249,8 @@ def check(
     found = differences(use, recorded, now, done_tokens)
     if refused := found[Severity.refuse]:
         first = refused[0]
-        others = f" ({len(refused) - 1} more differ)" if len(refused) > 1 else ""
+        more = ", ".join(d.key for d in refused[1:6]) + ", ..." * (len(refused) > 6)
+        others = f" (so do {len(refused) - 1} more: {more})" if len(refused) > 1 else ""
         raise UserError(
             f"{where} holds a run with {first.key}={_shown(first.before)}, but now"
             f" {first.key}={_shown(first.now)}{_origin(first, recorded, now)}{others}: "

@@ -95,3 +95,32 @@ def test_every_problem_is_told_in_one_go(names, errors):
         if all(arg in words for arg in args):
             assert says in text, (says, text)
     assert len(lines) >= len(chosen) - 1  # two of them may name one key
+
+
+def test_what_only_the_plan_the_machine_or_the_files_refuse_is_told_in_the_same_go(
+    errors, tmp_path
+):
+    """Each line from another check: range, sections, plan, layout, reach, text, weights, typing."""
+    words = (
+        "model=v4_tiny", "train.stepz=3", "train.seq_len=96", "train.recovery.skip_steps=2",
+        "parallel.pp=7", "train.profile_steps=9", "train.profile_start=13", "data=text",
+        f"data.sources.text.path={tmp_path}/none.txt", f"init_from={tmp_path}/nowhere",
+    )  # fmt: skip
+    lines = errors(*words)
+    for says in ("did you mean train.steps?", "multiple of seq_len=96", "skip_steps=2 acts after",
+                 "parallel.pp=7 does not divide", "profile_steps=9 end behind", "none.txt",
+                 "nowhere holds no complete checkpoint"):  # fmt: skip
+        assert len([line for line in lines if says in line]) == 1, says
+    assert len(lines) == 7
+    assert any("optim.lr=-1" in line for line in errors(*words, "optim.lr=-1"))
+
+
+def test_a_model_that_does_not_fit_does_not_hide_what_else_is_wrong(capsys, tmp_path):
+    args = ["+model=v4_pro", "data.tokenizer=byte", "train.profile_steps=1",
+            "train.profile_start=100000000", f"run_dir={tmp_path}/run"]  # fmt: skip
+    assert cli(args) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-3] == ""
+    assert "profile_start=100000000" in lines[-2]
+    assert lines[-1].startswith("error: model.name=v4_pro needs ")
+    assert not (tmp_path / "run").exists()

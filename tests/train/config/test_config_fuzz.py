@@ -14,11 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.config.command_line import compose_run
-from train.config.load import dump
+from train.config.load import dump, parse
 from train.config.schema import RunConfig
 from train.errors import USER_ERRORS
+from train.preflight.checks import check_run
 from train.preflight.precision import Measure
-from train.pretrain import checked
 
 Path = tuple[str | int, ...]
 
@@ -88,7 +88,7 @@ def check(node: tuple[int, Path], value: Any) -> None:
     except OmegaConfBaseException:  # "${": pretrain.py tells these in one line
         return
     try:
-        run, _ = checked(config, measure=EQUAL)
+        run, _ = check_run(parse(config), EQUAL, files=False)
     except USER_ERRORS as error:
         told = str(error)
         assert "\n" not in told
@@ -100,7 +100,7 @@ def check(node: tuple[int, Path], value: Any) -> None:
 
 def test_unchanged_configs_are_right():
     for config in CONFIGS:
-        run, _ = checked(OmegaConf.create(config), measure=EQUAL)
+        run, _ = check_run(parse(OmegaConf.create(config)), EQUAL, files=False)
         assert isinstance(run, RunConfig)
 
 

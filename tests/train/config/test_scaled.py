@@ -92,7 +92,6 @@ def test_an_override_of_the_recipe_stands():
     assert (run.optim.lr, run.train.steps) == (1e-3, 7)
 
 
-def test_cost_is_told_and_says_what_was_not_searched():
-    line = scaled_line(6)
-    assert "1.69e+06 parameters" in line
-    assert "extrapolated" in line
+def test_a_start_says_what_was_not_searched():
+    assert "model.scale=6" in scaled_line(6)
+    assert "extrapolated" in scaled_line(6)

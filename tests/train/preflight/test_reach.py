@@ -8,7 +8,7 @@ import pytest
 from tests.integration.small_run import fit, small_run, write_corpus
 from train.config.command_line import compose_run
 from train.errors import USER_ERRORS
-from train.preflight.reach import check_reach, never, warnings
+from train.preflight.reach import check_reach, never, tell_reach, warnings
 from train.stages import resolve
 
 RAMP = (
@@ -62,7 +62,7 @@ def test_what_does_little_is_a_warning(args, told, caplog):
     lines = list(warnings(run, resolve(run)))
     assert len(lines) == (told is not None)
     if told is not None:
-        check_reach(run, resolve(run))
+        tell_reach(run, resolve(run))
         (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
         assert record.getMessage() == lines[0]
         assert re.search(told, lines[0])
@@ -82,7 +82,7 @@ def test_what_a_longer_run_would_come_to_is_one_line(caplog):
         "the decay of the learning rate",
     ]  # fmt: skip
     with caplog.at_level(logging.INFO):
-        check_reach(run, plan)
+        tell_reach(run, plan)
     (record,) = caplog.records
     assert record.getMessage().startswith("never within the run's 20 steps: stage later, ")
 

@@ -1,0 +1,151 @@
+"""All that can be asked of a run before anything large is made; what cannot be is told in one go.
+
+Checks stand on each other: the plan on ranges, the layout on the world, rows on both. A check whose
+ground is refused is left out, or made on what can be said; of the problems of one config the user
+reads all that do not follow from one another.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conf.ranges import out_of_range
+from data.config import SourceKind
+from data.files import find_files
+from data.prepare import open_store
+from data.tokenizer import load_tokenizer
+from parallel.launch import launched_rank, launched_world_size
+from train.checkpoint.retention import published
+from train.config.load import validate
+from train.config.schema import RunConfig
+from train.errors import Problems
+from train.preflight.reach import check_reach
+from train.run_folder.folder import CHECKPOINTS, check_run_folder, make_writable
+from train.stages import StagePlan, check_contexts, check_rows, check_schedule, survey
+
+if TYPE_CHECKING:
+    from train.preflight.fit import World
+    from train.preflight.precision import Measure, PrecisionChoice
+
+
+def check_run(
+    run: RunConfig,
+    measure: Measure | None = None,
+    files: bool = True,
+    problems: Problems | None = None,
+) -> tuple[RunConfig, PrecisionChoice | None]:
+    """Make every check of a run. Collective where ``train.precision`` is ``auto``.
+
+    Args:
+        run: as asked.
+        measure: see :func:`train.preflight.precision.settle`.
+        files: whether to look at the files and servers that the config names too, and to make the
+            run's folder.
+        problems: those that there are already; they are refused too.
+
+    Returns:
+        The run, its precision settled, and why it computes in it; None where that was asked for.
+
+    Raises:
+        UserError: all that it cannot be, here; as the packages' own errors.
+    """
+    problems, ranged = problems or Problems(), not any(out_of_range(run, ""))
+    problems.of(lambda: validate(run))
+    files = files and not launched_rank()
+    if files:
+        files = _is_writable(run, problems)
+        _check_named(run, problems, begun=files and _has_begun(run))
+    if not ranged:  # nothing can be computed from such numbers
+        problems.refuse()
+    plan, wrong = survey(run)
+    problems.lines += wrong
+    # torch takes seconds, which no number beyond its range should cost
+    from train.preflight.fit import this_world  # noqa: PLC0415
+    from train.preflight.precision import assumed, settle  # noqa: PLC0415
+
+    world, choice = problems.of(lambda: this_world(run.train.device)), None
+    if problems or world is None:
+        run = problems.of(lambda: assumed(run)) or run
+    else:
+        run, choice = settle(run, world, measure)
+    _check_world(run, plan, world, problems, bool(wrong))
+    if files:
+        problems.of(lambda: check_run_folder(run, tell=False))
+    problems.refuse()
+    return run, choice
+
+
+def _check_world(
+    run: RunConfig, plan: StagePlan | None, world: World | None, problems: Problems, uneven: bool
+) -> None:
+    """Whether this machine, and this many ranks, can do it.
+
+    Args:
+        run: its precision settled, or assumed.
+        plan: None where it cannot be counted.
+        world: None where it is refused.
+        problems: of which there may be some.
+        uneven: something is wrong with the plan's rows or lengths.
+    """
+    from model.kernels.select import check_kernels  # noqa: PLC0415
+    from parallel.mesh import check_layout  # noqa: PLC0415
+    from train.audit.checks import check_audited  # noqa: PLC0415
+    from train.preflight import fit  # noqa: PLC0415
+    from train.preflight.engine import check_engine  # noqa: PLC0415
+
+    problems.of(lambda: check_audited(run))
+    if world is not None:
+        problems.of(lambda: check_kernels(run.model, world.device))
+    if plan is None:
+        return
+    if world is not None:
+        problems.of(lambda: fit.check(run, plan, world))
+        problems.of(lambda: check_engine(run, plan, world.device))
+    problems.of(lambda: check_reach(run, plan))
+    if problems.misfit is not None:  # on another machine the layout is another
+        return
+    layout = problems.of(lambda: run.parallel.resolve(launched_world_size()))
+    if layout is None:
+        return
+    problems.of(lambda: check_layout(layout, run.model))
+    before = len(problems.lines)
+    problems.of(lambda: check_contexts(plan, run, layout))
+    if uneven or len(problems.lines) > before:
+        return
+    problems.of(lambda: check_rows(plan, layout.data_degree))
+    if len(problems.lines) == before:
+        problems.of(lambda: check_schedule(plan, layout))
+
+
+def _is_writable(run: RunConfig, problems: Problems) -> bool:
+    """Whether there is a folder to write to; it is made."""
+    before = len(problems.lines)
+    if run.run_dir.strip():
+        problems.of(lambda: make_writable(Path(run.run_dir)))
+        return len(problems.lines) == before
+    return False
+
+
+def _has_begun(run: RunConfig) -> bool:
+    return bool(published(Path(run.run_dir) / CHECKPOINTS))
+
+
+def _check_named(run: RunConfig, problems: Problems, begun: bool) -> None:
+    """Whether what the config names is there: servers, and of a new run text and weights."""
+    from train.checkpoint.manager import check_source  # noqa: PLC0415
+    from train.preflight.services import check_services  # noqa: PLC0415
+
+    problems.of(lambda: check_services(run))
+    if begun:
+        return
+    for name, source in run.data.named_sources().items():
+        if source.kind in (SourceKind.text, SourceKind.jsonl, SourceKind.parquet) and source.path:
+            problems.of(partial(find_files, name, source))
+        elif source.kind is SourceKind.store and source.path:
+            problems.of(partial(open_store, name, source))
+    if run.data.tokenizer not in ("", "bpe"):
+        problems.of(lambda: load_tokenizer(run.data.tokenizer))
+    if run.init_from:
+        problems.of(lambda: check_source(run.init_from))
