@@ -115,19 +115,27 @@ def build_once(
     return target
 
 
-def raise_if_full(error: BaseException, folder: Path | str, key: str) -> None:
+def raise_if_full(
+    error: BaseException, folder: Path | str, key: str, or_read_only: bool = False
+) -> None:
     """Turn an error of a full disk, or one that such an error caused, into a ``DiskError``.
 
     Args:
         error: what was raised, perhaps by a library.
         folder: where it was writing, in case the error does not say.
         key: config key that chose the place.
+        or_read_only: it could be written before, so that one which no longer can is as good as
+            full.
     """
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskError(
-                f"{key}: {cause.strerror}: the disk of {cause.filename or folder} is full; the same"
-                " command goes on when there is room"
-            ) from error
+        if isinstance(cause, OSError):
+            full = cause.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or (or_read_only and cause.errno == errno.EROFS):
+                what = "full" if full else "read-only now"
+                when = "there is room" if full else "it can be written"
+                raise DiskError(
+                    f"{key}: {cause.strerror}: the disk of {cause.filename or folder} is {what};"
+                    f" the same command goes on when {when}"
+                ) from error
         cause = cause.__cause__ or cause.__context__

@@ -13,4 +13,7 @@ class ConfigError(ProblemsError):
 
 
 class DiskError(RuntimeError):
-    """A disk is full: not the user's input, so one line with exit code 1; the text names it."""
+    """A disk is full, or cannot be written any more: one line with exit code 1; the text names it.
+
+    It is not the user's input that is wrong.
+    """

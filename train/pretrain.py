@@ -114,11 +114,11 @@ def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
 
 @contextmanager
 def _told_if_full(folder: Path) -> Iterator[None]:
-    """Tell in one line of a full disk under metrics, trackers and samples; a save survives it."""
+    """Tell in one line of a disk that fails under metrics or samples; a save survives it."""
     try:
         yield
     except Exception as error:
-        raise_if_full(error, folder, "run_dir")
+        raise_if_full(error, folder, "run_dir", or_read_only=True)
         raise
 
 

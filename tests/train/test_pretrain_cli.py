@@ -11,6 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from torch.distributed.elastic.multiprocessing.errors import (
+    ChildFailedError,
+    ErrorHandler,
+    ProcessFailure,
+)
 
 import train.build
 from tests.studies.folders import leave_run
@@ -225,3 +230,18 @@ def test_a_size_without_its_recipe_is_told(tmp_path, monkeypatch, caplog):
         lines = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
         assert len(lines) == told
         assert all("conf/train/v4_tiny.yaml is not there" in line for line in lines)
+
+
+def test_torchruns_report_ends_with_our_lines_and_says_nothing_of_its_own(
+    tmp_path, monkeypatch, caplog
+):
+    """Read by torch's own code, as its launcher does for a process that has left with 2."""
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    assert cli(["model=v4_tiny", "train.steps=x", "optim.lr=y"]) == ExitCode.user_error
+    failure = ProcessFailure(local_rank=0, pid=7, exitcode=2, error_file=str(path))
+    told = str(ChildFailedError("train/pretrain.py", {0: failure}))
+    assert "error: train.steps=x" in told.splitlines()[-3]
+    assert "error: optim.lr=y" in told.splitlines()[-2]
+    ErrorHandler().override_error_code_in_rootcause_data(str(path), failure.error_file_data, 2)
+    assert caplog.records == []
