@@ -207,7 +207,8 @@ def _refuse_all(error: ProblemsError, args: Sequence[str]) -> None:
     with suppress(HydraException, OmegaConfBaseException):
         run = problems.of(lambda: parse(composed(acceptable(args))))
         if run is not None:
-            problems.of(lambda: check_run(run, problems=problems))
+            with untouched_if_refused(run.run_dir, always=True):
+                problems.of(lambda: check_run(run, problems=problems))
     problems.refuse()
 
 
