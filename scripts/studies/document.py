@@ -28,7 +28,12 @@ img { max-width: 100%; }
 code { background: #f3f3f3; padding: 0 .2rem; overflow-wrap: anywhere; }
 .lead { font-size: 1.15rem; font-weight: 600; border-left: 4px solid #36c; padding-left: .8rem; }
 """
-_NARROW = "table { display: block; overflow-x: auto; } td, td code { white-space: nowrap; }"
+# Tables and pictures wider than the window scroll by themselves; text in them stays readable.
+_NARROW = """
+table { display: block; overflow-x: auto; } td, td code { white-space: nowrap; }
+@media (max-width: 40rem) {
+  p:has(> img) { overflow-x: auto; } p > img { max-width: none; width: 40rem; } }
+"""
 MARKDOWN, HTML = "report.md", "report.html"
 _ESCAPED = "backslashreplace"  # a damaged receipt may hold what has no UTF-8 form
 

@@ -36,6 +36,7 @@ td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .7rem; }
 .state { font-size: 1.15rem; font-weight: 600; }
 .warning { border-left: 4px solid #d1495b; padding-left: .7rem; }
+@media (max-width: 40rem) { .wide img { max-width: none; width: 44rem; } }
 """
 
 
@@ -114,7 +115,7 @@ def page_html(
         f'<p class="state">{_state(records, steps, ended)}</p>',
     ]
     body += [f'<p class="warning">Step {at}: {html.escape(text)}</p>' for at, text in warnings]
-    body.append(f'<img alt="losses" src="data:image/png;base64,{image}">')
+    body.append(f'<div class="wide"><img alt="losses" src="data:image/png;base64,{image}"></div>')
     if sample:
         body.append(f"<h2>What it writes</h2><pre>{html.escape(sample)}</pre>")
     body.append(f'<h2>Metrics</h2><div class="wide">{_metrics(records)}</div>')
