@@ -277,11 +277,6 @@ class TrainingFlops:
         """All parts, forward and backward."""
         return sum(self.forward.values()) + sum(self.backward.values())
 
-    @property
-    def without_mtp(self) -> float:
-        """The same where the weight of the MTP loss is 0, which leaves its blocks out."""
-        return self.total - self.by_part.get("mtp", 0.0)
-
 
 KeysOf = Callable[[ModelConfig, LayerKind, int, int, str, bool], Keys]
 

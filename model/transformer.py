@@ -167,7 +167,7 @@ class DeepSeekV4(nn.Module):
         x_BTSD, results = self.trunk(self.streams(input_ids_BT), input_ids_BT, context)
         h_BTD = self.collapse(x_BTSD)
         ahead, mtp_results = [], []
-        if objective.mtp_weight:
+        if objective.mtp_weight or torch.is_grad_enabled():  # an evaluation may leave it out
             ahead, mtp_results = self.predict_ahead(x_BTSD, labels_BTK, context)
         if not objective.losses:
             return ModelOutput(torch.zeros((), device=h_BTD.device), {}, {}, {})
@@ -208,13 +208,11 @@ class DeepSeekV4(nn.Module):
             + objective.indexer_weight * sum(kl, zero)
             + objective.balance_weight * sum(balance, zero)
         )
-        left_out = 0 if objective.mtp_weight else self.config.num_nextn_predict_layers
-        gates = self.config.num_learned_gates - left_out  # each MTP block has one
         losses = {
             "loss": loss,
             "loss_mtp": loss_mtp,
             "loss_indexer": sum(kl, zero) / max(self.config.num_indexers, 1),
-            "loss_balance": sum(balance, zero) / max(gates, 1),
+            "loss_balance": sum(balance, zero) / max(self.config.num_learned_gates, 1),
         }
         return ModelOutput(
             total=total,

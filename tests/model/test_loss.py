@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model.loss import Objective, cross_entropy_sum
-from tests.helpers import random_rows, small_model
+from model.loss import cross_entropy_sum
 
 
 @pytest.mark.core
@@ -65,31 +64,3 @@ def test_bf16_head_stays_close_to_fp32():
     wanted, got = (torch.autograd.grad(loss, (x, w)) for loss in (exact, rounded))
     for a, b in zip(got, wanted, strict=True):
         assert ((a - b).norm() / b.norm()) < 1e-2
-
-
-def test_a_weight_of_zero_leaves_the_mtp_blocks_out_and_the_rest_as_it_was():
-    """Also while it trains: the main model's gradient equals that of a model without such blocks.
-
-    The balance loss is a mean over the gates that ran.
-    """
-    rows, found = random_rows(2, 24, 128), []
-    for depths in (1, 0):
-        ratios = [0, 4, 8, *[0] * depths]
-        model = small_model(num_nextn_predict_layers=depths, compress_ratios=ratios)
-        assert len(model.mtp) == depths
-        for block in model.mtp.values():
-            block.register_forward_pre_hook(lambda *_: pytest.fail("an MTP block ran"))
-        batch, counts = rows.whole, rows.counts
-        objective = Objective(
-            tuple(map(float, counts.targets_K)), float(counts.tokens), mtp_weight=0.0
-        )
-        out = model(batch.input_ids_BT, batch.document_ids_BT, batch.labels_BTK, objective)
-        out.total.backward()
-        gradients = {n: p.grad for n, p in model.named_parameters() if not n.startswith("mtp.")}
-        found.append((out.losses, sorted(out.expert_load), gradients))
-    (losses, gates, gradients), (without, others, bare) = found
-    assert gates == others
-    assert {n: float(v) for n, v in losses.items()} == {n: float(v) for n, v in without.items()}
-    assert losses["loss_mtp"] == 0
-    assert gradients.keys() == bare.keys()
-    assert all(torch.equal(gradients[n], bare[n]) for n in bare if bare[n] is not None)

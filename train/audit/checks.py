@@ -129,8 +129,7 @@ class Evidence:
             for layer in range(config.num_hidden_layers)
             if config.router(layer) is Router.learned
         ]
-        depths = config.num_nextn_predict_layers if self.step.weights.mtp else 0
-        return names + [f"mtp.{k}.ffn.gate" for k in range(depths)]
+        return names + [f"mtp.{k}.ffn.gate" for k in range(config.num_nextn_predict_layers)]
 
     def learned_gates(self) -> dict[str, Gate]:
         """Those of them that live here."""

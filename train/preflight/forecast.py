@@ -15,9 +15,9 @@ from train.stages import Stage, StagePlan, loss_weights
 
 def flops_per_token(run: RunConfig, stage: Stage) -> float:
     """FLOPs of forward and backward per position of a stage."""
-    weights, phase = loss_weights(stage, run.train, decaying=False), stage.indexer_phase.value
-    flops = training_flops(run.model, stage.seq_len, phase, indexer_loss=weights.indexer > 0)
-    return flops.total if weights.mtp else flops.without_mtp
+    indexer = loss_weights(stage, run.train, decaying=False).indexer > 0
+    phase = stage.indexer_phase.value
+    return training_flops(run.model, stage.seq_len, phase, indexer_loss=indexer).total
 
 
 def stretches(plan: StagePlan, start: int = 0) -> Iterator[tuple[Stage, int]]:

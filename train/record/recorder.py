@@ -270,7 +270,7 @@ def flops_per_token(config: ModelConfig, step: StepPlan) -> float:
     flops = training_flops(
         config, stage.seq_len, stage.indexer_phase.value, indexer_loss=step.weights.indexer > 0
     )
-    return flops.total if step.weights.mtp else flops.without_mtp
+    return flops.total
 
 
 def reach(rows: GlobalBatch, config: ModelConfig) -> Record:
