@@ -4,7 +4,6 @@ A child writes the records below in a pseudo-terminal; what it wrote is played o
 width, whose rows are looked at.
 """
 
-import io
 import json
 import re
 import subprocess
@@ -14,9 +13,6 @@ import pytest
 
 from tests.helpers import ROOT
 from tests.train.record.terminal import recorded, screen
-from train.display.console import Console
-from train.preflight.banner import columns
-from train.pretrain import cli
 from train.record.metrics import METRICS
 
 STEPS = 1200
@@ -87,19 +83,3 @@ def test_pipe_gets_lines_alone(records):
     assert f"step 8/{STEPS} microbatch 3 of 16, 0:25 since it began" in lines
     for name, value in VALUES.items():
         assert f"{name} {value:.4g}" in lines[0]
-
-
-def test_a_notebooks_cell_gets_lines_where_it_runs(records, monkeypatch, caplog):
-    """As in a kernel of IPython: stderr is an object without a file, and no terminal."""
-    cell = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", cell)
-    assert columns() is None
-    caplog.set_level("INFO")
-    console = Console(STEPS, 0, 5)
-    for line in records.read_text().splitlines():
-        console.show(json.loads(line))
-    console.close()
-    told = [m for m in caplog.messages if m.startswith("step ")]
-    assert [m.split()[1] for m in told] == [f"{n}/{STEPS}" for n in (1, 5, 6, 10)]
-    assert cli(["model=v4_tiny", "train.stepz=3"]) == 2
-    assert cell.getvalue() == "error: unknown config key train.stepz=3: did you mean train.steps?\n"
