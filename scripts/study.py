@@ -43,13 +43,11 @@ from scripts.cli.parser import CommandParser
 from scripts.studies.archive import archive_of, pack
 from scripts.studies.config import AGAIN, StudyConfig, load_study, study_names
 from scripts.studies.estimate import Cost, Estimate
-from scripts.studies.evidence import power_line
 from scripts.studies.protocol import Protocol, Sweep, from_root
-from scripts.studies.report import write_study_report
+from scripts.studies.report import lead, power_line, write_study_report
 from scripts.studies.results import gather
 from scripts.studies.statistics import paired
 from scripts.studies.store import Store
-from scripts.studies.verdicts import lead
 from train.errors import ROOT, ExitCode, UserError
 from train.record.receipt import source_hash
 
