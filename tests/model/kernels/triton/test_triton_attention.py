@@ -17,7 +17,15 @@ from tests.model.kernels.op_cases import attention as nonfinite_case
 from tests.model.kernels.op_cases import reference, run
 from tests.model.kernels.test_nonfinite import compare, planted
 from tests.model.kernels.triton.attention_cases import MODES, Rows, mutant, packed
-from tests.model.kernels.triton.checks import check, distance, doubled, gradients, in_float64
+from tests.model.kernels.triton.checks import (
+    check,
+    distance,
+    doubled,
+    gradients,
+    in_float64,
+    poisoned,
+    shuffled,
+)
 
 WINDOW = 6
 
@@ -170,7 +178,8 @@ def test_mass_is_the_probability_summed_over_heads(monkeypatch, mode):
     q, kv, sink, table = inputs(rows, 5, 32)
     used = rows.entry_set(table, mode)
     lse = attention.attention(q, kv, sink, rows.start_BT, WINDOW, used).lse_BTH
-    mass = attention.mass_of(q, lse, used)
+    with poisoned(), shuffled(1):
+        mass = attention.mass_of(q, lse, used)
     scores = torch.einsum("bthk,bek->bthe", q.double(), table.double()) * 32**-0.5
     exact = (scores - lse.double()[..., None]).exp().sum(2).masked_fill(~entry_mask(used), 0.0)
     if mode == "list":
@@ -179,15 +188,20 @@ def test_mass_is_the_probability_summed_over_heads(monkeypatch, mode):
     assert relative(mass, exact) < 1e-6
 
 
-def test_bf16_is_upcast_in_the_interpreter(monkeypatch):
+@pytest.mark.parametrize("mode", ["list", "bits"])
+def test_bf16_keys_beside_an_fp32_sink_keep_their_dtypes(monkeypatch, mode):
     """The logic alone: the interpreter's bf16 gives no tolerance."""
-    use(monkeypatch, "bits")
-    rows = packed(5, 4)
-    tensors = inputs(rows, 3, 32, torch.bfloat16)
-    o, lse = op(attention.attention, rows, "bits")(*tensors)
-    want, _ = op(attention_reference, rows, "bits")(*(x.float() for x in tensors))
-    assert (o.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
-    assert relative(o, want) < 0.1
+    use(monkeypatch, mode)
+    rows = packed(4, 3)
+    tensors = inputs(rows, 2, 16, torch.bfloat16)
+    grads = [torch.randn_like(tensors[0]), None]
+    outputs, found = gradients(op(attention.attention, rows, mode), tensors, grads)
+    plain = op(attention_reference, rows, mode)
+    wanted, exact = gradients(plain, [x.float() for x in tensors], grads)
+    bf16, fp32 = torch.bfloat16, torch.float32
+    assert [x.dtype for x in (*outputs, *found)] == [bf16, fp32, bf16, bf16, fp32, bf16]
+    for ours, want in zip((*outputs, *found), (*wanted, *exact), strict=True):
+        assert relative(ours, want) < 0.1
 
 
 @pytest.mark.parametrize("chosen", [False, True])

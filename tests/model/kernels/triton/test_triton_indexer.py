@@ -15,11 +15,20 @@ from model.kernels.attention import attention_reference
 from model.kernels.indexer import index_topk_reference, indexer_loss_reference
 from model.kernels.triton import attention, entries, indexer, indexer_kernels
 from model.kernels.triton.launch import INTERPRETER, OPS, Tile, counted
+from tests.helpers import relative
 from tests.model.kernels.op_cases import indexer_loss as nonfinite_case
 from tests.model.kernels.op_cases import reference, run
 from tests.model.kernels.test_nonfinite import compare, planted
 from tests.model.kernels.triton.attention_cases import mutant, packed
-from tests.model.kernels.triton.checks import check, distance, doubled, gradients, in_float64
+from tests.model.kernels.triton.checks import (
+    check,
+    distance,
+    doubled,
+    gradients,
+    in_float64,
+    poisoned,
+    shuffled,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -74,19 +83,34 @@ def test_loss_is_the_reference(mode, dtype):
 
 
 @pytest.mark.parametrize(
-    ("mode", "documents", "J", "L", "more"),
+    ("mode", "documents", "J", "L", "size", "more"),
     [
-        ("range", (1,), 1, 32, {}),
-        ("list", (1,), 1, 32, {}),
-        ("range", (3, 2), 16, 64, {"batch": 2, "ratio": 1}),
-        ("list", (3,), 64, 128, {"ratio": 1, "chosen": 5}),
-        ("list", (3, 2), 16, 20, {"batch": 2, "ratio": 1}),
+        ("range", (1,), 1, 32, 1.0, {}),
+        ("list", (1,), 1, 32, 1.0, {}),
+        ("range", (3, 2), 16, 64, 3.0, {"batch": 2, "ratio": 1}),
+        ("list", (3,), 64, 128, 1.0, {"ratio": 1, "chosen": 5}),
+        ("list", (2,), 128, 16, 1.0, {"ratio": 1}),
+        ("list", (3, 2), 16, 20, 1e-3, {"batch": 2, "ratio": 1}),
     ],
 )
-def test_loss_of_shapes(mode, documents, J, L, more):
-    """One token, no entries, a head dim that is no power of two, N above E."""
+def test_loss_of_shapes(mode, documents, J, L, size, more):
+    """One token, no entries, a head dim that is no power of two, N above E; small and large."""
     rows = packed(*documents, **more)
-    hold(rows, mode, indexer_inputs(rows, J, L))
+    hold(rows, mode, indexer_inputs(rows, J, L, size=size))
+
+
+@pytest.mark.parametrize("mode", ["range", "list"])
+def test_bf16_beside_fp32_weights_keeps_its_dtypes(mode):
+    """The logic alone: the interpreter's bf16 gives no tolerance."""
+    rows = packed(4, 3, ratio=2)
+    inputs, grads = indexer_inputs(rows, 3, 16, torch.bfloat16), [torch.tensor(0.7)]
+    ours, plain = losses(rows, mode)
+    (loss,), found = gradients(ours, inputs, grads)
+    (want,), wanted = gradients(plain, [x.float() for x in inputs], grads)
+    assert loss.dtype == torch.float32
+    assert [x.dtype for x in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
+    for a, b in zip((loss, *found), (want, *wanted), strict=True):
+        assert relative(a, b) < 0.1
 
 
 @pytest.mark.parametrize("mode", ["range", "list"])
@@ -117,7 +141,8 @@ def test_choice_is_the_reference(monkeypatch, topk, chunk):
     monkeypatch.setattr(indexer, "CHUNK_BYTES", chunk)
     rows = packed(11, 9, -2, ratio=2, batch=2 if topk == 3 else 1)
     inputs = indexer_inputs(rows, 16, 16)
-    got = indexer.index_topk(inputs, rows.first_BT, rows.stop_BT, topk)
+    with poisoned(), shuffled(1):
+        got = indexer.index_topk(inputs, rows.first_BT, rows.stop_BT, topk)
     want = index_topk_reference(inputs, rows.first_BT, rows.stop_BT, topk)
     assert got.dtype == torch.int32
     assert torch.equal(got.sort(-1).values, want.sort(-1).values)
