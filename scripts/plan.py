@@ -188,6 +188,12 @@ def _time(
             f"  {one.name:24} {one.bf16_tflops:8,.4g} TFLOP/s each: {duration(seconds)}"
             f" ({quantity(plan.end_tokens / seconds)} tokens a second)"
         )
+        parts = [
+            f"{stage.name} {duration(seconds * tokens * flops_per_token(run, stage) / flops)}"
+            for stage, tokens in stretches(plan)
+        ]
+        if len(parts) > 1:
+            lines.append("    by stage: " + ", ".join(parts))
     return lines
 
 

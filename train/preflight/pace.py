@@ -1,4 +1,4 @@
-"""How long a run will take: told once, after its third step."""
+"""How long a run will take: told after its third step, and again in each later stage."""
 
 from __future__ import annotations
 
@@ -7,12 +7,18 @@ import time
 from collections.abc import Callable, Iterator
 
 from train.config.schema import RunConfig
-from train.preflight.forecast import duration, flops_per_token, quantity, run_flops
-from train.stages import StagePlan
+from train.preflight.forecast import (
+    duration,
+    flops_per_token,
+    quantity,
+    run_flops,
+    stretches,
+)
+from train.stages import Stage, StagePlan
 
 log = logging.getLogger(__name__)
 DAY = 86400.0  # seconds
-_FIRST, _LAST = 1, 3  # steps of this start between which time is taken: the first one warms up
+_FIRST, _LAST = 1, 3  # steps between which time is taken: the first one warms up
 
 
 def long_run(run: RunConfig, plan: StagePlan, rate: float) -> Iterator[str]:
@@ -35,7 +41,7 @@ def long_run(run: RunConfig, plan: StagePlan, rate: float) -> Iterator[str]:
 
 
 class Pace:
-    """Takes the time of a start's first steps.
+    """Takes the time of the first steps of a start, and of each stage that begins later.
 
     Args:
         run: the config.
@@ -47,30 +53,44 @@ class Pace:
         self, run: RunConfig, plan: StagePlan, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._run, self._plan, self._clock = run, plan, clock
-        self._steps = 0
+        self._stage: Stage | None = None  # of the last step
+        self._steps = 0  # of this start in that stage
         self._began = (0.0, 0)
+        self._behind: int | None = None  # position behind the last step
 
     def step_done(self, step: int, tokens: int) -> str | None:
-        """Note a step; after the third of this start, log what is left and return the line.
+        """Note a step; after the third of this start or of a stage, log what is left.
 
         Args:
             step: number of the step.
             tokens: position behind it.
+
+        Returns:
+            The line that was logged.
         """
-        self._steps += 1
+        before = self._plan.tokens_at(step - 1) if self._behind is None else self._behind
+        stage, self._behind = self._plan.stage(before), tokens
+        self._steps = self._steps + 1 if stage is self._stage else 1
+        self._stage = stage
         if self._steps == _FIRST:
             self._began = (self._clock(), tokens)
-        began, before = self._began
-        left = self._plan.steps - step
-        if self._steps != _LAST or left < 1 or tokens <= before:
+        began, timed_from = self._began
+        if self._steps != _LAST or step >= self._plan.steps or tokens <= timed_from:
             return None
         spent = self._clock() - began
-        behind = run_flops(self._run, self._plan, tokens)
-        seconds = spent * behind / (run_flops(self._run, self._plan, before) - behind)
+        timed = (tokens - timed_from) * flops_per_token(self._run, stage)
+        left = self._plan.steps - step
+        parts = [
+            (one.name, spent * count * flops_per_token(self._run, one) / timed)
+            for one, count in stretches(self._plan, tokens)
+        ]
+        seconds = sum(needed for _, needed in parts)
         line = (
             f"expected: {duration(seconds)} for the {left:,} steps left, at"
             f" {spent / (_LAST - _FIRST):.3g} s a step"
         )
+        if len(parts) > 1:
+            line += "; by stage: " + ", ".join(f"{name} {duration(s)}" for name, s in parts)
         log.info("%s", line)
         if seconds > DAY:
             log.warning(

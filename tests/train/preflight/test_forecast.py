@@ -155,6 +155,27 @@ def test_expected_time_is_told_once_after_the_third_step(seconds, steps, warned,
         assert f"train.steps={a_day}" in caplog.records[-1].getMessage()
 
 
+def test_expected_time_is_told_by_stage_and_again_in_each():
+    run = compose_run(["model=v4_tiny", STAGES, "train.steps=0"])
+    plan, now = resolve(run), [0.0]
+    pace, told, pause = Pace(run, plan, lambda: now[0]), {}, {"a": 2.0, "b": 6.0, "c": 1.0}
+    for step in range(1, plan.steps + 1):
+        stage = plan.stage(plan.tokens_at(step - 1))
+        now[0] += pause[stage.name]
+        if line := pace.step_done(step, plan.tokens_at(step)):
+            told[stage.name] = (step, line)
+    ends = [plan.step_at(stage.until_tokens) for stage in plan.stages]
+    assert [step for step, _ in told.values()] == [3, ends[0] + 3, ends[1] + 3]
+    assert [re.findall(r"\b([abc]) \d", line) for _, line in told.values()] == [
+        ["a", "b", "c"], ["b", "c"], [],
+    ]  # fmt: skip
+    # what is left of b costs as measured, c in proportion of its FLOPs
+    left = (ends[1] - told["b"][0]) * pause["b"]
+    assert f"; by stage: b {duration(left)}, c " in told["b"][1]
+    left = (ends[2] - told["c"][0]) * pause["c"]
+    assert told["c"][1].startswith(f"expected: {duration(left)} for the ")
+
+
 def test_a_run_of_more_than_a_day_is_told_before_its_first_step():
     run = compose_run(["model=v4_small"])
     plan = resolve(run)
