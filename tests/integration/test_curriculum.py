@@ -16,6 +16,7 @@ from tests.parallel.torchrun import steps_of
 from train.config.command_line import compose_run
 from train.config.schema import RunConfig
 from train.record.metrics import read_metrics
+from train.record.plots import stage_edges
 from train.stages import resolve
 
 PRESET = ["+experiment=curriculum", "train.device=cpu"]
@@ -30,6 +31,12 @@ def test_preset_goes_through_every_phase_with_a_constant_batch():
     ]  # fmt: skip
     assert {stage.global_batch_tokens for stage in plan.reached()} == {32768}
     assert run.model.yarn_from_seq_len == 8192
+
+
+def test_curves_show_where_stages_begin():
+    names = ["a", "a", "b", "c", "c"]
+    records = [{"tokens": 10 * n, "stage": stage} for n, stage in enumerate(names, start=1)]
+    assert stage_edges(records) == [(20, "b"), (30, "c")]
 
 
 @pytest.mark.slow

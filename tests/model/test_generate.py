@@ -89,6 +89,22 @@ def test_prompt_in_chunks_matches_the_full_forward(chunk):
     torch.testing.assert_close(stepwise(model, ids, 40, chunk=chunk)[0], model.logits(ids), **CLOSE)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_text_beyond_64k_matches_the_full_forward():
+    """A prompt of 66,000 tokens in chunks, then one by one, far beyond position 65,536.
+
+    The indexer chooses all entries: among 16,500 scores in fp32 the last chosen one is within a
+    rounding of the next in 1 % of the queries, and either choice would be right.
+    """
+    model = build(kernels="fast", max_position_embeddings=131_072, index_topk=20_000)
+    ids, prompt = draw(1, 66_030), 66_000
+    got, decoder = stepwise(model, ids, prompt, chunk=4096)
+    whole = model.logits(ids)
+    torch.testing.assert_close(got, whole, **CLOSE)
+    assert row_bytes(decoder.cache) == kv_cache_bytes(model.config, 66_030, 4)
+
+
 def test_unequal_prompts_match_each_alone():
     model, lengths = build(), [1, 30, 12]
     ids = draw(3, 50)

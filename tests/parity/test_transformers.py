@@ -18,9 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from transformers import DeepseekV4Config
+from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4RotaryEmbedding
 
 from model.config import Kernels, LayerKind, ModelConfig
 from model.loss import Objective
+from model.rope import rope_frequencies, rope_tables
 from model.state_dict import load_transformers, to_official, to_transformers
 from model.transformer import DeepSeekV4
 from tests.parity.configs import tiny_config
@@ -38,6 +41,8 @@ from tests.parity.harness import (
 from tests.parity.models import build_hf, hf_index_scores
 from tests.parity.oracle import OracleObjective, run_oracle
 from tests.parity.weights import Weights, as_leaves, hf_view
+from train.config.command_line import compose_run
+from train.config.transformers_json import transformers_config
 
 LOGITS, GRADIENT, GAP = 1e-5, 1e-4, 1e-6
 LM_ONLY = (0.0, 0.0, 0.0)
@@ -227,3 +232,22 @@ def test_loss_is_the_mean_over_targets() -> None:
     assert abs(float(output.losses["loss"]) - float(want)) < 1e-5
     output.total.backward()
     assert gradients(model)
+
+
+@pytest.mark.parametrize("name", ["v4_flash", "v4_tiny"])
+def test_exported_positions_are_ours_up_to_a_million(name: str) -> None:
+    """The config that an export writes gives transformers our angles, far beyond 64K tokens.
+
+    transformers holds frequencies and angles in fp32: a frequency is off by a few roundings, an
+    angle by as many of its size.
+    """
+    config = compose_run([f"model={name}"]).model
+    theirs = DeepseekV4RotaryEmbedding(DeepseekV4Config(**transformers_config(config)))
+    assert theirs.max_seq_len_cached == config.max_position_embeddings
+    positions = torch.tensor([[0, 1, 65_535, 65_536, 70_001, 262_144, 1_048_575]])
+    for label, compressed in (("main", False), ("compress", True)):
+        ours = rope_frequencies(config, compressed)
+        cos, sin = theirs(torch.zeros(1), positions, layer_type=label)
+        angles = positions[..., None] * ours
+        for got, want in zip((cos, sin), rope_tables(positions, ours), strict=True):
+            assert bool(((got - want).abs() <= 1e-6 + angles * 2**-21).all()), label

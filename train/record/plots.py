@@ -35,6 +35,12 @@ def draw_losses(records: Sequence[Record], path: Path, title: str) -> None:
             _curve(axes, records, field)
         for tokens in rollbacks(records):
             axes.axvline(tokens, color="tab:red", linestyle=":", label="rollback to here")
+        for tokens, stage in stage_edges(records):
+            axes.axvline(tokens, color="0.5", linestyle="--", linewidth=0.8)
+            axes.text(
+                tokens, 0.02, f" {stage}", transform=axes.get_xaxis_transform(), rotation=90,
+                color="0.4", fontsize=7, ha="right", va="bottom",
+            )  # fmt: skip
         axes.set_title(name)
         axes.set_xlabel("tokens")
         axes.grid(alpha=0.3)
@@ -55,6 +61,15 @@ def rollbacks(records: Sequence[Record]) -> list[int]:
         before["tokens"]
         for before, after in pairwise(records)
         if after.get("rollbacks", 0) > before.get("rollbacks", 0)
+    ]
+
+
+def stage_edges(records: Sequence[Record]) -> list[tuple[int, str]]:
+    """Tokens at which a stage began behind another one, with its name."""
+    return [
+        (before["tokens"], str(after["stage"]))
+        for before, after in pairwise(records)
+        if after.get("stage") != before.get("stage") and after.get("stage") is not None
     ]
 
 
