@@ -77,6 +77,8 @@ class SourceConfig:
         revision: revision of a hub dataset (hub).
         streaming: read in order while training instead of tokenising all of it first (text, jsonl,
             parquet, hub); for what does not fit the disk.
+        stated_tokens: of a pass over a stream, as its publisher says; what the run tells of passes
+            before it begins goes by it. 0 = nobody says.
         packages: of ``embedded`` and ``package_sources``: ``stdlib`` or the names of installed
             packages.
         documents: how many are written (synthetic).
@@ -100,6 +102,7 @@ class SourceConfig:
     split: str = "train"
     revision: str = ""
     streaming: bool = False
+    stated_tokens: int = number(0, least=0)
     packages: list[str] = field(default_factory=lambda: ["stdlib", "torch", "numpy"])
     documents: int = number(1000, least=1, most=10_000_000)
     document_characters: int = number(32_768, least=512, most=100_000_000)
@@ -278,18 +281,20 @@ def _unused_of(name: str, source: SourceConfig) -> dict[str, str]:
     }
     if source.streaming:
         out |= {f"sources.{name}.{unused}": f"{key}.streaming=true" for unused in _OF_NO_STREAM}
+    else:
+        out[f"sources.{name}.stated_tokens"] = f"{key}.streaming=false: they are counted"
     return out
 
 
 # These follow other keys or only say where and how fast work is done: no harm where there is none.
-_NO_WISH = {"vocab_size", "cache_dir", "workers"}
+_NO_WISH = {"vocab_size", "cache_dir", "workers", "stated_tokens"}
 
 
 def _given_in_vain(cfg: DataConfig, key: str, reason: str) -> Iterator[str]:
     """A key without effect that holds another value than its default."""
-    if key in _NO_WISH:
-        return
     path, _, leaf = key.rpartition(".")
+    if leaf in _NO_WISH:
+        return
     section = cfg.sources.get(path.removeprefix("sources.")) or cfg.validation
     value = getattr(section, leaf)
     if value != getattr(type(section)(), leaf):

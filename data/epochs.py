@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,20 +14,30 @@ class SourceUse:
         name: of the source; ``all`` where sources without weights are one list.
         tokens: of its training documents; None: a stream, whose length nobody knows.
         read: tokens that are read of it.
+        stated: tokens of a stream, as its publisher says; 0 = nobody does.
     """
 
     name: str
     tokens: int | None
     read: float
+    stated: int = 0
 
     @property
     def epochs(self) -> float | None:
         """Passes over it; None where its length is not known."""
         return self.read / self.tokens if self.tokens else None
 
+    @property
+    def foretold_epochs(self) -> float | None:
+        """The same, of a stream by what its publisher says."""
+        return self.read / self.stated if self.tokens is None and self.stated else self.epochs
+
 
 def planned_uses(
-    source_tokens: Mapping[str, int | None], weights: Mapping[str, float], read: float
+    source_tokens: Mapping[str, int | None],
+    weights: Mapping[str, float],
+    read: float,
+    stated: Mapping[str, int] | None = None,
 ) -> list[SourceUse]:
     """What a run of so many tokens reads of each source.
 
@@ -35,9 +45,11 @@ def planned_uses(
         source_tokens: training tokens by source; None of a stream.
         weights: shares by source; empty: all together are one list.
         read: tokens of the run.
+        stated: tokens of streams, as their publishers say.
     """
     shares = {name: weights[name] * read for name in weights}
-    return uses(source_tokens, weights, shares or {next(iter(source_tokens)): read})
+    found = uses(source_tokens, weights, shares or {next(iter(source_tokens)): read})
+    return [replace(use, stated=(stated or {}).get(use.name, 0)) for use in found]
 
 
 def uses(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import DatasetCard, constants
 
 from data.cache import digest, locked, raise_if_full
 from data.config import SourceConfig
@@ -138,21 +139,62 @@ def _load(key: str, source: SourceConfig, **options: Any) -> Any:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come in our one line
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    away = "" if Path(source.path).exists() else go_offline_if_away()
+    here = Path(source.path).exists()
+    away = "" if here else go_offline_if_away()
+    offline = not here and constants.HF_HUB_OFFLINE
     try:
         return datasets.load_dataset(
             source.path,
-            name=source.subset or None,
+            **(_part_of_folder(key, source) if here else {"name": source.subset or None}),
             split=source.split,
             revision=source.revision or None,
             **options,
         )
+    except ConfigError:
+        raise
     except Exception as error:  # the library raises many kinds, some bare
         raise_if_full(error, options.get("cache_dir", "the hub's cache"), "data.cache_dir")
+        reason = f"{away}, and its cache has no such data" if away else _reason(error)
         raise ConfigError(
-            f"{key}.path={shown(source.path)} cannot be read as hub:"
-            f" {f'{away}, and its cache has no such data' if away else _reason(error)}"
+            f"{key}.path={shown(source.path)} cannot be read as hub: {reason}"
+            f"{_how_to_fetch(key, source) if offline else ''}"
         ) from error
+
+
+def _part_of_folder(key: str, source: SourceConfig) -> dict[str, Any]:
+    """Files of a subset as the card of a folder names them; the others need not be there.
+
+    The library looks for files of the first subset whichever is asked for.
+
+    Raises:
+        ConfigError: the folder has no card, or its card no such subset.
+    """
+    if not source.subset:
+        return {}
+    card = Path(source.path, "README.md")
+    parts = DatasetCard.load(card).data.to_dict().get("configs") or [] if card.is_file() else []
+    named = {part["config_name"]: part.get("data_files") for part in parts}
+    if source.subset not in named:
+        raise ConfigError(
+            f"{key}.subset={source.subset} is none of those that {shown(str(card))} names"
+            f" ({', '.join(named) or 'none'}): bring the dataset's README.md, or give the folder of"
+            f" its files with {key}.subset=''"
+        )
+    files = named[source.subset]
+    if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
+        return {"name": source.subset}
+    return {"data_files": {file["split"]: file["path"] for file in files}}
+
+
+def _how_to_fetch(key: str, source: SourceConfig) -> str:
+    """What leads to a dataset of the hub that cannot be reached."""
+    subset = f" --subset {source.subset}" if source.subset else ""
+    column = f" --text-key {source.text_key}" if source.text_key != "text" else ""
+    return (
+        f"; where there is a network: v4 prepare {source.path}{subset}{column} --out STORE, then"
+        " here data=store data.sources.store.path=STORE; of a copy of its files (hf download) give"
+        f" {key}.path=FOLDER"
+    )
 
 
 def _reason(error: Exception) -> str:

@@ -90,6 +90,11 @@ class Loader:
         self._ahead: deque[tuple[GlobalBatch, dict[str, Any]]] = deque()
         self._taken: dict[str, Any] = {}  # state after the last batch taken, while some are ahead
 
+    @property
+    def stated_tokens(self) -> dict[str, int]:
+        """Tokens of a pass over each stream, as its publisher says; 0 = nobody does."""
+        return {stream.name: stream.stated_tokens for stream in self._streams}
+
     def plan(self, num_rows: int, seq_len: int) -> GlobalBatch:
         """The next rows; the position moves on.
 
@@ -322,7 +327,13 @@ def build_loader(
     stores = _open_stores(cfg, tokenizer)
     streams = {
         name: StreamSource(
-            name, DocumentStream(name, s), tokenizer, cfg.validation, seed, s.min_tokens
+            name,
+            DocumentStream(name, s),
+            tokenizer,
+            cfg.validation,
+            seed,
+            s.min_tokens,
+            s.stated_tokens,
         )
         for name, s in cfg.named_sources().items()
         if s.streaming

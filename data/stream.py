@@ -54,6 +54,7 @@ class StreamSource:
         validation: ``data.validation``.
         seed: of the run, for fill-in-the-middle.
         min_tokens: shorter documents are left out.
+        stated_tokens: of a pass, as the publisher says; 0 = nobody does.
     """
 
     def __init__(
@@ -64,8 +65,9 @@ class StreamSource:
         validation: ValidationConfig,
         seed: int,
         min_tokens: int = 0,
+        stated_tokens: int = 0,
     ) -> None:
-        self.name = name
+        self.name, self.stated_tokens = name, stated_tokens
         self._min_tokens = min_tokens
         self.names: Sequence[str] = (name,)
         self._stream = stream

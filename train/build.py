@@ -120,7 +120,8 @@ def foretell(run: RunConfig, plan: StagePlan, loader: Loader) -> float:
     """
     device = compute_device(run.train.device)
     if not run.train.eval_only:
-        uses = planned_uses(loader.source_tokens, loader.weights, plan.end_tokens)
+        tokens, stated = loader.source_tokens, loader.stated_tokens
+        uses = planned_uses(tokens, loader.weights, plan.end_tokens, stated)
         announce(run, plan, uses, device.type)
     rate = measured_matmul_rate(device, _DTYPES[run.train.precision])
     if launched_rank() == 0 and not run.train.eval_only:

@@ -102,7 +102,12 @@ def columns(stream: IO[str] | None = None) -> int | None:
 
 def _data(use: SourceUse) -> list[str]:
     if use.epochs is None:
-        return [f"{use.name}: a stream", f"{quantity(use.read)} tokens of it"]
+        if use.foretold_epochs is None:
+            return [f"{use.name}: a stream", f"{quantity(use.read)} tokens of it"]
+        return [
+            f"{use.name}: a stream of {quantity(use.stated)} tokens, as its publisher says",
+            f"{quantity(use.foretold_epochs)} epochs",
+        ]
     return [
         f"{use.name}: {quantity(use.tokens or 0)} training tokens",
         f"{quantity(use.epochs)} epochs",

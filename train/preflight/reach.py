@@ -107,9 +107,10 @@ def data_warnings(uses: Sequence[SourceUse]) -> Iterator[str]:
         uses: what it reads of each.
     """
     for use in uses:
-        if use.epochs is not None and use.epochs > MOST_EPOCHS:
+        epochs, tokens = use.foretold_epochs, use.tokens or use.stated
+        if epochs is not None and epochs > MOST_EPOCHS:
             yield (
-                f"{use.epochs:,.1f} epochs: the run reads the {quantity(use.tokens or 0)} training"
+                f"{epochs:,.1f} epochs: the run reads the {quantity(tokens)} training"
                 f" tokens of {use.name} more than {MOST_EPOCHS:g} times and will learn them by"
                 " heart; give more text (data.sources), or fewer train.steps"
             )

@@ -23,6 +23,7 @@ from unittest.mock import patch
 
 import torch
 
+from data.epochs import planned_uses
 from data.loader import build_loader
 from data.prepare import build_tokenizer
 from model.flops import parameter_shapes
@@ -104,6 +105,13 @@ def data(run: RunConfig, _: Path) -> Any:
     first = loader.plan(8, 32).batch(0, 8)
     held = [b.batch(0, len(b.rows)).input_ids_BT.tolist() for b in loader.validation(32, 0)]
     return loader.manifest, first.input_ids_BT.tolist(), held
+
+
+def foretold(run: RunConfig, _: Path) -> Any:
+    """What is told of the sources before the first step."""
+    loader = build_loader(run.data, build_tokenizer(run.data), run.seed, 2)
+    found = planned_uses(loader.source_tokens, loader.weights, 1e4, loader.stated_tokens)
+    return [(use.name, use.foretold_epochs) for use in found]
 
 
 def recovery(run: RunConfig, _: Path) -> Any:

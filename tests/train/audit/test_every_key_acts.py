@@ -33,6 +33,7 @@ from tests.train.audit.key_effects import (
     called,
     data,
     device,
+    foretold,
     handed,
     memory,
     or_refused,
@@ -196,6 +197,7 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "data.sources.split": row("x", hub, **ON_HUB),
     "data.sources.revision": row("x", hub, **ON_HUB),
     "data.sources.streaming": row(True, data),
+    "data.sources.stated_tokens": row(10**6, foretold, data__sources__t__streaming=True),
     "data.sources.packages": row(
         ["argparse"], embedded, data__sources={"t": SourceConfig(packages=["json"])}),
     "data.sources.documents": row(20, data, **SYNTHETIC),

@@ -8,11 +8,17 @@ import json
 import pytest
 
 from scripts.prepare import main as prepare
+from tests.data.hub_doubles import codeparrot, fineweb_edu
 from train.errors import ROOT, ExitCode
 from train.pretrain import cli
 
 GROUPS = sorted(path.stem for path in (ROOT / "conf" / "data").glob("*.yaml"))
 TEXTS = [f"text {i} " + " ".join(f"w{i}x{j}" for j in range(5 + i)) for i in range(40)]
+PRESETS = {  # of data that the hub has by name; here from folders that look like it
+    "fineweb_edu": ["fineweb_edu"],
+    "codeparrot": ["codeparrot"],
+    "web_and_code": ["fineweb_edu", "codeparrot"],
+}
 SMALL = "data.sources.embedded.packages=[asyncio]"
 
 
@@ -27,6 +33,8 @@ def files(tmp_path_factory):
     (folder / "a.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in TEXTS))
     (folder / "set").mkdir()
     pq.write_table(pa.table({"text": TEXTS}), folder / "set" / "train.parquet")
+    fineweb_edu(folder / "fineweb_edu", TEXTS)
+    codeparrot(folder / "codeparrot", TEXTS)
     code = prepare([
         "--out", f"{folder}/store", "--kind", "jsonl", "--path", f"{folder}/a.jsonl",
         "--vocab-size", "512", "--validation-bytes", "500", "--cache-dir", f"{folder}/cache",
@@ -39,6 +47,8 @@ def asked(group, folder):
     """What a group needs on the command line."""
     if group in ("default", "bytes"):
         return ["data.sources.embedded.kind=embedded", SMALL]
+    if group in PRESETS:
+        return [f"data.sources.{name}.path={folder}/{name}" for name in PRESETS[group]]
     paths = {"text": "a.txt", "jsonl": "a.jsonl", "parquet": "set/train.parquet", "hub": "set"}
     args = {
         "text": ["data.sources.text.unit=line"],
@@ -70,6 +80,8 @@ def test_every_data_group_trains_to_its_end(files, tmp_path, group):
     if group == "mixture":
         assert sum(shares.values()) == pytest.approx(1)
         assert shares["share.store"] == pytest.approx(0.7, abs=0.15)  # of 512 tokens, rows of 64
+    elif group == "web_and_code":
+        assert shares == pytest.approx({"share.fineweb_edu": 0.8, "share.codeparrot": 0.2}, abs=0.2)
     elif group == "long_range":
         assert shares == pytest.approx({"share.synthetic": 0.5, "share.packages": 0.5}, abs=0.15)
     else:

@@ -61,10 +61,11 @@ def test_sharding_divides_what_it_should():
     assert 0.5 < halves.weights / one.weights < 0.56
 
 
-@pytest.mark.parametrize(("name", "limit"), [("gpu_8gb", 7.5), ("gpu_24gb", 22.0)])
-def test_gpu_presets_predict_a_peak_below_their_card(name, limit):
-    peak = needs(f"experiment={name}").peak(ONE, "cuda").total / GB
-    assert 0.5 * limit < peak < limit
+@pytest.mark.parametrize("card", [8, 12, 16, 24, 80])
+def test_gpu_presets_predict_a_peak_below_their_card(card):
+    """A tenth stays free: a desktop's share, and what an allocator cannot use."""
+    peak = needs(f"experiment=gpu_{card}gb").peak(ONE, "cuda").total / GB
+    assert 0.6 * card < peak < 0.9 * card
 
 
 @pytest.mark.parametrize(

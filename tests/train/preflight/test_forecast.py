@@ -17,6 +17,7 @@ import pytest
 from data.epochs import most_epochs, planned_uses, uses
 from model.flops import parameter_counts, training_flops
 from parallel.config import ParallelConfig
+from tests.helpers import ROOT
 from train.config.command_line import compose_run, options
 from train.preflight.banner import MOST_LINES, announce, banner, columns
 from train.preflight.fit import Needs
@@ -123,6 +124,28 @@ def test_epochs_are_reads_over_tokens(tokens, weights, read, epochs):
     shared = dict.fromkeys(tokens, read / len(tokens))
     done = {use.name: use.read for use in found} if weights else shared
     assert [u.epochs for u in uses(tokens, weights, done)] == pytest.approx(list(epochs.values()))
+
+
+PRESETS = sorted(path.stem for path in (ROOT / "conf" / "experiment").glob("gpu_*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_gpu_presets_tell_tokens_and_passes_of_real_data(preset):
+    """None passes over its text more than once; all that is known of a stream stands there."""
+    run = compose_run([f"experiment={preset}"])
+    plan, sources = resolve(run), run.data.sources
+    weights = {n: s.weight for n, s in sources.items() if s.weight is not None}
+    stated = {name: source.stated_tokens for name, source in sources.items()}
+    found = planned_uses(dict.fromkeys(sources), weights, plan.end_tokens, stated)
+    assert all(use.foretold_epochs is None or use.foretold_epochs < 1 for use in found)
+    memory = Needs(run, plan).peak(ParallelConfig(), "cuda")
+    text = "\n".join(banner(run, plan, found, memory, ParallelConfig(), "cuda"))
+    assert f"{quantity(plan.end_tokens)} tokens" in text
+    assert "fineweb_edu: a stream of 10" in text
+    assert re.search(r"as its publisher says, 0\.\d+ epochs", text)
+    assert ("codeparrot: a stream, " in text) == ("codeparrot" in sources)
+    (line,) = data_warnings(planned_uses({"s": None}, {}, 50, {"s": 10}))
+    assert line.startswith("5.0 epochs: the run reads the 10.0 training tokens of s")
 
 
 @pytest.mark.parametrize("preset", ["gpu_8gb", "gpu_24gb"])
