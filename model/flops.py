@@ -16,7 +16,7 @@ backward passes, the indexer's teacher, which attention already has).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from model.config import LayerKind, ModelConfig, Residual, Router
@@ -305,9 +305,13 @@ def training_flops(
     Raises:
         ValueError: unknown phase, or a warm-up without the indexer's loss.
     """
+    return _by_part(_costs(config, seq_len, phase, indexer_loss, keys_of))
+
+
+def _by_part(costs: Iterable[tuple[str, str, float, float]]) -> TrainingFlops:
     forward: dict[str, float] = {}
     backward: dict[str, float] = {}
-    for _, part, cost, back in _costs(config, seq_len, phase, indexer_loss, keys_of):
+    for _, part, cost, back in costs:
         forward[part] = forward.get(part, 0.0) + cost
         backward[part] = backward.get(part, 0.0) + back
     return TrainingFlops(forward, backward)
@@ -324,6 +328,14 @@ def training_flops_by_block(
     for block, _, cost, back in _costs(config, seq_len, phase, indexer_loss, mean_keys):
         blocks[block] = blocks.get(block, 0.0) + cost + back
     return blocks
+
+
+def block_flops(
+    config: ModelConfig, layer: int, seq_len: int, phase: str = "sparse", indexer_loss: bool = True
+) -> TrainingFlops:
+    """The same of one block by part; other arguments as in :func:`training_flops`."""
+    costs = _costs(config, seq_len, phase, indexer_loss, mean_keys)
+    return _by_part(cost for cost in costs if cost[0] == f"layers.{layer}")
 
 
 def _costs(

@@ -142,32 +142,58 @@ def block_pass(
         documents: packed into each row.
         within: see :class:`LaunchCounter`; then no functions are collected.
     """
-    meta = torch.device("meta")
-    with meta:
-        block = Block(
-            config, config.kind(layer), config.ratio(layer), config.router(layer), f"layers.{layer}"
-        )
-    WeightCopies(nn.ModuleDict({"layers": nn.ModuleDict({str(layer): block})})).refresh(
-        torch.bfloat16
-    )
-    document_T = torch.arange(tokens) * documents // tokens
-    context = build_context(config, document_T.expand(rows, -1), True, meta)
-    context.indexer_loss = context.balance_loss = True
-    x_BTSD = torch.empty(
-        rows, tokens, config.num_streams, config.hidden_size, device=meta, dtype=torch.bfloat16,
-        requires_grad=True,
-    )  # fmt: skip
-    ids_BT = torch.empty(rows, tokens, dtype=torch.int64, device=meta)
     forward, backward = LaunchCounter(within), LaunchCounter(within)
     with nullcontext(set[str]()) if within else functions_called() as functions:
-        with forward:
-            out_BTSD, aux = block(x_BTSD, ids_BT, context)
-        ends = [out_BTSD, *(aux[name] for name in ("indexer_kl", "balance") if name in aux)]
-        grads = [torch.empty_like(end) for end in ends]
-        with backward:
-            torch.autograd.backward(ends, grads)
+        block = meta_block(config, layer)
+        trace_block(block, config, tokens, forward, backward, rows, documents)
     kind, router = config.kind(layer).value, config.router(layer).value
     return BlockLaunches(f"{kind}, {router}", forward.launches, backward.launches, functions)
+
+
+def meta_block(config: ModelConfig, layer: int) -> Block:
+    """A block on the meta device: shapes without values."""
+    with torch.device("meta"):
+        return Block(
+            config, config.kind(layer), config.ratio(layer), config.router(layer), f"layers.{layer}"
+        )
+
+
+def trace_block(
+    block: Block,
+    config: ModelConfig,
+    tokens: int,
+    forward: TorchDispatchMode,
+    backward: TorchDispatchMode,
+    rows: int = 1,
+    documents: int = 1,
+) -> None:
+    """Run a block with all its losses where its parameters are.
+
+    Args:
+        block: of the model.
+        config: of the model.
+        tokens: of a row.
+        forward: active in its forward pass.
+        backward: active in its backward pass.
+        rows: of a microbatch.
+        documents: packed into each row.
+    """
+    device = next(block.parameters()).device
+    WeightCopies(nn.ModuleDict({"layers": nn.ModuleDict({"0": block})})).refresh(torch.bfloat16)
+    document_T = torch.arange(tokens) * documents // tokens
+    context = build_context(config, document_T.expand(rows, -1), True, device)
+    context.indexer_loss = context.balance_loss = True
+    x_BTSD = torch.ones(
+        rows, tokens, config.num_streams, config.hidden_size, device=device, dtype=torch.bfloat16,
+        requires_grad=True,
+    )  # fmt: skip
+    ids_BT = torch.zeros(rows, tokens, dtype=torch.int64, device=device)
+    with forward:
+        out_BTSD, aux = block(x_BTSD, ids_BT, context)
+    ends = [out_BTSD, *(aux[name] for name in ("indexer_kl", "balance") if name in aux)]
+    grads = [torch.ones_like(end) for end in ends]
+    with backward:
+        torch.autograd.backward(ends, grads)
 
 
 @contextmanager
