@@ -3,6 +3,7 @@
 #   make test                                                 all tests but the slow ones
 #   make quick                                                the most telling tests
 #   make matrix                                               the numeric tests as other CPUs run them
+#   make gpu                                                  on a machine with a GPU: its tests, then its benchmark
 #   make check                                                lint, format, types
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -16,7 +17,7 @@ LEVELS = $(OFFLINE) $(BIN)/python -m tests.cpu_levels
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: pretrain test quick slow matrix check format
+.PHONY: pretrain test quick slow matrix gpu check format
 
 pretrain: $(STAMP)
 	$(BIN)/python train/pretrain.py $(ARGS)
@@ -33,6 +34,12 @@ slow: $(STAMP_DEV)
 
 matrix: $(STAMP_DEV)
 	$(LEVELS) --jobs $(WORKERS) $(ARGS)
+
+# Without a GPU one line says so. Kernels run on the device, not in Triton's interpreter.
+gpu: $(STAMP_DEV)
+	@$(BIN)/python scripts/bench.py gpu --check
+	TRITON_INTERPRET=0 $(OFFLINE) $(BIN)/python -m pytest -q -n 0 -m "gpu or multigpu"
+	$(BIN)/python scripts/bench.py gpu $(ARGS)
 
 check: $(STAMP_DEV)
 	$(BIN)/ruff check .

@@ -26,6 +26,7 @@ BENCHMARKS = {
     "recovery": "scripts.benchmarks.recovery",
     "efficiency": "scripts.benchmarks.efficiency",
     "launches": "scripts.benchmarks.launches",
+    "gpu": "scripts.benchmarks.gpu",
     "roofline": "scripts.benchmarks.roofline",
     "triton_aot": "scripts.benchmarks.triton_aot",
     "context": "scripts.benchmarks.context",

@@ -9,11 +9,13 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.config import ModelConfig
 from model.kernels.allocator import keep_freed_memory
 from scripts.benchmarks.models import (
     BENCHMARK,
@@ -71,6 +73,8 @@ def build(spec: _Measured, device: torch.device, dtype: torch.dtype) -> Contesta
     """The contestant that a measurement names."""
     named = spec["model"]
     config = BENCHMARK if named == "benchmark" else load_model_config(named)
+    if not spec.get("mtp", True):
+        config = without_mtp(config)
     ids_BT = tokens(config, spec["rows"], spec["seq_len"], device)
     if spec["contestant"] == "hf":
         # Imported here, or every contestant would carry it in its peak memory.
@@ -81,6 +85,15 @@ def build(spec: _Measured, device: torch.device, dtype: torch.dtype) -> Contesta
         return build_dense(config, ids_BT, dtype)
     whole_objective = spec["contestant"] == "ours"
     return build_ours(config, ids_BT, dtype, whole_objective, spec["activation_checkpoint"])
+
+
+def without_mtp(config: ModelConfig) -> ModelConfig:
+    """The same main model alone."""
+    return replace(
+        config,
+        num_nextn_predict_layers=0,
+        compress_ratios=config.compress_ratios[: config.num_hidden_layers],
+    )
 
 
 def synchronize(device: torch.device) -> None:

@@ -1,12 +1,16 @@
 """Every YAML of conf/ composes with the defaults and gives a valid run with a plan."""
 
+import re
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
+from packaging.requirements import Requirement
 
+from tests.helpers import ROOT
 from train.config.command_line import CONF, compose_run, groups, options
 from train.stages import check_contexts, check_rows, resolve
 
@@ -89,3 +93,22 @@ def test_small_sizes_make_every_part_matter(name):
     assert model.num_hash_layers >= 1
     assert model.num_nextn_predict_layers >= 1
     assert model.index_n_heads >= 16
+
+
+def test_extras_hold_what_they_say_and_none_moves_torch():
+    """Triton alone, Transformer Engine for CUDA 13 alone; only the core names torch, exactly."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {name: list(map(Requirement, of)) for name, of in
+              project["optional-dependencies"].items()}  # fmt: skip
+    core = {r.name: r for r in map(Requirement, project["dependencies"])}
+    assert re.fullmatch(r"==\d+\.\d+\.\d+", str(core["torch"].specifier))
+    assert "torch" not in {r.name for some in extras.values() for r in some}
+    (triton,) = extras["triton"]
+    assert (triton.name, str(triton.specifier)) == ("triton", "==3.7.1")
+    assert str(next(r for r in extras["dev"] if r.name == "triton")) == str(triton)
+    (te,) = extras["te"]
+    assert (te.name, te.extras) == ("transformer-engine", {"pytorch", "core_cu13"})
+    guide = (ROOT / "docs" / "guide" / "one_gpu.md").read_text()
+    build = 'NVTE_FRAMEWORK=pytorch MAX_JOBS=4 pip install --no-build-isolation -e ".[te]"'
+    assert build in guide
+    assert build in (ROOT / "pyproject.toml").read_text()

@@ -27,6 +27,12 @@ COMMANDS = {
     "torchrun --nproc-per-node 2 train/pretrain.py model=v4_tiny parallel.ep=2"
     " train.micro_batch_size=2 run_dir=runs/two_ranks": (SHORT, 0, "2 ranks (dp_shard=2 ep=2)"),
     "torchrun train/pretrain.py +model=v4_flash": ([], 1, "290,942,289,362 parameters"),
+    "v4 plan experiment=gpu_24gb --card rtx4090": ([], 0, "917,687,980 parameters"),
+    "v4 pretrain experiment=gpu_24gb": (
+        [*SHORT, "model=v4_tiny", "data=default"],
+        0,
+        "bits per byte",
+    ),
 }
 
 
@@ -51,6 +57,8 @@ def test_readme_can_be_read_in_one_sitting():
 
 def in_folder(words, folder):
     """The command with its folder moved away from the user's runs."""
+    if words[0] == "pretrain":
+        words = ["train/pretrain.py", *words[1:]]
     if "train/pretrain.py" not in words:
         return words
     words = [w for w in words if not w.startswith("run_dir=")]
@@ -73,6 +81,7 @@ def test_readme_command_runs(command, tmp_path):
         words = ["python", *shlex.split(recipe[-1])[1:]]
     launcher = {
         "python": [sys.executable],
+        "v4": [sys.executable] if words[1] == "pretrain" else [sys.executable, "scripts"],
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
     }[words[0]]
     line = [*launcher, *in_folder(words[1:], tmp_path), *added]

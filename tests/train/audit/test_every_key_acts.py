@@ -48,6 +48,7 @@ from tests.train.audit.key_effects import (
 from tests.train.test_degenerate_runs import SMALL
 from train import build
 from train.config.command_line import compose_run
+from train.config.load import dump, validate
 from train.config.recovery import Anticipatory, Remedy
 from train.config.schema import (
     ActivationCheckpoint,
@@ -57,8 +58,6 @@ from train.config.schema import (
     StageConfig,
     WandbMode,
     Weights,
-    dump,
-    validate,
 )  # fmt: skip
 from train.display.build import build_profiler
 from train.errors import USER_ERRORS
