@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -89,7 +90,12 @@ def estimate(operations: Iterable[Operation], cards: Sequence[Card]) -> Estimate
 
 
 def whole_pass(
-    config: ModelConfig, rows: int, seq_len: int, cards: Sequence[Card], head: torch.dtype
+    config: ModelConfig,
+    rows: int,
+    seq_len: int,
+    cards: Sequence[Card],
+    head: torch.dtype,
+    recompute: bool = False,
 ) -> Estimate:
     """Forward and backward of a whole model: its blocks, and what a model of one block has beside.
 
@@ -99,18 +105,24 @@ def whole_pass(
         seq_len: tokens of a row.
         cards: to estimate for.
         head: dtype of the head's products.
+        recompute: blocks run forward once more (``train.activation_checkpoint=block``).
     """
     ahead = config.num_nextn_predict_layers
     one = replace(
         config, num_hidden_layers=1, layer_kinds=["swa"], compress_ratios=[0] * (1 + ahead),
         routers=[], num_hash_layers=0,
     )  # fmt: skip
+
+    def block(of: ModelConfig, layer: int) -> Estimate:
+        found = block_traffic(of, layer, rows, seq_len)
+        return estimate([*found.all, *(found.forward if recompute else ())], cards)
+
+    plain = block_traffic(one, 0, rows, seq_len)  # its block, and that of every MTP depth
     total = estimate(model_traffic(one, rows, seq_len, head).all, cards)
-    total = total.plus(estimate(block_traffic(one, 0, rows, seq_len).all, cards), -1)
-    of_kind = {
-        name: estimate(block_traffic(config, layer, rows, seq_len).all, cards)
-        for name, layer in kinds(config).items()
-    }
+    total = total.plus(estimate(plain.all, cards), -1)
+    if recompute:
+        total = total.plus(estimate(plain.forward, cards), ahead)
+    of_kind = {name: block(config, layer) for name, layer in kinds(config).items()}
     for layer in range(config.num_hidden_layers):
         total = total.plus(of_kind[f"{config.kind(layer).value}, {config.router(layer).value}"])
     return total
@@ -139,9 +151,10 @@ def _head(words: Sequence[str] | None, args: argparse.Namespace) -> list[str]:
     return [
         "# Roofline: computed, not measured",
         "",
-        f"Made by `{shown}`: no GPU ran anything. A microbatch is {args.rows} x {args.tokens:,}"
+        f"Made by `{shown}` on {time.strftime('%Y-%m-%d')}: no GPU ran anything. A microbatch is {args.rows} x {args.tokens:,}"
         " tokens, each row one document; bf16 with fp32 sums, head in"
-        f" {args.head}, all losses, nothing recomputed, no optimizer.",
+        f" {args.head}, all losses, {'every block' if args.recompute else 'nothing'} recomputed, no"
+        " optimizer.",
         "",
         "An operation takes the longest of: its FLOPs at the peak rate (fp32 ones without TF32),"
         " its bytes (every operand once, every result once) at the bandwidth, 4 us a launch. What"
@@ -199,7 +212,8 @@ def _binding(operations: Iterable[Operation], one: Card) -> str:
 
 def _model(config: ModelConfig, args: argparse.Namespace, cards: Sequence[Card]) -> list[str]:
     tokens = args.rows * args.tokens
-    total = whole_pass(config, args.rows, args.tokens, cards, _DTYPES[args.head])
+    head = _DTYPES[args.head]
+    total = whole_pass(config, args.rows, args.tokens, cards, head, args.recompute)
     rows = [("card", "ms a microbatch", "tokens/s at most", "share of the bf16 peak")]
     for one in cards:
         seconds = total.seconds[one.name]
@@ -231,6 +245,7 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tokens", type=int, default=4096, help="of a row")
     parser.add_argument("--rows", type=int, default=1, help="of a microbatch")
+    parser.add_argument("--recompute", action="store_true", help="the whole model's blocks twice")
     parser.add_argument(
         "--head", choices=tuple(_DTYPES), default="fp32", help="train.head_precision"
     )

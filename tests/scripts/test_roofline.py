@@ -3,19 +3,25 @@
 Two ways to the same number: shapes that a trace shows, and ``model/flops.py`` from the config.
 """
 
+import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 from model.config import Kernels
-from model.flops import block_flops, training_flops
+from model.flops import block_flops, parameter_counts, training_flops
 from scripts.benchmarks.launches import kinds, trace_block
 from scripts.benchmarks.roofline import called, estimate, main, whole_pass
 from scripts.benchmarks.traffic import Operation, Traffic, block_traffic, op_flops
 from scripts.cli.model_yaml import load_model_config
-from tests.helpers import small_config, small_model
+from tests.helpers import ROOT, small_config, small_model
+from train.config.command_line import compose_run
 from train.preflight.cards import CARDS, Card, card
+from train.preflight.fit import GB, Needs
+from train.preflight.forecast import duration, quantity
+from train.stages import resolve
 
 SMALL = replace(load_model_config("v4_small"), kernels=Kernels.triton)
 TOKENS = 4096
@@ -109,3 +115,49 @@ def test_the_command_writes_what_it_computed(tmp_path, capsys):
         took = seconds[one.name]
         assert f"| {one.name} | {took * 1e3:,.1f} | {2048 / took:,.0f} |" in text
     assert main(["--cards", "rtx9999"]) == 2
+
+
+PRESETS = {  # preset -> the card that the guide's time is for
+    "gpu_8gb": "rtx4090", "gpu_12gb": "rtx4090", "gpu_16gb": "rtx4090", "gpu_24gb": "rtx4090",
+    "gpu_80gb": "h100",
+}  # fmt: skip
+
+
+def guide_row(name, card_name):
+    """A preset's line of the table in docs/guide/one_gpu.md, computed."""
+    run = compose_run([f"experiment={name}"])
+    plan, one = resolve(run), card(card_name)
+    (stage,) = plan.reached()
+    peak = Needs(run, plan).peak(run.parallel.resolve(1), "cuda").total
+    config = replace(run.model, kernels=Kernels.triton)
+    recompute = run.train.activation_checkpoint.value == "block"
+    size = stage.micro_batch_size, stage.seq_len
+    least = whole_pass(config, *size, [one], torch.float32, recompute).seconds[one.name]
+    seconds = least * plan.end_tokens / math.prod(size)
+    rows = f"{size[0]} x {size[1]:,}{', blocks recomputed' if recompute else ''}"
+    cells = [
+        f"`{name}`", f"`{run.model.name}`", quantity(parameter_counts(run.model).total),
+        quantity(plan.end_tokens), rows, f"{peak / GB:.1f} GB",
+        f"{duration(seconds)} on {one.name}", f"{seconds / plan.steps:.2g} s",
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_guide_tells_of_each_preset_what_is_computed(name):
+    """Words exactly; memory and times within a sixth, so that a better kernel breaks no document."""
+    guide = (ROOT / "docs" / "guide" / "one_gpu.md").read_text()
+    (told,) = [line for line in guide.splitlines() if line.startswith(f"| `{name}` |")]
+    wanted = guide_row(name, PRESETS[name])
+    numbers = [
+        [
+            float(n)
+            for n in re.findall(
+                r"[\d.]+", line.partition("GB")[0].rpartition("|")[2] + line.partition("GB")[2]
+            )
+        ]
+        for line in (told, wanted)
+    ]
+    assert numbers[0] == pytest.approx(numbers[1], rel=1 / 6)
+    words = [re.sub(r"[\d.]+ (GB|h|days|s)\b", r"N \1", line) for line in (told, wanted)]
+    assert words[0] == words[1]

@@ -138,8 +138,9 @@ def test_gpu_presets_tell_tokens_and_passes_of_real_data(preset):
     stated = {name: source.stated_tokens for name, source in sources.items()}
     found = planned_uses(dict.fromkeys(sources), weights, plan.end_tokens, stated)
     assert all(use.foretold_epochs is None or use.foretold_epochs < 1 for use in found)
-    memory = Needs(run, plan).peak(ParallelConfig(), "cuda")
-    text = "\n".join(banner(run, plan, found, memory, ParallelConfig(), "cuda"))
+    layout = run.parallel.resolve(1)
+    memory = Needs(run, plan).peak(layout, "cuda")
+    text = "\n".join(banner(run, plan, found, memory, layout, "cuda"))
     assert f"{quantity(plan.end_tokens)} tokens" in text
     assert "fineweb_edu: a stream of 10" in text
     assert re.search(r"as its publisher says, 0\.\d+ epochs", text)
