@@ -127,21 +127,30 @@ def random_rows(
     return Rows(Batch(ids, documents, labels), counts)
 
 
-def run_distributed(fn: Callable[..., None], world_size: int, *args: Any) -> None:
-    """Run ``fn(rank, world_size, *args)`` on gloo ranks of this machine; a failure fails the test.
+def run_distributed(
+    fn: Callable[..., None], world_size: int, *args: Any, backend: str = "gloo"
+) -> None:
+    """Run ``fn(rank, world_size, *args)`` on ranks of this machine; a failure fails the test.
 
-    ``fn`` must be a module-level function.
+    ``fn`` must be a module-level function. With a backend for CUDA each rank has a device.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (fn, world_size, f"{folder}/store", args), nprocs=world_size)
+        mp.spawn(_rank, (fn, world_size, f"{folder}/store", backend, args), nprocs=world_size)
 
 
 def _rank(
-    rank: int, fn: Callable[..., None], world_size: int, store: str, args: tuple[Any, ...]
+    rank: int,
+    fn: Callable[..., None],
+    world_size: int,
+    store: str,
+    backend: str,
+    args: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
+    if "cuda" in backend:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo",
+        backend,
         init_method=f"file://{store}",
         rank=rank,
         world_size=world_size,

@@ -151,8 +151,8 @@ def _head(words: Sequence[str] | None, args: argparse.Namespace) -> list[str]:
     return [
         "# Roofline: computed, not measured",
         "",
-        f"Made by `{shown}` on {time.strftime('%Y-%m-%d')}: no GPU ran anything. A microbatch is {args.rows} x {args.tokens:,}"
-        " tokens, each row one document; bf16 with fp32 sums, head in"
+        f"Made by `{shown}` on {time.strftime('%Y-%m-%d')}: no GPU ran anything. A"
+        f" microbatch is {args.rows} x {args.tokens:,} tokens, each row one document; bf16 with fp32 sums, head in"
         f" {args.head}, all losses, {'every block' if args.recompute else 'nothing'} recomputed, no"
         " optimizer.",
         "",

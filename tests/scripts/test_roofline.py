@@ -145,7 +145,7 @@ def guide_row(name, card_name):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_guide_tells_of_each_preset_what_is_computed(name):
-    """Words exactly; memory and times within a sixth, so that a better kernel breaks no document."""
+    """Words exactly; memory and times within a sixth: a better kernel breaks no document."""
     guide = (ROOT / "docs" / "guide" / "one_gpu.md").read_text()
     (told,) = [line for line in guide.splitlines() if line.startswith(f"| `{name}` |")]
     wanted = guide_row(name, PRESETS[name])
