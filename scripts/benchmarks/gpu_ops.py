@@ -155,8 +155,8 @@ def measured(
         if name == "plain" and kinds_of[call.op] == "torch":
             result["plain"] = result["ours"]
             continue
-        forward = _time(lambda k=kernels: _run(call, k, False), device, seconds)
-        both = _time(lambda k=kernels: _run(call, k, True), device, seconds)
+        forward = _time(lambda k=kernels: run_call(call, k, False), device, seconds)
+        both = _time(lambda k=kernels: run_call(call, k, True), device, seconds)
         result[name] = {"forward_seconds": forward, "with_backward_seconds": both}
     work, traffic = _work(call, config, rows, seq_len), _traffic(call)
     rate = one.fp32_tflops if call.tensors[0].dtype is torch.float32 else one.bf16_tflops
@@ -171,8 +171,14 @@ def measured(
     return result
 
 
-def _run(call: Call, kernels: Kernels, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Results that carry a gradient, and the gradients of the inputs."""
+def run_call(call: Call, kernels: Kernels, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Results of a call, and the gradients of its inputs where all results have gradients of one.
+
+    Args:
+        call: to repeat.
+        kernels: which.
+        backward: whether to differentiate.
+    """
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor) -> Tensor:
@@ -184,18 +190,17 @@ def _run(call: Call, kernels: Kernels, backward: bool) -> tuple[list[Tensor], li
 
     args = map_tensors(leaf, call.args)
     named = {key: map_tensors(leaf, value) for key, value in call.named.items()}
-    out = table.select(call.op, kernels)(*args, **named)
-    results = [t for t in tensors_in(out) if t.requires_grad]
-    if not (results and leaves):
-        return [*tensors_in(out)], []
-    ones = [torch.ones_like(t) for t in results]
-    found = torch.autograd.grad(results, leaves, ones, allow_unused=True)
-    return results, [g for g in found if g is not None]
+    out = [*tensors_in(table.select(call.op, kernels)(*args, **named))]
+    ends = [t for t in out if t.requires_grad]
+    if not (ends and leaves):
+        return out, []
+    found = torch.autograd.grad(ends, leaves, [torch.ones_like(t) for t in ends], allow_unused=True)
+    return out, [g for g in found if g is not None]
 
 
 def _traffic(call: Call) -> tuple[int, int]:
     """Bytes of the forward and of the backward pass, each operand and result once."""
-    results, grads = _run(call, Kernels.auto, True)
+    results, grads = run_call(call, Kernels.auto, True)
     forward = bytes_of(call.tensors, results)
     return forward, bytes_of([*call.tensors, *results], grads) if grads else 0
 

@@ -147,14 +147,15 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def _head(words: Sequence[str] | None, args: argparse.Namespace) -> list[str]:
+    again = "every block" if args.recompute else "nothing"
     shown = " ".join(["python scripts/bench.py roofline", *(words or sys.argv[1:])])
     return [
         "# Roofline: computed, not measured",
         "",
         f"Made by `{shown}` on {time.strftime('%Y-%m-%d')}: no GPU ran anything. A"
-        f" microbatch is {args.rows} x {args.tokens:,} tokens, each row one document; bf16 with fp32 sums, head in"
-        f" {args.head}, all losses, {'every block' if args.recompute else 'nothing'} recomputed, no"
-        " optimizer.",
+        f" microbatch is {args.rows} x {args.tokens:,} tokens, each row one document; bf16 with"
+        f" fp32 sums, head in {args.head}, all losses, {again} recomputed,"
+        " no optimizer.",
         "",
         "An operation takes the longest of: its FLOPs at the peak rate (fp32 ones without TF32),"
         " its bytes (every operand once, every result once) at the bandwidth, 4 us a launch. What"

@@ -1,8 +1,8 @@
 """Two GPUs over NCCL, and the same bodies on two gloo ranks: FSDP, ep, every pipeline schedule.
 
-A run of two ranks is compared with one process on the same device. Bounds: losses of the first step
-within 1e-6, of the further ones within 1e-4 (fp32; a step's update amplifies rounding). Each save is
-written behind the steps, by both ranks, and read by one process.
+A run of two ranks is compared with one process on the same device. Bounds: losses of the first
+step within 1e-6, of the further ones within 1e-4 (fp32; a step's update amplifies rounding). Each
+save is written behind the steps, by both ranks, and read by one process.
 """
 
 import json
