@@ -44,6 +44,7 @@ from train.record.metrics import read_metrics
 from train.stages import resolve
 
 _Measured = dict[str, Any]
+_DTYPES = {"cuda": "bf16", "cpu": "fp32"}
 _WARM = 4  # steps of a run that are not counted: its audit looks at the first three
 LAUNCHES = ("LaunchKernel", "ModuleLaunchKernel", "GraphLaunch")  # parts of names of runtime calls
 SYNCS = ("StreamSynchronize", "DeviceSynchronize", "EventSynchronize")
@@ -167,7 +168,7 @@ def _run_words(name: str, args: argparse.Namespace, folder: str) -> list[str]:
         f"train.global_batch_tokens={2 * args.rows * args.tokens}", f"train.steps={args.steps}",
         "train.eval_every=0", f"train.eval_tokens={args.tokens}", "train.checkpoint_every=0",
         "train.log_every=1", "sample.tokens=0", f"train.profile_start={args.steps}",
-        "train.profile_steps=1", *args.override,
+        "train.profile_steps=1", f"train.precision={_DTYPES[args.device]}", *args.override,
     ]  # fmt: skip
 
 
@@ -194,7 +195,7 @@ def peers(name: str, args: argparse.Namespace) -> _Measured:
     for contestant in args.contestants:
         spec = {
             "contestant": contestant, "rows": args.rows, "seq_len": args.tokens, "model": name,
-            "dtype": "bf16" if args.device == "cuda" else "fp32", "device": args.device,
+            "dtype": _DTYPES[args.device], "device": args.device,
             "activation_checkpoint": "none", "seconds": args.seconds, "hf_experts": "grouped_mm",
             "hf_checkpointing": False, "keep_memory": "ours", "profile": False, "mtp": False,
         }  # fmt: skip
