@@ -77,7 +77,8 @@ def check_parts(document):
     assert set(op_names()) - set(ops) <= {"rope"}  # of plain multi-head attention and the indexer
     for op in ops.values():
         for name in ("ours", "plain", "roofline"):
-            assert 0 <= op[name]["forward_seconds"] <= op[name]["with_backward_seconds"] * 3
+            assert op[name]["forward_seconds"] > 0
+            assert op[name]["with_backward_seconds"] > 0
     step = document["steps"]["v4_tiny"]
     assert step["steps"] == 1
     assert step["tokens_per_second"] > 0

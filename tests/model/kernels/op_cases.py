@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
 
 
 # ---- the ops -----------------------------------------------------------------------------------
