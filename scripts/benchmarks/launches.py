@@ -142,9 +142,9 @@ def block_pass(
         documents: packed into each row.
         within: see :class:`LaunchCounter`; then no functions are collected.
     """
+    block = meta_block(config, layer)
     forward, backward = LaunchCounter(within), LaunchCounter(within)
     with nullcontext(set[str]()) if within else functions_called() as functions:
-        block = meta_block(config, layer)
         trace_block(block, config, tokens, forward, backward, rows, documents)
     kind, router = config.kind(layer).value, config.router(layer).value
     return BlockLaunches(f"{kind}, {router}", forward.launches, backward.launches, functions)
