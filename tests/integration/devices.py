@@ -11,5 +11,4 @@ ON_TWO = [pytest.mark.multigpu, pytest.mark.skipif(GPUS < 2, reason="needs two C
 def on(*devices):
     """A parameter of a test: the devices that it computes on, with the marks that they need."""
     marks = ON_GPU if "cuda" in devices else []
-    value = devices[0] if len(devices) == 1 else devices
-    return pytest.param(value, id="-".join(devices), marks=marks)
+    return pytest.param(*devices, id="-".join(devices), marks=marks)

@@ -54,18 +54,10 @@ def test_every_part_runs_on_a_cpu_with_its_peer(tmp_path, capsys):
     found = document["peers"]["v4_tiny"]
     assert {"ours_lm", "hf"} == set(found)
     assert found["ours_lm"]["loss"] == pytest.approx(found["hf"]["loss"], abs=1e-4)
-    assert "| v4_tiny | hf |" in capsys.readouterr().out
-
-
-def test_ops_and_steps_run_on_a_cpu_and_say_so(tmp_path, capsys):
-    out = tmp_path / "gpu.json"
-    assert main([*SMALL, "--out", str(out), "--contestants"]) == 0
-    document = json.loads(out.read_text())
-    check_parts(document)
     text = out.with_suffix(".md").read_text()
     assert text.startswith(f"# {FOR_TESTS}\n")
     assert text in capsys.readouterr().out
-    assert "| v4_tiny | " in text
+    assert "| v4_tiny | hf |" in text
     assert "not counted" in text
 
 
@@ -73,9 +65,7 @@ def check_parts(document):
     assert document["environment"]["device"] == FOR_TESTS
     rates = document["rates"]
     assert min(rates[key] for key in ("bf16_tflops", "fp32_tflops", "bandwidth_gb")) > 0
-    ops = {op["op"]: op for op in document["ops"]}
-    assert set(op_names()) - set(ops) <= {"rope"}  # of plain multi-head attention and the indexer
-    for op in ops.values():
+    for op in document["ops"]:
         for name in ("ours", "plain", "roofline"):
             assert op[name]["forward_seconds"] > 0
             assert op[name]["with_backward_seconds"] > 0
@@ -88,15 +78,10 @@ def check_parts(document):
     assert step["launches"] is step["synchronisations"] is None
 
 
-def test_a_failed_run_is_a_result_that_says_why(tmp_path):
-    out = tmp_path / "gpu.json"
-    words = ["--out", str(out), "--contestants", "--override", "train.grad_clap=1"]
-    assert main([*SMALL, *words]) == 2  # a key that is unknown is told at once
-
-
 def test_calls_have_the_bytes_and_flops_of_their_shapes():
     config = one_of_each(tiny_config(kernels=Kernels.torch))
     calls = {c.op: c for c in calls_of(config, 1, 32, torch.device("cpu"), torch.float32)}
+    assert set(op_names()) - set(calls) <= {"rope"}  # some kernels fuse it with the norm
     merge = calls["mhc_merge"]
     one = Card("x", 1, 1e-3, 1e-3, 1.0)  # 1e9 FLOPs a second, 1e9 bytes a second
     found = measured(merge, config, 1, 32, one, 0.0)

@@ -60,7 +60,7 @@ def test_bytes_are_every_operand_and_every_result_once():
 
 def test_bytes_on_meta_are_those_of_real_tensors():
     """A CSA block runs in Triton's interpreter, under the same mode."""
-    config, tokens = small_config(kernels="triton"), 12
+    config, tokens = small_config(kernels="triton"), 8
     flops = op_flops(config, tokens, config.kind(1), config.ratio(1), tokens)
     forward, backward = Traffic(flops, "cpu"), Traffic(flops, "cpu")
     block = small_model(kernels="triton").layers["1"]
