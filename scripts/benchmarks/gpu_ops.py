@@ -30,6 +30,7 @@ from scripts.benchmarks.models import tokens
 from scripts.benchmarks.traffic import bytes_of, op_flops
 from train.preflight.cards import Card
 
+_OVERWRITES = ("cross_entropy",)  # its logits; a copy of them is in its times
 # Op -> its names in traffic.op_flops, forward and backward, and how often the backward one counts.
 _COUNTED = {
     "attention": ("attention", "attention_backward", 1),
@@ -123,7 +124,8 @@ def _noting(noted: list[Call]) -> Iterator[list[int]]:
         op = chosen(op_name, kernels)
 
         def call(*args: Any, **named: Any) -> Any:
-            noted.append(Call(op_name, block[-1], args, named))
+            kept = map_tensors(torch.clone, args) if op_name in _OVERWRITES else args
+            noted.append(Call(op_name, block[-1], kept, named))
             return op(*args, **named)
 
         return call
@@ -182,7 +184,7 @@ def run_call(call: Call, kernels: Kernels, backward: bool) -> tuple[list[Tensor]
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor) -> Tensor:
-        fresh = x.detach()
+        fresh = x.detach().clone() if call.op in _OVERWRITES else x.detach()
         if x.requires_grad and backward:
             fresh.requires_grad_()
             leaves.append(fresh)

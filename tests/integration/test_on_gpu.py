@@ -116,7 +116,8 @@ def test_every_op_on_its_device_is_its_reference(op, device):
             assert (mine.double() - want).abs().max() <= bound + 1e-12, name
 
 
-REST = sorted(set(op_names()) - set(cases()))
+# cross_entropy overwrites its input, symmetric_product is Muon's: their own tests have them
+REST = sorted(set(op_names()) - set(cases()) - {"cross_entropy", "symmetric_product"})
 
 
 @pytest.fixture(scope="module", params=[on("cpu"), on("cuda")])
