@@ -53,7 +53,7 @@ NAMES = (
 
 
 @dataclass
-class Estimate:
+class PassTime:
     """What a pass comes to.
 
     Attributes:
@@ -68,9 +68,9 @@ class Estimate:
     launches: float
     seconds: dict[str, float]
 
-    def plus(self, other: Estimate, times: float = 1.0) -> Estimate:
+    def plus(self, other: PassTime, times: float = 1.0) -> PassTime:
         """This and some of another."""
-        return Estimate(
+        return PassTime(
             self.flops + times * other.flops,
             self.bytes + times * other.bytes,
             self.launches + times * other.launches,
@@ -78,10 +78,10 @@ class Estimate:
         )
 
 
-def estimate(operations: Iterable[Operation], cards: Sequence[Card]) -> Estimate:
+def estimate(operations: Iterable[Operation], cards: Sequence[Card]) -> PassTime:
     """The sums over operations, one after another."""
     found = list(operations)
-    return Estimate(
+    return PassTime(
         sum(o.calls * o.flops for o in found),
         sum(o.calls * o.bytes for o in found),
         sum(o.calls * o.launches for o in found),
@@ -96,7 +96,7 @@ def whole_pass(
     cards: Sequence[Card],
     head: torch.dtype,
     recompute: bool = False,
-) -> Estimate:
+) -> PassTime:
     """Forward and backward of a whole model: its blocks, and what a model of one block has beside.
 
     Args:
@@ -113,7 +113,7 @@ def whole_pass(
         routers=[], num_hash_layers=0,
     )  # fmt: skip
 
-    def block(of: ModelConfig, layer: int) -> Estimate:
+    def block(of: ModelConfig, layer: int) -> PassTime:
         found = block_traffic(of, layer, rows, seq_len)
         return estimate([*found.all, *(found.forward if recompute else ())], cards)
 
