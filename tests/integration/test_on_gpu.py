@@ -13,7 +13,7 @@ import torch
 
 from model.config import Kernels
 from model.kernels.select import op_names
-from scripts.benchmarks.gpu_ops import calls_of, one_of_each, run_call
+from scripts.gpu.gpu_ops import calls_of, one_of_each, run_call
 from tests.helpers import small_config
 from tests.integration.devices import on
 from tests.integration.small_run import (

@@ -11,9 +11,9 @@ import torch
 
 from model.config import Kernels
 from model.kernels.select import op_names
-from scripts.benchmarks.gpu import FOR_TESTS, main, runtime_calls
-from scripts.benchmarks.gpu_ops import calls_of, measured, one_of_each
-from scripts.benchmarks.traffic import bytes_of
+from scripts.gpu.gpu import FOR_TESTS, main, runtime_calls
+from scripts.gpu.gpu_ops import calls_of, measured, one_of_each
+from scripts.gpu.traffic import bytes_of
 from tests.helpers import ROOT, tiny_config
 from train.preflight.cards import Card
 

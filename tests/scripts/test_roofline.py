@@ -13,9 +13,9 @@ import torch
 from model.config import Kernels
 from model.flops import block_flops, parameter_counts, training_flops
 from scripts.benchmarks.launches import kinds, trace_block
-from scripts.benchmarks.roofline import called, estimate, main, whole_pass
-from scripts.benchmarks.traffic import Operation, Traffic, block_traffic, op_flops
 from scripts.cli.model_yaml import load_model_config
+from scripts.gpu.roofline import called, estimate, main, whole_pass
+from scripts.gpu.traffic import Operation, Traffic, block_traffic, op_flops
 from tests.helpers import ROOT, small_config, small_model
 from train.config.command_line import compose_run
 from train.preflight.cards import CARDS, Card, card

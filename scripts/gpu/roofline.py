@@ -25,11 +25,11 @@ import torch
 from model.config import Kernels, ModelConfig
 from model.flops import block_flops
 from scripts.benchmarks.launches import kinds
-from scripts.benchmarks.traffic import Operation, block_traffic, model_traffic
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_text
 from scripts.cli.parser import CommandParser
+from scripts.gpu.traffic import Operation, block_traffic, model_traffic
 from train.errors import UserError
 from train.preflight.cards import CARDS, Card, card
 from train.preflight.forecast import quantity

@@ -28,13 +28,13 @@ from typing import Any
 import torch
 
 from model.config import Kernels
-from scripts.benchmarks.gpu_ops import calls_of, measured, one_of_each
-from scripts.benchmarks.gpu_report import table_of
 from scripts.benchmarks.step import run_child
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json, write_text
 from scripts.cli.parser import CommandParser
+from scripts.gpu.gpu_ops import calls_of, measured, one_of_each
+from scripts.gpu.gpu_report import table_of
 from train.config.command_line import compose_run
 from train.errors import ROOT, UserError
 from train.preflight.cards import Card

@@ -12,7 +12,7 @@ def table_of(document: _Measured) -> str:
     """Ops, steps and peers as tables.
 
     Args:
-        document: of ``scripts/benchmarks/gpu.py``.
+        document: of ``scripts/gpu/gpu.py``.
     """
     about, rates = document["environment"], document["rates"]
     rows, tokens = about["tokens"]

@@ -27,7 +27,7 @@ from model.transformer import DeepSeekV4
 from model.weight_copies import WeightCopies
 from scripts.benchmarks.launches import kinds
 from scripts.benchmarks.models import tokens
-from scripts.benchmarks.traffic import bytes_of, op_flops
+from scripts.gpu.traffic import bytes_of, op_flops
 from train.preflight.cards import Card
 
 _OVERWRITES = ("cross_entropy",)  # its logits; a copy of them is in its times
