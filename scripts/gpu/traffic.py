@@ -185,7 +185,7 @@ def op_flops(config: ModelConfig, seq_len: int, kind: LayerKind, ratio: int, tok
 
 
 @dataclass
-class Pass:
+class TracedPass:
     """Operations of a forward and a backward pass."""
 
     forward: list[Operation]
@@ -197,7 +197,7 @@ class Pass:
         return [*self.forward, *self.backward]
 
 
-def block_traffic(config: ModelConfig, layer: int, rows: int, seq_len: int) -> Pass:
+def block_traffic(config: ModelConfig, layer: int, rows: int, seq_len: int) -> TracedPass:
     """Operations of one block with all its losses.
 
     Args:
@@ -209,10 +209,10 @@ def block_traffic(config: ModelConfig, layer: int, rows: int, seq_len: int) -> P
     flops = op_flops(config, seq_len, config.kind(layer), config.ratio(layer), rows * seq_len)
     forward, backward = Traffic(flops), Traffic(flops)
     trace_block(meta_block(config, layer), config, seq_len, forward, backward, rows)
-    return Pass([*forward.found.values()], [*backward.found.values()])
+    return TracedPass([*forward.found.values()], [*backward.found.values()])
 
 
-def model_traffic(config: ModelConfig, rows: int, seq_len: int, head: torch.dtype) -> Pass:
+def model_traffic(config: ModelConfig, rows: int, seq_len: int, head: torch.dtype) -> TracedPass:
     """Operations of a whole pass of a model whose blocks all have only a window.
 
     Args:
@@ -236,4 +236,4 @@ def model_traffic(config: ModelConfig, rows: int, seq_len: int, head: torch.dtyp
         output = model(ids, documents, labels, Objective((1.0,) * depths, 1.0))
     with backward:
         output.total.backward()
-    return Pass([*forward.found.values()], [*backward.found.values()])
+    return TracedPass([*forward.found.values()], [*backward.found.values()])
