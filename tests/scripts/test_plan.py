@@ -43,7 +43,7 @@ def test_layouts_that_are_named_fit_and_use_every_gpu(line, ranks, memory, capsy
 
 
 def test_what_does_not_fit_says_so_and_names_what_would(capsys):
-    text = planned(capsys, "experiment=gpu_24gb --gpus 1 --memory 8")
+    text = planned(capsys, "model=v4_small --gpus 1 --memory 8")
     assert "1 cuda rank(s) of 8 GB: none of 1 layouts fits; the closest:" in text
     assert re.search(r"the fewest such ranks that fit are [248]:", text)
     text = planned(capsys, "experiment=v4_flash --gpus 6 --memory 80")
