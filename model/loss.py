@@ -7,7 +7,8 @@ microbatch's loss is its share and shares add up over microbatches, ranks and pi
 # Legend: N positions, D hidden, V vocabulary, K prediction depths
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,6 +68,25 @@ class ModelOutput:
     losses: dict[str, Tensor]
     expert_load: dict[str, Tensor]
     monitors: dict[str, Tensor]
+
+
+@contextmanager
+def tensor_float_32(wanted: bool) -> Iterator[None]:
+    """Lets CUDA multiply fp32 operands as TF32 while it is open, if wanted; else changes nothing.
+
+    Args:
+        wanted: whether.
+    """
+    if not wanted:
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -135,6 +155,7 @@ def cross_entropy_sum(
     chunk: int,
     dtype: torch.dtype = torch.float32,
     cross_entropy: CrossEntropy = cross_entropy_rows,
+    tf32: bool = False,
 ) -> Tensor:
     """Sum of cross-entropies over the labelled positions, nats; fp32 logits, never [N, V] at once.
 
@@ -145,5 +166,7 @@ def cross_entropy_sum(
         chunk: positions of logits alive at once.
         dtype: operands of the head's three products.
         cross_entropy: of a chunk's logits, with their gradient.
+        tf32: multiply fp32 operands as TF32 (CUDA); all three products are formed here.
     """
-    return _ChunkedCrossEntropy.apply(x_ND, w_VD, labels_N, chunk, dtype, cross_entropy)
+    with tensor_float_32(tf32):
+        return _ChunkedCrossEntropy.apply(x_ND, w_VD, labels_N, chunk, dtype, cross_entropy)

@@ -17,6 +17,10 @@ import torch
 from model.errors import ConfigError
 
 PRECISIONS = ("fp32", "bf16")  # values of train.precision
+# train.head_precision -> dtype of the operands, and whether CUDA multiplies them as TF32 (11 bits).
+HEAD_PRECISIONS = {
+    "fp32": (torch.float32, False), "tf32": (torch.float32, True), "bf16": (torch.bfloat16, False),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def precision_of(fqn: str, precision: str, head: str = "fp32") -> ParameterDtype
     Args:
         fqn: the parameter's global name.
         precision: ``fp32`` or ``bf16``.
-        head: the same for the prediction head alone (``train.head_precision``).
+        head: of the prediction head alone (``train.head_precision``): ``fp32``, ``tf32`` (fp32 in
+            memory) or ``bf16``.
 
     Raises:
         ValueError: unknown precision; or a name that matches no line of the table, or several.

@@ -18,7 +18,7 @@ from model.hyper_connections import HyperHead, PlainHead
 from model.kernels.select import select
 from model.kv_exchange import KVExchange, WholeRows
 from model.linear import Linear
-from model.loss import ModelOutput, Objective, cross_entropy_sum, project
+from model.loss import ModelOutput, Objective, cross_entropy_sum, project, tensor_float_32
 from model.mtp import MTPBlock
 from model.norm import RMSNorm
 
@@ -32,6 +32,7 @@ class DeepSeekV4(nn.Module):
     Attributes:
         compute_dtype: dtype of the streams and of most matmuls; parameters stay fp32 masters.
         head_dtype: operands of the head's products; the logits are fp32 either way.
+        head_tf32: CUDA multiplies them as TF32, where they are fp32.
         yarn: whether compressed layers use YaRN now (``yarn_from_seq_len`` delays it).
         kv_exchange: what an objective's passes take of the rows (:meth:`forward`): all, or a shard;
             passes for logits take whole rows.
@@ -45,7 +46,7 @@ class DeepSeekV4(nn.Module):
         config.validate()
         self.config = config
         self.compute_dtype = torch.float32
-        self.head_dtype = torch.float32
+        self.head_dtype, self.head_tf32 = torch.float32, False
         self.yarn = True
         self.kv_exchange: KVExchange = WholeRows()
         self.embed = nn.Embedding(
@@ -193,6 +194,7 @@ class DeepSeekV4(nn.Module):
                 self.config.loss_chunk_tokens,
                 self.head_dtype,
                 self._cross_entropy,
+                self.head_tf32,
             )
             / max(objective.targets_K[k], 1)
             for k, h in enumerate(h_KBTD)
@@ -254,7 +256,8 @@ class DeepSeekV4(nn.Module):
 
     def project(self, h_BTD: Tensor) -> Tensor:
         """Logits [B, T, V] in fp32 of the head's input."""
-        return project(h_BTD.to(self.head_dtype), self.head.weight.to(self.head_dtype))
+        with tensor_float_32(self.head_tf32):
+            return project(h_BTD.to(self.head_dtype), self.head.weight.to(self.head_dtype))
 
 
 def _documents(input_ids_BT: Tensor, document_ids_BT: Tensor | None) -> Tensor:

@@ -211,6 +211,15 @@ class ModelPart(DeepSeekV4):
     def head_dtype(self, value: torch.dtype) -> None:
         self._set("head_dtype", value)
 
+    @property
+    def head_tf32(self) -> bool:
+        """Whether they are multiplied as TF32."""
+        return self.stages[0].head_tf32
+
+    @head_tf32.setter
+    def head_tf32(self, value: bool) -> None:
+        self._set("head_tf32", value)
+
     def _set(self, name: str, value: Any) -> None:
         for stage in self.stages:
             setattr(stage, name, value)

@@ -18,6 +18,7 @@ from data.prepare import build_tokenizer
 from model.flops import parameter_shapes
 from model.init import init_weights
 from model.kernels.select import select
+from model.precision import HEAD_PRECISIONS
 from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
 from optim.groups import build_table
@@ -212,7 +213,7 @@ def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4
         checkpoint_blocks(model, train.activation_checkpoint.value)
         model = model.to(device)
     model.compute_dtype = _DTYPES[run.train.precision]
-    model.head_dtype = _DTYPES[run.train.head_precision]
+    model.head_dtype, model.head_tf32 = HEAD_PRECISIONS[run.train.head_precision.value]
     return model
 
 

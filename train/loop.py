@@ -25,6 +25,7 @@ from train.phase import PhaseSwitch
 from train.preflight.pace import Pace
 from train.record.recorder import Recorder
 from train.recovery.judge import Verdict
+from train.recovery.memory import told_out_of_memory
 from train.recovery.stop import StopRequest
 from train.stages import StagePlan
 from train.step import StepPlan, plan_step, train_step
@@ -85,9 +86,13 @@ class Trainer:
             return ExitCode.finished
 
     def _next_step(self) -> None:
+        done = self.state.progress
+        step = plan_step(done.step + 1, done.tokens, self.plan, self.run.train, self.run.optim)
+        with told_out_of_memory(self.run, step, self.engine.device):
+            self._run_step(step)
+
+    def _run_step(self, step: StepPlan) -> None:
         run, state, recorder = self.run, self.state, self.recorder
-        done = state.progress
-        step = plan_step(done.step + 1, done.tokens, self.plan, run.train, run.optim)
         self.phase.enter(step)
         with recorder.running(step):
             rows = state.loader.plan(step.num_rows, step.stage.seq_len)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from data.batch import Batch, BatchCounts
 from model.init import init_weights
+from model.precision import HEAD_PRECISIONS
 from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
 from parallel.engine import TorchEngine
@@ -138,7 +139,7 @@ class FirstSteps:
         model = DeepSeekV4(run.model)
         init_weights(model, run.seed)
         model.compute_dtype = DTYPES[run.train.precision.value]
-        model.head_dtype = DTYPES[run.train.head_precision.value]
+        model.head_dtype, model.head_tf32 = HEAD_PRECISIONS[run.train.head_precision.value]
         model.to(device)
         optimizer = build_optimizer(
             model.named_parameters(), run.optim, split_counts=run.model.split_counts

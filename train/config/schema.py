@@ -36,6 +36,15 @@ class Precision(StrEnum):
     bf16 = "bf16"
 
 
+class HeadPrecision(StrEnum):
+    """Of the prediction head's three matmuls; auto: as ``train.precision``."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+
+
 class Device(StrEnum):
     """Where the run computes; auto takes CUDA where there is one."""
 
@@ -116,8 +125,9 @@ class TrainConfig:
         micro_batch_size: rows of a forward pass on each rank.
         precision: fp32 or bf16 matmuls; auto: the faster one of the machine on which the run first
             starts (train/preflight/precision.py).
-        head_precision: operands of the head's matmuls; fp32 as released, or bf16 for speed (CUDA
-            keeps fp32 logits, a CPU rounds them to bf16 once); auto: as ``precision``.
+        head_precision: operands of the head's matmuls; fp32 as released, or for speed tf32 (CUDA
+            from compute capability 8.0 on) or bf16 (CUDA keeps fp32 logits, a CPU rounds them to
+            bf16 once); auto: as ``precision``.
         device: auto, cpu or cuda.
         stages: the plan, in order; empty: one stage made from this section.
         indexer_phase: phase of the one stage.
@@ -158,7 +168,7 @@ class TrainConfig:
     global_batch_tokens: int = number(8192, least=1)
     micro_batch_size: int = number(8, least=1)
     precision: Precision = Precision.auto
-    head_precision: Precision = Precision.fp32
+    head_precision: HeadPrecision = HeadPrecision.fp32
     device: Device = Device.auto
     stages: list[StageConfig] = field(default_factory=list)
     indexer_phase: IndexerPhase = IndexerPhase.sparse
@@ -203,7 +213,7 @@ class TrainConfig:
 
     def _checks(self, prefix: str) -> Iterator[tuple[bool, str]]:
         yield (
-            self.head_precision != Precision.bf16 or self.precision == Precision.bf16,
+            self.head_precision != HeadPrecision.bf16 or self.precision == Precision.bf16,
             f"{prefix}.head_precision={self.head_precision.value} needs {prefix}.precision=bf16,"
             f" not {self.precision.value} ({prefix}.head_precision=auto follows it)",
         )

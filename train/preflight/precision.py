@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from model.config import ModelConfig
 from parallel.mesh import init_process_group
-from train.config.schema import Precision, RunConfig
+from train.config.schema import HeadPrecision, Precision, RunConfig
 from train.errors import UserError
 from train.preflight.fit import World
 from train.preflight.matmul_rate import matmul_rates
@@ -73,7 +73,7 @@ def settle(
         The run, and what was chosen; None where nothing was to be.
 
     Raises:
-        UserError: the folder holds a run whose config cannot be read.
+        UserError: the folder holds a run whose config cannot be read; TF32 that cannot be.
     """
     train, choice = run.train, None
     if train.precision is Precision.auto:
@@ -82,8 +82,10 @@ def settle(
         else:
             choice = _choose(run, world, measure or measured_rates)
         train = replace(train, precision=choice.taken)
-    if train.head_precision is Precision.auto:
-        train = replace(train, head_precision=train.precision)
+    if train.head_precision is HeadPrecision.auto:
+        train = replace(train, head_precision=HeadPrecision(train.precision.value))
+    if train.head_precision is HeadPrecision.tf32:
+        _check_tf32(world)
     return replace(run, train=train), choice
 
 
@@ -100,9 +102,20 @@ def assumed(run: RunConfig) -> RunConfig:
     if train.precision is Precision.auto:
         taken = _recorded(Path(run.run_dir)) or Precision.bf16
         train = replace(train, precision=taken)
-    if train.head_precision is Precision.auto:
-        train = replace(train, head_precision=train.precision)
+    if train.head_precision is HeadPrecision.auto:
+        train = replace(train, head_precision=HeadPrecision(train.precision.value))
     return replace(run, train=train)
+
+
+def _check_tf32(world: World) -> None:
+    """Refuse TF32 where products of fp32 stay what they are."""
+    told = "train.head_precision=tf32 needs a CUDA device of compute capability 8.0 or above"
+    if world.device != "cuda":
+        raise UserError(f"{told}, and this run computes on the {world.device} (fp32, or bf16)")
+    if world.bytes_per_rank and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability()
+        if capability < (8, 0):
+            raise UserError(f"{told}, and this one has {capability[0]}.{capability[1]}")
 
 
 def _choose(run: RunConfig, world: World, measure: Measure) -> PrecisionChoice:

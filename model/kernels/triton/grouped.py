@@ -275,25 +275,34 @@ def grouped_linear(
     )
 
 
+def _blocks(x: Tensor, w: Tensor, turned: bool) -> Tensor:
+    """Rows [N, G, I] by the blocks [G, O, I], or by their transposes; one batched product."""
+    w = w if turned else w.transpose(1, 2)
+    y = x.new_empty(*x.shape[:2], w.shape[2])
+    torch.bmm(x.transpose(0, 1), w, out=y.transpose(0, 1))
+    return y
+
+
+define("triton_blocks(Tensor x, Tensor w, bool turned) -> Tensor", _blocks)  # one op in traces
+
+
 class _Blocks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NGI: Tensor, w_RI: Tensor, copy_RI: Tensor) -> Tensor:
         w_GOI = copy_RI.unflatten(0, (x_NGI.shape[1], -1))
         ctx.save_for_backward(x_NGI, w_GOI)
         ctx.dtype = w_RI.dtype
-        y_NGO = x_NGI.new_empty(*x_NGI.shape[:2], w_GOI.shape[1])
-        torch.bmm(x_NGI.transpose(0, 1), w_GOI.transpose(1, 2), out=y_NGO.transpose(0, 1))
-        return y_NGO.flatten(1)
+        return OPS.triton_blocks(x_NGI, w_GOI, False).flatten(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NR: Tensor) -> tuple[Tensor | None, ...]:
         x_NGI, w_GOI = ctx.saved_tensors
-        grad_GNO = grad_NR.unflatten(1, (x_NGI.shape[1], -1)).transpose(0, 1)
+        grad_NGO = grad_NR.unflatten(1, (x_NGI.shape[1], -1))
+        grad_GNO = grad_NGO.transpose(0, 1)
         grad_x = grad_w = None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.empty_like(x_NGI, memory_format=torch.contiguous_format)
-            torch.bmm(grad_GNO, w_GOI, out=grad_x.transpose(0, 1))
+            grad_x = OPS.triton_blocks(grad_NGO, w_GOI, True)
         if ctx.needs_input_grad[1]:
             operands = grad_GNO.transpose(1, 2), x_NGI.transpose(0, 1)
             if ctx.dtype == x_NGI.dtype or x_NGI.device.type == "cpu":

@@ -64,6 +64,18 @@ def test_a_head_in_bf16_needs_a_run_in_bf16(tmp_path):
         asked(tmp_path, "train.head_precision=bf16")
 
 
+def test_tf32_is_refused_where_no_device_has_it(tmp_path, monkeypatch):
+    run = asked(tmp_path, "train.precision=fp32", "train.head_precision=tf32")
+    with pytest.raises(UserError, match=r"head_precision=tf32 needs .* computes on the cpu"):
+        settle(run, ONE, never)
+    there = World(1, "cuda", 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(UserError, match=r"head_precision=tf32 needs .* this one has 7\.5"):
+        settle(run, there, never)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert precisions(settle(run, there, never)[0]) == ("fp32", "tf32")
+
+
 def test_cuda_takes_what_its_devices_have(tmp_path, monkeypatch):
     for native, taken in ((True, Precision.bf16), (False, Precision.fp32)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda native=native, **_: native)

@@ -1,0 +1,80 @@
+"""Out of memory ends in one line with the keys that help; the run and its checkpoints stay.
+
+Planted where a device's allocator raises it: in a block's forward pass.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from parallel.config import ParallelConfig
+from tests.integration.small_run import small_run, write_corpus
+from train.build import build
+from train.config.schema import ActivationCheckpoint, Precision
+from train.errors import USER_ERRORS, UserError, lines_of
+from train.recovery.memory import remedies, told_out_of_memory
+from train.stages import resolve
+from train.step import plan_step
+
+CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
+SAID = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB"
+
+
+def planted(trainer, number, error):
+    """Step ``number`` finds no memory in the last block."""
+
+    def full(*_):
+        if trainer.state.progress.step + 1 == number:
+            raise error
+
+    list(trainer.engine.model.layers.values())[-1].register_forward_pre_hook(full)
+
+
+def test_one_line_names_the_keys_and_the_last_checkpoint_stays(tmp_path):
+    run = small_run(
+        tmp_path / "run", write_corpus(tmp_path), steps=5, checkpoint_every=2, eval_every=0
+    )
+    trainer = build(run)
+    planted(trainer, 4, torch.OutOfMemoryError(SAID))
+    with pytest.raises(UserError) as error:
+        trainer.fit()
+    assert isinstance(error.value, USER_ERRORS)  # told in one line, exit code 2
+    assert lines_of(error.value) == [
+        "out of memory on cpu in step 4 (CUDA out of memory): give train.micro_batch_size=1 instead"
+        " of 2, or train.activation_checkpoint=block instead of none; checkpoints stay, from"
+        " the newest of which the same command goes on, and v4 plan shows what a run needs"
+    ]
+    smaller = replace(run, train=replace(run.train, micro_batch_size=1))
+    resumed = build(smaller)
+    assert resumed.state.progress.step == 2
+    assert resumed.fit() == 0
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_host_memory_counts_and_other_errors_do_not(tmp_path, error):
+    run = small_run(tmp_path, tmp_path / "none")
+    step = plan_step(1, 0, resolve(run), run.train, run.optim)
+    with pytest.raises(UserError, match=r"give train\.micro_batch_size=1"):
+        with told_out_of_memory(run, step, CPU):
+            raise error
+    with pytest.raises(RuntimeError, match="shape"):
+        with told_out_of_memory(run, step, CPU):
+            raise RuntimeError("shape")
+
+
+def test_only_what_still_helps_is_named(tmp_path):
+    run = small_run(
+        tmp_path, tmp_path / "none", activation_checkpoint=ActivationCheckpoint.block,
+        micro_batch_size=1, precision=Precision.bf16,
+    )  # fmt: skip
+    step = plan_step(1, 0, resolve(run), run.train, run.optim)
+    told = {}
+    for offload in ("none", "optimizer", "optimizer+master"):
+        run = replace(run, parallel=ParallelConfig(offload=offload))
+        told[offload] = remedies(run, step, CUDA)
+    assert told["none"] == ["parallel.offload=optimizer instead of none"]
+    assert told["optimizer"] == ["parallel.offload=optimizer+master instead of optimizer"]
+    assert "more ranks (parallel.dp_shard)" in told["optimizer+master"][0]
