@@ -13,6 +13,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+if not __package__:  # run as a file: this folder has an optim.py too
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
 import torch
 
 from model.config import ModelConfig
