@@ -42,6 +42,8 @@ class Task(StrEnum):
     keys = "keys"  # the values of keys
     copies = "copies"  # passages once more
     tables = "tables"  # cells
+    pairs = "pairs"  # the values of keys, in blocks of four characters (data/recall.py)
+    gist = "gist"  # the frequent letter of a stretch
 
 
 class OnBadLine(StrEnum):
@@ -83,7 +85,7 @@ class SourceConfig:
             packages.
         documents: how many are written (synthetic).
         document_characters: of the longest; the shortest have an eighth (synthetic).
-        tasks: keys, copies, tables: the documents take them in turn (synthetic).
+        tasks: keys, copies, tables, pairs, gist: the documents take them in turn (synthetic).
         seed: of what is written (synthetic).
         weight: share of the trained tokens, all sources together 1. None for all sources: every
             token once per epoch, each source by its size.
@@ -105,8 +107,8 @@ class SourceConfig:
     stated_tokens: int = number(0, least=0)
     packages: list[str] = field(default_factory=lambda: ["stdlib", "torch", "numpy"])
     documents: int = number(1000, least=1, most=10_000_000)
-    document_characters: int = number(32_768, least=512, most=100_000_000)
-    tasks: list[Task] = field(default_factory=lambda: list(Task))
+    document_characters: int = number(32_768, least=256, most=100_000_000)
+    tasks: list[Task] = field(default_factory=lambda: [Task.keys, Task.copies, Task.tables])
     seed: int = number(0, least=0)
     weight: float | None = number(None, above=0, most=1)
     min_tokens: int = number(0, least=0)

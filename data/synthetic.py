@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from data import recall
 from data.config import SourceConfig, Task
 from data.keyed import mix, uniform
 
@@ -112,7 +113,9 @@ def document(source: SourceConfig, number: int) -> str:
     """One document of a source: of the tasks in turn, its length drawn evenly in its logarithm."""
     write = Writer(mix(source.seed, VERSION, number))
     length = int(source.document_characters * _SHORTEST ** (write.draw() - 1))
-    task = source.tasks[number % len(source.tasks)]
+    task = Task(source.tasks[number % len(source.tasks)])
+    if task in _WHOLE:
+        return _WHOLE[task](write, length)
     events = sorted(_EVENTS[task](write, length), key=lambda event: event[0])
     parts: list[str] = []
     written, spent = 0, sum(len(text) for _, text in events)
@@ -164,4 +167,5 @@ def _tables(write: Writer, length: int) -> Iterator[tuple[float, str]]:
             yield place + (1 - place) * write.draw(), asked
 
 
+_WHOLE = {Task.pairs: recall.pairs, Task.gist: recall.gist}
 _EVENTS = {Task.keys: _keys, Task.copies: _copies, Task.tables: _tables}

@@ -44,7 +44,7 @@ from train.probes.measures import (
 )
 from train.probes.pictures import draw_attention, draw_needles, draw_positions
 from train.probes.reader import CacheReader, Reader, TransformersReader
-from train.probes.tasks import LEAST_TOKENS, NEEDLES, filler_document, window_reach
+from train.probes.tasks import ALL_NEEDLES, LEAST_TOKENS, NEEDLES, watched_document, window_reach
 from train.run_folder.folder import CONFIG, read_run
 from train.stages import resolve
 
@@ -76,6 +76,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="run, checkpoint, transformers folder or official folder")  # fmt: skip
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     parser.add_argument("--lengths", default="512,1024,2048", help="tokens of documents")
+    parser.add_argument("--needle", choices=ALL_NEEDLES, action="append", default=[],
+                        help=f"may be repeated (default: {', '.join(NEEDLES)})")  # fmt: skip
     parser.add_argument("--depths", type=int, default=5, help="depths of needles, 0 to 1")
     parser.add_argument("--count", type=int, default=4, help="documents of a cell")
     parser.add_argument("--seed", type=int, default=0, help="of what is written")
@@ -153,7 +155,7 @@ def probe_model(path: Path, options: argparse.Namespace, lengths: list[int]) -> 
     """All probes of one model that were asked for, JSON values."""
     options.model = path
     model, reader, tokenizer = open_reader(path, options)
-    only, longest = options.only or PROBES, lengths[-1]
+    only, kinds, longest = options.only or PROBES, options.needle or NEEDLES, lengths[-1]
     if longest > reader.max_tokens:
         raise UserError(
             f"--lengths {options.lengths}: {longest} exceeds the {reader.max_tokens} positions of"
@@ -166,10 +168,10 @@ def probe_model(path: Path, options: argparse.Namespace, lengths: list[int]) -> 
         result |= losses(path, options, reader, tokenizer, model, longest)
     cells = []
     if "needles" in only:
-        total = len(lengths) * len(depths) * len(NEEDLES)
+        total = len(lengths) * len(depths) * len(kinds)
         with tqdm(total=total, desc=f"needles {path.name}", unit="cell", disable=None) as bar:
-            cells = needles(reader, tokenizer, lengths, depths, options.count, options.seed, reach,
-                            bar.update)  # fmt: skip
+            cells = needles(reader, tokenizer, kinds, lengths, depths, options.count, options.seed,
+                            reach, bar.update)  # fmt: skip
         result["needles"] = as_rows(cells)
     if "repeats" in only:
         again = repeats(reader, tokenizer, lengths, options.count, options.seed, reach)
@@ -177,7 +179,7 @@ def probe_model(path: Path, options: argparse.Namespace, lengths: list[int]) -> 
         cells += again
     result["retrieval"] = retrieval(cells)
     if "attention" in only and model is not None:
-        ids_N = filler_document(tokenizer, longest, options.seed)
+        ids_N = watched_document(tokenizer, kinds, longest, options.seed)
         result["attention"] = attention_by_distance(model, torch.from_numpy(ids_N), edges(longest))
     return result
 

@@ -97,7 +97,7 @@ def test_both_kinds_make_rows(tmp_path):
 @pytest.mark.parametrize(("keys", "says"), [
     ({"streaming": True}, "streaming=true cannot be"),
     ({"tasks": []}, r"s\.tasks=\[\] must name"),
-    ({"document_characters": 100}, r"document_characters=100 must lie in \[512, "),
+    ({"document_characters": 100}, r"document_characters=100 must lie in \[256, "),
     ({"packages": ["json"]}, r"packages=\['json'\] has no effect: data\.sources\.s\.kind=synth"),
 ])  # fmt: skip
 def test_bad_sources_are_named(keys, says):

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from data.tokenizer import Tokenizer
+from train.probes.question import Question
 from train.probes.reader import Reader
-from train.probes.tasks import NEEDLES, Question, copy, induction, needle, ordinary_ids
+from train.probes.tasks import copy, induction, needle, ordinary_ids
 
 FIRST_EDGE, EDGE_FACTOR = 16, 4  # position buckets: 0, 16, 64, 256 ...
 
@@ -21,7 +22,7 @@ class ProbeCell:
     """Questions of one form.
 
     Attributes:
-        task: single, keys, values, copy or induction.
+        task: single, keys, values, pairs, gist, copy or induction.
         length: tokens of a document.
         depth: where the value was stated, as a fraction of the filler; None: there is but one way.
         distance: mean tokens between value and answer.
@@ -116,6 +117,7 @@ def tail_losses(
 def needles(
     reader: Reader,
     tokenizer: Tokenizer,
+    kinds: Sequence[str],
     lengths: Sequence[int],
     depths: Sequence[float],
     count: int,
@@ -123,9 +125,9 @@ def needles(
     reach: int | None,
     tell: Callable[[], object] = lambda: None,
 ) -> list[ProbeCell]:
-    """Needles of every kind by length and depth."""
+    """Needles of some kinds by length and depth."""
     cells = []
-    for kind in NEEDLES:
+    for kind in kinds:
         for length in lengths:
             for depth in depths:
                 asked = [needle(tokenizer, kind, length, depth, seed, n) for n in range(count)]

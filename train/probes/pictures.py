@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from train.probes.tasks import NEEDLES
-
 
 def draw_needles(cells: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Heat maps, depth x length, one a kind; hatched where no window alone can reach.
@@ -20,8 +18,10 @@ def draw_needles(cells: Sequence[dict[str, Any]], path: Path, title: str) -> Non
         path: PNG to write.
         title: above the maps.
     """
-    figure = Figure(figsize=(4.2 * len(NEEDLES), 4), layout="constrained")
-    for axes, kind in zip(figure.subplots(1, len(NEEDLES)), NEEDLES, strict=True):
+    kinds = list(dict.fromkeys(cell["task"] for cell in cells))
+    figure = Figure(figsize=(4.2 * len(kinds), 4), layout="constrained")
+    maps = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for axes, kind in zip(maps, kinds, strict=True):
         mine = [cell for cell in cells if cell["task"] == kind]
         lengths = sorted({cell["length"] for cell in mine})
         depths = sorted({cell["depth"] for cell in mine})

@@ -11,7 +11,6 @@ marked, and reported apart, since no window alone can solve them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,32 +27,16 @@ from data.synthetic import (
 from data.tokenizer import Tokenizer
 from model.config import ModelConfig
 from train.errors import UserError
+from train.probes.blocks import BLOCK_NEEDLES, block_document, block_needle
+from train.probes.question import PROBE, Question
 
 LEAST_TOKENS = 128  # of a document in which a needle fits
 NEEDLES = ("single", "keys", "values")
-_PROBE = 0x70726F6265  # keys of probes are no keys of training data
+ALL_NEEDLES = (*NEEDLES, *BLOCK_NEEDLES)
 _NUM_VALUES_ASKED = 4  # values of a key, where there are several
 _MOST_KEYS, _KEY_TOKENS = 64, 48  # keys of a document with several; tokens for each, at least
 _MARGIN = 0.03  # by which filler is shortened until the document fits
 _SAMPLE = 20_000  # characters from which tokens a character are estimated
-
-
-@dataclass(frozen=True)
-class Question:
-    """A document that ends in an answer, which is scored.
-
-    Attributes:
-        ids_N: tokens; int64.
-        begin: first token of the answer.
-        distance: tokens from the one that predicts the answer's first token back to what it is to
-            be read from.
-        chance: of guessing the whole answer, by someone who knows the form.
-    """
-
-    ids_N: np.ndarray
-    begin: int
-    distance: int
-    chance: float
 
 
 def window_reach(config: ModelConfig) -> int:
@@ -68,7 +51,8 @@ def needle(
 
     Args:
         tokenizer: of the model.
-        kind: ``single``; ``keys``: among many others; ``values``: a key with four values.
+        kind: ``single``; ``keys``: among many others; ``values``: a key with four values;
+            ``pairs``, ``gist``: see train/probes/blocks.py.
         length: tokens of the document.
         depth: where the value is stated; 0 = at the beginning, 1 = before the question.
         seed: of the probe.
@@ -77,7 +61,9 @@ def needle(
     Raises:
         UserError: the document is too short for what it has to say.
     """
-    write = Writer(mix(_PROBE, seed, NEEDLES.index(kind), length, round(depth * 1000), number))
+    if kind in BLOCK_NEEDLES:
+        return block_needle(tokenizer, kind, length, depth, seed, number)
+    write = Writer(mix(PROBE, seed, NEEDLES.index(kind), length, round(depth * 1000), number))
     keys = min(_MOST_KEYS, max(4, length // _KEY_TOKENS)) if kind == "keys" else 1
     names = write.words(KEY_SYLLABLES, keys)
     told = [write.words(VALUE_SYLLABLES, _NUM_VALUES_ASKED if kind == "values" else 1)
@@ -113,7 +99,7 @@ def induction(vocabulary_N: np.ndarray, distance: int, seed: int, number: int) -
         seed: of the probe.
         number: of the document.
     """
-    drawn_N = uniform(mix(_PROBE, seed, distance, number, 1), distance)
+    drawn_N = uniform(mix(PROBE, seed, distance, number, 1), distance)
     half_N = vocabulary_N[(drawn_N * len(vocabulary_N)).astype(np.int64)]
     begin = distance + min(8, distance // 2)  # by then it is clear that all comes again
     return Question(np.concatenate([half_N, half_N]), begin, distance - 1, 1 / len(vocabulary_N))
@@ -121,7 +107,7 @@ def induction(vocabulary_N: np.ndarray, distance: int, seed: int, number: int) -
 
 def copy(tokenizer: Tokenizer, length: int, seed: int, number: int) -> Question:
     """A passage at the beginning that comes again at the end; scored behind its first words."""
-    write = Writer(mix(_PROBE, seed, length, number, 2))
+    write = Writer(mix(PROBE, seed, length, number, 2))
     name = write.word(KEY_SYLLABLES)
     words = [write.word(VALUE_SYLLABLES) for _ in range(24)]
     rate = _tokens_per_character(tokenizer)
@@ -142,9 +128,18 @@ def ordinary_ids(tokenizer: Tokenizer) -> np.ndarray:
     return np.setdiff1d(np.arange(tokenizer.vocab_size), sorted(tokenizer.control_ids))
 
 
+def watched_document(
+    tokenizer: Tokenizer, kinds: Sequence[str], length: int, seed: int
+) -> np.ndarray:
+    """What attention's probes read: of the first kind of needles that is asked for; int64."""
+    if kinds[0] in BLOCK_NEEDLES:
+        return block_document(tokenizer, kinds[0], length, seed)
+    return filler_document(tokenizer, length, seed)
+
+
 def filler_document(tokenizer: Tokenizer, length: int, seed: int) -> np.ndarray:
-    """Keys and questions among filler, so many tokens; int64. For attention's probes."""
-    write = Writer(mix(_PROBE, seed, length, 3))
+    """Keys and questions among filler, so many tokens; int64."""
+    write = Writer(mix(PROBE, seed, length, 3))
     parts: list[str] = []
     ids_N = np.empty(0, np.int64)
     names: list[tuple[str, list[str]]] = []
@@ -189,5 +184,5 @@ def _encoded(
 
 
 def _tokens_per_character(tokenizer: Tokenizer) -> float:
-    text = Writer(_PROBE).filler(_SAMPLE)
+    text = Writer(PROBE).filler(_SAMPLE)
     return len(tokenizer.encode_batch([text])[0]) / len(text)

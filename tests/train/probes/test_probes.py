@@ -108,7 +108,7 @@ class Oracle:
 
 
 def test_a_reader_that_looks_back_solves_what_lies_within_its_window():
-    near = needles(Oracle(5000), BYTES, [600], [0.0, 1.0], 2, 0, reach=300)
+    near = needles(Oracle(5000), BYTES, NEEDLES, [600], [0.0, 1.0], 2, 0, reach=300)
     assert {c.beyond for c in near if c.depth == 0} == {True}
     assert {c.beyond for c in near if c.depth == 1 and c.task == "single"} == {False}
     found = retrieval(near)
@@ -235,8 +235,10 @@ def test_the_command_probes_runs_and_exports(run, tmp_path, capsys):
     exported = run.parent / "exported"
     assert v4(["export_hf", str(run), str(exported), "--dtype", "fp32"]) == 0
     out = tmp_path / "out"
-    words = ["probe", str(run), str(exported), "--lengths", "160", "--depths", "2", "--count", "1",
-             "--tail", "20", "--out", str(out)]  # fmt: skip
+    words = [
+        "probe", str(run), str(exported), "--lengths", "160", "--depths", "2", "--count", "1",
+        "--needle", "gist", "--needle", "pairs", "--tail", "20", "--out", str(out),
+    ]  # fmt: skip
     capsys.readouterr()
     assert v4(words) == 0
     told = capsys.readouterr().out
@@ -245,6 +247,7 @@ def test_the_command_probes_runs_and_exports(run, tmp_path, capsys):
     found = json.loads((out / "probe.json").read_text())["models"]
     assert set(found) == {"run", "exported"}
     assert found["run"]["needles"] == found["exported"]["needles"]
+    assert {cell["task"] for cell in found["run"]["needles"]} == {"gist", "pairs"}
     assert found["run"]["attention"] == found["exported"]["attention"]
     assert found["run"]["positions"]
     assert found["run"]["contexts"]["training_length"] == 64
