@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from scripts.cli.parser import CommandParser
 from train.errors import UserError, one_line
 from train.exchange.output_files import make_folder
 from train.probes.attention import attention_by_distance
+from train.probes.found import answers_found
 from train.probes.measures import (
     as_rows,
     edges,
@@ -44,7 +45,15 @@ from train.probes.measures import (
 )
 from train.probes.pictures import draw_attention, draw_needles, draw_positions
 from train.probes.reader import CacheReader, Reader, TransformersReader
-from train.probes.tasks import ALL_NEEDLES, LEAST_TOKENS, NEEDLES, watched_document, window_reach
+from train.probes.tasks import (
+    ALL_NEEDLES,
+    LEAST_TOKENS,
+    NEEDLES,
+    WITH_PLACE,
+    needle,
+    watched_document,
+    window_reach,
+)
 from train.run_folder.folder import CONFIG, read_run
 from train.stages import resolve
 
@@ -181,7 +190,23 @@ def probe_model(path: Path, options: argparse.Namespace, lengths: list[int]) -> 
     if "attention" in only and model is not None:
         ids_N = watched_document(tokenizer, kinds, longest, options.seed)
         result["attention"] = attention_by_distance(model, torch.from_numpy(ids_N), edges(longest))
+        result["answers"] = answers(model, tokenizer, kinds, longest, depths, options)
     return result
+
+
+def answers(
+    model: DeepSeekV4, tokenizer: Tokenizer, kinds: Sequence[str], length: int,
+    depths: Sequence[float], options: argparse.Namespace,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """By task and depth whether each layer looks at the answer's place."""
+    found = []
+    for kind in kinds:
+        for depth in depths if kind in WITH_PLACE else ():
+            asked = [needle(tokenizer, kind, length, depth, options.seed, n)
+                     for n in range(options.count)]  # fmt: skip
+            layers = answers_found(model, asked)
+            found.append({"task": kind, "length": length, "depth": depth, "layers": layers})
+    return found
 
 
 def losses(
@@ -288,12 +313,26 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             )
             chance = parts["all"]["chance"]
             lines.append(f"{name:20} {task:10} {near:>13} {far:>13} {chance:8.4f}")
+        lines += _places(name, result.get("answers", []))
         tails = result.get("tails", {})
         if tails.get("documents"):
             parts = [p for p in ("whole", "window", "training_length") if p in tails]
             told = "  ".join(f"{part} {tails[part]:.4f}" for part in parts)
             lines.append(f"{name:20} last {tails['tail']} tokens, nats per token: {told}")
     return "\n".join(lines)
+
+
+def _places(name: str, answers: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Of each task whether the layers looked at the far answer's place: at depth 0."""
+    for told in answers:
+        if told["depth"] == answers[0]["depth"]:
+            parts = []
+            for layer in told["layers"]:
+                looked = layer["window"] + layer.get("entries", 0.0)
+                chosen = f", chosen {layer['chosen']:.2f}" if "chosen" in layer else ""
+                parts.append(f"{layer['kind']} {looked:.2f}{chosen}")
+            shown = "; ".join(parts)
+            yield f"{name:20} {told['task']:10} attention on the farthest answer: {shown}"
 
 
 if __name__ == "__main__":

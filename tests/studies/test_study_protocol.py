@@ -282,6 +282,15 @@ def test_plain_arms_have_the_flops_of_v4_and_one_tokenizer(tmp_path):
     assert runs["dense_clock"].model == runs["dense"].model
 
 
+def test_arms_of_the_long_study_train_for_equal_flops(tmp_path):
+    plan = Protocol(load_study("attention_long"), Store([], None), tmp_path)
+    per_token = {a: flops_per_token(plan.config(Cell(a, 10, 1e-3, 1))) for a in plan.study.arms}
+    whole = {arm: flops * plan.steps_of(arm) for arm, flops in per_token.items()}
+    for kind in ("csa", "hca", "swa", "dense"):
+        assert whole[f"{kind}_flops"] == pytest.approx(whole["hybrid"], rel=0.001)
+        assert plan.steps_of(kind) == plan.steps_of("hybrid")
+
+
 def test_an_arm_trains_for_the_time_of_another_by_the_searches_step_times(tmp_path):
     """A plain step takes 0.5 s and an mHC one 0.8: 16 steps in the time of 10."""
     plan = protocol(tmp_path, "mhc_equal_cost", "seeds=[1,2]", "sequential.looks=[]")

@@ -53,13 +53,13 @@ def attention_by_distance(
     def look(attn: WindowAttention, args: tuple[Any, ...], result: AttentionResult) -> None:
         found.append(_record(attn, args, result, distances))
 
-    with _watching(model, look):
+    with watching(model, look):
         model.trunk(model.streams(ids_BT), ids_BT, context)
     return found
 
 
 @contextmanager
-def _watching(
+def watching(
     model: DeepSeekV4,
     look: Callable[[WindowAttention, tuple[Any, ...], AttentionResult], None],
 ) -> Iterator[None]:

@@ -33,6 +33,7 @@ from train.probes.question import PROBE, Question
 LEAST_TOKENS = 128  # of a document in which a needle fits
 NEEDLES = ("single", "keys", "values")
 ALL_NEEDLES = (*NEEDLES, *BLOCK_NEEDLES)
+WITH_PLACE = (*NEEDLES, "pairs")  # whose answer stands in one place
 _NUM_VALUES_ASKED = 4  # values of a key, where there are several
 _MOST_KEYS, _KEY_TOKENS = 64, 48  # keys of a document with several; tokens for each, at least
 _MARGIN = 0.03  # by which filler is shortened until the document fits

@@ -1,13 +1,21 @@
 """Needles of blocks: the pair asked for stands once, its key in no training document."""
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
+import torch
 
 from data.config import SourceConfig, SourceKind, Task
 from data.recall import BLOCK, LETTERS
 from data.synthetic import document
 from data.tokenizer import ByteTokenizer, train_bpe
+from model.init import init_weights
+from model.transformer import DeepSeekV4
+from scripts.cli.model_yaml import load_model_config
 from train.errors import UserError
 from train.probes.blocks import BLOCK_NEEDLES, block_needle
+from train.probes.found import answers_found
 from train.probes.tasks import needle, watched_document
 
 BYTES = ByteTokenizer()
@@ -66,3 +74,44 @@ def test_attention_is_watched_on_documents_of_the_asked_kind():
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="needle of gist does not fit a document of 5 tokens"):
         block_needle(BYTES, "gist", 5, 0.0, 0, 0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = replace(load_model_config("v4_tiny"), vocab_size=260, sliding_window=16, index_topk=4)
+    model = DeepSeekV4(config)
+    init_weights(model, 0, torch.ones(260, dtype=torch.int64))
+    return model.requires_grad_(False)
+
+
+def test_an_answer_is_found_where_attention_goes(model):
+    """Without queries all scores are 0: entries, the window's 16 tokens and the sink get alike."""
+    model = deepcopy(model)
+    far, near = (block_needle(BYTES, "pairs", 256, d, 0, 0) for d in (0.0, 1.0))
+    layers = answers_found(model, [far])
+    assert [row["kind"] for row in layers] == [str(k) for k in model.config.layer_kinds]
+    assert {row["window"] for row in layers} == {0.0}
+    for block in model.layers.values():
+        block.attn.wq_b.weight.zero_()
+        block.attn.topk = 1000
+    for row in answers_found(model, [near]):
+        shares = {"swa": 17, "csa": 17 + 63, "hca": 17 + 15}[row["kind"]]
+        assert row["window"] == pytest.approx(1 / shares, rel=1e-3)
+    for row in answers_found(model, [far]):
+        if row["kind"] == "swa":
+            continue
+        ratio, last = (4, 252) if row["kind"] == "csa" else (16, 252)
+        assert row["fair"] == pytest.approx((2 if ratio == 4 else 1) / ((last + 2) // ratio))
+        entries = (last + 2) // ratio
+        expected = row["fair"] * entries / (entries + 17)
+        assert row["entries"] == pytest.approx(expected, rel=1e-3)
+        if row["kind"] == "csa":
+            assert row["chosen"] == row["by_chance"] == 1
+
+
+def test_chance_of_a_choice_is_that_of_lots(model):
+    q = block_needle(BYTES, "pairs", 256, 0.0, 0, 0)
+    row = next(row for row in answers_found(model, [q]) if row["kind"] == "csa")
+    # 4 of 63 entries are chosen, 2 are ours: 1 - 59/63 * 58/62
+    assert row["by_chance"] == pytest.approx(1 - 59 / 63 * 58 / 62)
+    assert row["chosen"] in (0.0, 1.0)
