@@ -34,7 +34,8 @@ def test_every_yaml_is_a_valid_section(name):
     cfg.validate()
     kinds = {source.kind.value for source in cfg.named_sources().values()}
     assert kinds == {"default": {"embedded"}, "bytes": {"embedded"},
-                     "mixture": {"store", "embedded"},
+                     "mixture": {"store", "embedded"}, "recall": {"synthetic"},
+                     "codeparrot": {"hub"}, "fineweb_edu": {"hub"}, "web_and_code": {"hub"},
                      "long_range": {"package_sources", "synthetic"}}.get(name, {name})  # fmt: skip
 
 
