@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.config import SourceConfig, SourceKind
+from data.config import SourceConfig, SourceKind, TextUnit
 from data.errors import ConfigError
 
 _COMPRESSED = ("", ".gz", ".bz2", ".xz", ".zst")
@@ -92,6 +92,18 @@ def find_files(name: str, source: SourceConfig) -> FoundFiles:
         ConfigError: there are none, or one is a broken link, no regular file or not readable.
     """
     return _Search(f"data.sources.{name}.path={shown(source.path)}", source).run()
+
+
+def is_one_document(name: str, source: SourceConfig) -> bool:
+    """Whether a source is a text file that is not divided: nothing of it can be held out.
+
+    Raises:
+        ConfigError: see :func:`find_files`.
+    """
+    if source.kind is not SourceKind.text or source.unit is not TextUnit.document:
+        return False
+    files = find_files(name, source).files
+    return len(files) == 1 and os.path.getsize(files[0]) > 0
 
 
 def shown(path: str) -> str:

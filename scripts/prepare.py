@@ -20,7 +20,7 @@ if not __package__:  # run as a file
 
 from data.cache import build_once
 from data.config import DataConfig, OnBadLine, SourceConfig, SourceKind, TextUnit, ValidationConfig
-from data.files import kind_of
+from data.files import is_one_document, kind_of
 from data.prepare import Corpus, build_tokenizer
 from data.summary import summarise
 from data.token_store import TokenStore
@@ -145,6 +145,12 @@ def prepare(options: argparse.Namespace) -> tuple[Corpus, TokenStore, Tokenizer]
     cfg.validate()
     if out.exists() and not (out / "manifest.json").is_file():
         raise UserError(f"--out {out} exists and is not a token store: name another folder")
+    if options.validation_bytes and is_one_document(name, source):
+        raise UserError(
+            f"{path} is one file and --unit {options.unit}: of one document nothing can be held out"
+            f" (--validation-bytes {options.validation_bytes}); --unit paragraph divides it,"
+            " --validation-bytes 0 holds out nothing"
+        )
     tokenizer = build_tokenizer(cfg)
     corpus = Corpus(cfg)
     plan = corpus.key

@@ -214,6 +214,25 @@ def test_bad_file_is_one_line(what, args, says, one_line, tmp_path):
     assert not (folder / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_one_file_as_one_document_is_refused_unread_and_with_all_else(streaming, tmp_path, capsys):
+    book = tmp_path / "book.txt"
+    book.write_bytes(b"\xff" * 4096)  # no text: whoever reads it says so
+    given = [
+        "model=v4_tiny", "data=text", f"data.sources.text.path={book}", "init_from=nowhere",
+        f"data.sources.text.streaming={streaming}", "data.sources.text.weight=1",
+        f"run_dir={tmp_path}/run", f"data.cache_dir={tmp_path}/cache",
+    ]  # fmt: skip
+    assert cli(given) == ExitCode.user_error
+    told = capsys.readouterr().err
+    assert "unit=document: of one document nothing can be held out" in told
+    assert "data.sources.text.unit=paragraph divides it" in told
+    assert "init_from=nowhere" in told
+    assert "UTF-8" not in told
+    cli([*given, "data.validation.bytes=0"])
+    assert "held out" not in capsys.readouterr().err
+
+
 # ---- what others raise ---------------------------------------------------------------------------
 def test_weights_and_biases_refusals_are_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

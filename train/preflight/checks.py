@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.ranges import out_of_range
-from data.config import SourceKind
-from data.files import find_files
+from data.config import SourceConfig, SourceKind
+from data.files import find_files, is_one_document, shown
 from data.prepare import open_store
 from data.tokenizer import load_tokenizer
 from parallel.launch import launched_rank, launched_world_size
 from train.checkpoint.retention import published
 from train.config.load import validate
 from train.config.schema import RunConfig
-from train.errors import Problems
+from train.errors import Problems, UserError
 from train.preflight.reach import check_reach
 from train.run_folder.folder import CHECKPOINTS, check_run_folder, make_writable
 from train.stages import StagePlan, check_contexts, check_rows, check_schedule, survey
@@ -142,10 +142,22 @@ def _check_named(run: RunConfig, problems: Problems, begun: bool) -> None:
         return
     for name, source in run.data.named_sources().items():
         if source.kind in (SourceKind.text, SourceKind.jsonl, SourceKind.parquet) and source.path:
-            problems.of(partial(find_files, name, source))
+            problems.of(partial(_check_files, name, source, run.data.validation.bytes))
         elif source.kind is SourceKind.store and source.path:
             problems.of(partial(open_store, name, source))
     if run.data.tokenizer not in ("", "bpe"):
         problems.of(lambda: load_tokenizer(run.data.tokenizer))
     if run.init_from:
         problems.of(lambda: check_source(run.init_from))
+
+
+def _check_files(name: str, source: SourceConfig, held_out: int) -> None:
+    """Whether a path means files, and enough of them to hold out ``held_out`` bytes, if not 0."""
+    find_files(name, source)
+    if held_out and is_one_document(name, source):
+        key = f"data.sources.{name}"
+        raise UserError(
+            f"{key}.path={shown(source.path)} is one file and {key}.unit={source.unit.value}: of"
+            f" one document nothing can be held out (data.validation.bytes={held_out});"
+            f" {key}.unit=paragraph divides it, data.validation.bytes=0 trains without validation"
+        )
