@@ -34,6 +34,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.problems import ProblemsError
 from data.cache import raise_if_full
+from data.errors import DiskError
 from parallel.launch import check_launch, launched_rank
 from train.config.command_line import CONF, acceptable, composed, normalise, options, sweeps
 from train.config.load import parse
@@ -117,6 +118,8 @@ def _told_if_full(folder: Path) -> Iterator[None]:
     """Tell in one line of a disk that fails under metrics or samples; a save survives it."""
     try:
         yield
+    except (*USER_ERRORS, DiskError):  # names the disk and its key already
+        raise
     except Exception as error:
         raise_if_full(error, folder, "run_dir", or_read_only=True)
         raise
