@@ -80,8 +80,10 @@ def _swap_op(site: Site, fmt: BlockFormat) -> QuantRecord:
     old = module.op
     # The released code multiplies wo_a in bf16, though its weight is FP8 (reference B.3).
     activations = parts.activations and (parts.gradients or not isinstance(module, BlockLinear))
-    crossing = isinstance(module, BlockLinear) and (
-        module.out_features // module.groups % fmt.rows != 0
+    engine = QuantEngine(site.config.engine)
+    whole = isinstance(module, BlockLinear) and (
+        engine is QuantEngine.transformer_engine
+        or module.out_features // module.groups % fmt.rows != 0
     )
     op = QuantOp(
         name=site.name,
@@ -91,9 +93,8 @@ def _swap_op(site: Site, fmt: BlockFormat) -> QuantRecord:
         gradients=parts.gradients,
         probe=site.probe,
         grouped=module.op if isinstance(module, GroupedLinear) else None,
-        owner=module if crossing and isinstance(module, BlockLinear) else None,
+        owner=module if whole and isinstance(module, BlockLinear) else None,
     )
-    engine = QuantEngine(site.config.engine)
     module.op = transformer_engine_op(op) if engine is QuantEngine.transformer_engine else op
     return QuantRecord(
         site.name, site.part, "op", fmt.name, activations, parts.gradients, engine.value,

@@ -42,7 +42,8 @@ class QuantOp:
         gradients: cast the operands of dgrad and wgrad to FP8.
         probe: told that it ran.
         grouped: the experts' plain matmul, with which quantised operands are multiplied.
-        owner: module whose weight ``w`` is a slice of, where blocks cross the slices' edges.
+        owner: module whose weight ``w`` is a slice of, where the whole is quantised: blocks cross
+            the slices' edges, or the engine takes the weight as it is stored.
     """
 
     name: str
