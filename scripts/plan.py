@@ -27,18 +27,16 @@ from train.config.schema import Device, Precision, RunConfig
 from train.errors import UserError
 from train.preflight.cards import CARDS, Card, card
 from train.preflight.fit import (
-    GB,
     Memory,
     Needs,
-    World,
     layout_flags,
     layouts_on,
     memory_table,
     smallest_layouts,
-    this_world,
 )
 from train.preflight.forecast import duration, flops_per_token, quantity, run_flops, stretches
 from train.preflight.matmul_rate import measured_matmul_rate
+from train.preflight.world import GB, World, this_world
 from train.stages import StagePlan, resolve
 
 EPILOG = """examples:

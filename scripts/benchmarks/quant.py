@@ -46,8 +46,8 @@ from scripts.cli.outputs import check_output, write_json
 from scripts.cli.parser import CommandParser
 from train.config.command_line import compose_run
 from train.config.schema import RunConfig
-from train.preflight.fit import World
 from train.preflight.precision import settle
+from train.preflight.world import World
 from train.stages import resolve
 from train.step import objective_of, plan_step
 

@@ -31,8 +31,8 @@ from scripts.cli.parser import CommandParser
 from train.build import build
 from train.config.command_line import compose_run
 from train.loop import Trainer
-from train.preflight.fit import this_world
 from train.preflight.precision import settle
+from train.preflight.world import this_world
 
 AUDITED = 4  # steps of each that do not count: the audit's three, and one that looks ahead first
 SETTINGS = {

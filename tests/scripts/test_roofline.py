@@ -19,8 +19,9 @@ from scripts.gpu.traffic import Operation, Traffic, block_traffic, op_flops
 from tests.helpers import ROOT, small_config, small_model
 from train.config.command_line import compose_run
 from train.preflight.cards import CARDS, Card, card
-from train.preflight.fit import GB, Needs
+from train.preflight.fit import Needs
 from train.preflight.forecast import duration, quantity
+from train.preflight.world import GB
 from train.stages import resolve
 
 SMALL = replace(load_model_config("v4_small"), kernels=Kernels.triton)

@@ -13,9 +13,10 @@ from model.flops import parameter_counts
 from parallel.config import ParallelConfig
 from parallel.launch import launched_rank, launched_world_size
 from train.config.schema import RunConfig
-from train.preflight.fit import GB, Memory, Needs
+from train.preflight.fit import Memory, Needs
 from train.preflight.forecast import flops_per_token, quantity, run_flops
 from train.preflight.reach import data_warnings
+from train.preflight.world import GB
 from train.stages import StagePlan
 
 log = logging.getLogger(__name__)

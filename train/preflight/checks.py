@@ -26,8 +26,8 @@ from train.run_folder.folder import CHECKPOINTS, check_run_folder, make_writable
 from train.stages import StagePlan, check_contexts, check_rows, check_schedule, survey
 
 if TYPE_CHECKING:
-    from train.preflight.fit import World
     from train.preflight.precision import Measure, PrecisionChoice
+    from train.preflight.world import World
 
 
 def check_run(
@@ -62,10 +62,10 @@ def check_run(
     plan, wrong = survey(run)
     problems.lines += wrong
     # torch takes seconds, which no number beyond its range should cost
-    from train.preflight.fit import this_world  # noqa: PLC0415
     from train.preflight.precision import assumed, settle  # noqa: PLC0415
+    from train.preflight.world import poorest, this_world  # noqa: PLC0415
 
-    world, choice = problems.of(lambda: this_world(run.train.device)), None
+    world, choice = problems.of(lambda: poorest(this_world(run.train.device))), None
     if problems or world is None:
         run = problems.of(lambda: assumed(run)) or run
     else:

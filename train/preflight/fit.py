@@ -16,10 +16,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
-from pathlib import Path
-
-import psutil
-import torch
 
 from model.activation_memory import (
     block_activation_bytes,
@@ -34,7 +30,6 @@ from optim.config import StateDtype
 from optim.groups import Owner, build_table
 from optim.muon import CHUNK_ELEMENTS
 from parallel.config import EngineName, OffloadTo, ParallelConfig
-from parallel.launch import launched_world_size
 from parallel.pipeline_split import (
     PipelineStageParts,
     check_pipeline,
@@ -44,13 +39,12 @@ from parallel.pipeline_split import (
     stages_per_rank,
 )
 from train.audit.checks import JUDGED_BYTES
-from train.config.schema import Device, Precision, RunConfig
-from train.errors import USER_ERRORS, DoesNotFitError, UserError
+from train.config.schema import Precision, RunConfig
+from train.errors import USER_ERRORS, DoesNotFitError
 from train.preflight.resting import Resting, Values, rest_of_torch, rest_of_zero
+from train.preflight.world import GB, RUNTIME, World, gb, machine_memory
 from train.stages import Stage, StagePlan, check_schedule
 
-GB = 1e9
-_RUNTIME = {"cpu": 1.2e9, "cuda": 0.8e9}  # interpreter and libraries, CUDA context
 # Bytes an element that Newton-Schulz holds beside its chunk: fp32 direction, two buffers and three
 # small squares in the compute dtype.
 _NEWTON_SCHULZ_BYTES = 14
@@ -58,21 +52,6 @@ _TRAVELLING_BYTES = 8  # beside it: two chunks of momentum that come from the ho
 _ZERO_BUCKET_BYTES = 4 * 50_000_000  # parallel/zero_config.py
 _CLUSTER_GPU = 80e9  # bytes of the GPU that large layouts are also searched for
 _MAX_RANKS = 2**16
-
-
-@dataclass(frozen=True)
-class World:
-    """What the process group was started on.
-
-    Attributes:
-        ranks: processes.
-        device: cpu or cuda.
-        bytes_per_rank: memory that one of them may use; 0 where CUDA is asked for and missing.
-    """
-
-    ranks: int
-    device: str
-    bytes_per_rank: int
 
 
 @dataclass(frozen=True)
@@ -106,27 +85,6 @@ class Memory:
         return sum(vars(self).values())
 
 
-def this_world(device: Device) -> World:
-    """Ranks from torchrun's variables, memory from the machine.
-
-    Raises:
-        UserError: more ranks on this machine than CUDA devices.
-    """
-    ranks = launched_world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    cuda = torch.cuda.is_available() if device != Device.cpu else False
-    if device == Device.cuda and not cuda:
-        return World(ranks, "cuda", 0)
-    if not cuda:
-        return World(ranks, "cpu", _machine_memory() // local)
-    index = int(os.environ.get("LOCAL_RANK", "0"))
-    if index >= torch.cuda.device_count():
-        raise UserError(
-            f"{local} ranks on this machine, but it has {torch.cuda.device_count()} CUDA device(s)"
-        )
-    return World(ranks, "cuda", torch.cuda.get_device_properties(index).total_memory)
-
-
 def check(run: RunConfig, plan: StagePlan, world: World) -> None:
     """Refuse a run that cannot fit.
 
@@ -148,8 +106,8 @@ def check(run: RunConfig, plan: StagePlan, world: World) -> None:
         message = "train.device=cuda, but this machine has no CUDA device (train.device=auto, cpu)"
     else:
         message = (
-            f"model.name={run.model.name} needs {_gb(need)} a rank on {world.ranks}"
-            f" {world.device} rank(s), which have {_gb(world.bytes_per_rank)}"
+            f"model.name={run.model.name} needs {gb(need)} a rank on {world.ranks}"
+            f" {world.device} rank(s), which have {world.memory}"
         )
     raise DoesNotFitError(message, table=report(run, plan, layout, world))
 
@@ -159,12 +117,12 @@ def _check_host(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: 
     if world.device == "cpu":
         return
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    host, has = Needs(run, plan).resting(layout).host, _machine_memory() // local
+    host, has = Needs(run, plan).resting(layout).host, machine_memory() // local
     if host > has:
         raise DoesNotFitError(
             f"parallel.offload={run.parallel.offload} (engine.offload_optimizer="
-            f"{run.engine.offload_optimizer.value}) keeps {_gb(host)} of model.name="
-            f"{run.model.name} in host memory, which has {_gb(has)} a rank",
+            f"{run.engine.offload_optimizer.value}) keeps {gb(host)} of model.name="
+            f"{run.model.name} in host memory, which has {gb(has)} a rank",
             table=report(run, plan, layout, world),
         )
 
@@ -231,9 +189,7 @@ def report(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World
     ]
     if rest := Needs(run, plan).resting(layout).text():
         lines.append(f"off the device: {rest}")
-    lines.append(
-        f"this world: {world.ranks} {world.device} rank(s) of {_gb(world.bytes_per_rank)}, {layout}"
-    )
+    lines.append(f"this world: {world.ranks} {world.device} rank(s) with {world.memory}, {layout}")
     lines.append("smallest layouts that would fit:")
     for device, size, found in fits:
         if not found:
@@ -241,7 +197,7 @@ def report(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World
         for candidate, memory in found:
             lines.append(
                 f"  {candidate.world_size:5} {device} rank(s) of {size / GB:.0f} GB:"
-                f" {layout_flags(candidate)} ({_gb(memory.total)} a rank)"
+                f" {layout_flags(candidate)} ({gb(memory.total)} a rank)"
             )
     return "\n".join(lines)
 
@@ -369,7 +325,7 @@ class Needs:
             activations=round(activations),
             temporary=round(temporary),
             audit=round(self._audit(weights, layout, here)),
-            runtime=round(_RUNTIME[device]),
+            runtime=round(RUNTIME[device]),
         )
         if run.engine.name is EngineName.deepspeed:
             return self._under_zero(memory, layout, device)
@@ -588,17 +544,3 @@ def layout_flags(layout: ParallelConfig) -> str:
     """A layout as one types it."""
     flags = f"parallel.pp={layout.pp} parallel.dp_shard={layout.dp_shard} parallel.ep={layout.ep}"
     return flags + (f" parallel.schedule={layout.schedule}" if layout.pp > 1 else "")
-
-
-def _gb(size: float) -> str:
-    return f"{size / GB:,.1f} GB"
-
-
-def _machine_memory() -> int:
-    """Bytes of RAM, or of this container where it is limited to less."""
-    total = psutil.virtual_memory().total
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = Path("/sys/fs/cgroup") / name
-        if limit.is_file() and (text := limit.read_text().strip()).isdigit():
-            total = min(total, int(text))
-    return total

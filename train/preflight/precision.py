@@ -23,8 +23,8 @@ from model.config import ModelConfig
 from parallel.mesh import init_process_group
 from train.config.schema import HeadPrecision, Precision, RunConfig
 from train.errors import UserError
-from train.preflight.fit import World
 from train.preflight.matmul_rate import matmul_rates
+from train.preflight.world import World
 from train.run_folder.folder import CONFIG, holds_run, read_flat_config
 
 log = logging.getLogger(__name__)

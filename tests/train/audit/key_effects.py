@@ -38,7 +38,7 @@ from train.config.schema import Device, RunConfig
 from train.display import console
 from train.errors import USER_ERRORS
 from train.phase import PhaseSwitch
-from train.preflight import fit
+from train.preflight import fit, world
 from train.pretrain import _train
 from train.record.metrics import read_metrics, unmeasured
 from train.record.params_table import table_rows
@@ -47,7 +47,7 @@ from train.stages import resolve
 from train.step import plan_step, train_step
 
 Effect = Callable[[RunConfig, Path], Any]
-CPU = fit.World(1, "cpu", 1 << 50)
+CPU = world.World(1, "cpu", 1 << 50)
 
 
 def plan(run: RunConfig, _: Path) -> Any:
@@ -224,7 +224,7 @@ def or_refused(effect: Effect) -> Effect:
 def device(run: RunConfig, _: Path) -> Any:
     """Where the run would compute on a machine without CUDA."""
     with patch("torch.cuda.is_available", lambda: False):
-        return fit.this_world(Device(run.train.device))
+        return world.this_world(Device(run.train.device))
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:

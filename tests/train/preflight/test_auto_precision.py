@@ -14,9 +14,9 @@ from train.config.command_line import compose_run
 from train.config.schema import Precision
 from train.errors import ExitCode, UserError
 from train.preflight import precision as auto_precision
-from train.preflight.fit import World
 from train.preflight.matmul_rate import matmul_rates
 from train.preflight.precision import PrecisionChoice, measured_rates, settle
+from train.preflight.world import World
 from train.pretrain import cli
 
 ONE = World(1, "cpu", 10**9)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import train.preflight.world as world_module
 from model.activation_memory import gathered_entry_bytes
 from model.flops import parameter_counts
 from model.init import init_weights
@@ -11,8 +12,10 @@ from optim.build import build_optimizer
 from parallel.config import ParallelConfig
 from train.build import build_offload
 from train.config.command_line import compose_run
+from train.config.schema import Device
 from train.errors import DoesNotFitError
-from train.preflight.fit import GB, Needs, World, check, report, smallest_layouts
+from train.preflight.fit import Needs, check, report, smallest_layouts
+from train.preflight.world import GB, World, poorest, this_world
 from train.stages import resolve
 
 ONE = ParallelConfig(dp_shard=1)
@@ -173,10 +176,38 @@ def test_cuda_asked_for_and_missing_says_so_and_shows_the_need():
         check(run, resolve(run), World(1, "cuda", 0))
 
 
+def test_a_cuda_device_has_what_is_free_and_what_this_process_holds(monkeypatch):
+    """24 GB, 10 free, of the rest 0.4 in the allocator of this process; its context comes to it."""
+    taken = {0: (10.0, 0.4), 1: (23.6, 0.0)}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (int(taken[i][0] * GB), int(24 * GB)))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda i: int(taken[i][1] * GB))
+    here = this_world(Device.auto)
+    assert here == World(1, "cuda", round(11.2 * GB), round(24 * GB))
+    run = compose_run(["experiment=gpu_24gb"])
+    with pytest.raises(DoesNotFitError, match=r"which have 11\.2 of 24\.0 GB free") as refused:
+        check(run, resolve(run), here)
+    assert "1 cuda rank(s) with 11.2 of 24.0 GB free" in refused.value.table
+    monkeypatch.setenv("LOCAL_RANK", "1")  # alone on its device but for the context
+    alone = this_world(Device.auto)
+    assert alone.bytes_per_rank == alone.device_bytes
+    assert alone.memory == "24.0 GB"
+
+
+def test_of_several_cuda_ranks_the_least_free_memory_counts(monkeypatch):
+    def gather(found, mine):
+        found[:] = [(8, 24), mine, (6, 80)]
+
+    monkeypatch.setattr(world_module, "init_process_group", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert poorest(World(3, "cuda", 7, 24)) == World(3, "cuda", 6, 80)
+
+
 def test_report_names_this_world():
     run = compose_run(["model=v4_mini"])
     text = report(run, resolve(run), ONE, World(1, "cpu", 10**9))
-    assert "this world: 1 cpu rank(s) of 1.0 GB" in text
+    assert "this world: 1 cpu rank(s) with 1.0 GB" in text
 
 
 def test_recomputing_blocks_keeps_less():
