@@ -407,6 +407,7 @@ SHIPPED = (
             {"X": "*bf16", "Y": "*bf16", "INDEX": "*i32", "N": "i32", "C": "i32:16", **types},
             {"K": k, **{x: None for x in ("PLUS", "WEIGHT", "PLACE", "MOVED") if x not in types}},
             {"other": _move_tile(4096, "other")},
+            {"sm_80": "8 bytes, once a program"} if k == 6 and "WEIGHT" in types else {},
         )
         for k in (1, 6, 8)
         for name, types in (

@@ -69,10 +69,14 @@ _LIST: dict[int, Tiles] = {
     }
     for heads in (16, 32, 64, 128)
 }  # fmt: skip
-_PAIRS: Tiles = {
-    "other": Tile({"BN": 64}, 4, 1), "sm_100": Tile({"BN": 64}, 8, 1),
-    "sm_120": Tile({"BN": 32}, 4, 1),
-    "gfx942": Tile({"BN": 64}, 4, 1, _MFMA), INTERPRETER: _LIST_INTERPRETED,
+# On sm_120, 16 heads in tiles of 32 would form products twice, and more in tiles of 64 would spill.
+_PAIRS: dict[int, Tiles] = {
+    heads: {
+        "other": Tile({"BN": 64}, 4, 1), "sm_100": Tile({"BN": 64}, 8, 1),
+        "sm_120": Tile({"BN": 64 if heads == 16 else 32}, 4, 1),
+        "gfx942": Tile({"BN": 64}, 4, 1, _MFMA), INTERPRETER: _LIST_INTERPRETED,
+    }
+    for heads in (16, 32, 64, 128)
 }  # fmt: skip
 _QUERIES_RANGE: Tiles = {
     "other": Tile({"BT": 64, "BE": 32}, 4, 2), "gfx942": Tile({"BT": 64, "BE": 32}, 4, 2, _MFMA),
@@ -210,7 +214,7 @@ def _loss_backward(
         list_grad_queries, (B * T,), q, keys, weight, index, grad_scores, grad, grad_q, grad_w, T,
         E, N, **_setting(_LIST[_heads(q.shape[2])], q),
     )  # fmt: skip
-    setting = _setting(_PAIRS, q)
+    setting = _setting(_PAIRS[_heads(q.shape[2])], q)
 
     def write(begin: int, rows: int, pairs: Tensor) -> None:
         launch(
@@ -319,7 +323,7 @@ def _shipped(heads: int, dim: int) -> tuple[Shipped, ...]:
         one("scores", index_scores, _SCORES, RANKED=False),
         one("list scores", list_scores, _LIST[_heads(heads)]),
         one("list dq", list_grad_queries, _LIST[_heads(heads)]),
-        one("list dk", list_grad_pairs, _PAIRS),
+        one("list dk", list_grad_pairs, _PAIRS[_heads(heads)]),
         one("dq", range_grad_queries, _QUERIES_RANGE),
         one("dk", range_grad_keys, _KEYS_RANGE),
     )
