@@ -28,24 +28,28 @@ class Arrival:
     Args:
         tensors: the copies.
         event: recorded behind them; None: they are there.
+
+    Attributes:
+        tensors: the same; they may not have come yet.
     """
 
     def __init__(self, tensors: list[Tensor], event: torch.Event | None) -> None:
-        self._tensors, self._event = tensors, event
+        self.tensors, self._event = tensors, event
 
     def on_device(self) -> list[Tensor]:
         """Let the device's own work wait for them."""
         if self._event is not None:
             self._event.wait()
-            for tensor in self._tensors:
-                tensor.record_stream(torch.cuda.current_stream(tensor.device))
-        return self._tensors
+            for tensor in self.tensors:
+                if tensor.is_cuda:
+                    tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return self.tensors
 
     def on_host(self) -> list[Tensor]:
         """Wait here until they have come."""
         if self._event is not None:
             self._event.synchronize()
-        return self._tensors
+        return self.tensors
 
 
 class Transfers:

@@ -21,12 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from model.block import Block
 from model.context import ForwardContext
 
+Keep = Callable[[Tensor], Callable[[], Tensor]]
 _CHOICES = (torch.ops.aten.sort.stable, torch.ops.aten.topk.default, torch.ops.aten.argsort.stable)
 _MATMULS = (
     torch.ops.aten.mm.default,
@@ -37,12 +38,13 @@ _MATMULS = (
 _KEPT = frozenset(_CHOICES + _MATMULS)
 
 
-def checkpoint_blocks(model: nn.Module, mode: str) -> int:
+def checkpoint_blocks(model: nn.Module, mode: str, keep: Keep | None = None) -> int:
     """Let every block of ``model`` recompute.
 
     Args:
         model: holds :class:`model.block.Block` modules.
         mode: ``none``, ``block`` or ``selective``.
+        keep: puts away what ``selective`` keeps, and gives it back; None: it stays where it is.
 
     Returns:
         Number of blocks that recompute.
@@ -56,7 +58,10 @@ def checkpoint_blocks(model: nn.Module, mode: str) -> int:
             block.forward = partial(_replaying, forward)
         else:
             block.forward = partial(
-                checkpoint, forward, use_reentrant=False, context_fn=partial(_contexts, _KEPT)
+                checkpoint,
+                forward,
+                use_reentrant=False,
+                context_fn=partial(_contexts, _KEPT, keep or Frozen),
             )
     return len(blocks)
 
@@ -80,11 +85,11 @@ def _replaying(
 
 
 def _contexts(
-    kept: frozenset[Any],
+    kept: frozenset[Any], keep: Keep
 ) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """For the first pass and for its recomputation."""
     results: dict[Any, list[Any]] = defaultdict(list)
-    return _Keep(kept, results), _Reuse(kept, results)
+    return _Keep(kept, results, keep), _Reuse(kept, results)
 
 
 class _Kept(TorchDispatchMode):
@@ -98,12 +103,16 @@ class _Kept(TorchDispatchMode):
 class _Keep(_Kept):
     """Keeps their results."""
 
+    def __init__(self, kept: frozenset[Any], results: dict[Any, list[Any]], keep: Keep) -> None:
+        super().__init__(kept, results)
+        self._keep = keep
+
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in self._kept:
-            self._results[func].append(tree_map_only(Tensor, _Frozen, out))
+            self._results[func].append(tree_map_only(Tensor, self._keep, out))
         return out
 
 
@@ -115,18 +124,20 @@ class _Reuse(_Kept):
     ) -> Any:
         if func not in self._kept:
             return func(*args, **(kwargs or {}))
-        return tree_map_only(_Frozen, _Frozen.thaw, self._results[func].pop(0))
+        return tree_map(lambda kept: kept(), self._results[func].pop(0))
 
 
-class _Frozen:
-    """A result, and how often it had been written to when it was kept."""
+class Frozen:
+    """A result, and how often it had been written to when it was kept.
+
+    A call gives it again, unchanged since.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor.detach()
         self._version = self._tensor._version
 
-    def thaw(self) -> Tensor:
-        """The result, unchanged since."""
+    def __call__(self) -> Tensor:  # noqa: D102  said above
         if self._tensor._version != self._version:
             raise RuntimeError("a result that is kept for the backward pass was written to")
         return self._tensor

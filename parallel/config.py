@@ -56,6 +56,8 @@ class EngineConfig:
         offload_parameters: the same of the weights; only with ``zero_stage=3``.
         nvme_path: folder of what is kept on NVMe.
         config: a DeepSpeed JSON of the user's own; what it says must agree with the run.
+        own_checkpoints: with every checkpoint also write DeepSpeed's own, for its other tools, into
+            ``deepspeed/`` of the run's folder; a run goes on from ours.
     """
 
     name: EngineName = EngineName.torch
@@ -64,6 +66,7 @@ class EngineConfig:
     offload_parameters: OffloadTo = OffloadTo.none
     nvme_path: str = ""
     config: str = ""
+    own_checkpoints: bool = False
 
     def validate(self, prefix: str = "engine") -> None:
         """Refuse what cannot be together, and what would have no effect.
@@ -116,6 +119,7 @@ class ParallelConfig:
         offload: what rests in host memory between uses: ``none``; ``optimizer``, momentum and
             moments; ``optimizer+master`` the fp32 masters too of weights that compute in bf16,
             which are bf16 on the device then (one process).
+        offload_activations: what blocks keep for the backward pass rests in host memory too.
         timeout_seconds: a rank that keeps the others waiting for so long in training is given up;
             longer than any save, evaluation or compilation may hold one rank up.
     """
@@ -127,6 +131,7 @@ class ParallelConfig:
     cp: int = number(1, least=1)
     schedule: str = "1f1b"
     offload: str = "none"
+    offload_activations: bool = False
     timeout_seconds: float = number(600.0, above=0, most=1e9)
 
     def validate(self, prefix: str = "parallel") -> None:
@@ -146,6 +151,12 @@ class ParallelConfig:
             yield f"{prefix}.schedule={self.schedule} is none of {', '.join(SCHEDULES)}"
         if self.offload not in OFFLOADS:
             yield f"{prefix}.offload={self.offload} is none of {', '.join(OFFLOADS)}"
+        if self.offload_activations and self.pp != 1:
+            yield (
+                f"{prefix}.offload_activations=true does not go with {prefix}.pp={self.pp}, whose"
+                f" blocks run in another order: say {prefix}.pp=1, or"
+                " train.activation_checkpoint=block"
+            )
         rest = [key for key in _AXES if getattr(self, key) == -1]
         if len(rest) > 1:
             yield (

@@ -1,8 +1,13 @@
-"""What a launcher (torchrun, or a scheduler that sets the same variables) says of this process."""
+"""What a launcher says of this process: torchrun, ``deepspeed``, or a scheduler, by variables.
+
+``deepspeed`` and old launchers of torch also add ``--local_rank=N`` to the command line.
+"""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 
 from parallel.errors import ConfigError
 
@@ -17,6 +22,12 @@ def launched_rank() -> int:
 def launched_world_size() -> int:
     """Number of processes; 1 where nothing launched them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def launched_here() -> int:
+    """Number of processes on this machine; 1 where nothing launched them."""
+    found = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # deepspeed's
+    return int(found or "1")
 
 
 def check_launch() -> None:
@@ -43,3 +54,22 @@ def check_launch() -> None:
         )
     if rank >= world_size:
         raise ConfigError(f"environment: RANK={rank} must be below WORLD_SIZE={world_size}")
+
+
+def without_local_rank(words: Sequence[str]) -> list[str]:
+    """A command line without the ``--local_rank=N`` that a launcher has added.
+
+    Raises:
+        ConfigError: it says something else than the environment.
+    """
+    kept, local = [], os.environ.get("LOCAL_RANK")
+    for word in words:
+        added = re.fullmatch(r"--local[_-]rank=(.*)", word)
+        if added is None:
+            kept.append(word)
+        elif added[1] != local:
+            raise ConfigError(
+                f"{word}, but environment variable LOCAL_RANK={local}: start with torchrun or"
+                " deepspeed, which set both"
+            )
+    return kept

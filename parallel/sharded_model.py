@@ -13,7 +13,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from model.config import ModelConfig
 from model.init import init_weights
 from model.transformer import DeepSeekV4
-from parallel.activation_checkpoint import checkpoint_blocks
+from parallel.activation_offload import ActivationOffload, prepare_blocks
 from parallel.expert import shard_experts
 from parallel.fsdp import region_of, shard_model
 from parallel.mesh import Mesh
@@ -33,6 +33,7 @@ def build_sharded_model(
     token_counts_V: Tensor | None = None,
     reads_master: Callable[[str], bool] = lambda name: False,
     seq_len: int = 4096,
+    offload: ActivationOffload | None = None,
 ) -> DeepSeekV4:
     """This process's part of a model, with the bits that one process would have given it.
 
@@ -46,6 +47,7 @@ def build_sharded_model(
         token_counts_V: occurrences of each token id, for the hash tables.
         reads_master: see :func:`parallel.fsdp.shard_model`.
         seq_len: tokens of a row, by which pipeline stages are balanced.
+        offload: takes what blocks keep to the host; None: it stays.
 
     Returns:
         The whole model with this process's shards, or with pipeline stages a :class:`ModelPart`.
@@ -54,7 +56,7 @@ def build_sharded_model(
     def materialise(make: Callable[[], DeepSeekV4]) -> DeepSeekV4:
         with torch.device("meta"):  # no process ever holds the whole model
             model = make()
-        checkpoint_blocks(model, activation_checkpoint)
+        prepare_blocks(model, activation_checkpoint, offload)
         if mesh.layout.ep > 1:
             shard_experts(model, mesh.ep)
         shard_model(model, mesh, precision, reads_master)

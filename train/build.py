@@ -23,7 +23,7 @@ from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
 from optim.groups import build_table
 from optim.offload import Offload, Transfers
-from parallel.activation_checkpoint import checkpoint_blocks
+from parallel.activation_offload import ActivationOffload, prepare_blocks
 from parallel.config import EngineName
 from parallel.deepspeed_engine import DeepSpeedEngine
 from parallel.distributed import DistributedEngine
@@ -202,15 +202,17 @@ def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4
     train, device = run.train, compute_device(run.train.device)
     seed = run.seed + run.init_seed_offset
     token_counts_V = loader.token_counts(run.model.vocab_size)
+    away = ActivationOffload(Transfers(device)) if run.parallel.offload_activations else None
     if mesh is not None and run.engine.name is EngineName.torch:
         model = build_sharded_model(
             run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
             seed, token_counts_V, partial(reads_master, run.quant), resolve(run).longest_row,
+            away,
         )  # fmt: skip
     else:
         model = DeepSeekV4(run.model)
         init_weights(model, seed, token_counts_V)
-        checkpoint_blocks(model, train.activation_checkpoint.value)
+        prepare_blocks(model, train.activation_checkpoint.value, away)
         model = model.to(device)
     model.compute_dtype = _DTYPES[run.train.precision]
     model.head_dtype, model.head_tf32 = HEAD_PRECISIONS[run.train.head_precision.value]

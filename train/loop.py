@@ -17,6 +17,7 @@ from train.audit.audit import Audit
 from train.checkpoint.finite import first_not_finite
 from train.checkpoint.hold import Hold
 from train.checkpoint.manager import Checkpoints
+from train.checkpoint.own_folder import save_own
 from train.checkpoint.state import RunState
 from train.config.recovery import Remedy
 from train.config.schema import RunConfig
@@ -171,6 +172,7 @@ class Trainer:
         tensors |= self.state.anticipation.state(step)
         values = self.state.values() | self.recorder.values()
         self.checkpoints.start(step, tensors, values, durable_first=self.recorder.files)
+        save_own(self.run, self.engine, step, self.checkpoints.published())
         self._told_next["checkpoint_seconds"] = time.perf_counter() - began
         return ""
 

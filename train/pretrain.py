@@ -35,7 +35,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.problems import ProblemsError
 from data.cache import raise_if_full
 from data.errors import DiskError
-from parallel.launch import check_launch, launched_rank
+from parallel.launch import check_launch, launched_rank, without_local_rank
 from train.config.command_line import CONF, acceptable, composed, normalise, options, sweeps
 from train.config.load import parse
 from train.config.schema import RunConfig
@@ -151,6 +151,7 @@ def cli(args: Sequence[str]) -> int:
     pid = os.getpid()
     try:
         check_launch()
+        args = without_local_rank(args)
     except USER_ERRORS as error:  # said by every process: none of them knows its number
         _print(lines_of(error))
         return ExitCode.user_error

@@ -21,16 +21,21 @@ from train.errors import UserError
 from train.stages import check_contexts, check_rows, check_schedule, resolve
 
 _DEGREES = ("dp_replicate", "dp_shard", "ep", "pp", "cp")
+_OFFLOADS = ("parallel.offload", "parallel.offload_activations")
 
 
 @dataclass(frozen=True)
 class TrialLayout:
-    """What was asked for: ``parallel`` keys, rows of a microbatch (0: default), the engine."""
+    """What was asked for: ``parallel`` keys, rows of a microbatch (0: default), the engine.
+
+    ``more`` has keys of the engine and of offload, as one types them.
+    """
 
     text: str
     keys: dict[str, str]
     micro: int
     engine: str = "torch"
+    more: tuple[str, ...] = ()
 
     @property
     def ranks(self) -> int:
@@ -45,7 +50,7 @@ def parse(text: str) -> TrialLayout:
     Raises:
         ValueError: a word that is no degree, schedule or microbatch.
     """
-    keys, micro, engine = {"dp_shard": "1"}, 0, "torch"
+    keys, micro, engine, more = {"dp_shard": "1"}, 0, "torch", []
     for word in text.split():
         key, _, value = word.partition("=")
         if key == "schedule" and value in SCHEDULES:
@@ -56,12 +61,15 @@ def parse(text: str) -> TrialLayout:
             engine = value
         elif key == "micro" and value.isdigit() and int(value):
             micro = int(value)
+        elif value and (key.startswith("engine.") or key in _OFFLOADS):
+            more.append(word)
         else:
             raise UserError(
                 f"layout {text!r}: {word!r} is none of {'=N, '.join((*_DEGREES, 'micro'))}=N,"
-                f" schedule={'|'.join(SCHEDULES)}, engine={'|'.join(engines())}"
+                f" schedule={'|'.join(SCHEDULES)}, engine={'|'.join(engines())}, engine.KEY=,"
+                f" {'=, '.join(_OFFLOADS)}="
             )
-    return TrialLayout(text, keys, micro, engine)
+    return TrialLayout(text, keys, micro, engine, tuple(more))
 
 
 def engines() -> list[str]:
@@ -88,7 +96,7 @@ def compose(layout: TrialLayout, args: argparse.Namespace, corpus: str, *more: s
             f"train.micro_batch_size={micro}", f"train.device={args.device}",
             f"engine={layout.engine}",
             "optim.muon.dtype=fp32", f"run_dir={corpus}/run", *args.set,
-            *(f"parallel.{key}={value}" for key, value in layout.keys.items()), *more,
+            *(f"parallel.{key}={value}" for key, value in layout.keys.items()), *layout.more, *more,
         ]
     )  # fmt: skip
     resolved = run.parallel.resolve(layout.ranks)

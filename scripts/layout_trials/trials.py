@@ -37,6 +37,7 @@ from parallel.config import EngineName
 from parallel.deepspeed_engine import DeepSpeedEngine
 from parallel.engine import Engine, Shares, Update
 from parallel.launch import launched_world_size
+from quant.config import QuantConfig
 from train.build import build_engine, build_layout, build_model
 from train.config.schema import RunConfig
 from train.phase import PhaseSwitch
@@ -309,9 +310,9 @@ def weights(engine: Engine) -> Tensors:
 
 
 def set_gradients(engine: Engine, grads: Tensors) -> None:
-    """Give every parameter its part of the same gradients."""
+    """Give every parameter its part of the same gradients; copies, which clipping scales."""
     for name, parameter in engine.model.named_parameters():
-        grad = grads[name].to(engine.device)
+        grad = grads[name].to(engine.device, copy=True)
         if isinstance(parameter, DTensor):
             grad = distribute_tensor(
                 grad, parameter.device_mesh, parameter.placements, src_data_rank=None
@@ -335,6 +336,7 @@ class Reference:
         choices: of gates and indexers, with which ``end`` came about.
         noise: ``losses`` and ``weights``: distances from the same steps with rows added up in
             other orders, one an order.
+        quantised: its run is.
     """
 
     start: Tensors
@@ -346,6 +348,7 @@ class Reference:
     end: Tensors
     choices: Choices
     noise: dict[str, list[float]]
+    quantised: bool = False
 
 
 def reference(run: RunConfig, count: int, orders: int) -> Reference:
@@ -369,6 +372,7 @@ def reference(run: RunConfig, count: int, orders: int) -> Reference:
     out = Reference(
         start, watch.rows, losses, watch.first, rounding(run, watch.first, choices),
         weights(bench.engine), end, choices, {"losses": [], "weights": []},
+        run.quant.active,
     )  # fmt: skip
     on_cpu = bench.engine.device.type == "cpu"
     workers = min(os.cpu_count() or 1, orders) if on_cpu else 1
@@ -396,7 +400,17 @@ def rounding(run: RunConfig, grads: Tensors, choices: Choices) -> dict[str, floa
     Some gradients are differences of equal numbers: in a fresh model the streams are nearly
     parallel and the norm after hc_head is blind to their length, so the gradient of hc_head is
     1e-9 of the global norm and has no digit that fp32 could hold.
+
+    Of a quantised run it is measured without quantisation, whose casts take no float64.
     """
+    if run.quant.active:
+        run, choices, watch = replace(run, quant=QuantConfig()), [], Watch(grads=True)
+        bench = build_bench(run, alone=True)
+        assert isinstance(bench.engine.model, DeepSeekV4)
+        num_rows = run.train.global_batch_tokens // run.train.seq_len
+        with recording(bench.engine.model, choices, num_rows):
+            steps(bench, 1, watch=watch)
+        grads = watch.first
     model = replace(run.model, kernels="reference")
     bench = build_bench(replace(run, model=model), alone=True)
     exact = bench.engine.model

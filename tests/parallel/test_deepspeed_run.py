@@ -4,12 +4,20 @@ One spawn of two ranks for all of them, since DeepSpeed takes seconds to import.
 first step after a change of engine is held to 1e-5, as for a change of layout.
 """
 
+import inspect
 import os
+from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
+import torch
 
+from parallel import zero_optimizer
 from parallel.config import EngineConfig, EngineName, OffloadTo
+from quant.config import QuantConfig, Recipe
 from tests.helpers import run_distributed
 from tests.integration.small_run import (
     Killed,
@@ -22,6 +30,7 @@ from tests.integration.small_run import (
 )
 from train.audit.audit import AuditError
 from train.build import build
+from train.checkpoint.own_folder import OWN
 from train.errors import ExitCode
 
 TORCH = EngineConfig()
@@ -32,13 +41,15 @@ ZERO_3 = EngineConfig(EngineName.deepspeed, 3)
 def on_rank(rank, world, folder, corpus):
     os.environ |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
-    def run(name, engine):
-        plain = small_run(folder / name, corpus, steps=6, checkpoint_every=2, keep_checkpoints=0)
+    def run(name, engine, **train):
+        plain = small_run(
+            folder / name, corpus, steps=6, **{"checkpoint_every": 2, "keep_checkpoints": 2} | train
+        )
         return replace(plain, engine=engine)
 
-    killed_run_continues_bitwise(run)
+    killed_run_continues_bitwise(run, rank)
     run_goes_from_engine_to_engine(run)
-    flat_shards_are_named(run)
+    planted_updates_are_named(run)
 
 
 def fit_until(run, step):
@@ -56,8 +67,13 @@ def fit_until(run, step):
         trainer.fit()
 
 
-def killed_run_continues_bitwise(run):
-    straight, killed = run("straight", ZERO_3), run("killed", ZERO_3)
+def killed_run_continues_bitwise(run, rank):
+    """Quantised, so that the audit holds what was cast; DeepSpeed's own folder is written too."""
+    engine = replace(ZERO_3, own_checkpoints=True)
+    straight, killed = (
+        replace(run(name, engine), quant=QuantConfig(recipe=Recipe.fp4_qat))
+        for name in ("straight", "killed")
+    )
     code, trainer = fit(straight)
     assert code == ExitCode.finished
     assert trainer.audit.result()["steps"] == [1, 2, 3]
@@ -65,6 +81,28 @@ def killed_run_continues_bitwise(run):
     assert fit(killed)[0] == ExitCode.finished
     assert differing(final_tensors(killed), final_tensors(straight)) == []
     assert metrics_of(killed) == metrics_of(straight)
+    if rank == 0:
+        own_folder_holds_the_weights(Path(straight.run_dir))
+
+
+def own_folder_holds_the_weights(folder):
+    """Of the steps of ours, and no others; read by DeepSpeed's own tool."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    ours = sorted(path.name for path in (folder / "checkpoints").glob("step_*"))
+    theirs = sorted(path.name for path in (folder / OWN).glob("step_*"))
+    assert ours == ["step_00000004", "step_00000006"]
+    assert theirs[-len(ours) :] == ours
+    assert len(theirs) <= len(ours) + 1  # one that went after it was written
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(folder / OWN))
+    saved = locate_final(folder)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, saved[name].float()), name
+
+
+def locate_final(folder):
+    """Model tensors of the newest checkpoint, as DeepSpeed names them."""
+    return final_tensors(SimpleNamespace(run_dir=str(folder)))
 
 
 def run_goes_from_engine_to_engine(run):
@@ -84,19 +122,50 @@ def run_goes_from_engine_to_engine(run):
         assert found[step - 1]["loss"] == pytest.approx(expected[step - 1]["loss"], rel=bound)
 
 
-def flat_shards_are_named(run):
-    """What a Muon of DeepSpeed's flat shards would do: each row by itself is a vector of norm 1."""
-    trainer = build(run("flat", EngineConfig(EngineName.deepspeed, 1)))
-    muon = trainer.engine._muon
-    step_round = muon._step_round
+def planted_updates_are_named(run):
+    """What flat shards, DeepSpeed's own Muon, and masters that come late would do."""
+    from deepspeed.runtime.zero.muon import original_muon
 
-    def flat(now, momentum, lr):
-        shards = replace(now, rows=1, cols=now.rows * now.cols)
-        step_round(shards, momentum.view(len(momentum), 1, -1), lr)
+    theirs = inspect.unwrap(original_muon.zeropower_via_newtonschulz5)
 
-    muon._step_round = flat
-    with pytest.raises(AuditError, match=r"algorithm: .*: muon was asked for, but"):
-        trainer.fit()
+    def flat(trainer):
+        """Each row by itself is a vector of norm 1."""
+        muon = trainer.engine._muon
+        step_round = muon._step_round
+
+        def flat_round(now, momentum, lr):
+            shards = replace(now, rows=1, cols=now.rows * now.cols)
+            step_round(shards, momentum.view(len(momentum), 1, -1), lr)
+
+        muon._step_round = flat_round
+
+    def late(trainer):
+        """Set after DeepSpeed's step: the next forward pass reads what was."""
+        parts, step = trainer.engine.partitions, trainer.engine._zero_engine.step
+        set_master, kept = parts.set_master, {}
+
+        def then_set():
+            step()
+            for name, value in kept.items():
+                set_master(name, value)
+
+        parts.set_master = kept.__setitem__
+        trainer.engine._zero_engine.step = then_set
+
+    def own_muon(trainer):
+        patched.enter_context(patch.object(
+            zero_optimizer, "newton_schulz", lambda m, *_: theirs(m, 5).to(m.dtype)
+        ))  # fmt: skip
+
+    for name, plant, line in (
+        ("flat", flat, r"algorithm: .*: muon was asked for, but"),
+        ("late", late, r"algorithm: .*the next forward pass reads"),
+        ("own", own_muon, r"algorithm: .*: muon was asked for, but"),
+    ):
+        trainer = build(run(name, EngineConfig(EngineName.deepspeed, 1), eval_every=0))
+        with ExitStack() as patched, pytest.raises(AuditError, match=line):
+            plant(trainer)
+            trainer.fit()
 
 
 def test_runs_under_deepspeed(tmp_path):

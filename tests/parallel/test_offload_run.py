@@ -1,4 +1,4 @@
-"""Whole runs with optimizer state in host memory are the runs without, bit for bit.
+"""Whole runs with state and activations in host memory are the runs without, bit for bit.
 
 On a CPU AdamW's kernel is the same with and without offload, so every tensor and metric is compared
 bitwise; on a GPU the host's kernel may round once otherwise.
@@ -31,7 +31,10 @@ def offloaded(folder, corpus, offload, precision=Precision.fp32, **degrees):
         folder, corpus, steps=5, checkpoint_every=2, eval_every=0, precision=precision,
         global_batch_tokens=4 * 48, micro_batch_size=1,
     )  # fmt: skip
-    return replace(run, parallel=ParallelConfig(offload=offload, **degrees))
+    activations = offload != "none"
+    return replace(run, parallel=ParallelConfig(
+        offload=offload, offload_activations=activations, **degrees
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize(

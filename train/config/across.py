@@ -41,6 +41,12 @@ def checks_across(run: RunConfig) -> Iterator[tuple[bool, str]]:
         yield from _deepspeed_checks(run)
     if run.parallel.offload == "optimizer+master":
         yield from _offload_checks(run)
+    blocks = run.model.num_hidden_layers + run.model.num_nextn_predict_layers
+    yield (
+        not run.parallel.offload_activations or blocks > 1,
+        "parallel.offload_activations=true keeps the last block on the device, and the model has no"
+        f" other (model.num_hidden_layers={run.model.num_hidden_layers}): say false",
+    )
 
 
 def _offload_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
@@ -83,6 +89,11 @@ def _deepspeed_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
         run.parallel.offload == "none",
         f"parallel.offload={run.parallel.offload} is the torch engine's, {asked} was asked for: say"
         " engine=torch, or engine=deepspeed_zero2_offload",
+    )
+    yield (
+        not run.parallel.offload_activations,
+        f"parallel.offload_activations=true is the torch engine's, {asked} was asked for: say"
+        " engine=torch, or train.activation_checkpoint=block",
     )
     yield (
         run.optim.state_dtype is StateDtype.fp32,

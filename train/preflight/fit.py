@@ -12,10 +12,11 @@ dtype when it runs.
 from __future__ import annotations
 
 import math
-import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 
 from model.activation_memory import (
     block_activation_bytes,
@@ -30,6 +31,7 @@ from optim.config import StateDtype
 from optim.groups import Owner, build_table
 from optim.muon import CHUNK_ELEMENTS
 from parallel.config import EngineName, OffloadTo, ParallelConfig
+from parallel.launch import launched_here
 from parallel.pipeline_split import (
     PipelineStageParts,
     check_pipeline,
@@ -113,11 +115,19 @@ def check(run: RunConfig, plan: StagePlan, world: World) -> None:
 
 
 def _check_host(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World) -> None:
-    """Refuse what would rest in more host memory than there is; a CPU's is the device's own."""
-    if world.device == "cpu":
+    """Refuse what would rest in more host memory, or on a smaller drive, than there is."""
+    rest, path = Needs(run, plan).resting(layout), run.engine.nvme_path
+    if rest.disk and Path(path).is_dir():
+        free = shutil.disk_usage(path).free // launched_here()
+        if rest.disk > free:
+            raise DoesNotFitError(
+                f"engine.nvme_path={path} has {gb(free)} free a rank, but model.name="
+                f"{run.model.name} needs {gb(rest.disk)} there",
+                report(run, plan, layout, world),
+            )
+    if world.device == "cpu":  # its memory is the device's own
         return
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    host, has = Needs(run, plan).resting(layout).host, machine_memory() // local
+    host, has = rest.host, machine_memory() // launched_here()
     if host > has:
         raise DoesNotFitError(
             f"parallel.offload={run.parallel.offload} (engine.offload_optimizer="
@@ -291,7 +301,12 @@ class Needs:
         states, here = self._states(layout, part), self._elements(layout, part)
         share = here / sum(self.values[key] for key in ("muon", "adamw"))
         values = Values(**{key: share * value for key, value in self.values.items()})
-        return rest_of_torch(self.run.parallel.offload, values, states)
+        rest = rest_of_torch(self.run.parallel.offload, values, states)
+        kept = [(self._away(s, layout, part), _microbatches(layout, s)) for s in self.stages]
+        away, travels = max(a for a, _ in kept), round(max(a * count for a, count in kept))
+        return replace(
+            rest, host=rest.host + round(away), down=rest.down + travels, up=rest.up + travels
+        )
 
     def _elements(self, layout: ParallelConfig, part: int) -> float:
         here, copies = self._held(layout, part)
@@ -311,6 +326,7 @@ class Needs:
         if run.train.ema_decay:
             states += weights
         activations = self._activations(stage, layout, part, here)
+        activations -= self._away(stage, layout, part) if device == "cuda" else 0.0
         newton_schulz = _NEWTON_SCHULZ_BYTES * max(self.largest_matrix, CHUNK_ELEMENTS[device])
         temporary = max(
             self._largest_gradient(layout, [*here, *copies]),
@@ -401,12 +417,38 @@ class Needs:
 
         What follows the main blocks goes back at once, except under gpipe.
         """
+        model, compute = self.run.model, self._compute_bytes
+        at_the_end = _in_flight(layout, stage, part) if layout.schedule == "gpipe" else 1
+        by_block, running = self._kept_by_blocks(stage, layout, part, here)
+        kept = sum(by_block)
+        for i in here:
+            if i >= model.num_hidden_layers:
+                kept += head_bytes(model, compute) * at_the_end
+                kept += mtp_bytes(model, compute) * at_the_end if i < _num_blocks(model) else 0.0
+        if layout.pp > 1:  # an output that is being sent, a gradient that was received
+            streams = model.num_streams * model.hidden_size * compute
+            kept += 2 * stages_per_rank(layout.schedule) * streams
+        return (kept + running) * _tokens(stage)
+
+    def _away(self, stage: Stage, layout: ParallelConfig, part: int) -> float:
+        """Bytes that blocks keep on the host in a microbatch: all but what two of them keep."""
+        if not self.run.parallel.offload_activations:
+            return 0.0
+        by_block, _ = self._kept_by_blocks(stage, layout, part, self._held(layout, part)[0])
+        return _tokens(stage) * sum(sorted(by_block)[:-2])
+
+    @property
+    def _compute_bytes(self) -> int:
+        return 4 if self.run.train.precision == Precision.fp32 else 2
+
+    def _kept_by_blocks(
+        self, stage: Stage, layout: ParallelConfig, part: int, here: list[int]
+    ) -> tuple[list[float], float]:
+        """Bytes a token that each block here keeps, and the most that the running one needs."""
         model, mode = self.run.model, self.run.train.activation_checkpoint.value
-        tokens = stage.micro_batch_size * stage.seq_len / stage.cp
-        compute = 4 if self.run.train.precision == Precision.fp32 else 2
-        held = _in_flight(layout, stage, part)
+        compute, held = self._compute_bytes, _in_flight(layout, stage, part)
         at_the_end = held if layout.schedule == "gpipe" else 1
-        kept = running = 0.0
+        by_block, running = [], 0.0
         for i in here:
             if 0 <= i < _num_blocks(model):
                 main = i < model.num_hidden_layers
@@ -416,16 +458,10 @@ class Needs:
                 if stage.cp > 1:
                     entries = stage.cp * gathered_entry_bytes(model, kind, ratio, compute)
                 held_entries = 0.0 if mode == "block" else entries
-                kept += (block.kept + held_entries) * (held if main else at_the_end)
+                by_block.append((block.kept + held_entries) * (held if main else at_the_end))
                 gradients = 2 * entries * 4 / compute
                 running = max(running, block.running + entries - held_entries + gradients)
-            if i >= model.num_hidden_layers:
-                kept += head_bytes(model, compute) * at_the_end
-                kept += mtp_bytes(model, compute) * at_the_end if i < _num_blocks(model) else 0.0
-        if layout.pp > 1:  # an output that is being sent, a gradient that was received
-            streams = model.num_streams * model.hidden_size * compute
-            kept += 2 * stages_per_rank(layout.schedule) * streams
-        return (kept + running) * tokens
+        return by_block, running
 
     def _gathered(self, layout: ParallelConfig, here: list[int]) -> float:
         """Whole weights in their compute dtype: of two blocks when sharded (one is prefetched).
@@ -474,6 +510,11 @@ class Needs:
         model = self.run.model
         tokens = min(model.loss_chunk_tokens, stage.micro_batch_size * stage.seq_len)
         return 3 * 4.0 * tokens * model.vocab_size
+
+
+def _tokens(stage: Stage) -> float:
+    """Of a microbatch on a rank."""
+    return stage.micro_batch_size * stage.seq_len / stage.cp
 
 
 def _local(values: list[float], layout: ParallelConfig) -> float:

@@ -10,7 +10,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from parallel.launch import launched_world_size
+from parallel.launch import launched_here, launched_world_size
 from parallel.mesh import init_process_group
 from train.config.schema import Device
 from train.errors import UserError
@@ -51,7 +51,7 @@ def this_world(device: Device) -> World:
         UserError: more ranks on this machine than CUDA devices.
     """
     ranks = launched_world_size()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    local = launched_here()
     cuda = torch.cuda.is_available() if device != Device.cpu else False
     if device == Device.cuda and not cuda:
         return World(ranks, "cuda", 0)

@@ -18,15 +18,16 @@ from train.errors import ExitCode
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun, and by deepspeed
 
 
 def stop_with_launcher() -> None:
-    """Let the system send SIGTERM when torchrun dies (Linux).
+    """Let the system send SIGTERM when torchrun, or deepspeed's launcher, dies (Linux).
 
-    A torchrun that is killed cannot end its ranks: they would train on and hold the devices, while
+    A launcher that is killed cannot end its ranks: they would train on and hold the devices, while
     the same command starts again in the same folder.
     """
-    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+    if not any(name in os.environ for name in _LAUNCHED) or sys.platform != "linux":
         return
     launcher = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

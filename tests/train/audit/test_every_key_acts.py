@@ -28,6 +28,7 @@ from optim.config import (
     UpdateScale,
 )
 from parallel.config import EngineName, OffloadTo
+from parallel.deepspeed_engine import DeepSpeedEngine
 from quant.config import ExpertFormat, QuantEngine, Recipe
 from tests.train.audit.key_effects import (
     called,
@@ -47,6 +48,7 @@ from tests.train.audit.key_effects import (
 )  # fmt: skip
 from tests.train.test_degenerate_runs import SMALL
 from train import build
+from train.checkpoint.own_folder import save_own
 from train.config.command_line import compose_run
 from train.config.load import dump, validate
 from train.config.recovery import Anticipatory, Remedy
@@ -121,6 +123,14 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "engine.nvme_path": row(
         "elsewhere", zero_json, engine__zero_stage=3, engine__nvme_path="drive",
         engine__offload_optimizer=OffloadTo.nvme, **ZERO,
+    ),
+    "engine.own_checkpoints": row(
+        True,
+        handed(
+            "parallel.deepspeed_engine.DeepSpeedEngine.save_own",
+            lambda run: save_own(run, object.__new__(DeepSpeedEngine), 1, []),
+        ),
+        **ZERO,
     ),
     "engine.config": row("absent.json", or_refused(zero_json), **ZERO),
     "init_from": row("nowhere", "init_from=nowhere"),
@@ -270,6 +280,9 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         handed(
             "train.build.Transfers", lambda run: build.build_offload(run, None, None)
         ),
+    ),
+    "parallel.offload_activations": row(
+        True, handed("train.build.prepare_blocks", lambda run: step(run, Path()))
     ),
     "parallel.timeout_seconds": row(5.0, waits),
     # ---- train

@@ -110,6 +110,20 @@ def test_host_bytes_are_those_of_the_real_tensors(offload, precision):
     assert n.resting(ONE).host == real
 
 
+def test_offloaded_activations_leave_two_blocks_on_the_device():
+    words = ("model=v4_small", "train.device=cuda", "train.precision=bf16")
+    plain, away = (needs(*words, f"parallel.offload_activations={on}") for on in ("false", "true"))
+    left, kept = (n.peak(ONE, "cuda").activations for n in (away, plain))
+    host = away.resting(ONE).host
+    assert plain.resting(ONE).host == 0
+    assert kept - left == pytest.approx(host, abs=2)
+    blocks = plain.run.model.num_hidden_layers + plain.run.model.num_nextn_predict_layers
+    assert host < kept * (blocks - 2) / blocks
+    assert host > 0.3 * kept  # the rest: two blocks, the head, the running block
+    assert away.resting(ONE).down == away.resting(ONE).up >= host
+    assert away.peak(ONE, "cpu").activations == plain.peak(ONE, "cpu").activations
+
+
 def test_zero_stages_cut_what_they_say_over_the_ranks():
     eight = ParallelConfig(dp_shard=8)
     memory = {
