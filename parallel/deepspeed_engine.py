@@ -38,7 +38,7 @@ from optim.config import OptimConfig
 from optim.groups import Owner, ParamRecord
 from parallel.collectives import whole
 from parallel.config import EngineConfig, OffloadTo
-from parallel.deepspeed_load import build_extension, load_deepspeed, told_if_full
+from parallel.deepspeed_load import build_extension, load_deepspeed
 from parallel.distributed import RankedEngine, with_last
 from parallel.engine import Shares, Update
 from parallel.errors import ConfigError
@@ -84,17 +84,12 @@ class DeepSpeedEngine(RankedEngine):
         self.config = config
         self._named = dict(model.named_parameters())
         self.shapes = {name: tuple(p.shape) for name, p in self._named.items()}
-        if config.offload_parameters is OffloadTo.nvme:  # theirs has 1e8 elements, five times
-            pieces = (-(-math.prod(shape) // mesh.data.size()) for shape in self.shapes.values())
-            asked["zero_optimization"]["offload_param"].setdefault("buffer_size", max(pieces))
         client = FlatAdamW(self._named, table, optim.adamw)
         self._stage = config.zero_stage
         if self._stage == 3:
             _gather_together(deepspeed, model)
         self._zero_engine = _initialised(deepspeed, _Pass(model), client, asked)
         self._runs: Callable[..., Any] = self._zero_engine
-        if config.offload_optimizer is OffloadTo.nvme:
-            _check_swapped(self._zero_engine.optimizer)
         parts = Partitions(self._zero_engine.optimizer, self._stage, self._named, client)
         home = device if config.offload_optimizer is OffloadTo.none else torch.device("cpu")
         group = mesh.data.get_group()
@@ -123,13 +118,12 @@ class DeepSpeedEngine(RankedEngine):
         self._copy_weights()
         self._seen = None
         shares = Shares()
-        with told_if_full(self.config.nvme_path):
-            for batch, last in with_last(prefetched(batches, self.device)):
-                self._zero_engine.set_gradient_accumulation_boundary(last)
-                output = self._forward(batch, objective)
-                # DeepSpeed divides by the ranks what is a sum of shares.
-                self._zero_engine.backward(output.total * self.data_degree, scale_wrt_gas=False)
-                shares.add(output)
+        for batch, last in with_last(prefetched(batches, self.device)):
+            self._zero_engine.set_gradient_accumulation_boundary(last)
+            output = self._forward(batch, objective)
+            # DeepSpeed divides by the ranks what is a sum of shares.
+            self._zero_engine.backward(output.total * self.data_degree, scale_wrt_gas=False)
+            shares.add(output)
         return self._add_up(shares)
 
     @torch.no_grad()
@@ -175,15 +169,14 @@ class DeepSpeedEngine(RankedEngine):
     @torch.no_grad()
     def optimizer_step(self, lr: float, finite: bool) -> Update:
         """Clip and update; with a norm or loss that is not finite, only drop the gradients."""
-        with told_if_full(self.config.nvme_path):
-            norm = self._norm()
-            applied = finite and math.isfinite(norm)
-            if applied:
-                clipped = 0 < self._grad_clip < norm
-                self.partitions.client.scale = self._grad_clip / norm if clipped else 1.0
-                self.optimizer.step(lr)
-            else:
-                self._adamw.skip()
+        norm = self._norm()
+        applied = finite and math.isfinite(norm)
+        if applied:
+            clipped = 0 < self._grad_clip < norm
+            self.partitions.client.scale = self._grad_clip / norm if clipped else 1.0
+            self.optimizer.step(lr)
+        else:
+            self._adamw.skip()
         self.optimizer.zero_grad()
         return Update(norm, applied)
 
@@ -381,15 +374,6 @@ def _gather_together(deepspeed: ModuleType, model: nn.Module) -> None:
         if isinstance(module, Block):
             deepspeed.utils.set_z3_leaf_module(module.attn, True)
             deepspeed.utils.set_z3_leaf_module(module.ffn, True)
-
-
-def _check_swapped(zero: Any) -> None:
-    """What was to rest on NVMe does: DeepSpeed leaves small pieces in host memory."""
-    if not any(map(zero._swappable_optimizer_subgroup, range(len(zero.fp16_groups)))):
-        raise ConfigError(
-            "engine.offload_optimizer=nvme, but DeepSpeed leaves pieces below 1 MiB in host memory,"
-            " and all of this model's are: say engine.offload_optimizer=cpu"
-        )
 
 
 def _initialised(

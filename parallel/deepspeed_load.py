@@ -13,7 +13,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,13 +21,11 @@ from typing import Any
 import torch
 from torch.utils.cpp_extension import _get_build_directory
 
-from data.cache import DiskError
 from parallel.errors import ConfigError
 
 log = logging.getLogger(__name__)
 RELEASE = "0.19.8"
 _EXTENSION = "deepspeed_shm_comm"
-_PIECE = 1 << 20  # bytes; DeepSpeed swaps no smaller one
 
 
 def load_deepspeed(device: torch.device) -> ModuleType:
@@ -80,45 +78,6 @@ def need_nvme(path: str) -> None:
             f"engine.nvme_path={path}: DeepSpeed reads NVMe by libaio, which is not installed"
             " (Debian: libaio-dev); or say engine.offload_optimizer=cpu"
         )
-
-
-@contextlib.contextmanager
-def told_if_full(nvme_path: str) -> Iterator[None]:
-    """Say of a write that failed on NVMe that the drive is full, where it is.
-
-    DeepSpeed's own error is an assertion without a word.
-
-    Args:
-        nvme_path: folder of the swap files; empty: there are none.
-
-    Raises:
-        DiskError: in place of whatever was raised.
-    """
-    try:
-        yield
-    except (AssertionError, OSError, RuntimeError) as error:
-        if nvme_path and (why := _cannot_grow(Path(nvme_path))):
-            raise DiskError(
-                f"engine.nvme_path={nvme_path}: {why}: a swap file could not be written. The run's"
-                " checkpoints lie elsewhere and are untouched; the same command goes on from the"
-                " newest when there is room"
-            ) from error
-        raise
-
-
-def _cannot_grow(folder: Path) -> str:
-    """Why a piece of the least size cannot be written there; empty: it can."""
-    probe = folder / f".probe_{os.getpid()}"
-    try:
-        with probe.open("wb") as file:
-            file.write(bytes(_PIECE))
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        return error.strerror or str(error)
-    finally:
-        probe.unlink(missing_ok=True)
-    return ""
 
 
 def build_extension(device: torch.device) -> None:

@@ -31,13 +31,13 @@ EPS = torch.finfo(torch.float32).eps
 CASES = list(itertools.product((1, 2, 3), (OffloadTo.none, OffloadTo.cpu)))
 
 
-def zero(stage, offload, size="small", micro=2, checkpoint="none", **more):
-    """The engine of this rank for the model of :func:`alone`; ``more`` of its section."""
+def zero(stage, offload, size="small", micro=2, checkpoint="none"):
+    """The engine of this rank for the model of :func:`alone`."""
     model = (small_model if size == "small" else tiny_model)()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     table = build_table(shapes, OPTIM, model.config.split_counts)
     mesh = build_mesh(ParallelConfig(dp_shard=torch.distributed.get_world_size()), "cpu")
-    config = EngineConfig(EngineName.deepspeed, stage, offload, **more)
+    config = EngineConfig(EngineName.deepspeed, stage, offload)
     checkpoint_blocks(model, checkpoint)
     return DeepSpeedEngine(model, table, OPTIM, config, CPU, mesh, micro)
 

@@ -1,16 +1,19 @@
 """``scripts/layouts.py`` and ``bench.py step_parts``: what they measure, and that bounds bite."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
 from parallel.config import SCHEDULES
 from scripts import layouts
 from scripts.layout_trials.asked import parse
 from scripts.layout_trials.step_parts import PARTS, Collective, Trace, TraceEvent, parts_of
 from scripts.layout_trials.step_parts import main as step_parts
-from scripts.layout_trials.trials import Reference
+from scripts.layout_trials.trials import Reference, set_gradients
 from scripts.layouts import BOUNDS, failures, main
+from tests.parallel.ranks import alone
 from tests.parallel.torchrun import SMALL_MODEL
 
 SMALL = ["--set", *SMALL_MODEL[1:], "--rows", "4", "--device", "cpu"]
@@ -59,6 +62,27 @@ def test_layout_that_cannot_be_leaves_with_2_before_anything_runs(capsys):
 def test_every_bound_bites(field, value, column):
     assert failures(GOOD, REFERENCE) == []
     assert failures(GOOD | {field: value}, REFERENCE) == [column]
+
+
+def test_layout_may_say_keys_of_the_engine():
+    layout = parse("dp_shard=2 engine=deepspeed_zero1 engine.offload_optimizer=cpu")
+    assert layout.more == ("engine.offload_optimizer=cpu",)
+    assert (layout.engine, layout.ranks) == ("deepspeed_zero1", 2)
+
+
+def test_clipping_leaves_the_reference_gradients_alone():
+    """Else every other gradient is far from them, and float64 too, which excuses it."""
+    engine = alone()
+    given = {n: torch.ones_like(p) for n, p in engine.model.named_parameters()}
+    set_gradients(engine, given)
+    assert engine.optimizer_step(1e-3, finite=True).grad_norm > 1
+    assert all((gradient == 1).all() for gradient in given.values())
+
+
+def test_replayed_losses_of_a_quantised_run_are_held_to_the_noise_of_one_process():
+    quantised = replace(REFERENCE, quantised=True, noise={"losses": [1e-5], "weights": [1e-2]})
+    assert failures(GOOD | {"replay_losses": 2.9e-5}, quantised) == []
+    assert failures(GOOD | {"replay_losses": 3.1e-5}, quantised) == ["replayed"]
 
 
 def dies(rank, port, layout, args, corpus):
