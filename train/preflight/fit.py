@@ -123,7 +123,7 @@ def _check_host(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: 
             raise DoesNotFitError(
                 f"engine.nvme_path={path} has {gb(free)} free a rank, but model.name="
                 f"{run.model.name} needs {gb(rest.disk)} there",
-                report(run, plan, layout, world),
+                table=report(run, plan, layout, world),
             )
     if world.device == "cpu":  # its memory is the device's own
         return
