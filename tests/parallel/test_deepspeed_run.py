@@ -9,7 +9,6 @@ import os
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
@@ -81,11 +80,12 @@ def killed_run_continues_bitwise(run, rank):
     assert fit(killed)[0] == ExitCode.finished
     assert differing(final_tensors(killed), final_tensors(straight)) == []
     assert metrics_of(killed) == metrics_of(straight)
+    saved = final_tensors(straight)  # collective
     if rank == 0:
-        own_folder_holds_the_weights(Path(straight.run_dir))
+        own_folder_holds_the_weights(Path(straight.run_dir), saved)
 
 
-def own_folder_holds_the_weights(folder):
+def own_folder_holds_the_weights(folder, saved):
     """Of the steps of ours, and no others; read by DeepSpeed's own tool."""
     from deepspeed.utils.zero_to_fp32 import (  # noqa: PLC0415  an extra
         get_fp32_state_dict_from_zero_checkpoint,
@@ -97,7 +97,7 @@ def own_folder_holds_the_weights(folder):
     assert theirs[-len(ours) :] == ours
     assert len(theirs) <= len(ours) + 1  # one that went after it was written
     weights = get_fp32_state_dict_from_zero_checkpoint(str(folder / OWN))
-    saved = final_tensors(SimpleNamespace(run_dir=str(folder)))
+    assert weights is not None
     for name, tensor in weights.items():
         assert torch.equal(tensor, saved[name].float()), name
 
