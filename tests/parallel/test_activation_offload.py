@@ -45,6 +45,8 @@ def test_offload_changes_no_bit_and_leaves_nothing_behind(mode):
         for total in totals:
             total.backward()
     for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert one.grad is not None, name
+        assert two.grad is not None, name
         assert torch.equal(one.grad, two.grad), name
     gc.collect()
     assert len(offload._parcels) == 0
