@@ -339,7 +339,7 @@ class LayerCache:
             row_E = torch.arange(num_entries, device=stop_BT.device)
             return torch.where(row_E < stop_BT[..., None], row_E, -1)
         assert self.keys is not None
-        q_BTJL, w_BTJ = self.layer.indexer.queries(u_BTD, q_latent_BTQ, rope)
+        q_BTJL, w_BTJ = self.layer.indexer(u_BTD, q_latent_BTQ, rope)
         k_BEL = self.keys.entries.read(num_entries, q_BTJL.dtype)
         first_BT = torch.zeros_like(stop_BT)
         return self.layer._index_topk((q_BTJL, k_BEL, w_BTJ), first_BT, stop_BT, self.layer.topk)

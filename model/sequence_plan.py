@@ -13,7 +13,7 @@ without asking, who holds which entry.
 
 # Legend: B rows, T tokens that are here, E compressed entries of a row (padded to a common count),
 # L entries that are computed here, M tokens of an entry's own block, U tokens here and before,
-# F entries of all ranks, padding included
+# F entries of all ranks, padding included, S tokens of half a shard, P ranks that share a row
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
@@ -21,6 +21,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+from model.scoring_order import Share, balanced_halves, own_halves
 
 P = TypeVar("P")
 
@@ -31,10 +33,12 @@ class SequenceShard(NamedTuple):
     Attributes:
         index: number of the part.
         count: of parts, all of one length; 1: rows are whole.
+        balanced: the indexer's work is shared out evenly (``model/scoring_order.py``).
     """
 
     index: int = 0
     count: int = 1
+    balanced: bool = False
 
     def tokens(self, row_tokens: int) -> slice:
         """Row positions of the part."""
@@ -89,6 +93,27 @@ class Gathering:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """Which queries a rank scores in the balanced order: half its own, and half of another rank.
+
+    Attributes:
+        kept: which half of the shard is scored here, 0 or 1; the other one is sent.
+        receiver: number of the rank that scores the other half.
+        sender: number of the rank whose half is scored here.
+        first_BS: first visible entry of its queries.
+        stop_BS: one past the last.
+        bounds: of these two over all rows.
+    """
+
+    kept: int
+    receiver: int
+    sender: int
+    first_BS: Tensor
+    stop_BS: Tensor
+    bounds: Bounds
+
+
+@dataclass(frozen=True)
 class CompressedPlan:
     """Compressed entries of one ratio, numbered along the row, document after document.
 
@@ -108,6 +133,7 @@ class CompressedPlan:
         stop_BT: int32; one past the last visible entry of query t.
         bounds: of these two over all rows.
         gathering: of a shard: how the row's entries are put together.
+        scoring: of a shard: who scores whose queries; None: every rank its own.
     """
 
     ratio: int
@@ -121,6 +147,7 @@ class CompressedPlan:
     stop_BT: Tensor
     bounds: Bounds
     gathering: Gathering | None = None
+    scoring: Scoring | None = None
 
     def to(self, device: torch.device) -> CompressedPlan:
         """The same on a device; does not wait for it."""
@@ -128,8 +155,11 @@ class CompressedPlan:
         if self.overlapping is not self.disjoint:
             overlapping = _moved(self.overlapping, device)
         gathering = None if self.gathering is None else _moved(self.gathering, device)
-        there = _moved(self, device)
-        return replace(there, disjoint=disjoint, overlapping=overlapping, gathering=gathering)
+        scoring = None if self.scoring is None else _moved(self.scoring, device)
+        return replace(
+            _moved(self, device), disjoint=disjoint, overlapping=overlapping, gathering=gathering,
+            scoring=scoring,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -240,13 +270,11 @@ def _compressed(
     last_BE = torch.full((B, E + 1), -1, dtype=torch.int64)
     last_BE = last_BE.scatter(1, target_BT, torch.arange(T).expand(B, T))[:, :E]
     before_BT = count_BT - closes_BT.long()  # entries closed strictly before t
-    first_BT = torch.where(valid_BT, before_BT.gather(1, start_BT), 0)[:, here]
-    stop_BT = torch.where(valid_BT, count_BT, 0)[:, here]
-    sees_BT = stop_BT > first_BT
-    bounds = Bounds(
-        torch.where(sees_BT, first_BT, E).amin(dim=0),
-        torch.where(sees_BT, stop_BT, 0).amax(dim=0),
-    )
+    first_BT = torch.where(valid_BT, before_BT.gather(1, start_BT), 0)
+    stop_BT = torch.where(valid_BT, count_BT, 0)
+    scoring = _scoring(first_BT, stop_BT, E, shard) if shard.balanced else None
+    first_BT, stop_BT = first_BT[:, here], stop_BT[:, here]
+    bounds = _bounds(first_BT, stop_BT, E)
     gathering = None
     if shard.count > 1:
         last_BE, gathering = _owned(last_BE, count_BT, ratio, shard)
@@ -271,7 +299,39 @@ def _compressed(
         stop_BT=stop_BT.int(),
         bounds=bounds,
         gathering=gathering,
+        scoring=scoring,
     )
+
+
+def _bounds(first_BT: Tensor, stop_BT: Tensor, num_entries: int) -> Bounds:
+    sees_BT = stop_BT > first_BT
+    return Bounds(
+        torch.where(sees_BT, first_BT, num_entries).amin(dim=0),
+        torch.where(sees_BT, stop_BT, 0).amax(dim=0),
+    )
+
+
+def scoring_work(first_BT: Tensor, stop_BT: Tensor, ranks: int) -> list[int]:
+    """Entries that the queries of every half of a shard score, in the order of the row."""
+    seen_BPS = (stop_BT - first_BT).view(first_BT.shape[0], 2 * ranks, -1)
+    return seen_BPS.sum(dim=(0, 2)).tolist()
+
+
+def _scoring(
+    first_BT: Tensor, stop_BT: Tensor, num_entries: int, shard: SequenceShard
+) -> Scoring | None:
+    """The rank's share of the queries of whole rows, None where every rank keeps its own."""
+    work = scoring_work(first_BT, stop_BT, shard.count)
+    shares: list[Share] = balanced_halves(work)
+    if shares == own_halves(work):
+        return None
+    kept, other = shares[shard.index]
+    receiver = next(rank for rank, share in enumerate(shares) if share.other == kept ^ 1)
+    size = first_BT.shape[1] // len(work)
+    there = slice(other * size, (other + 1) * size)
+    first_BS, stop_BS = first_BT[:, there], stop_BT[:, there]
+    bounds = _bounds(first_BS, stop_BS, num_entries)
+    return Scoring(kept % 2, receiver, other // 2, first_BS.int(), stop_BS.int(), bounds)
 
 
 def _blocks(last_BL: Tensor, valid_BL: Tensor, ratio: int, here: slice, before: int) -> Blocks:

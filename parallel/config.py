@@ -44,6 +44,13 @@ class OffloadTo(StrEnum):
     nvme = "nvme"
 
 
+class CpScoring(StrEnum):
+    """Which rank scores a query's entries for the indexer, under context parallelism."""
+
+    own = "own"
+    balanced = "balanced"
+
+
 @dataclass
 class EngineConfig:
     """What runs a step; everything but ``name`` is for ``deepspeed``.
@@ -115,6 +122,8 @@ class ParallelConfig:
         pp: pipeline stages.
         cp: contiguous shards in which ranks hold every row, unless a stage of training has its own
             number: ``dp_shard * cp`` ranks share parameters either way.
+        cp_scoring: who scores the indexer's queries: ``own``, the rank that holds them, or
+            ``balanced``, ranks for each other so that all have about as much to do.
         schedule: order of microbatches in the pipeline; only with ``pp`` above 1.
         offload: what rests in host memory between uses: ``none``; ``optimizer``, momentum and
             moments; ``optimizer+master`` the fp32 masters too of weights that compute in bf16,
@@ -129,6 +138,7 @@ class ParallelConfig:
     ep: int = number(1, least=-1)
     pp: int = number(1, least=-1)
     cp: int = number(1, least=1)
+    cp_scoring: CpScoring = CpScoring.own
     schedule: str = "1f1b"
     offload: str = "none"
     offload_activations: bool = False

@@ -25,6 +25,7 @@ from model.transformer import DeepSeekV4
 from optim.build import Optimizer
 from optim.clip import scale_grads_, sharded_grad_norm
 from parallel.collectives import add_up, add_up_loose, gathered
+from parallel.config import CpScoring
 from parallel.context_parallel import ShardedRows
 from parallel.engine import Shares, TorchEngine, Update
 from parallel.fsdp import follow_requires_grad, fsdp_modules
@@ -123,7 +124,10 @@ class DistributedEngine(RankedEngine):
     def cut_rows(self, cp: int) -> None:
         """From now on rows are held in ``cp`` shards; no weight moves."""
         self.data_rank, self.data_degree = self._mesh.data_rank // cp, self._mesh.data.size() // cp
-        exchange = ShardedRows(self._mesh.contexts[cp].get_group(1)) if cp > 1 else WholeRows()
+        exchange = WholeRows()
+        if cp > 1:
+            balanced = self._mesh.layout.cp_scoring is CpScoring.balanced
+            exchange = ShardedRows(self._mesh.contexts[cp].get_group(1), balanced)
         self.shard = exchange.shard
         for root in self._roots:
             assert isinstance(root, DeepSeekV4)

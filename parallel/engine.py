@@ -244,7 +244,7 @@ class TorchEngine:
         """Gradient [B, T, D] of a batch's objective by the embeddings it reads first."""
         self._copy_weights()
         with self._embedding_as_leaf(self.model) as leaves:
-            output = self._forward(batch.part(*self.shard), objective)
+            output = self._forward(batch.part(self.shard.index, self.shard.count), objective)
             return torch.autograd.grad(output.total, leaves[0])[0]
 
     def cut_rows(self, cp: int) -> None:
@@ -331,7 +331,9 @@ class TorchEngine:
 
     def _shards(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """This process's part of each, read ahead where the device gains by it."""
-        return prefetched((batch.part(*self.shard) for batch in batches), self.device)
+        return prefetched(
+            (batch.part(self.shard.index, self.shard.count) for batch in batches), self.device
+        )
 
     def _copy_weights(self) -> None:
         """Weights may have moved since the last pass: by a step, a load, a swap for an average."""

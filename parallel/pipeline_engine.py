@@ -59,7 +59,7 @@ class PipelineEngine(DistributedEngine):
     def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
         """Run the schedule over all microbatches; leaves reduced gradients of every stage."""
         self._begin(objective)
-        self.pipeline.step([batch.part(*self.shard) for batch in batches])
+        self.pipeline.step([batch.part(self.shard.index, self.shard.count) for batch in batches])
         self._let_go()
         if self._copy is not None:
             self._copy.sum_gradients()
@@ -70,7 +70,7 @@ class PipelineEngine(DistributedEngine):
         """Send microbatches from stage to stage without gradients."""
         self._begin(objective)
         for batch in batches:
-            self._pass_on(batch.part(*self.shard))
+            self._pass_on(batch.part(self.shard.index, self.shard.count))
         self._let_go()
         return self._collect(objective)
 
@@ -81,14 +81,14 @@ class PipelineEngine(DistributedEngine):
         for batch in batches:
             records.append({})
             self._begin(replace(objective, record=records[-1]))
-            self._pass_on(batch.part(*self.shard))
+            self._pass_on(batch.part(self.shard.index, self.shard.count))
         self._let_go()
         return records
 
     def embedding_gradient(self, batch: Batch, objective: Objective) -> Tensor | None:
         """As in the base class; None on ranks without the first stage."""
         self._begin(objective)
-        batch = batch.part(*self.shard)
+        batch = batch.part(self.shard.index, self.shard.count)
         inputs = self._inputs(batch)
         ran: dict[int, tuple[Tensor | None, Tensor]] = {}
 

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from conf.problems import refuse
 from model.config import IndexerPhase, LayerKind, ModelConfig
-from parallel.config import ParallelConfig
+from parallel.config import CpScoring, ParallelConfig
 from parallel.pipeline_split import check_microbatches
 from train.config.schema import RunConfig, StageConfig, TrainConfig
 from train.errors import UserError, check_all
@@ -169,6 +169,7 @@ def survey(run: RunConfig) -> tuple[StagePlan | None, list[str]]:
                 f"{_label(train, index)}: no step begins in it, since until_tokens="
                 f"{stage.until_tokens} and the last step before it ends at {plan.tokens_at(before)}"
             )
+    problems += _scoring_problems(plan, run)
     return plan, problems
 
 
@@ -183,6 +184,32 @@ def bias_speed(steps: int) -> float:
         steps: of the whole plan, the horizon of the schedules.
     """
     return min(_MOST_SPEED, max(_LEAST_SPEED, _BIAS_WAY / steps))
+
+
+def _scoring_problems(plan: StagePlan, run: RunConfig) -> Iterator[str]:
+    """What a balanced scoring order lacks: without it nothing would follow the order."""
+    if run.parallel.cp_scoring is CpScoring.own:
+        return
+    asked = f"parallel.cp_scoring={run.parallel.cp_scoring.value}"
+    if not _has_indexer(run.model):
+        yield (
+            f"{asked} shares out the indexer's work, but model.attention={run.model.attention} has"
+            f" no layer of kind {LayerKind.csa.value}"
+        )
+    reached = plan.reached()
+    if not any(s.cp > 1 and s.indexer_phase == IndexerPhase.sparse for s in reached):
+        phases = ", ".join(f"cp={s.cp} indexer_phase={s.indexer_phase}" for s in reached)
+        yield (
+            f"{asked} needs a stage with cp above 1 whose indexer chooses"
+            f" (indexer_phase={IndexerPhase.sparse.value}), but there is {phases}"
+        )
+    for index, stage in enumerate(reached):
+        if stage.cp > 1 and stage.seq_len % (2 * stage.cp):
+            label = f"{_label(run.train, index)}: " if run.train.stages else "train."
+            yield (
+                f"{label}seq_len={stage.seq_len} must be a multiple of 2 * cp={2 * stage.cp} under"
+                f" {asked}, which halves shards"
+            )
 
 
 def check_contexts(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> None:

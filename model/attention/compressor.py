@@ -9,6 +9,8 @@ its own. Everything is fp32 until the norm.
 # M tokens of a block, C channels of the projections, K entry dim
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -16,7 +18,7 @@ from model.config import ModelConfig
 from model.context import RopeTable
 from model.kernels.pool import pool_blocks
 from model.kernels.select import select
-from model.kv_exchange import KVExchange
+from model.kv_exchange import Arriving, KVExchange
 from model.linear import ActivationCast, Linear
 from model.norm import RMSNorm
 from model.sequence_plan import CompressedPlan
@@ -50,8 +52,8 @@ class Compressor(nn.Module):
         rope: RopeTable,
         exchange: KVExchange,
         dtype: torch.dtype,
-    ) -> Tensor:
-        """Entries of whole rows [B, E, dim], normalised and rotated.
+    ) -> ComingEntries:
+        """Begin with entries of whole rows [B, E, dim], normalised and rotated.
 
         Args:
             u_BTD: normalised input.
@@ -60,13 +62,17 @@ class Compressor(nn.Module):
             exchange: brings the tokens before a shard, and the other shards' entries.
             dtype: of the entries.
         """
-        blocks = plan.overlapping if self.overlap else plan.disjoint
         before = (2 if self.overlap else 1) * self.ratio - 1
-        k_BUC, z_BUC = exchange.tokens_before(before, *self.project(u_BTD))
-        e_BLK = self._pool(
-            k_BUC, z_BUC, self.ape.float(), blocks, plan.has_previous_BL, self.overlap, dtype
-        )
-        return exchange.all_entries(self._finish(e_BLK, rope), plan)
+        tokens = exchange.tokens_before(before, *self.project(u_BTD))
+
+        def pooled(k_BUC: Tensor, z_BUC: Tensor) -> Arriving:
+            blocks = plan.overlapping if self.overlap else plan.disjoint
+            e_BLK = self._pool(
+                k_BUC, z_BUC, self.ape.float(), blocks, plan.has_previous_BL, self.overlap, dtype
+            )
+            return exchange.all_entries(self._finish(e_BLK, rope), plan)
+
+        return ComingEntries(tokens, pooled)
 
     def project(self, u_BTD: Tensor) -> tuple[Tensor, Tensor]:
         """What every token adds to its entries: values and logits [B, T, C], fp32."""
@@ -95,3 +101,33 @@ class Compressor(nn.Module):
 
     def _finish(self, e_BLK: Tensor, rope: RopeTable) -> Tensor:
         return self.cast(self.norm(e_BLK, rope))
+
+
+class ComingEntries:
+    """Entries in three steps, between which other work hides what travels.
+
+    They are begun (the tokens before a shard travel), pooled (entries of the shards travel) and
+    waited for.
+
+    Args:
+        tokens: the compressor's values and logits, with those before the shard.
+        pooled: makes entries of them.
+    """
+
+    def __init__(self, tokens: Arriving, pooled: Callable[[Tensor, Tensor], Arriving]) -> None:
+        self._tokens: Arriving | None = tokens
+        self._pooled = pooled
+        self._entries: Arriving | None = None
+
+    def pool(self) -> None:
+        """Make the entries that are computed here."""
+        assert self._tokens is not None, "pooled once"
+        tokens, self._tokens = self._tokens, None
+        self._entries = self._pooled(*tokens.wait())
+
+    def wait(self) -> Tensor:
+        """All entries."""
+        if self._entries is None:
+            self.pool()
+        assert self._entries is not None
+        return self._entries.wait()[0]

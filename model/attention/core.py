@@ -65,28 +65,36 @@ class WindowAttention(nn.Module):
             Output [B, T, D] and side results (indexer loss, monitors).
         """
         rope = self.rope(context)
-        q_latent_BTQ, q_BTHK, kv_BTK = self.project(u_BTD, rope)
+        q_latent_BTQ = self.q_norm(self.wq_a(u_BTD))
+        kv_BTK = self.kv_cast(self.kv_norm(self.wkv(u_BTD), rope))
         if context.past is not None:
+            q_BTHK = self.turned(self.queries(q_latent_BTQ), rope)
             return self.output(
                 context.past.attend(self, u_BTD, q_latent_BTQ, q_BTHK, kv_BTK), rope
             ), {}
-        entries, finish = self.entries(u_BTD, q_latent_BTQ, context)
+        # What other ranks hold is asked for before the work that needs none of it.
+        window_keys = context.kv_exchange.tokens_before(self.window - 1, kv_BTK)
+        coming = self.begin_entries(u_BTD, context)
+        q_BTHK = self.queries(q_latent_BTQ)
+        coming.pool(q_latent_BTQ)
+        q_BTHK = self.turned(q_BTHK, rope)
+        entries, finish = coming.take()
         window = u_BTD.shape[1] if self.kind is LayerKind.dense else self.window
-        (kv_BUK,) = context.kv_exchange.tokens_before(self.window - 1, kv_BTK)
+        (kv_BUK,) = window_keys.wait()
         result = self._attention(
             q_BTHK, kv_BUK, self.attn_sink, context.plan.start_BT, window, entries
         )
         aux = finish(q_BTHK, result) if finish is not None else {}
         return self.output(result.o_BTHK, rope), aux
 
-    def project(self, u_BTD: Tensor, rope: RopeTable) -> tuple[Tensor, Tensor, Tensor]:
-        """Query latents [B, T, Q], rotated queries [B, T, H, K], rotated and cast KV [B, T, K]."""
-        B, T, _ = u_BTD.shape
-        q_latent_BTQ = self.q_norm(self.wq_a(u_BTD))
-        q_BTHK = self.wq_b(q_latent_BTQ).view(B, T, self.heads, self.head_dim)
-        q_BTHK = self._norm_rope(q_BTHK, None, self.eps, *rope)
-        kv_BTK = self.kv_cast(self.kv_norm(self.wkv(u_BTD), rope))
-        return q_latent_BTQ, q_BTHK, kv_BTK
+    def queries(self, q_latent_BTQ: Tensor) -> Tensor:
+        """Queries [B, T, H, K], neither normalised nor rotated."""
+        B, T, _ = q_latent_BTQ.shape
+        return self.wq_b(q_latent_BTQ).view(B, T, self.heads, self.head_dim)
+
+    def turned(self, q_BTHK: Tensor, rope: RopeTable) -> Tensor:
+        """Queries normalised and rotated."""
+        return self._norm_rope(q_BTHK, None, self.eps, *rope)
 
     def output(self, o_BTHK: Tensor, rope: RopeTable) -> Tensor:
         """Turn values back to each query's own position and project them: [B, T, D]."""
@@ -98,9 +106,9 @@ class WindowAttention(nn.Module):
         """The layer's one table."""
         return context.window_rope
 
-    def entries(self, u_BTD: Tensor, q_latent_BTQ: Tensor, context: ForwardContext) -> Entries:
-        """Compressed entries to attend to, and what to compute once attention is known."""
-        return None, None
+    def begin_entries(self, u_BTD: Tensor, context: ForwardContext) -> EntryWork:
+        """Begin with the compressed entries; here there are none."""
+        return EntryWork()
 
 
 class Finish:
@@ -111,4 +119,15 @@ class Finish:
         raise NotImplementedError
 
 
-Entries = tuple[EntrySet | None, Finish | None]
+class EntryWork:
+    """A layer's compressed entries in steps; between them attention computes its queries.
+
+    What other ranks hold travels meanwhile (``model/kv_exchange.py``).
+    """
+
+    def pool(self, q_latent_BTQ: Tensor) -> None:
+        """Compress the tokens here; the entries of other ranks set out."""
+
+    def take(self) -> tuple[EntrySet | None, Finish | None]:
+        """Entries to attend to, and what to compute once attention is known."""
+        return None, None

@@ -3,21 +3,23 @@
 reference B.5, B.7, paper 2.3.1.
 """
 
-# Legend: B rows, T tokens, D hidden, Q query latent, N chosen entries
+# Legend: B rows, T tokens, D hidden, Q query latent, E entries, J indexer heads, L indexer head
+# dim, N chosen entries
 from __future__ import annotations
 
 from dataclasses import replace
 
 from torch import Tensor
 
-from model.attention.compressor import Compressor
-from model.attention.core import Aux, Entries, Finish, WindowAttention
+from model.attention.compressor import ComingEntries, Compressor
+from model.attention.core import Aux, EntryWork, Finish, WindowAttention
 from model.attention.indexer import LightningIndexer
 from model.config import IndexerPhase, LayerKind, ModelConfig
 from model.context import ForwardContext, RopeTable
 from model.kernels.attention import AttentionResult, EntrySet
 from model.kernels.indexer import IndexerInputs, indexer_monitors
 from model.kernels.select import select
+from model.sequence_plan import Bounds
 
 
 class CompressedSparseAttention(WindowAttention):
@@ -35,29 +37,64 @@ class CompressedSparseAttention(WindowAttention):
         """The compressed layers' table."""
         return context.compressed_rope
 
-    def entries(self, u_BTD: Tensor, q_latent_BTQ: Tensor, context: ForwardContext) -> Entries:
+    def begin_entries(self, u_BTD: Tensor, context: ForwardContext) -> EntryWork:
         """The chosen entries, or in the full phases all visible ones."""
-        plan, entry_rope = context.plan.compressed[self.ratio], context.entry_rope[self.ratio]
+        return _ChosenEntries(self, u_BTD, context)
+
+
+class _ChosenEntries(EntryWork):
+    """Entries and the indexer's keys, compressed side by side; then the choice."""
+
+    def __init__(
+        self, layer: CompressedSparseAttention, u_BTD: Tensor, context: ForwardContext
+    ) -> None:
+        self._layer, self._context, self._u_BTD = layer, context, u_BTD
+        self._plan, rope = context.plan.compressed[layer.ratio], context.entry_rope[layer.ratio]
+        self._sparse = context.phase is IndexerPhase.sparse
+        self._keys: ComingEntries | None = None
+        shared = self._plan, rope, context.kv_exchange, u_BTD.dtype
         u_fp32 = u_BTD.float()
-        kv_BEK = self.compressor(u_fp32, plan, entry_rope, context.kv_exchange, u_BTD.dtype)
-        entries = EntrySet(kv_BEK, plan.first_BT, plan.stop_BT, bounds=plan.bounds)
-        sparse = context.phase is IndexerPhase.sparse
-        if not (sparse or context.indexer_loss or context.monitors):
-            return entries, None
-        indexer = self.indexer(
-            u_BTD, u_fp32, q_latent_BTQ, plan, context.compressed_rope, entry_rope,
-            context.kv_exchange,
-        )  # fmt: skip
-        if sparse:
-            index_BTN = context.replay.get(self.name)
+        self._coming = layer.compressor(u_fp32, *shared)
+        if self._sparse or context.indexer_loss or context.monitors:
+            # detached: the LM loss never reaches the indexer, its own loss never the model
+            self._keys = layer.indexer.compressor(u_fp32.detach(), *shared)
+
+    def pool(self, q_latent_BTQ: Tensor) -> None:
+        self._coming.pool()
+        if self._keys is None:
+            return
+        self._keys.pool()
+        context, layer = self._context, self._layer
+        self._queries = layer.indexer(self._u_BTD, q_latent_BTQ, context.compressed_rope)
+        if self._sparse and layer.name not in context.replay:
+            self._to_score = context.kv_exchange.to_score(*self._queries, self._plan)
+
+    def take(self) -> tuple[EntrySet, Finish | None]:
+        layer, context = self._layer, self._context
+        if self._keys is None:
+            return self._visible(), None
+        (q_BTJL, w_BTJ), index_BTN = self._queries, None
+        k_BEL = self._keys.wait()
+        if self._sparse:
+            index_BTN = context.replay.get(layer.name)
             if index_BTN is None:
-                index_BTN = self._index_topk(
-                    indexer, plan.first_BT, plan.stop_BT, self.topk, plan.bounds
-                )
+                index_BTN = self._choice(k_BEL)
             if context.record is not None:
-                context.record[self.name] = index_BTN
-            entries = replace(entries, index_BTN=index_BTN)
-        return entries, _IndexerFinish(self, indexer, entries, context)
+                context.record[layer.name] = index_BTN
+        entries = replace(self._visible(), index_BTN=index_BTN)
+        return entries, _IndexerFinish(layer, (q_BTJL, k_BEL, w_BTJ), entries, context)
+
+    def _choice(self, k_BEL: Tensor) -> Tensor:
+        layer = self._layer
+
+        def score(q: Tensor, w: Tensor, first: Tensor, stop: Tensor, bounds: Bounds) -> Tensor:
+            return layer._index_topk((q, k_BEL, w), first, stop, layer.topk, bounds)
+
+        return self._to_score.choose(score)
+
+    def _visible(self) -> EntrySet:
+        plan = self._plan
+        return EntrySet(self._coming.wait(), plan.first_BT, plan.stop_BT, bounds=plan.bounds)
 
 
 class _IndexerFinish(Finish):

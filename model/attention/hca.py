@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from model.attention.compressor import Compressor
-from model.attention.core import Entries, WindowAttention
+from model.attention.core import EntryWork, WindowAttention
 from model.config import LayerKind, ModelConfig
 from model.context import ForwardContext, RopeTable
 from model.kernels.attention import EntrySet
@@ -27,9 +27,22 @@ class HeavilyCompressedAttention(WindowAttention):
         """The compressed layers' table."""
         return context.compressed_rope
 
-    def entries(self, u_BTD: Tensor, q_latent_BTQ: Tensor, context: ForwardContext) -> Entries:
+    def begin_entries(self, u_BTD: Tensor, context: ForwardContext) -> EntryWork:
         """All visible entries."""
-        plan = context.plan.compressed[self.ratio]
-        rope = context.entry_rope[self.ratio]
-        kv_BEK = self.compressor(u_BTD, plan, rope, context.kv_exchange, u_BTD.dtype)
-        return EntrySet(kv_BEK, plan.first_BT, plan.stop_BT, bounds=plan.bounds), None
+        return _VisibleEntries(self, u_BTD, context)
+
+
+class _VisibleEntries(EntryWork):
+    def __init__(
+        self, layer: HeavilyCompressedAttention, u_BTD: Tensor, context: ForwardContext
+    ) -> None:
+        self._plan = context.plan.compressed[layer.ratio]
+        rope = context.entry_rope[layer.ratio]
+        self._coming = layer.compressor(u_BTD, self._plan, rope, context.kv_exchange, u_BTD.dtype)
+
+    def pool(self, q_latent_BTQ: Tensor) -> None:
+        self._coming.pool()
+
+    def take(self) -> tuple[EntrySet, None]:
+        plan = self._plan
+        return EntrySet(self._coming.wait(), plan.first_BT, plan.stop_BT, bounds=plan.bounds), None

@@ -9,20 +9,16 @@ from torch import Tensor, nn
 from model.attention.compressor import Compressor
 from model.config import ModelConfig
 from model.context import RopeTable
-from model.kernels.indexer import IndexerInputs
 from model.kernels.select import select
-from model.kv_exchange import KVExchange
 from model.linear import ActivationCast, Linear
-from model.sequence_plan import CompressedPlan
 
 
 class LightningIndexer(nn.Module):
     """Scores ``I[t, i] = sum_h w[t, h] relu(q[t, h] . k[i])`` over the compressed entries.
 
     Its inputs are detached: the LM loss never reaches it, and its own loss never reaches the model.
-        Without
-    quantisation the two Hadamard transforms of the released code cancel; a quantising cast brings
-    them in.
+    Without quantisation the two Hadamard transforms of the released code cancel; a quantising cast
+    brings them in.
 
     Args:
         config: the model.
@@ -39,29 +35,14 @@ class LightningIndexer(nn.Module):
         self._rope = select("rope", config.kernels)
 
     def forward(
-        self,
-        u_BTD: Tensor,
-        u_fp32: Tensor,
-        q_latent_BTQ: Tensor,
-        plan: CompressedPlan,
-        rope: RopeTable,
-        entry_rope: RopeTable,
-        exchange: KVExchange,
-    ) -> IndexerInputs:
-        """Queries [B, T, J, L], keys [B, E, L], head weights [B, T, J] with both factors.
-
-        ``u_fp32`` is ``u_BTD`` in fp32, which the compressor reads.
-        """
-        u, q_latent = u_BTD.detach(), q_latent_BTQ.detach()
-        q_BTJL, w_BTJ = self.queries(u, q_latent, rope)
-        k_BEL = self.compressor(u_fp32.detach(), plan, entry_rope, exchange, u.dtype)
-        return q_BTJL, k_BEL, w_BTJ
-
-    def queries(
         self, u_BTD: Tensor, q_latent_BTQ: Tensor, rope: RopeTable
     ) -> tuple[Tensor, Tensor]:
-        """Queries and head weights of :meth:`forward`; the inputs are detached already."""
+        """Queries [B, T, J, L] and head weights [B, T, J] with both factors.
+
+        Their keys are the entries of :attr:`compressor`.
+        """
         B, T, _ = u_BTD.shape
-        q_BTJL = self.wq_b(q_latent_BTQ).view(B, T, self.heads, self.dim)
+        q_BTJL = self.wq_b(q_latent_BTQ.detach()).view(B, T, self.heads, self.dim)
         q_BTJL = self.q_cast(self._rope(q_BTJL, *rope))
-        return q_BTJL, self.weights_proj(u_BTD).float() * (self.dim * self.heads) ** -0.5
+        w_BTJ = self.weights_proj(u_BTD.detach()).float()
+        return q_BTJL, w_BTJ * (self.dim * self.heads) ** -0.5

@@ -3,7 +3,8 @@
     python scripts/bench.py context --tokens 32768 --cp 1 2 4
     python scripts/bench.py context --model v4_nano --tokens 131072 --activation_checkpoint block
 
-One row, gloo processes of this machine, one forward and backward pass in fp32. A process counts
+One row, gloo processes of this machine, one training step in fp32: forward, backward and update. A
+process counts
 what its resident memory has at the peak above what it had before, when weights, gradients and
 libraries were there. Of that the entries and indexer keys of all shards, which every rank holds,
 are known in closed form (``model/activation_memory.py``); the rest should fall as 1 / cp. Processes
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -76,15 +78,22 @@ def on_rank(rank: int, cp: int, args: argparse.Namespace, folder: str) -> None:
     )  # fmt: skip
     engine = DistributedEngine(model, optimizer, CPU, 1.0, mesh)
 
-    def step(tokens: int) -> None:
+    def step(tokens: int) -> float:
         depths = 1 + config.num_nextn_predict_layers
         objective = Objective((float(tokens),) * depths, float(tokens))
-        engine.forward_backward([row_of(tokens, args.document, config)], objective)
+        rows = [row_of(tokens, args.document, config)]
+        total = engine.forward_backward(rows, objective).total
+        assert total is not None
+        return float(total)
 
     step(64 * cp)  # gradients and libraries are there from now on
     before, began = memory_bytes(CPU, "VmRSS"), time.perf_counter()
-    step(args.tokens)
+    loss = step(args.tokens)
+    update = engine.optimizer_step(1e-3, math.isfinite(loss))
     took = {
+        "loss": loss,
+        "grad_norm": update.grad_norm,
+        "applied": update.applied,
         "bytes": memory_bytes(CPU, "VmHWM") - before,
         "seconds": time.perf_counter() - began,
     }
@@ -98,11 +107,14 @@ def measure(cp: int, args: argparse.Namespace) -> dict[str, Any]:
         os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)  # of the processes that start now
         mp.spawn(on_rank, (cp, args, folder), nprocs=cp)
         found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(cp)]
+    if not all(one["applied"] for one in found):
+        raise RuntimeError(f"the update was not applied: {found}")
     entries = entry_bytes(load_model_config(args.model), args) if cp > 1 else 0.0
     most = max(one["bytes"] for one in found)
     return {
         "cp": cp, "bytes": most, "entry_bytes": round(entries), "rest": most - round(entries),
-        "seconds": max(one["seconds"] for one in found),
+        "seconds": max(one["seconds"] for one in found), "loss": found[0]["loss"],
+        "grad_norm": found[0]["grad_norm"],
     }  # fmt: skip
 
 
@@ -126,7 +138,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise UserError(f"--tokens {args.tokens} must be a multiple of --cp {cp}")
     print(f"{args.model}, one row of {args.tokens:,} tokens, documents of {args.document:,}, fp32,"
           f" train.activation_checkpoint={args.activation_checkpoint}")  # fmt: skip
-    print(f"{'cp':>3} {'MB a rank':>10} {'entries':>8} {'rest':>8} {'of 1/cp':>8} {'seconds':>8}")
+    print(f"{'cp':>3} {'MB a rank':>10} {'entries':>8} {'rest':>8} {'of 1/cp':>8} {'seconds':>8}"
+          f" {'loss':>12}")  # fmt: skip
     found: list[dict[str, Any]] = []
     for cp in args.cp:
         one = measure(cp, args)
@@ -134,7 +147,8 @@ def main(words: Sequence[str] | None = None) -> int:
         one["share"] = one["rest"] * cp / (first["rest"] * first["cp"])
         found.append(one)
         print(f"{cp:3} {one['bytes'] / 1e6:10,.0f} {one['entry_bytes'] / 1e6:8,.0f}"
-              f" {one['rest'] / 1e6:8,.0f} {one['share']:8.2f} {one['seconds']:8.1f}",
+              f" {one['rest'] / 1e6:8,.0f} {one['share']:8.2f} {one['seconds']:8.1f}"
+              f" {one['loss']:12.7f}",
               flush=True)  # fmt: skip
     if args.json:
         write_json(

@@ -108,7 +108,7 @@ def test_stages_cut_rows_otherwise_and_a_run_goes_on_over_their_edges(tmp_path, 
 
 
 # ---- quantisation, another layout ---------------------------------------------------------------
-def train_quantised(rank, world, run):
+def train_on_rank(rank, world, run):
     os.environ["WORLD_SIZE"] = str(world)
     assert fit(run)[0] == ExitCode.finished
 
@@ -118,5 +118,28 @@ def test_qat_in_bf16_trains_on_shards_as_one_process(tmp_path, corpus):
     one = replace(one, quant=QuantConfig(recipe=Recipe.fp4_qat))
     fit(one)
     two = replace(one, run_dir=str(tmp_path / "two"), parallel=ParallelConfig(dp_shard=1, cp=2))
-    run_distributed(train_quantised, 2, two)
+    run_distributed(train_on_rank, 2, two)
     compare(one, two, 2e-3)
+
+
+# ---- probes -------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "degrees",
+    [{"cp": 2}, {"dp_shard": 2}, {"pp": 2}, {"cp": 2, "pp": 2}],
+    ids=["cp2", "dp2", "pp2", "cp2xpp2"],
+)
+def test_a_run_probes_itself_alike_under_every_layout(tmp_path, corpus, degrees):
+    """After one update: 1e-4 (its bound of 1e-3 in this file, and a mean over many tokens)."""
+    asked = {"probe_every": 1, "seq_len": 128, "global_batch_tokens": 512, "eval_tokens": 512}
+    one = config(tmp_path / "one", corpus, 1, micro_batch_size=1, **asked)
+    fit(one)
+    layout = ParallelConfig(**({"dp_shard": 1} | degrees))
+    many = replace(one, run_dir=str(tmp_path / "many"), parallel=layout)
+    run_distributed(train_on_rank, layout.world_size, many)
+    (mine,), (theirs,) = metrics_of(many), metrics_of(one)
+    names = {name for name in theirs if name.startswith("probe_")}
+    assert {"probe_loss_0", "probe_needle_far", "probe_needle_near"} <= names
+    assert {name for name in mine if name.startswith("probe_")} == names
+    for name in names:
+        assert mine[name] == pytest.approx(theirs[name], rel=1e-4), name

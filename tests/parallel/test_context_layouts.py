@@ -14,6 +14,7 @@ import model.context as context_module
 from data.batch import IGNORE, Batch, BatchCounts
 from model.attention.csa import CompressedSparseAttention
 from model.kernels.indexer import index_topk_reference
+from model.kv_exchange import Here
 from model.transformer import DeepSeekV4
 from parallel.context_parallel import ShardedRows
 from tests.helpers import Rows, relative, run_distributed
@@ -153,8 +154,8 @@ def shifted(real):
 
     def before(self, count, *x_BSC):
         S = x_BSC[0].shape[1]
-        got = real(self, count, *x_BSC)
-        return tuple(torch.cat((x[:, :-S].roll(1, dims=1), x[:, -S:]), dim=1) for x in got)
+        got = real(self, count, *x_BSC).wait()
+        return Here(tuple(torch.cat((x[:, :-S].roll(1, dims=1), x[:, -S:]), dim=1) for x in got))
 
     return before
 
@@ -162,8 +163,8 @@ def shifted(real):
 def without_gradients_of_others(real):
     def before(self, count, *x_BSC):
         S = x_BSC[0].shape[1]
-        got = real(self, count, *x_BSC)
-        return tuple(torch.cat((x[:, :-S].detach(), x[:, -S:]), dim=1) for x in got)
+        got = real(self, count, *x_BSC).wait()
+        return Here(tuple(torch.cat((x[:, :-S].detach(), x[:, -S:]), dim=1) for x in got))
 
     return before
 
@@ -173,10 +174,10 @@ def own_gradients_alone(real):
 
     def entries(self, entries_BLK, plan):
         number_BL = plan.gathering.target_BF.chunk(self.shard.count, dim=1)[self.shard.index]
-        whole = real(self, entries_BLK, plan).detach()
+        whole = real(self, entries_BLK, plan).wait()[0].detach()
         padded = torch.cat((whole, whole[:, :1]), dim=1)
         place = number_BL[..., None].expand_as(entries_BLK)
-        return padded.scatter(1, place, entries_BLK)[:, :-1]
+        return Here((padded.scatter(1, place, entries_BLK)[:, :-1],))
 
     return entries
 
@@ -213,19 +214,26 @@ def with_an_entry_twice(plan):
 def of_own_entries(real):
     """A query chooses among the entries of its own rank alone."""
 
-    def entries(self, u_BTD, q_latent_BTQ, context):
+    def begin(self, u_BTD, context):
         def topk(indexer, first_BT, stop_BT, *rest):
             if context.kv_exchange.shard.index:
                 first_BT = torch.maximum(first_BT, stop_BT[:, :1])
             return index_topk_reference(indexer, first_BT, stop_BT, *rest)
 
-        self._index_topk, kept = topk, self._index_topk
-        try:
-            return real(self, u_BTD, q_latent_BTQ, context)
-        finally:
-            self._index_topk = kept
+        work, kept = real(self, u_BTD, context), self._index_topk
+        take = work.take
 
-    return entries
+        def take_with_fault():
+            self._index_topk = topk
+            try:
+                return take()
+            finally:
+                self._index_topk = kept
+
+        work.take = take_with_fault
+        return work
+
+    return begin
 
 
 def labels_of_shards(real):
@@ -256,7 +264,7 @@ FAULTS = {
     "gradients of entries dropped": (ShardedRows, "all_entries", own_gradients_alone),
     "local positions": (context_module, "build_sequence_plan", of_plans(with_local_positions)),
     "entry twice": (context_module, "build_sequence_plan", of_plans(with_an_entry_twice)),
-    "top-k over local entries": (CompressedSparseAttention, "entries", of_own_entries),
+    "top-k over local entries": (CompressedSparseAttention, "begin_entries", of_own_entries),
     "labels lost at the edge": (Batch, "part", labels_of_shards),
     "no indexer loss": (DeepSeekV4, "training_context", without_indexer_loss),
     "loads of shards": (ShardedRows, "add_up", lambda real: lambda self, counts: counts),

@@ -96,12 +96,12 @@ def compare_exchanges(rank, world):
         wanted = [x[:, first[r] : (r + 1) * size] for r in range(world)]
         sum((w * weights[r, :, : w.shape[1]]).sum() for r, w in enumerate(wanted)).backward()
         mine = shard_of(whole, group).clone().requires_grad_()
-        got, twice = exchange.tokens_before(count, mine, 2 * mine)
+        got, twice = exchange.tokens_before(count, mine, 2 * mine).wait()
         assert torch.equal(got, wanted[rank])
         assert torch.equal(twice, 2 * wanted[rank])
         ((got + twice) / 3 * weights[rank, :, : got.shape[1]]).sum().backward()
         assert relative(mine.grad, shard_of(x.grad, group)) < 1e-14
-    assert exchange.tokens_before(0, mine)[0] is mine
+    assert exchange.tokens_before(0, mine).wait()[0] is mine
 
 
 def test_tokens_before_and_their_gradients_are_those_of_whole_rows():
@@ -132,8 +132,9 @@ def compare_compressor(rank, world):
             context = build_context(config, ids, True, kv_exchange=reach)
             plan = context.plan.compressed[ratio]
             compressor.zero_grad()
-            entries = compressor(u_, plan, context.entry_rope[ratio], reach, u_.dtype)
-            (keys,) = reach.tokens_before(config.sliding_window - 1, kv_)
+            coming = compressor(u_, plan, context.entry_rope[ratio], reach, u_.dtype)
+            (keys,) = reach.tokens_before(config.sliding_window - 1, kv_).wait()
+            entries = coming.wait()
             used = EntrySet(entries, plan.first_BT, plan.stop_BT, bounds=plan.bounds)
             start = context.plan.start_BT
             out = select("attention", "reference")(

@@ -325,18 +325,11 @@ def _swap_halves(real: Any) -> Any:
 
 
 def _without_ape(real: Any) -> Any:
-    def forward(self: Compressor, *args: Any) -> Tensor:
-        kept = self.ape.data.clone()
-        self.ape.data.zero_()
-        out = real(self, *args)
-        self.ape.data.copy_(kept)
-        return out
-
-    return forward
+    return lambda k, z, ape, *rest: real(k, z, torch.zeros_like(ape), *rest)
 
 
 overlap_halves_swapped = attribute(Compressor, "project", _swap_halves)
-ape_missing = attribute(Compressor, "forward", _without_ape)
+ape_missing = op("pool_entries", _without_ape)
 
 
 # ---- plan: packing and visibility ---------------------------------------------------------------

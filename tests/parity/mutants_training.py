@@ -43,8 +43,8 @@ def _weights(change: Callable[[Tensor, LightningIndexer], Tensor]) -> Plant:
 
     def make(real: Any) -> Any:
         def forward(self: LightningIndexer, *args: Any) -> Any:
-            q, k, w = real(self, *args)
-            return q, k, change(w, self)
+            q, w = real(self, *args)
+            return q, change(w, self)
 
         return forward
 
@@ -99,15 +99,15 @@ def _over_all_visible(real: Any) -> Any:
 
 
 def _topk_in_every_phase(real: Any) -> Any:
-    def entries(self: CompressedSparseAttention, u: Tensor, q: Tensor, context: Any) -> Any:
-        return real(self, u, q, replace(context, phase=IndexerPhase.sparse))
+    def entries(self: CompressedSparseAttention, u: Tensor, context: Any) -> Any:
+        return real(self, u, replace(context, phase=IndexerPhase.sparse))
 
     return entries
 
 
 def _full_in_every_phase(real: Any) -> Any:
-    def entries(self: CompressedSparseAttention, u: Tensor, q: Tensor, context: Any) -> Any:
-        return real(self, u, q, replace(context, phase=IndexerPhase.full, indexer_loss=True))
+    def entries(self: CompressedSparseAttention, u: Tensor, context: Any) -> Any:
+        return real(self, u, replace(context, phase=IndexerPhase.full, indexer_loss=True))
 
     return entries
 
@@ -130,8 +130,10 @@ indexer_choice_unscored = op("index_topk", _takes_the_newest)
 teacher_over_entries_only = op("indexer_loss", _entries_only)
 indexer_never_trained = op("indexer_loss", lambda real: lambda *args: real(*args).detach())
 sparse_loss_over_all_entries = op("indexer_loss", _over_all_visible)
-topk_in_every_phase = attribute(CompressedSparseAttention, "entries", _topk_in_every_phase)
-sparse_phase_attends_all = attribute(CompressedSparseAttention, "entries", _full_in_every_phase)
+topk_in_every_phase = attribute(CompressedSparseAttention, "begin_entries", _topk_in_every_phase)
+sparse_phase_attends_all = attribute(
+    CompressedSparseAttention, "begin_entries", _full_in_every_phase
+)
 
 
 # ---- routing ------------------------------------------------------------------------------------

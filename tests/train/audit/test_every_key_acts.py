@@ -27,7 +27,7 @@ from optim.config import (
     StateDtype,
     UpdateScale,
 )
-from parallel.config import EngineName, OffloadTo
+from parallel.config import CpScoring, EngineName, OffloadTo
 from parallel.deepspeed_engine import DeepSpeedEngine
 from quant.config import ExpertFormat, QuantEngine, Recipe
 from tests.train.audit.key_effects import (
@@ -274,6 +274,9 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "parallel.ep": row(2, "parallel.ep=2 must divide the 1 data ranks"),
     "parallel.pp": row(2, ONE_RANK, parallel__dp_shard=1),
     "parallel.cp": row(2, plan),
+    "parallel.cp_scoring": row(
+        CpScoring.balanced, "parallel.cp_scoring=balanced needs a stage with cp above 1"
+    ),
     "parallel.schedule": row("gpipe", "parallel.schedule=gpipe needs parallel.pp above 1"),
     "parallel.offload": row(
         "optimizer",
