@@ -67,7 +67,8 @@ class _ChosenEntries(EntryWork):
         context, layer = self._context, self._layer
         self._queries = layer.indexer(self._u_BTD, q_latent_BTQ, context.compressed_rope)
         if self._sparse and layer.name not in context.replay:
-            self._to_score = context.kv_exchange.to_score(*self._queries, self._plan)
+            q_BTJL, w_BTJ = self._queries
+            self._to_score = context.kv_exchange.to_score(q_BTJL, w_BTJ, self._plan)
 
     def take(self) -> tuple[EntrySet, Finish | None]:
         layer, context = self._layer, self._context

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from model.config import IndexerPhase, LayerKind, ModelConfig
-from parallel.config import ParallelConfig
+from model.config import Attention, IndexerPhase, LayerKind, ModelConfig
+from parallel.config import CpScoring, ParallelConfig
 from train.config.schema import StageConfig, TrainConfig
 from train.stages import check_contexts, check_rows, loss_weights, resolve, trains
 
@@ -225,6 +225,26 @@ def test_layer_that_needs_whole_rows_is_refused_with_shards():
     run.model.layer_kinds = [LayerKind.swa, LayerKind.mha, LayerKind.hca]
     with pytest.raises(ValueError, match=r"\(1m\) needs cp=2 .* layer 1 .* is mha: .* whole rows"):
         check_contexts(resolve(run), run, ParallelConfig(dp_shard=1, cp=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention": Attention.hca}, "shares out the indexer's work, .* no layer of kind csa"),
+        ({"seq_len": 126}, "seq_len=126 must be a multiple of 2 \\* cp=4 under"),
+        ({"phase": "full"}, "whose indexer chooses .* there is cp=2 indexer_phase=full"),
+    ],
+)
+def test_balanced_scoring_that_nothing_would_follow_is_refused(change, message):
+    stage = StageConfig(until_tokens=8064, cp=2, seq_len=change.get("seq_len", 128))
+    stage.indexer_phase = IndexerPhase(change.get("phase", "sparse"))
+    stage.global_batch_tokens = 8 * stage.seq_len
+    run = make_run(TrainConfig(stages=[stage], steps=0))
+    resolve(run)
+    run.parallel.cp_scoring = CpScoring.balanced
+    run.model.attention = change.get("attention", run.model.attention)
+    with pytest.raises(ValueError, match=message):
+        resolve(run)
 
 
 def test_stage_that_a_step_jumps_over_is_refused():
