@@ -3,12 +3,12 @@
     python scripts/bench.py context --tokens 32768 --cp 1 2 4
     python scripts/bench.py context --model v4_nano --tokens 131072 --activation_checkpoint block
 
-One row, gloo processes of this machine, one training step in fp32: forward, backward and update. A
-process counts
-what its resident memory has at the peak above what it had before, when weights, gradients and
-libraries were there. Of that the entries and indexer keys of all shards, which every rank holds,
-are known in closed form (``model/activation_memory.py``); the rest should fall as 1 / cp. Processes
-give freed memory back at once (glibc's mmap threshold is held low): what a heap keeps is no need.
+One row, gloo processes of this machine, one training step in fp32: forward, backward, update. A
+process counts what its resident memory has at the peak above what it had before, when weights,
+gradients and libraries were there. Of that the entries and indexer keys of all shards, which every
+rank holds, are known in closed form (``model/activation_memory.py``); the rest should fall as
+1 / cp. Processes give freed memory back at once (glibc's mmap threshold is held low): what a heap
+keeps is no need.
 """
 
 from __future__ import annotations
