@@ -1,6 +1,6 @@
 """The measured process of ``bench_step.py``: one contestant, one case; a JSON line on stdout.
 
-python scripts/benchmarks/child.py '{"contestant": "ours", "rows": 2, ...}'
+python -m scripts.benchmarks.child '{"contestant": "ours", "rows": 2, ...}'
 """
 
 from __future__ import annotations
@@ -12,9 +12,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-if not __package__:  # run as a file: this folder has an optim.py too
-    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
 

@@ -33,9 +33,9 @@ from matplotlib.figure import Figure
 from scripts.cli.command import command
 from scripts.cli.outputs import PNG, check_output, write_json
 from scripts.cli.parser import CommandParser
-from train.errors import UserError
+from train.errors import ROOT, UserError
 
-CHILD = Path(__file__).resolve().with_name("child.py")
+CHILD = "scripts.benchmarks.child"  # a module: as a file it would find optim.py beside it
 _Measured = dict[str, Any]
 CONTESTANTS = ("ours", "ours_lm", "hf", "dense")
 
@@ -45,9 +45,9 @@ CONTESTANTS = ("ours", "ours_lm", "hf", "dense")
 
 def run_child(spec: _Measured, timeout: float) -> _Measured:
     """Measure in a fresh process; a failure becomes a result that says why."""
-    words = [sys.executable, str(CHILD), json.dumps(spec, allow_nan=False)]
+    words = [sys.executable, "-m", CHILD, json.dumps(spec, allow_nan=False)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         return {"failed": f"no result within {timeout:g} s"}
     if done.returncode != 0:

@@ -139,7 +139,7 @@ def compile_one(module: str, shipped: Any, arch: str, parse: bool = False) -> Co
     line = Compiled(module, shipped.name, arch, f"{sizes} w{tile.warps} s{tile.stages}".strip())
     begin = time.perf_counter()
     try:
-        kernel = (_parse if parse else _compile)(shipped, tile, arch)
+        kernel: Any = (_parse if parse else _compile)(shipped, tile, arch)
     except Exception as error:  # whatever the compiler raises is this line's fault
         line.faults.append(f"{type(error).__name__}: {' '.join(str(error).split())[-300:]}")
         return line
@@ -214,7 +214,8 @@ def _parse(shipped: Any, tile: Any, arch: str) -> None:
     from triton.compiler.compiler import make_backend  # noqa: PLC0415
 
     source, target, given = _source(shipped, tile, arch)
-    backend, context = make_backend(target), ir.context()
+    backend: Any = make_backend(target)
+    context = ir.context()
     options = backend.parse_options(given)
     ir.load_dialects(context)
     backend.load_dialects(context)
