@@ -37,7 +37,8 @@ from train.preflight.forecast import quantity
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Beginnings of the names of operations -> how model/kernels/select.py, or a layer, calls them.
 NAMES = (
-    ("aten::mm", "linear"), ("aten::bmm", "block_linear"), ("v4::triton_attention", "attention"),
+    ("aten::mm", "linear"), ("aten::bmm", "block_linear"),
+    ("v4::triton_blocks", "block_linear"), ("v4::triton_attention", "attention"),
     ("v4::triton_pack_bits", "attention"), ("v4::triton_list_lengths", "attention"),
     ("v4::triton_indexer_loss", "indexer_loss"), ("v4::triton_index_topk", "index_topk"),
     ("v4::triton_grouped", "grouped_linear"), ("v4::triton_gate", "route"),

@@ -163,6 +163,7 @@ def op_flops(config: ModelConfig, seq_len: int, kind: LayerKind, ratio: int, tok
         "grouped_weight_gradient": (1.0, weight_gradient),
         "index_topk": (1.0, lambda _: score * keys.scored),
         "indexer_loss_backward": (2.0, lambda _: score * keys.taught),
+        "blocks": (2.0, lambda args: args[0].shape[0] * args[1].numel()),
     }
     both: Mapping[str, Callable[[Sequence[Any]], float]] = {
         "attention": lambda _: core,

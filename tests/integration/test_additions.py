@@ -132,7 +132,7 @@ def _sign_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
         yield f"{name}: sign was asked for, but an element moved by more than the rate"
 ''', "    return energy, float(off.double().square().sum()) / max(energy, 1e-30)\n"),
     Edit("train/audit/checks.py",
-         "    Owner.sign: KnownUpdate(_sign_form, lambda run: 1.0, lambda e, name: 1.0),\n",
+         "    Owner.sign: KnownUpdate(_sign_form, lambda e, name: 1.0, lambda e, name: 1.0),\n",
          "UPDATES: dict[Owner, KnownUpdate] = {\n"),
 ]  # fmt: skip
 OPTIMIZER = [

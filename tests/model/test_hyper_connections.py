@@ -4,6 +4,7 @@ Bounds: the oracle and the reference both run in float64, so 1e-12 is rounding. 
 compared in tests/model/kernels.
 """
 
+import functools
 import math
 
 import pytest
@@ -211,4 +212,6 @@ def test_select_refuses_unknown_names():
     for name in op_names():
         for kernels in Kernels:
             assert callable(select(name, kernels))
-    assert select("mhc_pre", Kernels.reference) is mhc_pre
+    served = select("mhc_pre", Kernels.reference)
+    assert isinstance(served, functools.partial)
+    assert served.args[-1] is mhc_pre, "counted, but the reference itself"

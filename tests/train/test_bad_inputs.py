@@ -297,6 +297,8 @@ LAUNCHED = {
 def test_variables_of_a_launcher_that_did_not_start_this_are_refused(
     given, words, capsys, monkeypatch
 ):
+    for name in LAUNCHED:  # what a test of DeepSpeed in this process may have set
+        monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
     assert cli(["model=v4_tiny"]) == 2
