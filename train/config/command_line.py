@@ -15,7 +15,7 @@ import re
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -219,8 +219,10 @@ def _check_override(arg: str, known: Sequence[str], conf: Path | None) -> None:
         return
     problem = unknown_key(key.split("."), RunConfig, known)
     meant = meant_by_key(key)
-    if isinstance(found, str | bool) and meant and _is_section(key):
-        raise UserError(f"{arg}: {key} is a section; give {meant}")
+    section = _annotation(key)
+    if isinstance(found, str | int | float) and is_dataclass(section):
+        own = ", ".join(f"{key}.{part.name}" for part in fields(section))
+        raise UserError(f"{arg}: {key} is a section; give {meant or own}")
     if problem is not None and meant:
         problem = f"give {meant}"
     if problem is not None:
@@ -228,8 +230,14 @@ def _check_override(arg: str, known: Sequence[str], conf: Path | None) -> None:
     _check_type(arg, key, override)
 
 
-def _is_section(key: str) -> bool:
-    return is_dataclass(get_type_hints(RunConfig).get(key))
+def _annotation(key: str) -> Any:
+    """Type of a key of sections; None where there is none."""
+    schema: Any = RunConfig
+    for part in key.split("."):
+        if not is_dataclass(schema):
+            return None
+        schema = get_type_hints(schema).get(part)
+    return schema
 
 
 def _check_type(arg: str, key: str, override: Override) -> None:

@@ -122,7 +122,7 @@ def unknown_key(path: Sequence[str], schema: Any, also: Sequence[str] = ()) -> s
             schema = get_args(schema)[-1]
             continue
         if not is_dataclass(schema):
-            return None
+            return None if schema is Any else f"{'.'.join(path[:depth])} is one value, no section"
         own = [f.name for f in fields(schema)]
         known = [*own, *(name for name in also if depth == 0 and name not in own)]
         if key not in known:

@@ -6,9 +6,10 @@ import pytest
 
 from tests.train.test_bad_inputs import CASES
 from train.config.aliases import FLAGS, KEYS
-from train.config.command_line import options
+from train.config.command_line import compose_run, options
 from train.config.load import unknown_key
 from train.config.schema import RunConfig
+from train.errors import UserError
 from train.pretrain import cli
 
 
@@ -124,3 +125,17 @@ def test_a_model_that_does_not_fit_does_not_hide_what_else_is_wrong(capsys, tmp_
     assert "profile_start=100000000" in lines[-2]
     assert lines[-1].startswith("error: model.name=v4_pro needs ")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("optim.schedule=cosine", "optim.schedule is a section; give optim.schedule.kind"),
+        ("sample=hello", "sample is a section; give sample.prompt"),
+        ("data.tokenizer.path=x", "data.tokenizer is one value, no section"),
+        ("seed.x=1", "seed is one value, no section"),
+    ],
+)
+def test_value_for_a_section_and_section_for_a_value_are_told_in_our_words(word, told):
+    with pytest.raises(UserError, match=re.escape(told)):
+        compose_run(["model=v4_tiny", word])
