@@ -98,7 +98,7 @@ def distance(ours, exact, norm=None):
     return float(gap / norm) if norm else float(gap)
 
 
-def check(op, reference, inputs, grads, norms=None):
+def check(op, reference, inputs, grads, norms=None, least=0.0):
     """Hold an op against its reference in float64, forward and backward.
 
     The yardstick is the reference in the inputs' own dtype: an error at most its error
@@ -110,8 +110,11 @@ def check(op, reference, inputs, grads, norms=None):
         inputs: of both.
         grads: of the outputs.
         norms: of a gradient, by its number, what errors are measured by where its terms cancel.
+        least: relative error that the format itself allows, where it is above ``ROUNDING``.
     """
-    rounding = max(ROUNDING[x.dtype] for x in inputs if getattr(x, "dtype", None) in ROUNDING)
+    rounding = max(
+        least, *(ROUNDING[x.dtype] for x in inputs if getattr(x, "dtype", None) in ROUNDING)
+    )
     with in_float64():
         exact = gradients(reference, doubled(inputs), grads)
     plain = gradients(reference, inputs, grads)
