@@ -159,7 +159,7 @@ def _shape_problems(raw: Any, schema: Any, path: str) -> Iterator[str]:
         for name, item in raw.items():
             if not isinstance(name, str):
                 yield f"{path}: {shown(name)} must be a name"
-            yield from _shape_problems(item, get_args(schema)[1], f"{path}.{name}")
+            yield from _shape_problems(item, get_args(schema)[1], f"{path}.{shown(name)}")
     elif is_dataclass(schema):
         if not isinstance(raw, dict):
             yield f"{path}={shown(raw)} must be KEY: VALUE pairs"

@@ -214,3 +214,9 @@ def test_describe_falls_back_to_the_text():
         pass
 
     assert describe(OddError("first\nsecond")) == "config: first"
+
+
+def test_a_very_long_name_of_a_source_is_cut_in_the_message():
+    with pytest.raises(UserError) as told:
+        load_with(data={"sources": {"a" * 5000: None}})
+    assert len(str(told.value)) < 300
