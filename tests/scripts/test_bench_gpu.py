@@ -35,8 +35,13 @@ def test_without_a_gpu_one_line_and_exit_code_2(capsys):
 
 
 def test_make_gpu_asks_first_then_tests_then_measures():
+    # Under `make test` this is a make within a make, which would say where it enters and leaves.
     dry = subprocess.run(
-        ["make", "-n", "gpu"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "-n", "--no-print-directory", "gpu"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     asks, tests, measures = dry[-3:]
     assert asks.endswith("scripts/bench.py gpu --check")
