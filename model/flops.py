@@ -287,6 +287,7 @@ def training_flops(
     phase: str = "sparse",
     indexer_loss: bool = True,
     keys_of: KeysOf = mean_keys,
+    mtp: bool = True,
 ) -> TrainingFlops:
     """FLOPs per token of forward and backward, by part.
 
@@ -301,11 +302,13 @@ def training_flops(
         indexer_loss: whether the indexer is trained.
         keys_of: keys per query of a layer; another function counts what an implementation really
             multiplies, masked scores included.
+        mtp: whether the MTP blocks run, as they do where their loss has a weight.
 
     Raises:
         ValueError: unknown phase, or a warm-up without the indexer's loss.
     """
-    return _by_part(_costs(config, seq_len, phase, indexer_loss, keys_of))
+    costs = _costs(config, seq_len, phase, indexer_loss, keys_of)
+    return _by_part(cost for cost in costs if mtp or cost[1] != "mtp")
 
 
 def _by_part(costs: Iterable[tuple[str, str, float, float]]) -> TrainingFlops:

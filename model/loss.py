@@ -30,8 +30,7 @@ class Objective:
         targets_K: positions with a label in the global batch, for the main head and every MTP
             depth.
         tokens: non-padding tokens of the global batch.
-        mtp_weight: weight of the MTP loss (mean over depths); without gradients, 0 leaves the
-            MTP blocks out.
+        mtp_weight: weight of the MTP loss (mean over depths); 0 leaves the MTP blocks out.
         indexer_weight: weight of each CSA layer's KL; 0 switches the indexer's loss off.
         balance_weight: weight of each learned layer's balance loss; 0 switches it off.
         indexer_phase: how CSA layers attend and learn.

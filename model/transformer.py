@@ -168,7 +168,7 @@ class DeepSeekV4(nn.Module):
         x_BTSD, results = self.trunk(self.streams(input_ids_BT), input_ids_BT, context)
         h_BTD = self.collapse(x_BTSD)
         ahead, mtp_results = [], []
-        if objective.mtp_weight or torch.is_grad_enabled():  # an evaluation may leave it out
+        if objective.mtp_weight:
             ahead, mtp_results = self.predict_ahead(x_BTSD, labels_BTK, context)
         if not objective.losses:
             return ModelOutput(torch.zeros((), device=h_BTD.device), {}, {}, {})
@@ -214,7 +214,7 @@ class DeepSeekV4(nn.Module):
             "loss": loss,
             "loss_mtp": loss_mtp,
             "loss_indexer": sum(kl, zero) / max(self.config.num_indexers, 1),
-            "loss_balance": sum(balance, zero) / max(self.config.num_learned_gates, 1),
+            "loss_balance": sum(balance, zero) / max(self._num_balanced(objective), 1),
         }
         return ModelOutput(
             total=total,
@@ -227,6 +227,11 @@ class DeepSeekV4(nn.Module):
             },
             monitors=_add_up(results),
         )
+
+    def _num_balanced(self, objective: Objective) -> int:
+        """Learned gates of the whole model that run under an objective."""
+        left_out = 0 if objective.mtp_weight else self.config.num_nextn_predict_layers
+        return self.config.num_learned_gates - left_out
 
     def logits(self, input_ids_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
         """Next-token logits [B, T, V] in fp32.

@@ -61,7 +61,7 @@ class PipelineEngine(DistributedEngine):
         self._begin(objective)
         self.pipeline.step([batch.part(self.shard.index, self.shard.count) for batch in batches])
         self._let_go()
-        if self._copy is not None:
+        if self._copy is not None and objective.mtp_weight:  # else nothing has read the copy
             self._copy.sum_gradients()
         return self._collect(objective)
 

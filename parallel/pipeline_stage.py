@@ -97,7 +97,7 @@ class PipelineStageModel(DeepSeekV4):
         h_KBTD: list[Tensor] = []
         if self.parts.last:
             h_KBTD.append(self.collapse(x_BTSD))
-            if objective.mtp_weight or torch.is_grad_enabled():
+            if objective.mtp_weight:
                 ahead, mtp_results = self.predict_ahead(x_BTSD, labels_BTK, context)
                 h_KBTD += ahead
                 results += mtp_results

@@ -70,8 +70,10 @@ def flops_per_token(run: RunConfig) -> float:
     """Forward and backward, per position."""
     train = run.train
     sparse = train.indexer_phase.value
-    with_loss = train.indexer_loss_weight > 0
-    return training_flops(run.model, train.seq_len, sparse, indexer_loss=with_loss).total
+    return training_flops(
+        run.model, train.seq_len, sparse,
+        indexer_loss=train.indexer_loss_weight > 0, mtp=train.mtp_loss_weight > 0,
+    ).total  # fmt: skip
 
 
 def _seconds_per_flop(protocol: Protocol, measured: list[FinishedRun]) -> tuple[float, str]:

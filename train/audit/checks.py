@@ -129,7 +129,8 @@ class Evidence:
             for layer in range(config.num_hidden_layers)
             if config.router(layer) is Router.learned
         ]
-        return names + [f"mtp.{k}.ffn.gate" for k in range(config.num_nextn_predict_layers)]
+        depths = config.num_nextn_predict_layers if self.step.weights.mtp > 0 else 0
+        return names + [f"mtp.{k}.ffn.gate" for k in range(depths)]
 
     def learned_gates(self) -> dict[str, Gate]:
         """Those of them that live here."""
@@ -318,8 +319,11 @@ def objective(e: Evidence) -> Iterator[str]:
 
 
 def mtp(e: Evidence) -> Iterator[str]:
-    """MTP has a loss where it was asked for."""
+    """MTP has a loss where it was asked for, and does nothing where it was not."""
     depths = e.run.model.num_nextn_predict_layers
+    ran = [name for name in e.seams.passes if name.startswith("mtp.")]
+    if ran and not e.step.weights.mtp:
+        yield f"{ran[0]} ran, but the MTP loss has the weight 0"
     if not (depths and e.step.weights.mtp > 0 and e.longest_document > 2):
         return
     if len(e.model.mtp) != depths and e.pipeline is None:

@@ -14,10 +14,12 @@ from train.stages import Stage, StagePlan, loss_weights
 
 
 def flops_per_token(run: RunConfig, stage: Stage) -> float:
-    """FLOPs of forward and backward per position of a stage."""
-    indexer = loss_weights(stage, run.train, decaying=False).indexer > 0
+    """FLOPs of forward and backward per position of a stage, before the learning rate decays."""
+    weights = loss_weights(stage, run.train, decaying=False)
     phase = stage.indexer_phase.value
-    return training_flops(run.model, stage.seq_len, phase, indexer_loss=indexer).total
+    return training_flops(
+        run.model, stage.seq_len, phase, indexer_loss=weights.indexer > 0, mtp=weights.mtp > 0
+    ).total
 
 
 def stretches(plan: StagePlan, start: int = 0) -> Iterator[tuple[Stage, int]]:

@@ -81,16 +81,17 @@ METRICS = (
     ),
     Metric(
         "loss_mtp", "nats per target token, mean over depths", Reduction.sum,
-        healthy="falls with loss, some tenths above it", advice="lower train.mtp_loss_weight",
+        healthy="falls with loss, some tenths above it; 0 where its weight is 0",
+        advice="lower train.mtp_loss_weight",
     ),
     Metric(
         "loss_indexer", "nats per query, mean over csa layers", Reduction.sum,
-        healthy="falls, and stays below 1",
+        healthy="falls, and stays below 1; 0 where its weight is 0",
         advice="raise train.indexer_loss_weight, or give the indexer a stage of phase warmup",
     ),
     Metric(
         "loss_balance", "1 at perfect balance, mean over learned layers", Reduction.sum,
-        healthy="1 to 1.2", advice=_BALANCE,
+        healthy="1 to 1.2; 0 where its weight is 0", advice=_BALANCE,
     ),
     Metric(
         "grad_norm", "global norm before clipping", Reduction.same,

@@ -268,8 +268,9 @@ def flops_per_token(config: ModelConfig, step: StepPlan) -> float:
     """Useful FLOPs of forward and backward per position."""
     stage = step.stage
     flops = training_flops(
-        config, stage.seq_len, stage.indexer_phase.value, indexer_loss=step.weights.indexer > 0
-    )
+        config, stage.seq_len, stage.indexer_phase.value,
+        indexer_loss=step.weights.indexer > 0, mtp=step.weights.mtp > 0,
+    )  # fmt: skip
     return flops.total
 
 

@@ -44,8 +44,9 @@ def test_flops_of_a_run_are_those_of_its_steps(words, start):
         step = plan_step(number, tokens, plan, run.train, run.optim)
         stage = step.stage
         cost = training_flops(
-            run.model, stage.seq_len, stage.indexer_phase.value, step.weights.indexer > 0
-        )
+            run.model, stage.seq_len, stage.indexer_phase.value, step.weights.indexer > 0,
+            mtp=step.weights.mtp > 0,
+        )  # fmt: skip
         if number > start:
             total += step.batch_tokens * cost.total
         tokens += step.batch_tokens
