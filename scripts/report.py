@@ -3,13 +3,15 @@
     python scripts/report.py study=muon_vs_adamw
     python scripts/report.py docs/studies/archives/muon_vs_adamw.tar.xz --out runs/again
     python scripts/report.py runs/one runs/other --out runs/comparison
-    python scripts/report.py runs/default_sweep
+    python scripts/report.py runs/learning_rates --out comparison.html
 
-With a study it reads the finished runs below --runs again and writes docs/studies/NAME. With an
-archive it makes that study's report as it was archived, whatever the defaults are today. With any
-number of run folders, finished or not, of sweeps' folders, or of archived runs (NAME.tar.xz/RUN)
-it ranks their configurations over seeds, draws them, and says why they differ: config, code, data,
-layout and machine, and the first step at which they part.
+Of runs the report goes to runs/comparison in the folder where you are, unless --out names another
+folder, or one HTML file by a name that ends in .html. With a study it reads the finished runs below
+--runs again and writes docs/studies/NAME. With an archive it makes that study's report as it was
+archived, whatever the defaults are today. With any number of run folders, finished or not, of
+sweeps' folders, or of archived runs (NAME.tar.xz/RUN) it ranks their configurations over seeds,
+draws them, and says why they differ: config, code, data, layout and machine, and the first step at
+which they part.
 """
 
 from __future__ import annotations
@@ -28,7 +30,15 @@ from scripts.cli.parser import CommandParser
 from scripts.studies.archive import open_archive
 from scripts.studies.config import load_study
 from scripts.studies.differences import RunDifference, differences, explain
-from scripts.studies.document import HTML, Picture, ReportDocument, Table, check_report
+from scripts.studies.document import (
+    HTML,
+    HTML_SUFFIX,
+    Picture,
+    ReportDocument,
+    Table,
+    check_page,
+    check_report,
+)
 from scripts.studies.plots import draw_groups
 from scripts.studies.protocol import Protocol, from_root
 from scripts.studies.report import write_study_report
@@ -57,18 +67,23 @@ def main(words: Sequence[str] | None = None) -> None:
     args = _parse(words)
     first = args.what[0]
     if first.startswith("study=") or first.endswith(ARCHIVED):
+        if args.out and args.out.suffix == HTML_SUFFIX:
+            raise UserError(f"--out {args.out}: the report of a study is a folder, {first} no run")
         path = _study(args) if first.startswith("study=") else _archive(args)
         print(path.read_text(encoding="utf-8").split("\n## ")[0])
     else:
         path = _runs(args)
-    print(f"report: {path} and {path.with_suffix('.html').name}")
+    beside = "" if path.suffix == HTML_SUFFIX else f" and {path.with_suffix(HTML_SUFFIX).name}"
+    print(f"report: {path}{beside}")
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("what", nargs="+", help="study=NAME KEY=VALUE ..., an archive, or runs")
     parser.add_argument(
-        "--out", type=Path, help="where to write (default: docs/studies, or runs/comparison)"
+        "--out",
+        type=Path,
+        help="a folder, or NAME.html for one file (default: docs/studies, of runs runs/comparison)",
     )
     parser.add_argument(
         "--runs", type=Path, action="append", help="where a study's runs lie (may be repeated)"
@@ -96,14 +111,18 @@ def _archive(args: argparse.Namespace) -> Path:
 
 
 def _runs(args: argparse.Namespace) -> Path:
-    out = args.out or ROOT / "runs" / "comparison"
-    check_folder(out)
+    out = args.out or Path("runs", "comparison")
+    one_file = out.suffix == HTML_SUFFIX
+    (check_page if one_file else check_folder)(out)
+    if not args.out:
+        print(f"writing to {out}; --out takes another folder, or NAME.html for one file")
     runs = [run for word in args.what for run in _summaries(Path(word))]
     for line in ranking_lines(rank(runs)):
         print(line)
     if len(runs) > 1:
         print(f"{explain(runs)}.")
-    return comparison(runs).write(out)
+    document = comparison(runs)
+    return document.page(out) if one_file else document.write(out)
 
 
 def _summaries(path: Path) -> list[RunSummary]:
@@ -161,8 +180,8 @@ def _lead(ranking: Ranking, runs: Sequence[RunSummary]) -> str:
 
 def _warnings(ranking: Ranking) -> Iterator[str]:
     """What forbids to take the order for an answer."""
-    if ranking.why:
-        yield f"Ranked by bits per byte, since {ranking.why}."
+    if ranking.unlike:
+        yield f"Losses in nats per token do not compare, since {ranking.unlike}."
     runs = [run for group in ranking.groups for run in group.runs]
     if len({run.step for run in runs if run.records}) > 1:
         yield "Not all runs have done as many steps."
@@ -174,7 +193,7 @@ def _warnings(ranking: Ranking) -> Iterator[str]:
 
 
 def _ranking_table(ranking: Ranking) -> Table:
-    measures = (LOSS, BITS) if ranking.measure == LOSS else (BITS, LOSS)
+    measures = (BITS, LOSS) if ranking.measure == BITS else (LOSS, BITS)
     unit = {LOSS: "val_loss, nats per token", BITS: "bits per byte"}
     rows = [
         [str(place), f"`{group.label}`", str(len(group.runs)), *map(group.shown, measures)]

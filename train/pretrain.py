@@ -39,7 +39,7 @@ from parallel.launch import check_launch, launched_rank, without_local_rank
 from train.config.command_line import CONF, acceptable, composed, normalise, options, sweeps
 from train.config.load import parse
 from train.config.schema import RunConfig
-from train.config.sweep import forget_refused, in_own_folder, sweep_folders
+from train.config.sweep import folder_of_sweep, forget_refused, in_own_folder, sweep_folders
 from train.errors import (
     FAILURES,
     USER_ERRORS,
@@ -181,6 +181,7 @@ def cli(args: Sequence[str]) -> int:
         except USER_ERRORS as error:
             _refuse_all(error, args)
             raise
+        _check_sweep_folder(words)
         with _hydra_reads([sys.argv[0], *words]):
             hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
         order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)
@@ -214,6 +215,15 @@ def _refuse_all(error: ProblemsError, args: Sequence[str]) -> None:
             with untouched_if_refused(run.run_dir, always=True):
                 problems.of(lambda: check_run(run, problems=problems))
     problems.refuse()
+
+
+def _check_sweep_folder(args: Sequence[str]) -> None:
+    """Refuse a run's own folder for a sweep: it would hide the runs in it."""
+    if sweeps(args) and ((folder := folder_of_sweep(args)) / CONFIG).is_file():
+        raise UserError(
+            f"run_dir={folder} is a run's own folder (it holds {CONFIG}): name another one for the"
+            " runs of a sweep"
+        )
 
 
 def _tell_ranking(folders: Sequence[Path]) -> None:

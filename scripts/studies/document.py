@@ -28,13 +28,21 @@ img { max-width: 100%; }
 code { background: #f3f3f3; padding: 0 .2rem; overflow-wrap: anywhere; }
 .lead { font-size: 1.15rem; font-weight: 600; border-left: 4px solid #36c; padding-left: .8rem; }
 """
-# Tables and pictures wider than the window scroll by themselves; text in them stays readable.
+# In a narrow window cells wrap and pictures shrink; a table that is wider still scrolls by itself,
+# with a shadow at the end that is hidden.
 _NARROW = """
-table { display: block; overflow-x: auto; } td, td code { white-space: nowrap; }
+table { display: block; overflow-x: auto; background:
+  linear-gradient(90deg, #fff 50%, #fff0) left / 2rem 100% no-repeat local,
+  linear-gradient(270deg, #fff 50%, #fff0) right / 2rem 100% no-repeat local,
+  linear-gradient(90deg, #0003, #0000) left / .7rem 100% no-repeat scroll,
+  linear-gradient(270deg, #0003, #0000) right / .7rem 100% no-repeat scroll; }
+td, td code { white-space: nowrap; }
 @media (max-width: 40rem) {
-  p:has(> img) { overflow-x: auto; } p > img { max-width: none; width: 40rem; } }
+  table { font-size: .85rem; } th, td { padding: .25rem .4rem; vertical-align: top; }
+  td, td code { white-space: normal; overflow-wrap: normal; } }
 """
-MARKDOWN, HTML = "report.md", "report.html"
+HTML_SUFFIX = ".html"
+MARKDOWN, HTML = "report.md", f"report{HTML_SUFFIX}"
 _ESCAPED = "backslashreplace"  # a damaged receipt may hold what has no UTF-8 form
 
 
@@ -83,14 +91,27 @@ class ReportDocument:
             UserError: the folder cannot be written.
         """
         make_folder(folder)
-        images: dict[str, bytes] = {}
-        for block in (b for blocks in self.sections.values() for b in blocks):
-            if isinstance(block, Picture):
-                images[block.name] = _png(block.figure)
-                write_bytes(folder / f"{block.name}.png", images[block.name])
+        images = self._images()
+        for name, image in images.items():
+            write_bytes(folder / f"{name}.png", image)
         write_bytes(folder / MARKDOWN, self.markdown().encode(errors=_ESCAPED))
         write_bytes(folder / HTML, self.html(images).encode(errors=_ESCAPED))
         return folder / MARKDOWN
+
+    def page(self, path: Path) -> Path:
+        """Write one HTML file alone; returns its path.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        make_folder(path.parent)
+        write_bytes(path, self.html(self._images()).encode(errors=_ESCAPED))
+        return path
+
+    def _images(self) -> dict[str, bytes]:
+        """PNG of each picture, by name."""
+        blocks = (block for blocks in self.sections.values() for block in blocks)
+        return {block.name: _png(block.figure) for block in blocks if isinstance(block, Picture)}
 
     def markdown(self) -> str:
         """As Markdown."""
@@ -125,6 +146,15 @@ def check_report(folder: Path) -> None:
     check_output("report", folder / HTML, _STYLE)
     if not (folder / HTML).exists():
         check_output("report", folder / MARKDOWN, "**\n\n## ")
+
+
+def check_page(path: Path) -> None:
+    """Refuse to write a report's HTML file over one that is none, or where it cannot be written.
+
+    Raises:
+        UserError: names the file.
+    """
+    check_output("report", path, _STYLE)
 
 
 def _png(figure: Figure) -> bytes:

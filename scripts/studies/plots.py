@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from scripts.studies.law import Law, Prediction
 from scripts.studies.results import ArmResult, CatchUp, Rung, StudyResults, curve_of
 from scripts.studies.statistics import Paired
-from train.record.ranking import LOSS, Group, Ranking
+from train.record.ranking import BITS, LOSS, Group, Ranking
 
 _COLOURS = (
     "#1f5fbf", "#d1495b", "#2e8b57", "#e08e0b", "#7b4fa6", "#5b6770", "#12a4b5", "#8a5a2b",
@@ -87,7 +87,8 @@ def draw_groups(ranking: Ranking) -> Figure:
 
     Dots are validation. Training losses stand behind them where they compare.
     """
-    compare = ranking.measure == LOSS
+    compare = not ranking.unlike
+    measure = LOSS if compare else BITS
     groups = ranking.groups
     unit = "nats per token" if compare else "bits per byte"
     title = "dots: validation; band: lowest to highest seed"
@@ -98,7 +99,7 @@ def draw_groups(ranking: Ranking) -> Figure:
         axes.plot([], [], **style, marker="o", markersize=4, label=_short(group.label))
         if compare:
             _band(axes, _points(group, "loss"), style, smooth=True)
-        _band(axes, _points(group, ranking.measure), style | {"marker": "o", "markersize": 4})
+        _band(axes, _points(group, measure), style | {"marker": "o", "markersize": 4})
     axes.legend(fontsize="small", ncols=1 + len(groups) // 20)
     return figure
 

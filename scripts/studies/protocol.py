@@ -518,7 +518,7 @@ class Protocol:
         stem = self._stem(first, swept)
         values = [repr(cell.lr if swept == "optim.lr" else cell.seed) for cell in batch.cells]
         if len(values) == 1:
-            return [*fixed, f"{swept}={values[0]}", f"run_dir='{stem}_sweep/{swept}={values[0]}'"]
+            return [*fixed, f"{swept}={values[0]}", f"run_dir='{stem}/{swept}={values[0]}'"]
         return ["-m", *launcher, *fixed, f"{swept}={','.join(values)}", f"run_dir='{stem}'"]
 
     def _stem(self, cell: Cell, swept: str) -> Path:

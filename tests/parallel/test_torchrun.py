@@ -118,10 +118,10 @@ def test_multirun_runs_every_job_on_all_ranks_in_one_folder_each(corpus, tmp_pat
     args = ["-m", "optim=muon,adamw", *words(corpus, 2), f"run_dir={tmp_path}/study"]
     done = launch(2, *args)
     assert done.returncode == 0, done.stderr[-3000:]
-    jobs = {path.name for path in (tmp_path / "study_sweep").iterdir() if path.is_dir()}
+    jobs = {path.name for path in (tmp_path / "study").iterdir() if path.is_dir()}
     assert jobs == {"optim=muon", "optim=adamw"}
     for job in jobs:
-        folder = tmp_path / "study_sweep" / job
+        folder = tmp_path / "study" / job
         assert [record["step"] for record in steps_of(folder)] == [1, 2]
         receipt = json.loads((folder / "receipt.json").read_text())
         assert receipt["finished"]

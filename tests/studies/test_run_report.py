@@ -15,7 +15,7 @@ from tests.helpers import small_config
 from tests.studies.folders import leave_run
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.record.ranking import BITS, LOSS, find_runs, rank, ranking_lines, read_summary
+from train.record.ranking import BITS, find_runs, rank, ranking_lines, read_summary
 
 
 def leave(folder, loss, lr=1e-3, seed=0, **more):
@@ -76,14 +76,14 @@ def test_configurations_are_ranked_and_seeds_grouped_with_their_band(tmp_path):
     ]
     text, _ = written(tmp_path, *folders)
     assert table(text, "Ranking") == [
-        ["1", "optim.lr=0.002", "3", "2.2000 (2.0000 to 2.4000)", "1.1000 (1.0000 to 1.2000)"],
-        ["2", "optim.lr=0.001", "3", "3.2000 (3.0000 to 3.4000)", "1.6000 (1.5000 to 1.7000)"],
-        ["3", "optim.lr=0.004", "1", "4.0000", "2.0000"],
+        ["1", "optim.lr=0.002", "3", "1.1000 (1.0000 to 1.2000)", "2.2000 (2.0000 to 2.4000)"],
+        ["2", "optim.lr=0.001", "3", "1.6000 (1.5000 to 1.7000)", "3.2000 (3.0000 to 3.4000)"],
+        ["3", "optim.lr=0.004", "1", "2.0000", "4.0000"],
     ]
     assert len(table(text, "Runs")) == 7
     bands = draw_groups(rank([read_summary(folder) for folder in folders])).axes[0].collections
     assert len(bands) == 2, "one a configuration with several seeds"
-    assert "optim.lr=0.002 leads with val_loss 2.2000" in text
+    assert "optim.lr=0.002 leads with val_bits_per_byte 1.1000" in text
 
 
 def test_runs_that_have_not_finished_are_there_too(tmp_path):
@@ -96,7 +96,7 @@ def test_runs_that_have_not_finished_are_there_too(tmp_path):
     ]  # fmt: skip
     ranked = [row[1:4:2] for row in table(text, "Ranking")]
     assert ranked == [
-        ["optim.lr=0.001", "3.0000"], ["optim.lr=0.005", "3.0000"],
+        ["optim.lr=0.001", "1.5000"], ["optim.lr=0.005", "1.5000"],
         ["optim.lr=0.006", "not evaluated"],
     ]  # fmt: skip
     assert "Not all runs have done as many steps." in text
@@ -107,7 +107,7 @@ def test_bits_per_byte_come_first_where_tokenizers_differ(tmp_path):
     one = with_tokenizer(leave(tmp_path / "a", 4.0, bits_per_nat=0.4), "large")
     other = with_tokenizer(leave(tmp_path / "b", 3.0, lr=2e-3, bits_per_nat=0.7), "small")
     alike = with_tokenizer(leave(tmp_path / "c", 3.5, lr=3e-3, bits_per_nat=0.4), "large")
-    assert rank([read_summary(one), read_summary(alike)]).measure == LOSS
+    assert rank([read_summary(one), read_summary(alike)]).unlike == ""
     text, _ = written(tmp_path, one, other)
     assert "since the tokenizers differ" in text
     assert text.index("bits per byte |") < text.index("val_loss, nats per token")
@@ -128,14 +128,57 @@ def test_a_sweeps_folder_stands_for_its_runs(tmp_path):
     assert table(text, "Ranking")[0][1] == "optim.lr=0.003"
     assert set(re.findall(r'(?:src|href)="(.{5})', html)) == {"data:"}
     told = ranking_lines(rank([read_summary(f) for f in find_runs(tmp_path / "x_sweep")]))
-    assert told[:2] == ["ranking by val_loss:", "  1. 1.0000 [finished]  optim.lr=0.003"]
+    assert told[:2] == ["ranking by val_bits_per_byte:", "  1. 0.5000 [finished]  optim.lr=0.003"]
     assert len(told) == 4
+
+
+def test_seeds_of_a_group_stand_under_what_they_share(tmp_path):
+    """Never under the name of one seed: alone, beside others, and where many keys differ."""
+    sweep = tmp_path / "seeds"
+    for seed in range(3):
+        leave(sweep / f"seed={seed}", 3.0 + seed, seed=seed)
+    assert labels(find_runs(sweep)) == ["seeds"]
+    sweep = tmp_path / "both"
+    for lr in (1e-3, 2e-3):
+        for seed in range(2):
+            leave(sweep / f"optim.lr={lr},seed={seed}", 3.0 + lr, lr, seed)
+    assert labels(find_runs(sweep)) == ["optim.lr=0.001", "optim.lr=0.002"]
+    only = [folder for folder in find_runs(sweep) if "0.002" in folder.name]
+    assert labels(only) == ["optim.lr=0.002"]
+    mine = [leave(tmp_path / name, 3.0, seed=seed) for seed, name in enumerate(("a", "b"))]
+    assert labels(mine) == ["a and 1 more"]
+
+
+def labels(folders):
+    return [group.label for group in rank([read_summary(folder) for folder in folders]).groups]
+
+
+def test_report_goes_where_it_says_and_a_name_of_a_page_gives_a_page(tmp_path, monkeypatch, capsys):
+    folder = leave(tmp_path / "a", 3.0)
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "new" / "x.html"
+    assert report.main([str(folder), "--out", str(page)]) == 0
+    assert [path.name for path in page.parent.iterdir()] == ["x.html"]
+    text = page.read_text()
+    assert set(re.findall(r'(?:src|href)="(.{5})', text)) == {"data:"}
+    assert f"report: {page}\n" in capsys.readouterr().out
+    assert report.main([str(folder), "--out", str(page)]) == 0, "over an earlier one"
+    page.write_text("mine")
+    assert report.main([str(folder), "--out", str(page)]) == 2
+    assert page.read_text() == "mine"
+    assert report.main(["study=muon_vs_adamw", "--out", str(page)]) == 2
+    capsys.readouterr()
+    assert report.main([str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("writing to runs/comparison; --out takes")
+    assert "report: runs/comparison/report.md and report.html" in told
+    assert (tmp_path / "runs" / "comparison" / "report.html").is_file()
 
 
 def test_losses_that_are_not_finite_come_last(tmp_path):
     folders = [leave(tmp_path / "a", 3.0), leave_run(tmp_path / "b", RunConfig(), {20: None})]
     text, _ = written(tmp_path, *folders)
-    assert [row[3] for row in table(text, "Ranking")] == ["3.0000", "not finite"]
+    assert [row[3] for row in table(text, "Ranking")] == ["1.5000", "not finite"]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "receipt.json", "metrics.jsonl"])

@@ -124,7 +124,7 @@ def test_folders_do_not_depend_on_how_many_runs_are_left(tmp_path):
     several, one = plan.command(batch), plan.command(replace(batch, cells=batch.cells[:1]))
     assert several[0] == "-m"
     assert several[-1].endswith("/seed0'")
-    sweep = several[-1].removesuffix("'") + f"_sweep/optim.lr={batch.cells[0].lr!r}'"
+    sweep = several[-1].removesuffix("'") + f"/optim.lr={batch.cells[0].lr!r}'"
     assert one[-1] == sweep
     launched = plan.command(batch, ["hydra/launcher=joblib"])
     assert launched[1] == "hydra/launcher=joblib"

@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
 import train.build
 from tests.studies.folders import leave_run
 from train.config.command_line import normalise
-from train.config.sweep import sweep_folders
+from train.config.sweep import folder_of_sweep, sweep_folders
 from train.errors import ROOT, USER_ERRORS, ExitCode
 from train.pretrain import cli
 
@@ -64,8 +64,25 @@ def test_multirun_gives_each_job_its_own_folder(tmp_path, monkeypatch):
     args = [*SHORT, "-m", "optim=muon,adamw", "run_dir=study"]
     assert cli(args) == ExitCode.finished
     for name in ("muon", "adamw"):
-        assert steps(tmp_path / "study_sweep" / f"optim={name}") == [1, 2]
+        assert steps(tmp_path / "study" / f"optim={name}") == [1, 2]
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_a_sweep_lies_in_the_folder_that_was_named(tmp_path, monkeypatch, capsys):
+    """One that is not named has a folder beside that of a single run; a run's own is refused."""
+    args = ["model=v4_tiny", "seed=0,1"]
+    assert folder_of_sweep(["-m", *args, "run_dir=study"]) == Path("study")
+    assert folder_of_sweep(["-m", *args, "run_dir=a,b"]) == Path("runs/v4_tiny_sweep")
+    assert folder_of_sweep(["-m", *args]) == Path("runs/v4_tiny_sweep")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
+    monkeypatch.chdir(tmp_path)
+    assert cli(["-m", *args, "run_dir=run"]) == ExitCode.user_error
+    assert capsys.readouterr().err == (
+        "error: run_dir=run is a run's own folder (it holds config.yaml): name another one for the"
+        " runs of a sweep\n"
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
 def test_multirun_goes_on_after_a_bad_job_and_tells(tmp_path, monkeypatch, capsys):
@@ -73,7 +90,7 @@ def test_multirun_goes_on_after_a_bad_job_and_tells(tmp_path, monkeypatch, capsy
     args = [*SHORT, "-m", "optim.lr=-1,1e-3", "run_dir=study"]
     assert cli(args) == ExitCode.user_error
     assert "error: optim.lr=-1.0" in capsys.readouterr().err
-    assert steps(tmp_path / "study_sweep" / "optim.lr=0.001") == [1, 2]
+    assert steps(tmp_path / "study" / "optim.lr=0.001") == [1, 2]
 
 
 def test_launcher_runs_the_same_entry(tmp_path):
@@ -173,11 +190,12 @@ def test_sweep_ends_with_its_ranking(tmp_path, monkeypatch, caplog):
     args = ["-m", "model=v4_tiny", "optim.lr=0.004,0.002", "seed=0,1", f"run_dir={tmp_path}/study"]
     assert cli(args) == ExitCode.finished
     assert caplog.messages[-4:] == [
-        "ranking by val_loss:",
-        "  1. 2.5000 (2.0000 to 3.0000) [2 seeds, finished]  optim.lr=0.002",
-        "  2. 4.5000 (4.0000 to 5.0000) [2 seeds, finished]  optim.lr=0.004",
-        f"v4 report {tmp_path}/study_sweep compares them",
+        "ranking by val_bits_per_byte:",
+        "  1. 1.2500 (1.0000 to 1.5000) [2 seeds, finished]  optim.lr=0.002",
+        "  2. 2.2500 (2.0000 to 2.5000) [2 seeds, finished]  optim.lr=0.004",
+        f"v4 report {tmp_path}/study compares them",
     ]
+    assert f"sweep: its runs lie in {tmp_path}/study, one folder each" in caplog.messages
     assert [f.name for f in sweep_folders(normalise(args))] == [
         f"optim.lr={lr},seed={seed}" for lr in ("0.002", "0.004") for seed in (0, 1)
     ]

@@ -70,7 +70,8 @@ def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
     own_conf = not any(flag.split("=")[0] in _FOREIGN for flag in flags)
     given = conf if own_conf else None
     check_all(*(partial(_check_override, arg, known, given) for arg in overrides))
-    return [*flags, *_gather_items(overrides, sweeps(flags))]
+    gathered = _gather_items(overrides, sweeps(flags))
+    return [*flags, *gathered, *(sweep_folder(gathered) if sweeps(flags) else ())]
 
 
 def acceptable(args: Sequence[str]) -> list[str]:
@@ -91,6 +92,18 @@ def acceptable(args: Sequence[str]) -> list[str]:
 def sweeps(args: Sequence[str]) -> bool:
     """Whether the command line asks for several jobs."""
     return "-m" in args or "--multirun" in args
+
+
+def sweep_folder(overrides: Sequence[str]) -> list[str]:
+    """The override by which a sweep lies in ``run_dir`` itself, where the command line names one.
+
+    Args:
+        overrides: without flags.
+    """
+    named = {o.key_or_group: o for o in parse(overrides)}
+    if "hydra.sweep.dir" in named or "run_dir" not in named or named["run_dir"].is_sweep_override():
+        return []
+    return ["hydra.sweep.dir=${run_dir}"]
 
 
 def parse(overrides: Sequence[str]) -> list[Override]:

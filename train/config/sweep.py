@@ -15,7 +15,7 @@ from hydra.core.override_parser.types import Override
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from train.config.command_line import CONF, parse
+from train.config.command_line import CONF, parse, sweep_folder
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,10 @@ def in_own_folder(cfg: DictConfig, args: Sequence[str]) -> DictConfig:
     differing = swept(hydra_cfg.overrides.task, args)
     if differing and not any(o.startswith("run_dir=") for o in differing):
         cfg = cfg.copy()
-        cfg.run_dir = f"{cfg.run_dir}_sweep/{folder_name(differing)}"
+        folder = Path(hydra_cfg.sweep.dir)
+        if hydra_cfg.job.num == 0:
+            log.info("sweep: its runs lie in %s, one folder each", folder)
+        cfg.run_dir = str(folder / folder_name(differing))
     log.info("job %d: %s", hydra_cfg.job.num, cfg.run_dir)
     return cfg
 
@@ -72,7 +75,7 @@ def folder_name(differing: Sequence[str]) -> str:
 def forget_refused(args: Sequence[str]) -> None:
     """Remove the folder of a sweep none of whose jobs began: it holds Hydra's record alone."""
     with contextlib.suppress(Exception):
-        folder = _sweep_folder(args)
+        folder = folder_of_sweep(args)
         if folder.is_dir() and [path.name for path in folder.iterdir()] == [_RECORD]:
             (folder / _RECORD).unlink()
             folder.rmdir()
@@ -80,14 +83,15 @@ def forget_refused(args: Sequence[str]) -> None:
 
 def sweep_folders(args: Sequence[str]) -> list[Path]:
     """Folders in that of a sweep, whose jobs other processes ran (a launcher's)."""
-    folder = _sweep_folder(args)
+    folder = folder_of_sweep(args)
     return sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
 
-def _sweep_folder(args: Sequence[str]) -> Path:
-    fixed = [o.input_line for o in parse(args) if not o.is_sweep_override()]
+def folder_of_sweep(args: Sequence[str]) -> Path:
+    """Where the jobs of a sweep have their folders: ``run_dir`` if named, else its name_sweep."""
+    given = [o.input_line for o in parse(args) if o.input_line and not o.is_sweep_override()]
     with initialize_config_dir(str(CONF), version_base=None):
-        cfg = compose("config", [o for o in fixed if o], return_hydra_config=True)
+        cfg = compose("config", [*given, *sweep_folder(given)], return_hydra_config=True)
     return Path(cfg.hydra.sweep.dir)
 
 

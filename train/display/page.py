@@ -36,7 +36,15 @@ td.n { font-variant-numeric: tabular-nums; white-space: nowrap; }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .7rem; }
 .state { font-size: 1.15rem; font-weight: 600; }
 .warning { border-left: 4px solid #d1495b; padding-left: .7rem; }
-@media (max-width: 40rem) { .wide img { max-width: none; width: 44rem; } }
+.halves { display: none; }
+@media (max-width: 40rem) {
+  .whole { display: none; } .halves { display: block; }
+  .halves div { aspect-ratio: 5.5 / 6.55; background: left bottom / 200% auto no-repeat; }
+  .halves div.right { background-position: right bottom; }
+  table, tbody { display: block; } tr { display: grid; grid-template-columns: 1fr auto;
+    border-bottom: 1px solid #ddd; } tr:first-child { display: none; }
+  td { border: 0; } td:nth-child(n+3) { grid-column: 1 / -1; font-size: .85rem; color: #555; }
+  td:nth-child(4):not(:empty)::before { content: "healthy: "; } }
 """
 
 
@@ -115,7 +123,11 @@ def page_html(
         f'<p class="state">{_state(records, steps, ended)}</p>',
     ]
     body += [f'<p class="warning">Step {at}: {html.escape(text)}</p>' for at, text in warnings]
-    body.append(f'<div class="wide"><img alt="losses" src="data:image/png;base64,{image}"></div>')
+    source = f"data:image/png;base64,{image}"
+    body.append(f'<div class="whole"><img alt="losses" src="{source}"></div>')
+    # In a narrow window the left panels stand above the right ones, without the figure's title.
+    head.append(f"<style>.halves div {{ background-image: url('{source}'); }}</style>")
+    body.append('<div class="halves"><div></div><div class="right"></div></div>')
     if sample:
         body.append(f"<h2>What it writes</h2><pre>{html.escape(sample)}</pre>")
     body.append(f'<h2>Metrics</h2><div class="wide">{_metrics(records)}</div>')

@@ -1,7 +1,8 @@
 """Runs side by side, finished or not: how far each came, which are one configuration, who leads.
 
-Losses in nats per token compare only where the tokens are the same. So the measure is the
-validation loss where all runs share tokenizer and validation text, and bits per byte elsewhere.
+They are ranked by bits per byte. Losses in nats per token compare only where tokenizer and
+validation text are the same, and give the same order there; they are the measure where no run has
+bits per byte.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from train.run_folder.lock import is_held
 LOSS, BITS = "val_loss", "val_bits_per_byte"
 OF_NO_EFFECT = ("run_dir", "wandb.", "tensorboard", "sample.", "train.log_every")
 _SEEDS = ("seed", "init_seed_offset")
+_SEED_IN_NAME = tuple(f"{key}=" for key in _SEEDS)  # of a sweep's folder
 _MOST_KEYS = 4  # in a label
 # of a receipt: what is read as a record of more
 _RECORDS = ("metrics", "final_metrics", "code", "layout", "environment", "data.sources.*")
@@ -142,13 +144,13 @@ class Ranking:
     """Groups, the best first.
 
     Attributes:
-        measure: by which: ``val_loss`` or ``val_bits_per_byte``.
-        why: the measure; empty where losses compare as they are.
+        measure: by which: ``val_bits_per_byte``, or ``val_loss`` where no run has that.
+        unlike: why losses in nats per token do not compare; empty: they do.
         groups: in order.
     """
 
     measure: str
-    why: str
+    unlike: str
     groups: tuple[Group, ...]
 
 
@@ -246,23 +248,39 @@ def run_names(runs: Sequence[RunSummary]) -> list[str]:
 
 def rank(runs: Sequence[RunSummary]) -> Ranking:
     """Group runs by configuration and order the groups, the lowest measure first."""
-    measure, why = _measure(runs)
+    measure = BITS if any(run.value(BITS) is not None for run in runs) else LOSS
     by_configuration: dict[str, list[RunSummary]] = {}
     for run in runs:
         by_configuration.setdefault(run.configuration, []).append(run)
     names = dict(zip((run.folder for run in runs), run_names(runs), strict=True))
     members = list(by_configuration.values())
-    labels = _labels([group[0] for group in members], [names[g[0].folder] for g in members])
+    labels = _labels([group[0] for group in members], [_common(g, names) for g in members])
     groups = [Group(*pair) for pair in zip(labels, map(tuple, members), strict=True)]
-    return Ranking(measure, why, tuple(sorted(groups, key=lambda group: group.mean(measure))))
+    return Ranking(
+        measure, _unlike(runs), tuple(sorted(groups, key=lambda group: group.mean(measure)))
+    )
 
 
-def _measure(runs: Sequence[RunSummary]) -> tuple[str, str]:
+def _unlike(runs: Sequence[RunSummary]) -> str:
     if len({run.tokenizer for run in runs if run.tokenizer}) > 1:
-        return BITS, "the tokenizers differ"
+        return "the tokenizers differ"
     if len({run.validation_text for run in runs if run.validation_text}) > 1:
-        return BITS, "the evaluated texts differ: no measure makes up for that"
-    return LOSS, ""
+        return "the evaluated texts differ: no measure makes up for that"
+    return ""
+
+
+def _common(runs: Sequence[RunSummary], names: Mapping[Path, str]) -> str:
+    """A name of several seeds: what their folders' names have in common, without the seeds'."""
+    if len(runs) == 1:
+        return names[runs[0].folder]
+    parts = [[part for part in run.folder.name.split(",") if not part.startswith(_SEED_IN_NAME)]
+             for run in runs]  # fmt: skip
+    if parts[0] and all(part == parts[0] for part in parts):
+        return ",".join(parts[0])
+    parents = {run.folder.resolve().parent.name for run in runs}
+    if not any(parts) and len(parents) == 1:
+        return parents.pop()
+    return f"{names[runs[0].folder]} and {len(runs) - 1} more"
 
 
 def _labels(runs: Sequence[RunSummary], names: Sequence[str]) -> list[str]:
@@ -277,8 +295,8 @@ def _labels(runs: Sequence[RunSummary], names: Sequence[str]) -> list[str]:
 
 def ranking_lines(ranking: Ranking) -> list[str]:
     """The ranking for a console: one line a configuration."""
-    head = f"ranking by {ranking.measure}" + (f" ({ranking.why})" if ranking.why else "")
-    lines = [head + ":"]
+    warned = f" (val_loss does not compare: {ranking.unlike})" if ranking.unlike else ""
+    lines = [f"ranking by {ranking.measure}{warned}:"]
     for place, group in enumerate(ranking.groups, start=1):
         states = sorted({run.state for run in group.runs})
         count = f"{len(group.runs)} seeds, " if len(group.runs) > 1 else ""
