@@ -82,11 +82,11 @@ def warnings(run: RunConfig, plan: StagePlan) -> Iterator[str]:
     """What is there and does little, in one line each."""
     schedule, recovery = run.optim.schedule, run.train.recovery
     if schedule.warmup_steps > _LONG_WARMUP * plan.steps:
-        reached = min(1.0, plan.steps / schedule.warmup_steps)
+        reached = max(_learning_rates(run, plan))
         yield (
             f"optim.schedule.warmup_steps={schedule.warmup_steps} takes more than a third of the"
-            f" run's {plan.steps} steps: the learning rate reaches {reached:.1%} of"
-            f" optim.lr={run.optim.lr:g} at most"
+            f" run's {plan.steps} steps: the learning rate reaches {reached:.3g}"
+            f" of optim.lr={run.optim.lr:g} at most"
         )
     longest = max(
         min(plan.steps, plan.step_at(s.until_tokens)) - plan.step_at(s.start_tokens)
@@ -98,6 +98,16 @@ def warnings(run: RunConfig, plan: StagePlan) -> Iterator[str]:
             f" train.recovery.window={recovery.window} before it, and no stage has more than"
             f" {longest} steps"
         )
+
+
+def _learning_rates(run: RunConfig, plan: StagePlan) -> Iterator[float]:
+    """Of every step, as it will be logged: decay and the stages' own rates are in it."""
+    from train.step import plan_step  # noqa: PLC0415  torch: a start that is refused needs none
+
+    tokens = 0
+    for number in range(1, plan.steps + 1):
+        yield plan_step(number, tokens, plan, run.train, run.optim).lr
+        tokens += plan.batch_tokens(tokens)
 
 
 def data_warnings(uses: Sequence[SourceUse]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from train.config.command_line import compose_run
 from train.errors import USER_ERRORS
 from train.preflight.reach import check_reach, never, tell_reach, warnings
 from train.stages import resolve
+from train.step import plan_step
 
 RAMP = (
     "train.stages=[{until_tokens: 5120, ramp_from_tokens: 128, ramp_tokens: 5120},"
@@ -51,7 +52,7 @@ def test_what_cannot_happen_is_refused(args, message):
         (
             ["optim.schedule.warmup_steps=1000", "train.steps=4"],
             "warmup_steps=1000 takes more than a third of the run's 4 steps: the learning rate"
-            " reaches 0.4% of optim.lr=0.003 at most",
+            " reaches 9e-06 of optim.lr=0.003 at most",
         ),
         (["train.recovery.on_spike=skip"], "on_spike=skip never acts: .*window=64 .* than 20"),
         (["train.recovery.on_spike=skip", "train.recovery.window=19"], None),
@@ -66,6 +67,26 @@ def test_what_does_little_is_a_warning(args, told, caplog):
         (record,) = [r for r in caplog.records if r.levelno == logging.WARNING]
         assert record.getMessage() == lines[0]
         assert re.search(told, lines[0])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["optim.schedule.warmup_steps=15", "optim.schedule.decay_start=0.2"],
+        ["optim.schedule.warmup_steps=15", "train.stages=[{until_tokens: 81920, lr: 1e-4}]"],
+    ],
+)
+def test_warm_up_warning_names_the_rate_that_the_steps_take(args):
+    """Decay may begin within a warm-up, and a stage may have a rate of its own."""
+    run = compose_run(["model=v4_tiny", *args])
+    plan, tokens, rates = resolve(run), 0, []
+    for number in range(1, plan.steps + 1):
+        step = plan_step(number, tokens, plan, run.train, run.optim)
+        rates.append(step.lr)
+        tokens += step.batch_tokens
+    assert max(rates) < run.optim.lr
+    (line,) = warnings(run, plan)
+    assert f"reaches {max(rates):.3g} of optim.lr=0.003 at most" in line
 
 
 @pytest.mark.core
