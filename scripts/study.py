@@ -40,11 +40,12 @@ if not __package__:  # run as a file
 
 from scripts.cli.command import command
 from scripts.cli.parser import CommandParser
+from scripts.studies.answer import lead, power_line
 from scripts.studies.archive import archive_of, pack
 from scripts.studies.config import AGAIN, StudyConfig, load_study, study_names
 from scripts.studies.estimate import Cost, Estimate
 from scripts.studies.protocol import Protocol, Sweep, from_root
-from scripts.studies.report import lead, power_line, write_study_report
+from scripts.studies.report import write_study_report
 from scripts.studies.results import gather
 from scripts.studies.statistics import paired
 from scripts.studies.store import Store

@@ -1,5 +1,6 @@
 """A study's results in words, tables and figures: ``report.md``, ``report.html``, ``results.json``.
 
+The verdict in one line is made in ``answer.py``, the sections that bear it here.
 Everything that equal runs share stands first; what a machine measured (seconds) stands in one
 section of its own, so that a study which was interrupted reads the same but for that section.
 """
@@ -8,15 +9,23 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from scripts.studies.config import StudyConfig
+from scripts.studies.answer import (
+    WORDS,
+    estimated,
+    lead,
+    listed,
+    loss_text,
+    power_line,
+    ratio_text,
+    ratios_of,
+    signed,
+)
 from scripts.studies.document import Picture, ReportDocument, Table
-from scripts.studies.law import Estimated
 from scripts.studies.plots import (
     draw_catch_up,
     draw_curves,
@@ -25,7 +34,7 @@ from scripts.studies.plots import (
     draw_law,
     draw_search,
 )
-from scripts.studies.protocol import ArmStanding, Protocol
+from scripts.studies.protocol import Protocol
 from scripts.studies.results import (
     ACTS,
     ArmResult,
@@ -36,14 +45,12 @@ from scripts.studies.results import (
     gather,
     law_points,
 )
-from scripts.studies.sequential import effect_found
-from scripts.studies.statistics import Crossing, Finding, Paired, Spread, extrapolate, spread
+from scripts.studies.statistics import Paired, extrapolate, spread
 from train.errors import ROOT
 from train.record.receipt import plain, write_json
 
 MEASURED = "Measured on this machine"
 _OTHERS = ROOT / "docs" / "studies" / "others.yaml"
-_WORDS = {Finding.below: "a lower loss than", Finding.above: "a higher loss than"}
 
 
 def write_study_report(name: str, protocol: Protocol, root: Path) -> Path:
@@ -78,90 +85,6 @@ def study_document(results: StudyResults) -> ReportDocument:
     return document
 
 
-# ---- the answer ----------------------------------------------------------------------------------
-def lead(results: StudyResults) -> str:
-    """The verdict in one line."""
-    blocked = [arm for arm in results.arms.values() if arm.choice.reason]
-    if blocked:
-        return f"No answer: {blocked[0].name}: {blocked[0].choice.reason}."
-    parts = [_verdict(results, comparison) for comparison in results.comparisons]
-    if results.study.ladder.arms:  # arms of other lengths
-        parts = [_ladder_line(results)]
-    if results.study.law.arms:  # its arms differ in size, so their losses must
-        parts = [_law_line(results)]
-    if not parts and results.again_test is not None:
-        test = results.again_test
-        said = "differs from" if test.p < results.study.level else "no verdict, as it must be:"
-        parts = [f"A/A: the repeated arm {said} itself ({_number(test.mean)} nats, p {test.p:.2g})"]
-    if (text := _catch_up_line(results)) is not None:
-        parts.append(text)
-    unfinished = f" {results.missing} runs are still to do." if results.missing else ""
-    return f"{'; '.join(parts) or 'nothing is finished yet'}.{unfinished}"
-
-
-def _verdict(results: StudyResults, found: Comparison) -> str:
-    base, test = results.study.baseline, found.test
-    if test is None:
-        return f"{found.arm} against {base}: no runs to compare yet"
-    effect = f"{_number(test.mean)} +- {test.half_width:.3f} nats, p {test.p:.2g}"
-    if found.standing is not None:
-        return _sequential_verdict(results, found, found.standing, test)
-    if found.verdict is Finding.none:
-        return f"{found.arm} against {base}: no verdict ({effect}{_waiting(results, test)})"
-    text = f"{found.arm} has {_WORDS[found.verdict]} {base} ({effect}"
-    if len(results.comparisons) > 1 and found.corrected_p >= results.study.level:
-        text += f"; not after Holm's correction, p {found.corrected_p:.2g}"
-    return text + ")"
-
-
-def _sequential_verdict(
-    results: StudyResults, found: Comparison, standing: ArmStanding, test: Paired
-) -> str:
-    base, seeds = results.study.baseline, len(results.study.seeds)
-    width = f" +- {test.half_width:.3f}" if standing.judged else ""
-    effect = f"{_number(test.mean)}{width} nats, {len(test.differences)} of {seeds} seeds"
-    if standing.sign:
-        return f"{found.arm} has {_WORDS[found.verdict]} {base} ({effect})"
-    said = f"no verdict, {standing.end}" if standing.end else "no verdict yet"
-    return f"{found.arm} against {base}: {said} ({effect})"
-
-
-def _law_line(results: StudyResults) -> str:
-    law, point = results.law, results.predicted
-    if law is None or point is None:
-        return "no law yet: a point is missing"
-    said = "as predicted" if point.holds else "not as predicted"
-    return (
-        f"the loss falls with FLOPs to the power of -{_estimated(law.exponent)} towards"
-        f" {_estimated(law.irreducible)} nats; the costliest point is {said} from the others"
-        f" ({point.measured:.4f}, predicted {_estimated(point.predicted)})"
-    )
-
-
-def _estimated(number: Estimated) -> str:
-    return f"{number.value:.4g} ({number.low:.4g} to {number.high:.4g})"
-
-
-def _waiting(results: StudyResults, test: Paired) -> str:
-    """What a verdict still waits for."""
-    seeds = len(results.study.seeds)
-    if len(test.differences) < seeds:
-        return f", {len(test.differences)} of {seeds} seeds"
-    if results.study.again and not results.again_is_complete:
-        return ", the A/A pair is not there yet"
-    return ""
-
-
-def _catch_up_line(results: StudyResults) -> str | None:
-    found, ask = results.catch_up, results.study.catch_up
-    if found is None or not found.own_decay:
-        return None
-    ratios = _ratios(found.own_decay, results.study.steps)
-    return (
-        f"{ask.arm} needs {_ratio_text(found.own_decay, ratios)} of {ask.to}'s steps for its loss"
-    )
-
-
 # ---- sections ------------------------------------------------------------------------------------
 def _design(results: StudyResults) -> str:
     study = results.study
@@ -169,7 +92,7 @@ def _design(results: StudyResults) -> str:
     tokens = f" of {run.train.global_batch_tokens:,} tokens" if run is not None else ""
     length = "the same length" if results.search_steps == study.steps else "a shorter length"
     return (
-        f"Each arm: {study.steps} steps{tokens}, seeds {_list(study.seeds)}; a seed fixes data"
+        f"Each arm: {study.steps} steps{tokens}, seeds {listed(study.seeds)}; a seed fixes data"
         " order and initial weights, so arms are paired by it. Learning rates come from a search"
         f" of {length} ({results.search_steps} steps, with its own decay) on seed"
         f" {study.search.seed}, which judges nothing; a best one at the edge of the grid is no"
@@ -185,11 +108,11 @@ def _looks(results: StudyResults) -> str:
     if not study.is_sequential:
         return ""
     return (
-        f" Open arms are judged after {_list(study.looks)} seeds by bounds on |t| under which equal"
-        f" arms get any verdict in at most {study.level:.0%} of studies, looks and arms together"
-        " (simulated; Holm's steps between arms). Intervals are those of these bounds. An arm ends"
-        " with its verdict, with a run that diverged, or when a verdict from the seeds left has a"
-        f" probability below {study.sequential.futility:.0%}."
+        f" Open arms are judged after {listed(study.looks)} seeds by bounds on |t| under which"
+        f" equal arms get any verdict in at most {study.level:.0%} of studies, looks and arms"
+        " together (simulated; Holm's steps between arms). Intervals are those of these bounds. An"
+        " arm ends with its verdict, with a run that diverged, or when a verdict from the seeds"
+        f" left has a probability below {study.sequential.futility:.0%}."
     )
 
 
@@ -203,7 +126,7 @@ def _comparisons(results: StudyResults) -> list[Table | Picture | str]:
     rows, level = [], results.study.level
     sequential = results.study.is_sequential
     for found in results.comparisons:
-        verdict = _WORDS.get(found.verdict, found.verdict.value).removesuffix(" than")
+        verdict = WORDS.get(found.verdict, found.verdict.value).removesuffix(" than")
         if found.standing is not None and not found.standing.sign:
             verdict += f": {found.standing.end}" if found.standing.end else " yet"
         rows.append(_test_row(found.arm, found.test, verdict, found))
@@ -234,7 +157,7 @@ def _test_row(name: str, test: Paired | None, verdict: str, found: Comparison | 
     else:
         corrected = _corrected(found, test) if found is not None else ""
         values = [
-            _number(test.mean), f"+- {test.half_width:.4f}", f"{test.deviation:.4f}",
+            signed(test.mean), f"+- {test.half_width:.4f}", f"{test.deviation:.4f}",
             f"{test.p:.2g}", corrected, str(len(test.differences)),
         ]  # fmt: skip
     costs = ["1", "1"] if found is None else [f"{found.parameters:.3f}", f"{found.flops:.3f}"]
@@ -250,31 +173,20 @@ def _corrected(found: Comparison, test: Paired) -> str:
     return f"{size:.2f}, {found.standing.critical:.2f}" if found.standing.judged else f"{size:.2f}"
 
 
-def _ladder_line(results: StudyResults) -> str:
-    if not results.ladder:
-        return "no rung of the ladder is finished yet"
-    rungs = []
-    for rung in results.ladder:
-        ratios = spread([*rung.ratios.values()], results.study.level)
-        text = _ratio_text(rung.crossings, ratios)
-        rungs.append(f"{text} of the steps at {rung.tokens / 1e6:.2f} M tokens")
-    return f"to the loss of {', '.join(results.study.ladder.to)}: {'; '.join(rungs)}"
-
-
 def _ladder(results: StudyResults) -> list[Table | Picture | str]:
     level, ask = results.study.level, results.study.ladder
     trials = sorted({results.study.trials(name) for name in (*ask.arms, *ask.to)})
     blocks: list[Table | Picture | str] = [
-        f"Each arm is tuned at its own length, by {_list(trials)} trials (and what a search adds at"
-        f" an edge): {', '.join(ask.arms)} against {', '.join(ask.to)}. Steps are interpolated in"
-        " log(steps) between the tuned lengths, seed by seed."
+        f"Each arm is tuned at its own length, by {listed(trials)} trials (and what a search adds"
+        f" at an edge): {', '.join(ask.arms)} against {', '.join(ask.to)}. Steps are interpolated"
+        " in log(steps) between the tuned lengths, seed by seed."
     ]
     rows = []
     for rung in results.ladder:
         times = spread([*rung.seconds.values()], level)
         ratios = spread([*rung.ratios.values()], level)
         rows.append([
-            rung.to, f"{rung.tokens:,}", _ratio_text(rung.crossings, ratios),
+            rung.to, f"{rung.tokens:,}", ratio_text(rung.crossings, ratios),
             f"{times.mean:.3f} +- {times.half_width:.3f}", _foreseen(results, rung),
             str(len(rung.crossings)),
         ])  # fmt: skip
@@ -321,7 +233,7 @@ def _law(results: StudyResults) -> list[Table | Picture | str]:
         interval = f"value ({1 - results.study.level:.0%} interval)"
         table = Table(
             ["number", interval],
-            [[name, _estimated(number)] for name, number in numbers]
+            [[name, estimated(number)] for name, number in numbers]
             + [["C0, FLOPs", f"{law.centre:.3g}"], ["sigma of a seed", f"{law.deviation:.4f}"]],
         )
         caption = "loss over FLOPs; line: the law; cross: predicted from the others"
@@ -338,7 +250,7 @@ def _catch_up(results: StudyResults, found: CatchUp) -> list[Table | Picture | s
     )
     for title, crossings in readings:
         if crossings:
-            text = _ratio_text(crossings, _ratios(crossings, steps))
+            text = ratio_text(crossings, ratios_of(crossings, steps))
             by_seed = ", ".join(f"{s}: {c.bound}{c.steps:.0f}" for s, c in crossings.items())
             rows.append([title, text, by_seed])
     blocks: list[Table | Picture | str] = [
@@ -353,22 +265,6 @@ def _catch_up(results: StudyResults, found: CatchUp) -> list[Table | Picture | s
     return blocks
 
 
-def _ratios(crossings: dict[int, Crossing] | Any, steps: int) -> Spread:
-    return spread([crossing.steps / steps for crossing in crossings.values()], 0.05)
-
-
-def _ratio_text(crossings: Any, ratios: Spread) -> str:
-    bounds = {c.bound for c in crossings.values() if c.bound}
-    text = f"{ratios.mean:.3f}"
-    if len(crossings) > 1 and ratios.deviation:
-        text += f" +- {ratios.half_width:.3f} (sigma {ratios.deviation:.3f})"
-    if bounds == {"<"}:
-        return f"at most {text}"
-    if bounds == {">"}:
-        return f"at least {text}"
-    return f"{text}, some seeds outside the measured range" if bounds else text
-
-
 def _picture(name: str, caption: str, results: StudyResults) -> Picture | str:
     arms = [arm for arm in results.arms.values() if arm.trained]
     return Picture(name, caption, draw_curves(arms)) if arms else "No run has finished yet."
@@ -377,7 +273,7 @@ def _picture(name: str, caption: str, results: StudyResults) -> Picture | str:
 def _search_table(results: StudyResults) -> Table:
     rows = []
     for arm in _searched(results):
-        tried = ", ".join(f"{rate:g}: {_loss(loss)}" for rate, loss in arm.choice.tried.items())
+        tried = ", ".join(f"{rate:g}: {loss_text(loss)}" for rate, loss in arm.choice.tried.items())
         best = "no answer" if arm.choice.reason else "not known yet"
         best = best if arm.choice.best is None else f"{arm.choice.best:g}"
         rows.append([arm.name, best, tried])
@@ -393,7 +289,7 @@ def _tuned_table(results: StudyResults, rows: list[list[str]]) -> Table:
         tried = arm.tuning.tried
         row += [
             " ".join(f"`{word}`" for word in arm.tuning.settings) or "as they were",
-            ", ".join(f"`{words[-1]}`: {_loss(loss)}" for words, loss in tried.items()),
+            ", ".join(f"`{words[-1]}`: {loss_text(loss)}" for words, loss in tried.items()),
             str(len(arm.choice.tried) + len(tried)),
         ]
     head = ["arm", "chosen", "validation loss by learning rate", "other keys", "tried", "trials"]
@@ -444,37 +340,12 @@ def _acts(results: StudyResults) -> Table | None:
     return Table(["share of", *(ACTS[key] for key in keys)], rows)
 
 
-def power_line(study: StudyConfig, again: Paired | None) -> str:
-    """The error rate, and the smallest effect that a study is likely to find.
-
-    Args:
-        study: the config.
-        again: the A/A pairs, where there are any, whose spread gives nats.
-    """
-    others, asked = len(study.arms) - 1, study.sequential
-    if not others:
-        return "A/A alone: there is no effect to find"
-    # without looks each comparison is tested at the whole level; Holm's p stands beside it
-    looks, arms = (study.looks, others) if study.is_sequential else ((len(study.seeds),), 1)
-    effect = effect_found(
-        looks, study.level, arms, asked.spending, asked.futility, study.again, asked.power
-    )
-    text = (
-        f"verdicts after {', '.join(map(str, looks))} seeds; equal arms get one in at most"
-        f" {study.level:.0%} of {'studies' if study.is_sequential else 'comparisons'}; an effect of"
-        f" {effect:.2f} sigmas of a pair is found with {asked.power:.0%} power"
-    )
-    if again is None:
-        return text
-    return f"{text}: {effect * again.deviation:.4f} nats where pairs spread as the A/A pair's do"
-
-
 def _protocol(results: StudyResults) -> str:
     study, test = results.study, results.again_test
     parts = [f"By simulation of the whole protocol: {power_line(study, test)}."]
     if test is not None:
         parts.append(
-            f"The A/A pair, equal arms by construction, differs by {_number(test.mean)} +-"
+            f"The A/A pair, equal arms by construction, differs by {signed(test.mean)} +-"
             f" {test.half_width:.4f} nats (p {test.p:.2g})."
         )
     runs = [run for run in results.runs if run.records]
@@ -519,7 +390,7 @@ def _receipts(results: StudyResults) -> list[Table | str]:
             for arm in results.arms.values()]  # fmt: skip
     rows = [
         [arm.name, str(seed), f"{run.run.optim.lr:g}", f"`{run.name}`", f"`{run.code[:12]}`",
-         _loss(run.val_loss)]
+         loss_text(run.val_loss)]
         for arm in [*results.arms.values(), *([results.again] if results.again else [])]
         for seed, run in arm.runs.items()
     ]  # fmt: skip
@@ -579,19 +450,6 @@ def _time_to_catch_up(results: StudyResults, found: CatchUp) -> list[Table]:
 def _data_hash(receipt: Any) -> str:
     sources = receipt["data"]["sources"]
     return "+".join(str(sources[name].get("store")) for name in sorted(sources))
-
-
-# ---- numbers -------------------------------------------------------------------------------------
-def _number(value: float) -> str:
-    return f"{value:+.4f}"
-
-
-def _loss(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "diverged"
-
-
-def _list(values: Iterable[Any]) -> str:
-    return ", ".join(str(value) for value in values)
 
 
 def as_json(results: StudyResults) -> dict[str, Any]:
