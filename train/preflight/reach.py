@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 
 from conf.problems import refuse
 from data.epochs import SourceUse
+from model.config import IndexerPhase
+from model.flops import parameter_counts
 from optim.config import ScheduleKind
 from optim.schedule import check_run_length, decay_start
 from parallel.launch import launched_rank
@@ -21,7 +23,7 @@ from train.config.schema import RunConfig
 from train.errors import UserError, check_all
 from train.preflight.forecast import quantity
 from train.probes.tasks import LEAST_TOKENS
-from train.stages import StagePlan
+from train.stages import StagePlan, loss_weights
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +99,31 @@ def warnings(run: RunConfig, plan: StagePlan) -> Iterator[str]:
             f"train.recovery.on_spike={recovery.on_spike.value} never acts: a loss is compared with"
             f" train.recovery.window={recovery.window} before it, and no stage has more than"
             f" {longest} steps"
+        )
+    yield from _untrained(run, plan)
+
+
+def _untrained(run: RunConfig, plan: StagePlan) -> Iterator[str]:
+    """Parts of the model whose loss has the weight 0 in every step: they stay as they are."""
+    model, stages = run.model, plan.reached()
+    if all(stage.indexer_phase == IndexerPhase.warmup for stage in stages):
+        return
+    weights = [loss_weights(stage, run.train, decaying)
+               for stage in stages for decaying in (False, True)]  # fmt: skip
+    if model.num_nextn_predict_layers and not any(w.mtp for w in weights):
+        count = parameter_counts(model).by_kind["mtp"]
+        yield (
+            f"train.mtp_loss_weight={run.train.mtp_loss_weight:g}: the MTP blocks never run, and"
+            f" their {quantity(count)} parameters stay as they are, in an export too;"
+            " model.num_nextn_predict_layers=0, without their entries in model.compress_ratios,"
+            " leaves them out"
+        )
+    chooses = any(stage.indexer_phase == IndexerPhase.sparse for stage in stages)
+    if model.num_indexers and chooses and not any(w.indexer for w in weights):
+        source = f"those of init_from={run.init_from}" if run.init_from else "initial ones"
+        yield (
+            f"train.indexer_loss_weight={run.train.indexer_loss_weight:g}: indexers choose entries"
+            f" but never train, their weights stay {source}"
         )
 
 

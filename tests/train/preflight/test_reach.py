@@ -56,6 +56,16 @@ def test_what_cannot_happen_is_refused(args, message):
         ),
         (["train.recovery.on_spike=skip"], "on_spike=skip never acts: .*window=64 .* than 20"),
         (["train.recovery.on_spike=skip", "train.recovery.window=19"], None),
+        (
+            ["train.mtp_loss_weight=0", "train.mtp_loss_weight_decay=0"],
+            "mtp_loss_weight=0: the MTP blocks never run, and their 94.2 k parameters stay",
+        ),
+        (["train.mtp_loss_weight=0"], None),  # until the decay
+        (
+            ["train.indexer_loss_weight=0"],
+            "indexer_loss_weight=0: indexers choose .* never train, .* stay initial ones",
+        ),
+        (["train.indexer_loss_weight=0", "train.indexer_phase=full"], None),
     ],
 )
 def test_what_does_little_is_a_warning(args, told, caplog):
