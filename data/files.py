@@ -117,7 +117,7 @@ class _Search:
     def __init__(self, key: str, source: SourceConfig) -> None:
         self._key = key
         self._path = os.path.expanduser(source.path)
-        self._suffixes = _SUFFIXES[source.kind]
+        self._kind, self._suffixes = source.kind, _SUFFIXES[source.kind]
         self._found = FoundFiles()
         self._seen: set[str] = set()  # real paths of files and folders
 
@@ -138,10 +138,28 @@ class _Search:
         if not self._found.files:
             left_out = self._found.left_out() or "nothing"
             raise ConfigError(
-                f"{self._key}: the folder has no {' '.join(self._suffixes)} file, but {left_out}"
+                f"{self._key}: the folder has no {self._kinds()} file, but {left_out}"
+                f"{self._how_to_read_others()}"
             )
         self._found.files.sort()
         return self._found
+
+    def _kinds(self) -> str:
+        """The suffixes that are looked for, in words."""
+        if self._kind not in _PLAIN_SUFFIXES:
+            return " ".join(self._suffixes)
+        packed = " ".join(filter(None, _COMPRESSED))
+        return f"{' '.join(_PLAIN_SUFFIXES[self._kind])} (or with {packed})"
+
+    def _how_to_read_others(self) -> str:
+        """A pattern that names the most frequent other suffix, whose files are read as text."""
+        if self._kind is not SourceKind.text or glob.has_magic(self._path):
+            return ""
+        found = [(n, suffix) for suffix, n in self._found.others.items() if suffix != "none"]
+        if not found:
+            return ""
+        pattern = os.path.join(self._path, "**", f"*{max(found)[1]}")
+        return f"; a pattern names files of any kind: {shown(pattern)}"
 
     def _add(self, path: str, real: str) -> None:
         if real in self._seen:

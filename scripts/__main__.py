@@ -31,6 +31,18 @@ MOVED = {  # old script -> how it is called now
     "fake_ranks": "bench fake_ranks",
     "pipeline_timeline": "bench timeline",
 }
+MEANT = {  # a word that people type -> the command that does it
+    "train": "pretrain",
+    "finetune": "pretrain",
+    "sweep": "pretrain -m",
+    "resume": "pretrain",
+    "compare": "report",
+    "plot": "report",
+    "evaluate": "eval",
+    "sample": "generate",
+    "export": "export_hf",
+    "import": "import_hf",
+}
 COMMANDS = {
     "pretrain": "train.pretrain:command",
     "plan": "scripts.plan",
@@ -65,7 +77,7 @@ def main(words: Sequence[str] | None = None) -> int:
     name, *rest = list(sys.argv[1:] if words is None else words) or ["--help"]
     if name in ("-h", "--help"):
         return show_list(__doc__, "commands", COMMANDS)
-    return run_command("v4", COMMANDS, MOVED, name, rest)
+    return run_command("v4", COMMANDS, MOVED, name, rest, MEANT)
 
 
 if __name__ == "__main__":

@@ -114,9 +114,9 @@ def _runs(args: argparse.Namespace) -> Path:
     out = args.out or Path("runs", "comparison")
     one_file = out.suffix == HTML_SUFFIX
     (check_page if one_file else check_folder)(out)
+    runs = [run for word in args.what for run in _summaries(Path(word))]
     if not args.out:
         print(f"writing to {out}; --out takes another folder, or NAME.html for one file")
-    runs = [run for word in args.what for run in _summaries(Path(word))]
     for line in ranking_lines(rank(runs)):
         print(line)
     if len(runs) > 1:

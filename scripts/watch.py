@@ -88,7 +88,8 @@ def watch(options: argparse.Namespace) -> None:
     """
     folder: Path = options.run
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder} holds no run: no {CONFIG}")
+        told = f"holds no run: no {CONFIG}" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {told}")
     run = read_run(folder)
     steps, lines = resolve(run).steps, NewLines(folder / METRICS)
     _, before = lines.read()

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 
 from train.errors import ExitCode, UserError, ends_when_unread
 from train.recovery.stop import Stopped, leave_on_signal
@@ -46,6 +47,7 @@ def run_command(
     moved: Mapping[str, str],
     name: str,
     words: Sequence[str],
+    meant: Mapping[str, str] = MappingProxyType({}),
 ) -> int:
     """Import a command's module and call it with its words.
 
@@ -55,13 +57,14 @@ def run_command(
         moved: names of before -> how they are called now.
         name: of the command; ``-`` is taken for ``_``.
         words: what follows the name.
+        meant: other words for commands -> how they are called.
 
     Returns:
         The command's exit code; 2: there is none of that name.
     """
     name = name.replace("-", "_")
     if name not in commands:
-        sys.stderr.write(f"error: {_unknown(prog, commands, moved, name)}\n")
+        sys.stderr.write(f"error: {_unknown(prog, commands, moved, name, meant)}\n")
         return ExitCode.user_error
     leave_on_signal()  # a signal during the imports below is answered too
     try:
@@ -73,10 +76,16 @@ def run_command(
 
 
 def _unknown(
-    prog: str, commands: Mapping[str, str], moved: Mapping[str, str], name: str
+    prog: str,
+    commands: Mapping[str, str],
+    moved: Mapping[str, str],
+    name: str,
+    meant: Mapping[str, str],
 ) -> UserError:
     if name in moved:
         return UserError(f"{prog} {name} is called {prog} {moved[name]} now")
+    if name in meant:
+        return UserError(f"{prog} has no command {name}: did you mean {prog} {meant[name]}?")
     near = difflib.get_close_matches(name, commands, 1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(commands)}"
     return UserError(f"{prog} has no command {name}: {hint}")

@@ -112,6 +112,14 @@ def test_a_relative_pattern_starts_where_the_command_runs(tmp_path, monkeypatch)
     assert found(".").files == ["./a/1.txt", "./b.txt"]
 
 
+def test_the_pattern_that_is_told_reads_the_other_files(tmp_path):
+    make(tmp_path, "code/a.pm", "code/lib/b.pm", "code/c.dict")
+    with pytest.raises(ConfigError) as caught:
+        found(f"{tmp_path}/code")
+    pattern = str(caught.value).rpartition(" ")[2]
+    assert [Path(file).name for file in found(pattern).files] == ["a.pm", "b.pm"]
+
+
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
@@ -123,8 +131,12 @@ def test_a_relative_pattern_starts_where_the_command_runs(tmp_path, monkeypatch)
         ("pipe", "pipe is not a regular file"),
         ("broken", "broken: a broken link"),
         ("dangling", r"dangling/x\.bin: a broken link"),
-        ("empty", r"has no \.txt.*\.rst\.zst file, but nothing"),
-        ("others", r"file, but 1 of other kinds \(\.csv 1; .*x\.csv\) and 1 with hidden names"),
+        ("empty", r"has no \.txt \.text \.md \.rst \(or with \.gz .*\) file, but nothing"),
+        (
+            "others",
+            r"file, but 1 of other kinds \(\.csv 1; .*x\.csv\) and 1 with hidden names"
+            r"; a pattern names files of any kind: .*/others/\*\*/\*\.csv",
+        ),
     ],
 )
 def test_a_path_that_means_nothing_is_refused_in_one_line(tmp_path, path, problem):

@@ -7,7 +7,7 @@ from importlib import import_module
 
 import pytest
 
-from scripts.__main__ import COMMANDS
+from scripts.__main__ import COMMANDS, MEANT
 from scripts.__main__ import main as v4
 from scripts.bench import BENCHMARKS
 from scripts.cli.parser import CommandParser
@@ -81,3 +81,12 @@ def ended_unread(words):
 @pytest.mark.parametrize("words", HELP, ids=" ".join)
 def test_nothing_is_said_where_nobody_reads(words):
     assert ended_unread(words) == (1, "")
+
+
+@pytest.mark.parametrize("word", MEANT)
+def test_a_word_that_people_type_names_the_command(word, capsys):
+    assert word not in COMMANDS
+    assert MEANT[word].split()[0] in COMMANDS
+    assert v4([word, "runs/x"]) == 2
+    told = f"error: v4 has no command {word}: did you mean v4 {MEANT[word]}?\n"
+    assert capsys.readouterr().err == told
