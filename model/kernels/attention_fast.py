@@ -18,13 +18,14 @@ from model.kernels.attention import AttentionResult, EntrySet
 from model.kernels.chunks import (
     ChunkEntries,
     ChunkWindow,
-    MetEntries,
     accumulate,
     chunks_of,
     dots_of,
     join,
     masked_scores,
     mix,
+    mix_into,
+    positive,
     take,
     typical_entries,
 )
@@ -95,7 +96,7 @@ class _ChunkedAttention(torch.autograd.Function):
             mixed = torch.empty_like(dots, dtype=q.dtype)
             torch.mul(grad_s, scale, out=mixed[:, 0])
             mixed[:, 1].copy_(p)
-            grad_q[:, chunk] = mix(mixed[:, 0], keys)
+            mix_into(grad_q[:, chunk], mixed[:, 0], keys)
             accumulate(grad_kv, grad_entries, keys, mixed, both)
         grad_sink = ((sink_H.float() - lse_BTH).exp_() * delta_BTH).sum(dim=(0, 1)).neg_()
         if grad_entries is not None and entry_kv_BEK is not None:
@@ -146,7 +147,7 @@ def index_topk_chunked(
     E = k_BEL.shape[1]
     count, w_BTJ = min(topk, E), w_BTJ.float()
     index_BTN = torch.full((B, T, count), -1, dtype=torch.int64, device=q_BTJL.device)
-    lowest = torch.finfo(torch.float32).min
+    lowest, zero_1 = torch.finfo(torch.float32).min, w_BTJ.new_zeros(1)
     visible = ChunkEntries(EntrySet(k_BEL, first_BT, stop_BT, bounds=bounds))
     for chunk in chunks_of(T, chunks.chunk_size(k_BEL, B * J, E, T)):
         met = visible.of(chunk)
@@ -158,7 +159,7 @@ def index_topk_chunked(
             index_BTN[:, chunk, :width] = row_G.masked_fill(met.hidden_BCG, -1)
             continue
         dots_BCJG = dots_of(q_BTJL[:, None, chunk], take(k_BEL, met))[:, 0]
-        scores = _weighted_relu(dots_BCJG, w_BTJ[:, chunk])
+        scores = _weighted(positive(dots_BCJG, zero_1), w_BTJ[:, chunk])
         scores.clamp_(min=lowest).masked_fill_(met.hidden_BCG, float("-inf"))  # as ``ranked``
         values, best = scores.topk(count, dim=-1, sorted=False)
         best.add_(met.rows.start).masked_fill_(values == float("-inf"), -1)
@@ -166,11 +167,9 @@ def index_topk_chunked(
     return index_BTN
 
 
-def _weighted_relu(dots_BCJG: Tensor, w_BCJ: Tensor) -> Tensor:
-    """``sum_j w_j relu(dot_j)`` in fp32: [B, C, G]."""
-    B, C, J, G = dots_BCJG.shape
-    active = dots_BCJG.float().relu_().view(B * C, J, G)
-    return torch.bmm(w_BCJ.reshape(B * C, 1, J), active).view(B, C, G)
+def _weighted(active_BCJG: Tensor, w_BCJ: Tensor) -> Tensor:
+    """``sum_j w_j active_j``: [B, C, G]."""
+    return torch.matmul(w_BCJ[:, :, None], active_BCJG)[:, :, 0]
 
 
 class _ChunkedIndexerLoss(torch.autograd.Function):
@@ -187,32 +186,38 @@ class _ChunkedIndexerLoss(torch.autograd.Function):
         entries: EntrySet,
     ) -> Tensor:
         B, T, J, _ = q_BTJL.shape
-        grad_q, grad_w = torch.zeros_like(q_BTJL), torch.zeros_like(w_BTJ)
+        grad_q, grad_w = torch.zeros_like(q_BTJL), []
         grad_k = torch.zeros_like(k_BEL, dtype=torch.float32)
-        total = torch.zeros((), device=q_BTJL.device, dtype=torch.float32)
-        wide_BTJ, scale_1 = w_BTJ.float(), lse_BTH.new_full((1,), q_BTHK.shape[-1] ** -0.5)
+        kl_BT = lse_BTH.new_zeros(B, T)
+        wide_BTJ, zero_1 = w_BTJ.float(), lse_BTH.new_zeros(1)
+        minus_w, minus_lse = -wide_BTJ, -lse_BTH
         size = chunks.chunk_size(q_BTJL, B * max(J, q_BTHK.shape[2]), typical_entries(entries), T)
         used = ChunkEntries(entries)
         for chunk in chunks_of(T, size):
             met = used.of(chunk)
             if met is None:
+                grad_w.append(torch.zeros_like(wide_BTJ[:, chunk]))
                 continue
-            theirs, keys = take(entries.kv_BEK, met), take(k_BEL, met)
-            dots = dots_of(q_BTHK[:, None, chunk], theirs)[:, 0]
-            teacher = _teacher(masked_scores(dots, scale_1, theirs), lse_BTH[:, chunk], met)
-            q, w = q_BTJL[:, None, chunk], wide_BTJ[:, chunk]
-            active = dots_of(q, keys)[:, 0].float().relu_()
-            scores = torch.einsum("bcjg,bcj->bcg", active, w)
-            log_p = scores.masked_fill_(met.hidden_BCG, float("-inf")).log_softmax(dim=-1)
-            log_p.masked_fill_(met.hidden_BCG, 0.0)  # a query that sees none: NaN otherwise
-            total += (torch.xlogy(teacher, teacher) - teacher * log_p).sum()
-            taught = teacher.sum(dim=-1, keepdim=True)  # 1, or 0 where the mass underflows
-            grad_s = log_p.exp_().mul_(taught).sub_(teacher).masked_fill_(met.hidden_BCG, 0.0)
-            grad_w[:, chunk] = torch.einsum("bcg,bcjg->bcj", grad_s, active)
-            grad_dot = (w[..., None] * grad_s[:, :, None]).masked_fill_(active <= 0, 0.0)
-            grad_dot = grad_dot.to(q.dtype)
-            grad_q[:, chunk] = mix(grad_dot, keys)
+            hidden = met.hidden_BCG
+            dots = dots_of(q_BTHK[:, None, chunk], take(entries.kv_BEK, met))[:, 0]
+            teacher = _teacher(dots, q_BTHK.shape[-1] ** -0.5, minus_lse[:, chunk], hidden)
+            keys, q = take(k_BEL, met), q_BTJL[:, None, chunk]
+            dots = dots_of(q, keys)[:, 0]
+            active = positive(dots, zero_1)
+            scores = _weighted(active, wide_BTJ[:, chunk]).masked_fill_(hidden, float("-inf"))
+            log_p = scores.log_softmax(dim=-1).masked_fill_(hidden, 0.0)  # NaN where none is seen
+            kl = torch.xlogy(teacher, teacher).addcmul_(teacher, log_p, value=-1)
+            torch.sum(kl, dim=-1, out=kl_BT[:, chunk])
+            # teacher - p * sum(teacher), which is 1, or 0 where the mass underflows
+            fall = torch.ops.aten._log_softmax_backward_data(teacher, log_p, -1, torch.float32)
+            fall.masked_fill_(hidden, 0.0)  # a NaN of the query must not reach keys unseen
+            grad_w.append(torch.matmul(active, fall[..., None])[..., 0])
+            grad_dot = torch.empty_like(dots, dtype=q.dtype)
+            torch.mul(minus_w[:, chunk, :, None], fall[:, :, None], out=grad_dot)
+            grad_dot = torch.ops.aten.threshold_backward(grad_dot, dots, 0)
+            mix_into(grad_q[:, chunk], grad_dot, keys)
             accumulate(None, grad_k, keys, grad_dot[:, None], q)
+        total, grad_w = kl_BT.sum(), torch.cat(grad_w, dim=1).neg_().to(w_BTJ.dtype)
         ctx.save_for_backward(grad_q, grad_k.to(k_BEL.dtype), grad_w)
         return total
 
@@ -222,10 +227,10 @@ class _ChunkedIndexerLoss(torch.autograd.Function):
         return grad_q * grad, grad_k * grad, grad_w * grad, None, None, None
 
 
-def _teacher(scores_BCHG: Tensor, lse_BCH: Tensor, met: MetEntries) -> Tensor:
+def _teacher(dots_BCHG: Tensor, scale: float, minus_lse_BCH: Tensor, hidden: Tensor) -> Tensor:
     """Attention mass over heads, full denominator, normalised over the keys of each query."""
-    mass = scores_BCHG.sub_(lse_BCH[..., None]).exp_().sum(dim=2)
-    mass.masked_fill_(met.hidden_BCG, 0.0)  # not 0 by itself if the denominator is NaN
+    mass = torch.add(minus_lse_BCH[..., None], dots_BCHG, alpha=scale).exp_().sum(dim=2)
+    mass.masked_fill_(hidden, 0.0)  # not 0 by itself where it overflows or the denominator is NaN
     return mass.div_(mass.sum(dim=-1, keepdim=True).clamp_(min=1e-30))
 
 

@@ -28,6 +28,10 @@ _CHUNK_ELEMENTS_ELSEWHERE = 1 << 28
 # Gathering keys per query moves N * K elements a query; masking computes the whole slice. Masking
 # wins up to here.
 MASK_UP_TO = 6
+# Masks of chosen entries are scattered for many chunks at once: up to these bytes (one a query and
+# entry), at least for one chunk.
+_MASK_BYTES = {"cpu": 0}  # a chunk's stays in cache
+_MASK_BYTES_ELSEWHERE = 1 << 26
 
 
 def chunk_size(like: Tensor, rows_by_heads: int, keys: int, tokens: int) -> int:
@@ -118,6 +122,7 @@ class ChunkEntries:
         self.first_BT1, self.stop_BT1 = entries.first_BT[..., None], entries.stop_BT[..., None]
         self.bounds, self.index_BTN = _bounds(entries), entries.index_BTN
         self.E, device = entries.kv_BEK.shape[1], entries.kv_BEK.device
+        self.masked, self.hidden_BME = slice(0, 0), None
         if self.index_BTN is None:
             self.row_E = torch.arange(self.E, device=device)
         else:
@@ -134,12 +139,24 @@ class ChunkEntries:
             outside = (row_G < self.first_BT1[:, chunk]) | (row_G >= self.stop_BT1[:, chunk])
             return MetEntries(rows, outside, None)
         column_BCN = self.column_BTN[:, chunk]
-        B, C, N = column_BCN.shape
+        N = column_BCN.shape[-1]
         if rows.stop - rows.start > MASK_UP_TO * N:
             none_BCN = self.none_BTN[:, chunk]
             return MetEntries(rows, none_BCN, column_BCN.masked_fill(none_BCN, 0))
-        hidden = torch.ones(B, C, self.E + 1, dtype=torch.bool, device=column_BCN.device)
-        return MetEntries(rows, hidden.scatter_(2, column_BCN, False)[..., rows], None)
+        return MetEntries(rows, self._unchosen(chunk)[..., rows], None)
+
+    def _unchosen(self, chunk: slice) -> Tensor:
+        """Which entries of the row each query did not choose; made for the chunks to come too."""
+        if self.hidden_BME is None or chunk.stop > self.masked.stop:
+            B, T, _ = self.column_BTN.shape
+            device = self.column_BTN.device
+            room = _MASK_BYTES.get(device.type, _MASK_BYTES_ELSEWHERE) // (B * (self.E + 1))
+            stop = min(T, max(chunk.stop, chunk.start + room))
+            self.masked = slice(chunk.start, stop)
+            hidden = torch.ones(B, stop - chunk.start, self.E + 1, dtype=torch.bool, device=device)
+            self.hidden_BME = hidden.scatter_(2, self.column_BTN[:, self.masked], False)
+        begin = chunk.start - self.masked.start
+        return self.hidden_BME[:, begin : begin + chunk.stop - chunk.start]
 
 
 def _bounds(entries: EntrySet) -> Bounds:
@@ -198,6 +215,15 @@ def dots_of(x_BACHK: Tensor, keys: ChunkKeys) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
+def mix_into(out_BCHK: Tensor, p_BCHG: Tensor, keys: ChunkKeys) -> None:
+    """``sum_g p key_g`` into rows of a result."""
+    if keys.gathered_BCNK is not None or keys.shared_BSK is None:
+        out_BCHK.copy_(mix(p_BCHG, keys))
+        return
+    out = out_BCHK.view(len(p_BCHG), -1, out_BCHK.shape[-1])
+    torch.bmm(p_BCHG.flatten(1, 2), keys.shared_BSK, out=out)
+
+
 def mix(p_BCHG: Tensor, keys: ChunkKeys) -> Tensor:
     """``sum_g p key_g``: [B, C, H, K]; of two kinds of keys in fp32."""
     B, C, H, _ = p_BCHG.shape
@@ -239,6 +265,11 @@ def accumulate(
 def _scaled(dots: Tensor, scale_1: Tensor) -> Tensor:
     """In fp32, by one operation: a scale with a dim promotes what is narrower."""
     return torch.mul(dots, scale_1, out=dots if dots.dtype == torch.float32 else None)
+
+
+def positive(dots: Tensor, zero_1: Tensor) -> Tensor:
+    """``relu`` in fp32, by one operation; fp32 dots are used up, of others the sign stays."""
+    return torch.maximum(dots, zero_1, out=dots if dots.dtype == torch.float32 else None)
 
 
 def masked_scores(dots_BCHG: Tensor, scale_1: Tensor, keys: ChunkKeys) -> Tensor:

@@ -39,9 +39,7 @@ from train.errors import ROOT, ExitCode
 
 FORWARD, BACKWARD = 60, 130  # launches a block
 CHUNK = 6  # launches a chunk of fixed bytes
-# Of the plain path, a chunk of 256 queries of one of its loops; the indexer's loss forms the
-# teacher, the scores and three gradients in one.
-PLAIN_CHUNK, PLAIN_LOSS = 25, 40
+PLAIN_CHUNK = 25  # of the plain path, a chunk of 256 queries of one of its loops
 _NOTHING = {"detach", "lift_fresh", "_unsafe_view", "empty", "new_empty", "empty_like",
             "empty_strided", "new_empty_strided"}  # fmt: skip
 

@@ -1,7 +1,8 @@
 """Symmetric products in Triton: half of the tiles, each written twice (``../symmetric.py``).
 
-Tiles above the diagonal are stored as they are and transposed below it, so results are symmetric to
-the bit; programs below it end at once. The right factor is never read: it is the left, transposed.
+Tiles above the diagonal are stored as they are and transposed below it, those on it take their
+lower half from the upper one, so results are symmetric to the bit; programs below it end at once.
+The right factor is never read: it is the left, transposed.
 """
 # pyright: reportGeneralTypeIssues=false
 
@@ -77,6 +78,8 @@ def symmetric_tiles(
             plus = tl.load(PLUS + n * M * M + r[:, None] * M + c[None, :], mask=inside, other=0.0)
             out += beta * plus.to(tl.float32)
         out = out.to(OUT.dtype.element_ty)
+        if tl.program_id(0) == tl.program_id(1):  # a dot need not sum (r, c) and (c, r) alike
+            out = tl.where(r[:, None] > c[None, :], tl.trans(out), out)
         tl.store(OUT + r[:, None] * M + c[None, :], out, mask=inside)
         if tl.program_id(0) < tl.program_id(1):
             below = (c < M)[:, None] & (r < M)[None, :]
