@@ -32,7 +32,7 @@ def trial_of(folder: Path) -> dict[str, Any]:
     for section, key in ((config, "run_dir"), (config["data"], "cache_dir")):
         section.pop(key)
     receipt = folder / "receipt.json"
-    final = json.loads(receipt.read_text())["validation"] if receipt.exists() else {}
+    final = json.loads(receipt.read_text()).get("validation", {}) if receipt.exists() else {}
     identity = json.loads((folder / "identity.json").read_text())
     return {
         "config": config,
