@@ -101,6 +101,12 @@ class EngineConfig:
                 f"{prefix}.offload_optimizer=nvme needs {prefix}.zero_stage=3, not"
                 f" {self.zero_stage}"
             )
+        if self.own_checkpoints and self.offload_optimizer is OffloadTo.nvme:
+            yield (
+                f"{prefix}.own_checkpoints=true writes the swap files of"
+                f" {prefix}.offload_optimizer=nvme, which DeepSpeed's tools cannot read: say"
+                f" {prefix}.own_checkpoints=false"
+            )
         on_nvme = OffloadTo.nvme in (self.offload_optimizer, self.offload_parameters)
         if on_nvme != bool(self.nvme_path):
             yield (

@@ -38,14 +38,16 @@ from optim.config import OptimConfig
 from optim.groups import Owner, ParamRecord
 from parallel.collectives import whole
 from parallel.config import EngineConfig, OffloadTo
-from parallel.deepspeed_load import build_extension, load_deepspeed
+from parallel.deepspeed_load import build_extensions, load_deepspeed
 from parallel.distributed import RankedEngine, with_last
 from parallel.engine import Shares, Update
 from parallel.errors import ConfigError
 from parallel.mesh import Mesh
 from parallel.prefetch import prefetched
 from parallel.zero_config import deepspeed_config
-from parallel.zero_optimizer import MOMENTS, FlatAdamW, Partitions, ZeroMuon, same_step
+from parallel.zero_drive import SwapFolder, checked_io
+from parallel.zero_optimizer import MOMENTS, FlatAdamW, ZeroMuon, same_step
+from parallel.zero_partitions import Partitions
 
 _STEP = "step_"  # begin of a checkpoint's name, as ours have it
 _OFF = 1e-4  # of a reduced gradient from the sum of its parts; a wrong factor is 0.5 or more
@@ -79,7 +81,7 @@ class DeepSpeedEngine(RankedEngine):
         rows: int,
     ) -> None:
         deepspeed = load_deepspeed(device)
-        build_extension(device)
+        build_extensions(device, bool(config.nvme_path))
         asked = deepspeed_config(config, rows, optim.grad_clip, device.type == "cuda")
         self.config = config
         self._named = dict(model.named_parameters())
@@ -88,9 +90,17 @@ class DeepSpeedEngine(RankedEngine):
         self._stage = config.zero_stage
         if self._stage == 3:
             _gather_together(deepspeed, model)
-        self._zero_engine = _initialised(deepspeed, _Pass(model), client, asked)
+        self._swap = SwapFolder(config.nvme_path) if config.nvme_path else None
+        with _swapping(self._swap, config, asked):
+            self._zero_engine = _initialised(deepspeed, _Pass(model), client, asked)
         self._runs: Callable[..., Any] = self._zero_engine
         parts = Partitions(self._zero_engine.optimizer, self._stage, self._named, client)
+        if config.offload_optimizer is OffloadTo.nvme and not parts.on_drive():
+            raise ConfigError(
+                "engine.offload_optimizer=nvme, but DeepSpeed keeps groups of masters of less than"
+                f" {parts.least_bytes():,} bytes a rank in host memory, and all of this model are:"
+                " say engine.offload_optimizer=cpu"
+            )
         home = device if config.offload_optimizer is OffloadTo.none else torch.device("cpu")
         group = mesh.data.get_group()
         muon = [record for record in table if record.owner is Owner.muon]
@@ -116,6 +126,7 @@ class DeepSpeedEngine(RankedEngine):
     def forward_backward(self, batches: Iterable[Batch], objective: Objective) -> Shares:
         """Accumulate gradients; with the last microbatch DeepSpeed reduces them."""
         self._copy_weights()
+        self.partitions.close()
         self._seen = None
         shares = Shares()
         for batch, last in with_last(prefetched(batches, self.device)):
@@ -143,6 +154,7 @@ class DeepSpeedEngine(RankedEngine):
         """Gradient [B, T, D] of a batch's objective by the embeddings it reads first."""
         if self._stage < 3:  # whole weights: past DeepSpeed, which would reduce what is not there
             self._runs = self._zero_engine.module
+        self.partitions.close()
         try:
             return super().embedding_gradient(batch, objective)
         finally:
@@ -155,7 +167,7 @@ class DeepSpeedEngine(RankedEngine):
     # ---- update ------------------------------------------------------------------------------
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Whole reduced gradients, in turn. Collective."""
-        for name in self.optimizer.trainable_parameters():
+        for name in self.partitions.in_order(self.optimizer.trainable_parameters()):
             yield name, self.partitions.gradient(name)
 
     @torch.no_grad()
@@ -181,12 +193,12 @@ class DeepSpeedEngine(RankedEngine):
         return Update(norm, applied)
 
     def _norm(self) -> float:
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        squares = []
         for name, gradient in self.gradients():
-            total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+            squares.append(torch.linalg.vector_norm(gradient, dtype=torch.float64).square())
             if name == self._watched:
                 self._check_reduction(gradient)
-        return math.sqrt(float(total))
+        return math.sqrt(math.fsum(torch.stack(squares).tolist()))  # in whatever order they came
 
     def _see(self, gradient: Tensor) -> None:
         """Add up what this rank's microbatches give to the watched gradient."""
@@ -231,7 +243,7 @@ class DeepSpeedEngine(RankedEngine):
         """Parameters whose next forward pass would not read their master. Collective."""
         return [
             name
-            for name in self._named
+            for name in self.partitions.in_order(self._named)
             if not torch.equal(self.partitions.live(name), self.partitions.master(name))
         ]
 
@@ -243,7 +255,7 @@ class DeepSpeedEngine(RankedEngine):
             for name, tensor in self.model.state_dict().items()
             if name in buffers
         }
-        for name in self._named:
+        for name in self.partitions.in_order(self._named):
             tensors[f"model.{name}"] = self._sharded(self.partitions.master(name))
         for name, states in self.optimizer.state_dict().items():
             tensors |= {f"optim.{name}.{key}": t for key, t in states.items()}
@@ -255,9 +267,9 @@ class DeepSpeedEngine(RankedEngine):
         adamw = self._adamw.names
         steps = {name: state[f"optim.{name}.step"] for name in adamw}
         self.partitions.client.steps = same_step(steps)
-        for name in self._named:
+        for name in self.partitions.in_order(self._named):
             self.partitions.set_master(name, whole(state[f"model.{name}"]).to(self.device))
-        for name in adamw:
+        for name in self.partitions.in_order(adamw):
             for key in MOMENTS:
                 value = whole(state[f"optim.{name}.{key}"]).to(self.device)
                 self.partitions.set_moment(name, key, value)
@@ -269,6 +281,7 @@ class DeepSpeedEngine(RankedEngine):
 
         It holds masters, AdamW's moments and live weights; Muon's momentum is not DeepSpeed's.
         """
+        self.partitions.close()
         self._zero_engine.save_checkpoint(str(folder), tag=f"{_STEP}{step:08d}")
         if self.rank == 0:
             names = {f"{_STEP}{number:08d}" for number in {*kept, step}}
@@ -333,7 +346,7 @@ class _ZeroAdamW:
         return {
             name: {key: self._sharded(parts.moment(name, key)) for key in MOMENTS}
             | {"step": torch.tensor(float(parts.client.steps))}
-            for name in self.names
+            for name in parts.in_order(self.names)
         }
 
     def step(self, lr: float, names: Iterable[str]) -> list[str]:
@@ -342,6 +355,7 @@ class _ZeroAdamW:
         assert set(moved) == set(self.names), "engine=deepspeed freezes nothing"
         client = self._partitions.client
         client.due(lr)
+        self._partitions.close()
         self._zero_engine.step()
         client.due(None)
         client.steps += 1
@@ -349,6 +363,7 @@ class _ZeroAdamW:
 
     def skip(self) -> None:
         """Let DeepSpeed drop the gradients; nothing moves."""
+        self._partitions.close()
         self._zero_engine.step()
 
 
@@ -374,6 +389,21 @@ def _gather_together(deepspeed: ModuleType, model: nn.Module) -> None:
         if isinstance(module, Block):
             deepspeed.utils.set_z3_leaf_module(module.attn, True)
             deepspeed.utils.set_z3_leaf_module(module.ffn, True)
+
+
+@contextlib.contextmanager
+def _swapping(
+    folder: SwapFolder | None, config: EngineConfig, asked: dict[str, Any]
+) -> Iterator[None]:
+    """Let DeepSpeed swap to a folder of this process, by reads and writes that are checked."""
+    if folder is None:
+        yield
+        return
+    for part in asked["zero_optimization"].values():
+        if isinstance(part, dict) and "nvme_path" in part:
+            part["nvme_path"] = folder.path
+    with checked_io(config.nvme_path):
+        yield
 
 
 def _initialised(

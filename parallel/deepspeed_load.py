@@ -22,6 +22,7 @@ import torch
 from torch.utils.cpp_extension import _get_build_directory
 
 from parallel.errors import ConfigError
+from parallel.zero_drive import remove_abandoned
 
 log = logging.getLogger(__name__)
 RELEASE = "0.19.8"
@@ -62,7 +63,7 @@ def load_deepspeed(device: torch.device) -> ModuleType:
 
 
 def need_nvme(path: str) -> None:
-    """Refuse NVMe where it cannot work.
+    """Refuse NVMe where it cannot work; what killed runs left on the drive goes.
 
     Raises:
         ConfigError: the folder cannot be written, or DeepSpeed cannot build its reader.
@@ -78,20 +79,34 @@ def need_nvme(path: str) -> None:
             f"engine.nvme_path={path}: DeepSpeed reads NVMe by libaio, which is not installed"
             " (Debian: libaio-dev); or say engine.offload_optimizer=cpu"
         )
+    remove_abandoned(path)
 
 
-def build_extension(device: torch.device) -> None:
-    """Build what DeepSpeed compiles for a CPU, one process at a time; later starts find it built.
+def build_extensions(device: torch.device, nvme: bool) -> None:
+    """Build what DeepSpeed compiles, one process at a time; later starts find it built.
+
+    Args:
+        device: a CPU needs an extension for its collectives.
+        nvme: those that read and write a drive, too.
 
     Raises:
         ConfigError: somebody else's lock is in the way.
     """
-    if device.type != "cpu":
-        return
-    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder  # noqa: PLC0415  an extra
+    if device.type == "cpu":
+        from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder  # noqa: PLC0415  an extra
 
-    folder = Path(_get_build_directory(_EXTENSION, verbose=False))
-    build_under_lock(folder, lambda: ShareMemCommBuilder().load(verbose=False))
+        _build(_EXTENSION, ShareMemCommBuilder())
+    if nvme:
+        from deepspeed.ops import op_builder  # noqa: PLC0415  an extra
+
+        builders: Any = op_builder  # its import makes their names
+        for builder in (builders.PinMemoryBuilder(), builders.AsyncIOBuilder()):
+            _build(builder.name, builder)
+
+
+def _build(name: str, builder: Any) -> None:
+    folder = Path(_get_build_directory(name, verbose=False))
+    build_under_lock(folder, lambda: builder.load(verbose=False))
 
 
 def build_under_lock(folder: Path, build: Callable[[], object]) -> None:

@@ -120,6 +120,11 @@ def _check(own: Mapping[str, Any], engine: EngineConfig, rows: int, grad_clip: f
                 )
         elif key == "zero_optimization":
             _check_zero(value, engine)
+        elif key == "aio" and isinstance(value, Mapping) and value.get("use_gds"):
+            raise ConfigError(
+                f"engine.config={path} says aio.use_gds={value['use_gds']}, which would read past"
+                " the check of what was written: take it out"
+            )
         elif key not in TOLD:
             raise ConfigError(f"engine.config={path} says {key}, which this engine does not use")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -102,106 +102,22 @@ class FlatAdamW(torch.optim.Optimizer):
         )  # fmt: skip
 
 
-class Partitions:
-    """Whole tensors of a model that DeepSpeed keeps in pieces. Every method is collective.
+class Masters(Protocol):
+    """Where :class:`ZeroMuon` reads gradients and sets masters: ``zero_partitions.Partitions``."""
 
-    Args:
-        zero: DeepSpeed's ZeRO optimizer.
-        stage: 1, 2 or 3.
-        parameters: by name.
-        client: what it steps.
-    """
-
-    def __init__(
-        self, zero: Any, stage: int, parameters: Mapping[str, Parameter], client: FlatAdamW
-    ) -> None:
-        import deepspeed  # noqa: PLC0415  an extra
-
-        self._zero, self._stage, self._utils = zero, stage, deepspeed.utils
-        self._gathered = deepspeed.zero.GatheredParameters
-        self._parameters = dict(parameters)
-        self.client = client
-        for flat, group in self._flats():
-            if client.param_groups[group]["owner"] == Owner.adamw.value:
-                client.moments(flat)
-        if stage < 3:
-            zero._lazy_init_hp_params_optimizer_state()
-
-    def _flats(self) -> Iterable[tuple[Tensor, int]]:
-        """Each flat fp32 shard that lies here, and the group it is of."""
-        if self._stage < 3:
-            return [(flat, i) for i, flat in enumerate(self._zero.single_partition_of_fp32_groups)]
-        groups = self._zero.sub_group_to_group_id
-        return [(f, groups[i]) for i, f in enumerate(self._zero.fp32_partitioned_groups_flat)]
+    client: FlatAdamW
 
     def gradient(self, name: str) -> Tensor:
-        """The reduced gradient, as DeepSpeed has it; between the backward pass and its step."""
-        gradient = self._utils.safe_get_full_grad(self._parameters[name])
-        assert gradient is not None, f"DeepSpeed holds no gradient of {name}"
-        return gradient.detach()
-
-    def set_gradient(self, name: str, value: Tensor) -> None:
-        """Replace a reduced gradient."""
-        parameter = self._parameters[name]
-        if self._stage < 3:
-            self._utils.safe_set_full_grad(parameter, value)
-        else:
-            self._utils.safe_set_local_grad(parameter, self._own(parameter, value))
+        """The whole reduced gradient."""
+        ...
 
     def master(self, name: str) -> Tensor:
-        """A copy of the fp32 master."""
-        return self._got(self._utils.safe_get_full_fp32_param(self._parameters[name]), name)
+        """A whole copy of the fp32 master."""
+        ...
 
     def set_master(self, name: str, value: Tensor) -> None:
-        """Set the fp32 master; the model reads it after DeepSpeed's next step."""
-        parameter = self._parameters[name]
-        if self._stage < 3:
-            self._utils.safe_set_full_fp32_param(parameter, value)
-        else:
-            self._utils.safe_set_local_fp32_param(parameter, self._own(parameter, value))
-
-    def moment(self, name: str, key: str) -> Tensor:
-        """A copy of a moment of AdamW."""
-        get = self._utils.safe_get_full_optimizer_state
-        return self._got(get(self._parameters[name], key), name)
-
-    def set_moment(self, name: str, key: str, value: Tensor) -> None:
-        """Set a moment of AdamW."""
-        parameter = self._parameters[name]
-        if self._stage < 3:
-            self._utils.safe_set_full_optimizer_state(parameter, value, key)
-        else:
-            part = self._own(parameter, value)
-            self._utils.safe_set_local_optimizer_state(parameter, part, key)
-
-    @staticmethod
-    def _own(parameter: Any, value: Tensor) -> Tensor:
-        """This rank's part of a value: ZeRO 3's own setters fail where the ranks do not divide."""
-        size, rank = parameter.partition_numel(), dist.get_rank()
-        flat = value.reshape(-1)
-        padded = torch.nn.functional.pad(flat, (0, size * dist.get_world_size() - flat.numel()))
-        return padded[rank * size : (rank + 1) * size]
-
-    def live(self, name: str) -> Tensor:
-        """The weight that the next forward pass reads."""
-        parameter = self._parameters[name]
-        if self._stage < 3:
-            return parameter.detach()
-        with self._gathered([parameter]):
-            return parameter.detach().clone()
-
-    def renew_live(self) -> None:
-        """Let the model read the masters as they are now."""
-        if self._stage < 3:
-            self._zero.update_lp_params()
-        else:
-            for group in range(len(self._zero.fp16_groups)):
-                self._zero._reassign_or_swap_out_partitioned_parameters(group)
-
-    @staticmethod
-    def _got(tensor: Tensor | None, name: str) -> Tensor:
-        assert tensor is not None, f"DeepSpeed does not hold {name}"
-        return tensor.detach()
+        """Set the fp32 master."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -243,7 +159,7 @@ class ZeroMuon:
         self,
         table: Sequence[ParamRecord],
         config: MuonConfig,
-        partitions: Partitions,
+        partitions: Masters,
         group: dist.ProcessGroup,
         device: torch.device,
         home: torch.device,

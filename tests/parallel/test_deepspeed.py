@@ -27,17 +27,18 @@ from tests.parallel.ranks import CPU, OPTIM, SEQ_LEN, alone, forward_backward, w
 from train.checkpoint.reader import load_each
 
 ROWS = 8
+LINEAR = torch.nn.functional.linear
 EPS = torch.finfo(torch.float32).eps
 CASES = list(itertools.product((1, 2, 3), (OffloadTo.none, OffloadTo.cpu)))
 
 
-def zero(stage, offload, size="small", micro=2, checkpoint="none"):
+def zero(stage, offload, size="small", micro=2, checkpoint="none", engine=None, **changes):
     """The engine of this rank for the model of :func:`alone`."""
-    model = (small_model if size == "small" else tiny_model)()
+    model = (small_model if size == "small" else tiny_model)(**changes)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     table = build_table(shapes, OPTIM, model.config.split_counts)
     mesh = build_mesh(ParallelConfig(dp_shard=torch.distributed.get_world_size()), "cpu")
-    config = EngineConfig(EngineName.deepspeed, stage, offload)
+    config = engine or EngineConfig(EngineName.deepspeed, stage, offload)
     checkpoint_blocks(model, checkpoint)
     return DeepSpeedEngine(model, table, OPTIM, config, CPU, mesh, micro)
 
@@ -57,6 +58,7 @@ def compare(rank, world, cases, size, micro, checkpoint):
         rows = random_rows(ROWS, seq_len, reference.model.config.vocab_size)
         compare_step(engine, reference, rows, micro)
         compare_engines(engine, reference, rows, micro)
+        assert torch.nn.functional.linear is LINEAR  # the release would replace it
 
 
 def compare_step(engine, reference, rows, micro):
@@ -112,10 +114,6 @@ def compare_engines(engine, reference, rows, micro):
     assert all(torch.equal(tensor, after[name]) for name, tensor in back.items())
 
 
-def test_zero_trains_as_one_process():
-    run_distributed(compare, 2, CASES, "small", 2, "none")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("world", "cases", "size", "checkpoint"),
@@ -151,10 +149,6 @@ def planted(rank, world):
     assert "layers.0.attn.wq_a.weight" in engine.stale()
 
 
-def test_planted_faults_of_the_release_are_named():
-    run_distributed(planted, 2)
-
-
 def saves(rank, world, folder):
     """What a user of DeepSpeed has: its own checkpoint folder, and config.json."""
     os.environ["LOCAL_RANK"] = str(rank)
@@ -174,23 +168,32 @@ def saves(rank, world, folder):
 
 def imported(folder):
     """In a process of its own: DeepSpeed's import warns, which pytest takes for an error."""
+    commands = [
+        [str(folder / name) for name in (f"zero{stage}", f"zero{stage}.json", f"imported{stage}")]
+        for stage in (2, 3)
+    ]
+    lines = (
+        f"import sys\nfrom scripts.import_deepspeed import main\n"
+        f"sys.exit(any([main(c) for c in {commands}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
     for stage in (2, 3):
-        target = folder / f"imported{stage}"
-        args = [f"zero{stage}", f"zero{stage}.json", f"imported{stage}"]
-        words = [
-            sys.executable,
-            "-m",
-            "scripts",
-            "import_deepspeed",
-            *(str(folder / a) for a in args),
-        ]
-        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
         expected = torch.load(folder / f"zero{stage}.pt")
-        found = dict(load_each(next((target / "checkpoints").iterdir()), list(expected)))
+        checkpoint = next((folder / f"imported{stage}" / "checkpoints").iterdir())
+        found = dict(load_each(checkpoint, list(expected)))
         assert [n for n, tensor in expected.items() if not torch.equal(tensor, found[n])] == []
 
 
-def test_checkpoint_of_deepspeed_itself_is_imported(tmp_path):
-    run_distributed(saves, 2, tmp_path)
+def two_ranks(rank, world, folder):
+    compare(rank, world, CASES, "small", 2, "none")
+    planted(rank, world)
+    saves(rank, world, folder)
+
+
+def test_zero_trains_as_one_process_names_faults_and_is_imported(tmp_path):
+    """In one world: faults of the release are planted, its own checkpoints imported."""
+    run_distributed(two_ranks, 2, tmp_path)
     imported(tmp_path)

@@ -48,6 +48,7 @@ def test_file_that_agrees_is_taken_with_all_that_it_tunes(tmp_path):
         ({"scheduler": {}}, "says scheduler"),
         ({"train_batch_size": 8}, "take it out or say auto"),
         ({"gradient_accumulation_steps": 2}, "take it out or say auto"),
+        ({"aio": {"use_gds": True}}, "aio.use_gds=True, which would read past the check"),
         ({"prescale_gradients": True}, "says prescale_gradients, which this engine does not use"),
         ({"zero_optimization": {"stage": 3}}, "stage=3, but engine.zero_stage=2"),
         ({"zero_optimization": 2}, "zero_optimization=2 is no object"),
@@ -64,6 +65,13 @@ def test_file_that_agrees_is_taken_with_all_that_it_tunes(tmp_path):
 def test_file_that_differs_or_would_be_ignored_is_refused(tmp_path, own, line):
     with pytest.raises(ConfigError, match=re.escape(line)):
         told(tmp_path, own)
+
+
+def test_release_is_told_what_its_own_defaults_would_do():
+    """Else it takes another F.linear for the whole process, and 2 GB of buckets."""
+    zero = deepspeed_config(EngineConfig(EngineName.deepspeed), 2, 1.0, False)["zero_optimization"]
+    assert zero["memory_efficient_linear"] is False
+    assert zero["reduce_bucket_size"] < 10**8
 
 
 def test_file_that_is_none_is_named(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 PCIE_BYTES_PER_SECOND = 32e9  # PCIe 4.0 x16, one direction, nominal
+# DeepSpeed's own: pinned buffers between drive and host, each for the largest group of values.
+_BUFFERS, _SUB_GROUP = 5, 1e9
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,9 @@ def rest_of_zero(optimizer: str, parameters: str, here: Values, ranks: int) -> R
     """What DeepSpeed keeps on the host and on NVMe.
 
     Masters, gradients and AdamW's moments rest with the optimizer, Muon's momentum on the host
-    beside it. A step brings whole gradients down and new weights up; of Muon's matrices masters and
-    momentum come up and go down once more.
+    beside it. What goes to NVMe passes through buffers of the largest flat group each. A step
+    brings whole gradients down and new weights up; of Muon's matrices masters and momentum come up
+    and go down once more.
 
     Args:
         optimizer: ``engine.offload_optimizer``.
@@ -96,7 +99,9 @@ def rest_of_zero(optimizer: str, parameters: str, here: Values, ranks: int) -> R
     host = disk = traffic = 0.0
     if optimizer != "none":
         host, traffic = momentum, 4 * here.all / ranks + 2 * momentum
-        disk, host = (masters, host) if optimizer == "nvme" else (0.0, host + masters)
+        group = min(max(here.muon, here.adamw), _SUB_GROUP)
+        buffers = _BUFFERS * 4 * group / ranks
+        disk, host = (masters, host + buffers) if optimizer == "nvme" else (0.0, host + masters)
     if parameters != "none":
         traffic += 2 * weights
         disk, host = (disk + weights, host) if parameters == "nvme" else (disk, host + weights)

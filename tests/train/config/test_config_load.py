@@ -109,6 +109,8 @@ def test_engine_of_an_older_record_is_the_one_of_its_name():
         (["engine.offload_optimizer=nvme"], "engine.offload_optimizer=nvme needs"),
         (["parallel.offload=optimizer"], "say engine=torch, or engine=deepspeed_zero2_offload"),
         (["engine.nvme_path=x"], "engine.nvme_path='x', but"),
+        (["engine.zero_stage=3", "engine.offload_optimizer=nvme", "engine.nvme_path=x",
+          "engine.own_checkpoints=true"], "writes the swap files of"),
         (["engine=torch", "engine.zero_stage=3"], "engine.zero_stage=3 needs engine=deepspeed"),
     ],
 )  # fmt: skip
