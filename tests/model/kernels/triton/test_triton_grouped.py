@@ -10,7 +10,7 @@ from model.kernels import gather
 from model.kernels.triton import grouped
 from model.linear import block_linear_loop, linear_op
 from model.moe.dispatch import LocalDispatcher
-from tests.model.kernels.triton.checks import ROUNDING, check, gradients
+from tests.model.kernels.triton.checks import ROUNDING, check, gradients, poisoned, shuffled
 
 DTYPES = list(ROUNDING)
 
@@ -84,11 +84,12 @@ def test_moves_are_the_references(dtype, T, K, C):
     )
     for name, tensors, rest in cases:
         results = []
-        for module in (gather, grouped):
+        for seed, module in enumerate((gather, grouped)):
             leaves = [t.clone().requires_grad_() for t in tensors]
-            out = getattr(module, name)(*leaves, *rest)
-            out = out if isinstance(out, tuple) else (out,)
-            torch.autograd.backward(out, [torch.ones_like(o).cumsum(0) for o in out])
+            with poisoned(), shuffled(seed):
+                out = getattr(module, name)(*leaves, *rest)
+                out = out if isinstance(out, tuple) else (out,)
+                torch.autograd.backward(out, [torch.ones_like(o).cumsum(0) for o in out])
             results.append([*out, *(leaf.grad for leaf in leaves)])
         for theirs, ours in zip(*results, strict=True):
             assert ours.dtype == theirs.dtype

@@ -148,6 +148,12 @@ def test_choice_is_the_reference(monkeypatch, topk, chunk):
     assert torch.equal(got.sort(-1).values, want.sort(-1).values)
 
 
+def test_choice_of_one_token():
+    rows = packed(1, ratio=1)
+    got = indexer.index_topk(indexer_inputs(rows, 3, 20), rows.first_BT, rows.stop_BT, 4)
+    assert got.flatten().tolist() == [0]
+
+
 def test_equal_scores_go_to_the_lower_entry():
     """Scores of 2, 0 and -0: the last two are equal."""
     rows = packed(8, ratio=1)

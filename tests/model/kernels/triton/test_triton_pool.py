@@ -35,6 +35,18 @@ def test_pool_is_the_reference(ratio, K, overlap):
     check(ours, of(plain, ratio, overlap)[0], inputs, grads)
 
 
+def test_pool_of_one_token_and_of_tiny_values():
+    plan = build_sequence_plan(torch.tensor([[0]]), (1,)).compressed[1]
+
+    def run(module):
+        return lambda k, z, ape: module.pool_entries(
+            k, z, ape, plan.overlapping, plan.has_previous_BL, True, k.dtype
+        )
+
+    inputs = [torch.randn(1, 1, 12) * 1e-4, torch.randn(1, 1, 12) * 1e-4, torch.randn(1, 12)]
+    check(run(pool), run(plain), inputs, [torch.randn(1, 1, 6)])
+
+
 def test_tokens_that_serve_no_entry_have_no_gradient():
     inputs = [torch.randn(2, 29, 8), torch.randn(2, 29, 8), torch.randn(4, 8)]
     _, (grad, *_) = gradients(of(pool, 4, True)[0], inputs, [torch.randn(2, 7, 4)])

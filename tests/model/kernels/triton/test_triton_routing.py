@@ -64,6 +64,15 @@ def test_order_is_the_reference(N, E, K):
     assert got.offsets_E.dtype == torch.int32
 
 
+def test_balance_of_one_token():
+    plan, index = build_sequence_plan(torch.tensor([[0]]), ()), torch.tensor([[2, 0]])
+
+    def of(module):
+        return lambda s: module.load_and_balance(index, s, plan, WholeRows(), balance=True)[1]
+
+    check(of(routing), of(plain), [torch.rand(1, 3)], [torch.tensor(0.7)])
+
+
 @pytest.mark.parametrize("balance", [True, False])
 def test_load_and_balance_are_the_references(balance):
     ids = torch.tensor([[0] * 31 + [1] * 50 + [-1] * 15, [2] * 95 + [3]])

@@ -15,16 +15,19 @@ from tests.helpers import random_rows, relative, small_model
 RATE = 0.05
 
 
-def two_steps(phase, kernels):
-    """Totals and KLs of two steps of plain descent on packed rows; what they changed, by name."""
-    model = small_model(kernels=kernels)
+def descent(phase, steps, kernels):
+    """Totals and KLs of some steps of plain descent; what they changed, by name.
+
+    Documents of 13 and 4 tokens: 3 entries, of which the indexer leaves one out, and 1.
+    """
+    model = small_model(kernels=kernels, index_topk=2, hc_sinkhorn_iters=3)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    rows = random_rows(1, 22, 128)
+    rows = random_rows(1, 17, 128, seed=4)
     objective = Objective(
         rows.counts.targets_K, rows.counts.tokens, indexer_weight=1.0, indexer_phase=phase
     )
     values = []
-    for _ in range(2):
+    for _ in range(steps):
         batch = rows.whole
         out = model(batch.input_ids_BT, batch.document_ids_BT, batch.labels_BTK, objective)
         model.zero_grad()
@@ -38,10 +41,10 @@ def two_steps(phase, kernels):
 
 
 def test_two_steps_are_those_of_the_reference():
-    for phase in (IndexerPhase.sparse, IndexerPhase.full):
-        want, moved = two_steps(phase, Kernels.reference)
+    for phase, steps in ((IndexerPhase.sparse, 2), (IndexerPhase.full, 1)):
+        want, moved = descent(phase, steps, Kernels.reference)
         with counted() as launches:
-            got, ours = two_steps(phase, Kernels.triton)
+            got, ours = descent(phase, steps, Kernels.triton)
         assert want[1] > 0
         assert len(launches) >= 25  # kernels
         for a, b in zip(got, want, strict=True):
