@@ -30,10 +30,11 @@ from optim.groups import Owner, ParamRecord, build_table
 from optim.muon import update_scale
 from parallel.collectives import local
 from parallel.engine import Shares, Update
-from parallel.pieces import largest_of, rows_of, total_of
+from parallel.pieces import largest_of, norms_of, rows_of, total_of
 from parallel.pipeline import Pipeline
 from parallel.pipeline_split import splits_backward
 from quant.config import ExpertFormat
+from train.audit.orthogonal import largest_singular_value, most_asked_for
 from train.audit.seam_watch import SeamReading
 from train.config.schema import ActivationCheckpoint, RunConfig
 from train.errors import UserError
@@ -42,9 +43,13 @@ from train.step import StepPlan
 # Share that U - U U^T U has of the energy of U: (1 - s^2)^2 for a singular value s. Five steps of
 # Newton-Schulz leave s in 0.7 .. 1.2, which gives 0.26 at most; 0.5 and 1.5 give 0.56 and 1.6.
 _FLAT = 0.5
+# Of the largest singular value: 0.02 for products in bf16 (a few roundings of 2^-9), 0.04 for the
+# rounding of W, whose elements are _LOST_DIGITS of the update's at most and independent.
+_LOUD = 0.06
 JUDGED_BYTES = 1 << 29  # of weights on a rank, up to which the form of every update is judged
 _LOST_DIGITS = 0.02  # rounding of W beside its update, above which an update cannot be judged
 _EPS = torch.finfo(torch.float32).eps
+_LOST_MOMENTUM = 0.02  # of its norm; bf16 storage rounds by 2^-9
 _LEAST_SQUARE = 1e-35  # fp32 and bf16 lose digits below 1e-38
 _CHUNK = 1 << 22  # elements compared at once, in float64
 
@@ -203,6 +208,23 @@ def algorithm(e: Evidence) -> Iterator[str]:
             yield from UPDATES[e.records[name].owner].form(e, name, e.weights[name])
 
 
+def momentum(e: Evidence) -> Iterator[str]:
+    """``M <- mu M + G`` from zero leaves the clipped gradient: seen at a run's first step."""
+    if not e.applied or e.step.number != 1:
+        return
+    clip = e.run.optim.grad_clip
+    scale = min(1.0, clip / e.update.grad_norm) if clip > 0 else 1.0
+    for name in sorted(e.trained):
+        if e.records[name].owner is Owner.muon and e.has_gradient(name):
+            got = float(norms_of(e.optimizer_after[name]["momentum"], False).norm())
+            asked = scale * float(e.grad_norms[name].double().norm())
+            if not abs(got - asked) <= _LOST_MOMENTUM * asked:
+                yield (
+                    f"{name}: the first step leaves {got / asked:.3g} times its clipped gradient as"
+                    " momentum, but muon adds it up whole"
+                )
+
+
 def live(e: Evidence) -> Iterator[str]:
     """The next forward pass reads what the update set."""
     for name in e.stale:
@@ -259,6 +281,12 @@ def _muon_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
         yield (
             f"{name}: muon was asked for, but {off:.2g} of the update's energy is off an orthogonal"
             f" matrix (at most {_FLAT})"
+        )
+    most, asked = largest_singular_value(update), most_asked_for(e.run.optim.muon)
+    if not most <= asked + _LOUD:
+        yield (
+            f"{name}: the update's largest singular value is {most:.3g}, but the iterations of"
+            f" optim.muon.newton_schulz leave {asked:.3g} at most"
         )
 
 
@@ -533,6 +561,7 @@ BEFORE_UPDATE: dict[str, Check] = {
 AFTER_UPDATE: dict[str, Check] = {
     "frozen": frozen,
     "owner": owner,
+    "momentum": momentum,
     "algorithm": algorithm,
     "live": live,
     "bias": bias,
