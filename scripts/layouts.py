@@ -16,7 +16,8 @@ balance loss and bias, Muon, packed documents. Columns (bounds in brackets):
   order      rows of every step [the same]
   loss       losses of step 1, relative [1e-6]
   gradient   farthest gradient of step 1, relative Frobenius; where fp32 itself moves it more (one
-             process against float64), a third of the distance in units of that [1e-5]
+             process against float64, in the order of its rows that is farthest), a third of the
+             distance in units of that [1e-5]
   raw        farthest gradient without this allowance, for information
   update     farthest Muon or AdamW update from identical gradients, relative [1e-6]
   replayed   largest relative distance of the loss in all steps, choices of gates and indexers

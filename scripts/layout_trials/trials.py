@@ -330,7 +330,8 @@ class Reference:
         rows: row keys of every step.
         losses: of every step.
         grads: of the first step, fp32.
-        rounding: norm of what fp32 changes in each of them, against float64.
+        rounding: norm of what fp32 changes in each of them, against float64: the largest of the
+            orders of rows that were tried. One alone may be near by chance, of a scalar above all.
         updated: weights after one update from ``grads``.
         end: weights after all steps.
         choices: of gates and indexers, with which ``end`` came about.
@@ -369,8 +370,13 @@ def reference(run: RunConfig, count: int, orders: int) -> Reference:
     bench = build_bench(run, alone=True)
     set_gradients(bench.engine, watch.first)
     bench.engine.optimizer_step(run.optim.lr, finite=True)
+    plain, fp32, chosen = run, watch.first, choices[:1]
+    if run.quant.active:  # its casts take no float64
+        plain = replace(run, quant=QuantConfig())
+        fp32, chosen = _first_gradients(plain)
+    exact = exact_gradients(plain, chosen)
     out = Reference(
-        start, watch.rows, losses, watch.first, rounding(run, watch.first, choices),
+        start, watch.rows, losses, watch.first, _distances(fp32, exact),
         weights(bench.engine), end, choices, {"losses": [], "weights": []},
         run.quant.active,
     )  # fmt: skip
@@ -381,36 +387,53 @@ def reference(run: RunConfig, count: int, orders: int) -> Reference:
         for found in pool.map(_reordered, range(orders), *map(repeat, (run, count, out))):
             for name, values in out.noise.items():
                 values.append(found[name])
+        given = map(repeat, (plain, exact, chosen))
+        for moved in pool.map(_reordered_rounding, range(orders), *given):
+            out.rounding = {n: max(norm, moved[n]) for n, norm in out.rounding.items()}
     return out
 
 
 def _reordered(seed: int, run: RunConfig, count: int, ref: Reference) -> dict[str, float]:
     """Distance of one process from itself with its rows in another order, 1, 2 or 4 at once."""
+    bench, order = _in_another_order(seed, run)
+    return from_reference(ref, steps(bench, count, order), weights(bench.engine))
+
+
+def _reordered_rounding(
+    seed: int, run: RunConfig, exact: Tensors, choices: Choices
+) -> dict[str, float]:
+    """How far the same orders leave each gradient of the first step from float64."""
+    (bench, order), watch = _in_another_order(seed, run), Watch(grads=True)
+    with replaying(bench.engine, choices):
+        steps(bench, 1, order, watch)
+    return _distances(watch.first, exact)
+
+
+def _in_another_order(seed: int, run: RunConfig) -> tuple[Bench, list[int]]:
     torch.set_num_threads(1)
     rows = run.train.global_batch_tokens // run.train.seq_len
     micro = min(rows, 2 ** (seed % 3))
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
-    bench = build_bench(replace(run, train=replace(run.train, micro_batch_size=micro)), alone=True)
-    return from_reference(ref, steps(bench, count, order), weights(bench.engine))
+    train = replace(run.train, micro_batch_size=micro)
+    return build_bench(replace(run, train=train), alone=True), order
 
 
-def rounding(run: RunConfig, grads: Tensors, choices: Choices) -> dict[str, float]:
-    """How far each fp32 gradient of the first step is from float64, with equal choices.
+def _first_gradients(run: RunConfig) -> tuple[Tensors, Choices]:
+    """Of the first step of one process, and what it chose."""
+    bench, watch, choices = build_bench(run, alone=True), Watch(grads=True), []
+    assert isinstance(bench.engine.model, DeepSeekV4)
+    with recording(bench.engine.model, choices, run.train.global_batch_tokens // run.train.seq_len):
+        steps(bench, 1, watch=watch)
+    return watch.first, choices
+
+
+def exact_gradients(run: RunConfig, choices: Choices) -> Tensors:
+    """The gradients of the first step in float64, with equal choices.
 
     Some gradients are differences of equal numbers: in a fresh model the streams are nearly
     parallel and the norm after hc_head is blind to their length, so the gradient of hc_head is
     1e-9 of the global norm and has no digit that fp32 could hold.
-
-    Of a quantised run it is measured without quantisation, whose casts take no float64.
     """
-    if run.quant.active:
-        run, choices, watch = replace(run, quant=QuantConfig()), [], Watch(grads=True)
-        bench = build_bench(run, alone=True)
-        assert isinstance(bench.engine.model, DeepSeekV4)
-        num_rows = run.train.global_batch_tokens // run.train.seq_len
-        with recording(bench.engine.model, choices, num_rows):
-            steps(bench, 1, watch=watch)
-        grads = watch.first
     model = replace(run.model, kernels="reference")
     bench = build_bench(replace(run, model=model), alone=True)
     exact = bench.engine.model
@@ -421,10 +444,13 @@ def rounding(run: RunConfig, grads: Tensors, choices: Choices) -> dict[str, floa
     bench.phase.enter(step)
     rows = bench.loader.plan(step.num_rows, step.stage.seq_len)
     batches = microbatches(rows, step.num_rows, step.stage.micro_batch_size)
-    with replaying(bench.engine, choices[:1]):
+    with replaying(bench.engine, choices):
         bench.engine.forward_backward(batches, objective_of(step, rows.counts))
-    exactly = gradients(bench.engine)
-    return {name: _norm(grad - exactly[name]) for name, grad in grads.items()}
+    return gradients(bench.engine)
+
+
+def _distances(grads: Tensors, exact: Tensors) -> dict[str, float]:
+    return {name: _norm(grad - exact[name]) for name, grad in grads.items()}
 
 
 # ---- the trials ----------------------------------------------------------------------------------
