@@ -120,11 +120,13 @@ def _matmul_results(config: ModelConfig, kind: LayerKind, compute_bytes: int) ->
 def gathered_entry_bytes(
     config: ModelConfig, kind: LayerKind, ratio: int, compute_bytes: int
 ) -> float:
-    """Bytes of all shards' entries and indexer keys that one block keeps, a token of whole rows.
+    """Bytes of all shards' entries, keys of a dense layer or of an indexer, a token of whole rows.
 
     Under context parallelism every rank holds them, of however many shards; they are the one part
     of a block's memory that does not fall with their number.
     """
+    if kind is LayerKind.dense:  # the keys of all tokens before, on the last rank of all tokens
+        return float(compute_bytes * config.head_dim)
     if kind not in (LayerKind.csa, LayerKind.hca):
         return 0.0
     dim = config.head_dim + (config.index_head_dim if kind is LayerKind.csa else 0)

@@ -413,6 +413,7 @@ class KVCache:
             valid_BT=valid_BT,
             position_BT=position_BT,
             start_BT=start_BT,
+            row_start_BT=start_BT,
             document_BT=torch.arange(len(counts), device=self.device)[:, None].expand(-1, width),
             length_BT=(length_B1 + count_B1).expand(-1, width),
             num_documents=len(counts),

@@ -172,6 +172,7 @@ class SequencePlan:
         start_BT: int32; row of the document's first token among the tokens here and those of the
             window before; 0 where it lies still before; for padding one past the token (sees
             nothing).
+        row_start_BT: int32; the same in the whole row, however far before.
         document_BT: number of the document in the batch, 0 .. num_documents - 1; padding runs are
             counted too.
         length_BT: tokens of the document that holds t, wherever they are.
@@ -184,6 +185,7 @@ class SequencePlan:
     valid_BT: Tensor
     position_BT: Tensor
     start_BT: Tensor
+    row_start_BT: Tensor
     document_BT: Tensor
     length_BT: Tensor
     num_documents: int
@@ -248,6 +250,7 @@ def build_sequence_plan(
         valid_BT=valid_BT[:, here],
         position_BT=torch.where(valid_BT, row_T - run_start_BT, 0)[:, here],
         start_BT=(start_BT - first_key).clamp(min=0).int(),
+        row_start_BT=start_BT.int(),
         document_BT=document_BT[:, here],
         length_BT=lengths[document_BT[:, here]],
         num_documents=num_documents,

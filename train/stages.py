@@ -228,7 +228,7 @@ def check_contexts(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> N
 
 def _context_problems(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> Iterator[str]:
     kinds = [run.model.kind(layer) for layer in range(run.model.num_hidden_layers)]
-    whole = next((i for i, k in enumerate(kinds) if k in (LayerKind.dense, LayerKind.mha)), None)
+    whole = next((i for i, k in enumerate(kinds) if k is LayerKind.mha), None)
     for index, stage in enumerate(plan.reached()):
         before = ""
         if steps := plan.step_at(stage.start_tokens):

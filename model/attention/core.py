@@ -73,19 +73,23 @@ class WindowAttention(nn.Module):
                 context.past.attend(self, u_BTD, q_latent_BTQ, q_BTHK, kv_BTK), rope
             ), {}
         # What other ranks hold is asked for before the work that needs none of it.
-        window_keys = context.kv_exchange.tokens_before(self.window - 1, kv_BTK)
+        window, start_BT = self.reach(context)
+        window_keys = context.kv_exchange.tokens_before(window - 1, kv_BTK)
         coming = self.begin_entries(u_BTD, context)
         q_BTHK = self.queries(q_latent_BTQ)
         coming.pool(q_latent_BTQ)
         q_BTHK = self.turned(q_BTHK, rope)
         entries, finish = coming.take()
-        window = u_BTD.shape[1] if self.kind is LayerKind.dense else self.window
         (kv_BUK,) = window_keys.wait()
-        result = self._attention(
-            q_BTHK, kv_BUK, self.attn_sink, context.plan.start_BT, window, entries
-        )
+        result = self._attention(q_BTHK, kv_BUK, self.attn_sink, start_BT, window, entries)
         aux = finish(q_BTHK, result) if finish is not None else {}
         return self.output(result.o_BTHK, rope), aux
+
+    def reach(self, context: ForwardContext) -> tuple[int, Tensor]:
+        """Tokens of the window, and where documents begin among its keys; dense: of whole rows."""
+        if self.kind is LayerKind.dense:
+            return context.plan.row_tokens, context.plan.row_start_BT
+        return self.window, context.plan.start_BT
 
     def queries(self, q_latent_BTQ: Tensor) -> Tensor:
         """Queries [B, T, H, K], neither normalised nor rotated."""
