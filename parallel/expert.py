@@ -65,9 +65,11 @@ class AllToAllDispatcher:
         count_PL = local.offsets_E.diff(prepend=local.offsets_E.new_zeros(1)).view(self._ranks, -1)
         received_PL = torch.empty_like(count_PL)
         dist.all_to_all_single(received_PL, count_PL, group=self._group)
-        sent, received = count_PL.sum(1).tolist(), received_PL.sum(1).tolist()
+        sent, received = self.splits(count_PL, received_PL)
         expert_L = torch.arange(count_PL.shape[1], device=x_ND.device)
-        expert_Q = expert_L.repeat(self._ranks).repeat_interleave(received_PL.flatten())
+        expert_Q = expert_L.repeat(self._ranks).repeat_interleave(
+            received_PL.flatten(), output_size=sum(received)
+        )
         order_Q = expert_Q.argsort(stable=True)
         place_Q = torch.empty_like(order_Q)
         place_Q[order_Q] = torch.arange(len(order_Q), device=x_ND.device)
@@ -79,6 +81,10 @@ class AllToAllDispatcher:
             offsets_E=received_PL.sum(0).cumsum(0).to(torch.int32),
             state=_Route(local, sent, received, order_Q, place_Q),
         )
+
+    def splits(self, count_PL: Tensor, received_PL: Tensor) -> tuple[list[int], list[int]]:
+        """Rows sent to each rank and received from it: the one thing that is read on the host."""
+        return count_PL.sum(1).tolist(), received_PL.sum(1).tolist()
 
     def combine(
         self, rows_RD: Tensor, dispatched: Dispatched, plus_ND: Tensor | None, dtype: torch.dtype
