@@ -4,11 +4,11 @@
     python scripts/bench.py context --model v4_nano --tokens 131072 --activation_checkpoint block
 
 One row, gloo processes of this machine, one training step in fp32: forward, backward, update. A
-process counts what its resident memory has at the peak above what it had before, when weights,
-gradients and libraries were there. Of that the entries and indexer keys of all shards, which every
-rank holds, are known in closed form (``model/activation_memory.py``); the rest should fall as
-1 / cp. Processes give freed memory back at once (glibc's mmap threshold is held low): what a heap
-keeps is no need.
+process counts the tensors that the step makes and that are alive at once
+(``scripts/benchmarks/live_bytes.py``); weights and gradients were there before. Of that the entries
+and indexer keys of all shards, which every rank holds, are known in closed form
+(``model/activation_memory.py``); the rest should fall as 1 / cp. Beside it stands the peak of
+resident memory above what it was before: with what heaps keep, and what operators use inside.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from parallel.distributed import DistributedEngine
 from parallel.mesh import build_mesh, check_layout
 from parallel.sharded_model import build_sharded_model
 from scripts.benchmarks.child import memory_bytes
+from scripts.benchmarks.live_bytes import LiveBytes
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json
@@ -88,13 +89,15 @@ def on_rank(rank: int, cp: int, args: argparse.Namespace, folder: str) -> None:
 
     step(64 * cp)  # gradients and libraries are there from now on
     before, began = memory_bytes(CPU, "VmRSS"), time.perf_counter()
-    loss = step(args.tokens)
-    update = engine.optimizer_step(1e-3, math.isfinite(loss))
+    with LiveBytes() as live:
+        loss = step(args.tokens)
+        update = engine.optimizer_step(1e-3, math.isfinite(loss))
     took = {
         "loss": loss,
         "grad_norm": update.grad_norm,
         "applied": update.applied,
-        "bytes": memory_bytes(CPU, "VmHWM") - before,
+        "bytes": live.most,
+        "resident": memory_bytes(CPU, "VmHWM") - before,
         "seconds": time.perf_counter() - began,
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(took, allow_nan=False))
@@ -113,6 +116,7 @@ def measure(cp: int, args: argparse.Namespace) -> dict[str, Any]:
     most = max(one["bytes"] for one in found)
     return {
         "cp": cp, "bytes": most, "entry_bytes": round(entries), "rest": most - round(entries),
+        "resident": max(one["resident"] for one in found),
         "seconds": max(one["seconds"] for one in found), "loss": found[0]["loss"],
         "grad_norm": found[0]["grad_norm"],
     }  # fmt: skip
@@ -138,8 +142,8 @@ def main(words: Sequence[str] | None = None) -> int:
             raise UserError(f"--tokens {args.tokens} must be a multiple of --cp {cp}")
     print(f"{args.model}, one row of {args.tokens:,} tokens, documents of {args.document:,}, fp32,"
           f" train.activation_checkpoint={args.activation_checkpoint}")  # fmt: skip
-    print(f"{'cp':>3} {'MB a rank':>10} {'entries':>8} {'rest':>8} {'of 1/cp':>8} {'seconds':>8}"
-          f" {'loss':>12}")  # fmt: skip
+    print(f"{'cp':>3} {'MB a rank':>10} {'entries':>8} {'rest':>8} {'of 1/cp':>8} {'resident':>9}"
+          f" {'seconds':>8} {'loss':>12}")  # fmt: skip
     found: list[dict[str, Any]] = []
     for cp in args.cp:
         one = measure(cp, args)
@@ -147,8 +151,8 @@ def main(words: Sequence[str] | None = None) -> int:
         one["share"] = one["rest"] * cp / (first["rest"] * first["cp"])
         found.append(one)
         print(f"{cp:3} {one['bytes'] / 1e6:10,.0f} {one['entry_bytes'] / 1e6:8,.0f}"
-              f" {one['rest'] / 1e6:8,.0f} {one['share']:8.2f} {one['seconds']:8.1f}"
-              f" {one['loss']:12.7f}",
+              f" {one['rest'] / 1e6:8,.0f} {one['share']:8.2f} {one['resident'] / 1e6:9,.0f}"
+              f" {one['seconds']:8.1f} {one['loss']:12.7f}",
               flush=True)  # fmt: skip
     if args.json:
         write_json(
