@@ -33,6 +33,7 @@ BENCHMARKS = {
     "step_parts": "scripts.layout_trials.step_parts",
     "timeline": "scripts.layout_trials.timeline",
     "fake_ranks": "scripts.layout_trials.fake_ranks",
+    "fake_step": "scripts.layout_trials.fake_step",
 }
 
 

@@ -204,7 +204,9 @@ def main(words: Sequence[str] | None = None) -> int:
         f" {torch.__version__}: the real wrapped model and engine, no values, no other ranks.", "",
         "Bytes of an exchange are those of its whole operand on a rank: what an all-gather or an"
         " all-to-all gives, what a reduce-scatter takes. `closed form` is computed from the config"
-        " alone (`scripts/layout_trials/exchanges.py`).", "",
+        " alone (`scripts/layout_trials/exchange_forms.py`); of Muon it is the mean of the data"
+        " ranks, whose matrices are few and not alike. Not traced: the casts of quantisation, the"
+        " audit's copies, the runtime; the fit table counts the latter two.", "",
     ]  # fmt: skip
     for one in found:
         lines += one["lines"]
