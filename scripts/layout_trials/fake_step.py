@@ -120,9 +120,11 @@ def run_rank(
         )  # fmt: skip
         bf16 = run.train.precision is Precision.bf16
         model.compute_dtype = torch.bfloat16 if bf16 else torch.float32
-        engine = (PipelineEngine if layout.pp > 1 else DistributedEngine)(
-            model, optimizer, CPU, run.optim.grad_clip, mesh
-        )
+        clip = run.optim.grad_clip
+        if isinstance(model, ModelPart):
+            engine = PipelineEngine(model, optimizer, CPU, clip, mesh)
+        else:
+            engine = DistributedEngine(model, optimizer, CPU, clip, mesh)
         engine.gather = lambda value: [value]  # no process is there to tell
         engine.cut_rows(stage.cp)
         count = microbatches or count_of(stage, layout.data_degree)
