@@ -388,7 +388,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other config")
     parser.add_argument("--parts", nargs="+", type=int, help="pipeline ranks (default: all)")
     parser.add_argument(
-        "--microbatches", type=int, default=0, help="of the step (default: those of the batch)"
+        "--microbatches", type=int, default=0, help="of the step; 0: those of the batch"
     )
     parser.add_argument("--markdown", metavar="FILE", help="write a document")
     parser.add_argument("--json", metavar="FILE", help="write everything that was found")
