@@ -15,7 +15,7 @@ from tests.helpers import small_config
 from tests.studies.folders import leave_run
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.record.ranking import BITS, find_runs, rank, ranking_lines, read_summary
+from train.record.ranking import BITS, LOSS, find_runs, rank, ranking_lines, read_summary
 
 
 def leave(folder, loss, lr=1e-3, seed=0, **more):
@@ -116,6 +116,16 @@ def test_bits_per_byte_come_first_where_tokenizers_differ(tmp_path):
     assert ranking.measure == BITS
     drawn = [line for line in draw_groups(ranking).axes[0].lines if len(line.get_xdata())]
     assert max(max(line.get_ydata()) for line in drawn) < 3, "no nats on an axis of bits"
+
+
+def test_losses_rank_where_a_run_has_nothing_else_and_they_compare(tmp_path):
+    folders = [leave(tmp_path / "a", 3.0), leave(tmp_path / "b", 2.0, lr=2e-3)]
+    for name in ("metrics.jsonl", "receipt.json"):
+        path = folders[1] / name
+        path.write_text(path.read_text().replace(BITS, "forgotten"))
+    ranking = rank([read_summary(folder) for folder in folders])
+    assert ranking.measure == LOSS
+    assert [group.mean(LOSS) for group in ranking.groups] == [2.0, 3.0]
 
 
 def test_a_sweeps_folder_stands_for_its_runs(tmp_path):

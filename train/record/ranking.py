@@ -1,8 +1,8 @@
 """Runs side by side, finished or not: how far each came, which are one configuration, who leads.
 
 They are ranked by bits per byte. Losses in nats per token compare only where tokenizer and
-validation text are the same, and give the same order there; they are the measure where no run has
-bits per byte.
+validation text are the same, and give the same order there; they are the measure where they do and
+a run has no bits per byte.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ class Ranking:
     """Groups, the best first.
 
     Attributes:
-        measure: by which: ``val_bits_per_byte``, or ``val_loss`` where no run has that.
+        measure: by which: ``val_bits_per_byte``, or ``val_loss`` where losses compare
+            and a run has nothing else.
         unlike: why losses in nats per token do not compare; empty: they do.
         groups: in order.
     """
@@ -248,7 +249,9 @@ def run_names(runs: Sequence[RunSummary]) -> list[str]:
 
 def rank(runs: Sequence[RunSummary]) -> Ranking:
     """Group runs by configuration and order the groups, the lowest measure first."""
-    measure = BITS if any(run.value(BITS) is not None for run in runs) else LOSS
+    unlike = _unlike(runs)
+    lacking = any(run.value(BITS) is None and run.value(LOSS) is not None for run in runs)
+    measure = LOSS if lacking and not unlike else BITS
     by_configuration: dict[str, list[RunSummary]] = {}
     for run in runs:
         by_configuration.setdefault(run.configuration, []).append(run)
@@ -256,9 +259,7 @@ def rank(runs: Sequence[RunSummary]) -> Ranking:
     members = list(by_configuration.values())
     labels = _labels([group[0] for group in members], [_common(g, names) for g in members])
     groups = [Group(*pair) for pair in zip(labels, map(tuple, members), strict=True)]
-    return Ranking(
-        measure, _unlike(runs), tuple(sorted(groups, key=lambda group: group.mean(measure)))
-    )
+    return Ranking(measure, unlike, tuple(sorted(groups, key=lambda group: group.mean(measure))))
 
 
 def _unlike(runs: Sequence[RunSummary]) -> str:
