@@ -7,6 +7,9 @@ collective over the ranks of a DTensor's mesh.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,7 +19,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from parallel.collectives import local
 
 _ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio: mixes bits by a product
-_CHUNK = 1 << 22  # elements hashed at once
+_CHUNK = 1 << 20  # words hashed at once
+FINGERPRINT_BYTES = 5 * 8 * _CHUNK  # held at a time meanwhile
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -56,11 +60,18 @@ def norms_of(tensor: Tensor, by_slice: bool) -> Tensor:
     return _reduce(tensor, squares).sqrt()
 
 
-def largest_of(tensor: Tensor) -> float:
-    """The largest absolute value; 0 of an empty tensor."""
-    mine = local(tensor).detach()
-    most = mine.abs().max().float() if mine.numel() else torch.zeros((), device=mine.device)
-    return float(_reduce(tensor, most.reshape(1), dist.ReduceOp.MAX))
+def largest_of(tensor: Tensor, part: Tensor | None = None) -> float:
+    """The largest absolute value; 0 of an empty tensor.
+
+    Args:
+        tensor: whose ranks compare.
+        part: what counts of what lies here; None: all.
+    """
+    mine = (local(tensor) if part is None else part).detach()
+    most = torch.zeros(1, device=mine.device)
+    if mine.numel():  # not abs().max(): that would copy it
+        most = torch.linalg.vector_norm(mine, math.inf).float().reshape(1)
+    return float(_reduce(tensor, most, dist.ReduceOp.MAX))
 
 
 def total_of(tensor: Tensor, mine: Tensor) -> Tensor:
@@ -68,22 +79,34 @@ def total_of(tensor: Tensor, mine: Tensor) -> Tensor:
     return _reduce(tensor, mine)
 
 
-def fingerprint(tensor: Tensor) -> tuple[int, int]:
-    """Two sums over the bits of the part that lies here: a changed word changes the first.
+def fingerprint(tensor: Tensor) -> Tensor:
+    """Two sums [2] over the bits of the part that lies here: a changed word changes the first.
 
-    Not collective. Sums wrap around. In the second each word is mixed with its place beforehand,
-    and not linearly: an optimizer's first step moves words by one amount up or down, which sums of
-    words, weighed or not, may not show.
+    Not collective; nothing is read back from a device. Sums wrap around. In the second each word is
+    mixed with its place beforehand, and not linearly: an optimizer's first step moves words by one
+    amount up or down, which sums of words, weighed or not, may not show.
     """
     flat = local(tensor).detach().contiguous().view(-1)
     words = flat.view(_WORDS[flat.element_size()])
-    plain, placed = 0, 0
+    sums = torch.zeros(2, dtype=torch.int64, device=flat.device)
     for number, chunk in enumerate(words.split(_CHUNK)):
         place = torch.arange(len(chunk), device=chunk.device, dtype=torch.int64)
         mixed = (chunk.to(torch.int64) + (place + number * _CHUNK) * _ODD) * _ODD
-        plain += int(chunk.sum(dtype=torch.int64))
-        placed += int((mixed ^ (mixed >> 32)).sum())
-    return plain, placed
+        sums[0] += chunk.sum(dtype=torch.int64)
+        sums[1] += (mixed ^ (mixed >> 32)).sum()
+    return sums
+
+
+def fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """Each tensor's :func:`fingerprint`, read back once a device."""
+    by_device: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        by_device.setdefault(local(tensor).device, {})[name] = fingerprint(tensor)
+    found: dict[str, tuple[int, int]] = {}
+    for sums in by_device.values():
+        read = torch.stack(list(sums.values())).tolist()
+        found |= {name: (plain, placed) for name, (plain, placed) in zip(sums, read, strict=True)}
+    return found
 
 
 def _reduce(

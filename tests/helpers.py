@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import datetime
 import tempfile
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import yaml
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from data.batch import IGNORE, Batch, BatchCounts
 from model.config import ModelConfig
@@ -168,3 +171,29 @@ def table_load(table_VK: Tensor, num_experts: int, counts_V: Tensor | None = Non
     counts_V = torch.ones(vocab_size, dtype=torch.int64) if counts_V is None else counts_V
     load_E = torch.zeros(num_experts, dtype=torch.int64)
     return load_E.index_add_(0, table_VK.flatten(), counts_V.long().repeat_interleave(k))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of storages that were made inside, while they live; the most of them at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {id(t.untyped_storage()) for t in tree_flatten((args, kwargs))[0]
+                 if isinstance(t, torch.Tensor)}  # fmt: skip
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_flatten(out)[0]:
+            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given:
+                self._count(tensor)
+        return out
+
+    def _count(self, tensor):
+        size = tensor.untyped_storage().nbytes()
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(tensor, self._free, size)
+
+    def _free(self, size):
+        self.now -= size

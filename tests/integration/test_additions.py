@@ -125,12 +125,12 @@ class SignDescent:
 CHECK = [
     Edit("train/audit/checks.py", '''
 
-def _sign_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
+def _sign_form(e: Evidence, name: str, sample: Sample, after: Tensor) -> Iterator[str]:
     decay = 1 - e.step.lr * e.records[name].weight_decay
-    update = (local(e.before[name]).double() * decay - local(after).double()) / e.step.lr
+    update = (sample.before * decay - sample.of(after)) / e.step.lr
     if not float((update.abs() - 1).clamp(min=0).max()) <= 1e-3:
         yield f"{name}: sign was asked for, but an element moved by more than the rate"
-''', "    return energy, float(off.double().square().sum()) / max(energy, 1e-30)\n"),
+''', "    return energy, float(root_sum_square(off)) ** 2 / max(energy, 1e-30)\n"),
     Edit("train/audit/checks.py",
          "    Owner.sign: KnownUpdate(_sign_form, lambda e, name: 1.0, lambda e, name: 1.0),\n",
          "UPDATES: dict[Owner, KnownUpdate] = {\n"),

@@ -4,19 +4,16 @@ Muon's arithmetic is the device's, so equality is bitwise. AdamW runs on the hos
 the same kernel over one parameter instead of many, bitwise too; on a GPU one rounding may differ.
 """
 
-import weakref
 from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 from optim import muon
 from optim.build import build_optimizer
 from optim.config import MatmulDtype, MuonConfig, OptimConfig, StateDtype
 from optim.offload import Offload, Transfers
-from tests.helpers import small_model
+from tests.helpers import LiveBytes, small_model
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -51,33 +48,6 @@ def test_offloaded_update_has_the_same_bits(dtype):
     for name, state in states[0].items():
         for key, tensor in state.items():
             assert torch.equal(tensor, states[1][name][key]), (name, key)
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of storages that were made inside, while they live; the most of them at once."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self._known = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {id(t.untyped_storage()) for t in tree_flatten((args, kwargs))[0]
-                 if isinstance(t, torch.Tensor)}  # fmt: skip
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_flatten(out)[0]:
-            if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in given:
-                self._count(tensor)
-        return out
-
-    def _count(self, tensor):
-        size = tensor.untyped_storage().nbytes()
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(tensor, self._free, size)
-
-    def _free(self, size):
-        self.now -= size
 
 
 def test_of_the_state_two_chunks_at_most_are_on_the_device():

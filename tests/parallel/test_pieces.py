@@ -10,7 +10,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from parallel.pieces import fingerprint, largest_of, norms_of, rows_of, total_of
+from parallel.pieces import fingerprints, largest_of, norms_of, rows_of, total_of
 from tests.helpers import run_distributed
 
 SHAPES = [(6, 5, 4), (5, 3), (3, 8, 2), (1, 4)]
@@ -43,6 +43,10 @@ def pieces_equal_the_whole(rank, world):
 
 def test_pieces_of_a_sharded_tensor_equal_the_whole():
     run_distributed(pieces_equal_the_whole, 4)
+
+
+def fingerprint(tensor):
+    return fingerprints({"it": tensor})["it"]
 
 
 def test_plain_tensor_is_its_own_piece():

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections import Counter
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.batch import IGNORE, Batch
-from model.config import LayerKind
+from model.config import LayerKind, Router
 from model.flops import parameter_shapes
 from model.kernels.ran import Ran, recorded
 from model.loss import Objective
@@ -32,16 +31,16 @@ from optim.groups import build_table
 from parallel.collectives import local
 from parallel.deepspeed_engine import DeepSpeedEngine
 from parallel.engine import Engine, Shares, Update
-from parallel.pieces import fingerprint, norms_of
+from parallel.pieces import fingerprints, norms_of
 from parallel.pipeline_engine import PipelineEngine
 from train.audit.checks import (
     AFTER_UPDATE,
     BEFORE_UPDATE,
-    JUDGED_BYTES,
     Check,
     Evidence,
     lr_to_judge,
 )
+from train.audit.samples import SAMPLE_SIZES, Sample, chosen, take
 from train.audit.seam_watch import watch_seams
 from train.config.schema import RunConfig
 from train.stages import Stage, StagePlan, trains
@@ -84,12 +83,14 @@ class Audit:
         self._loads: dict[str, Tensor] = {}
         self._longest = 0
         self._targets_K: list[float] = []
-        self._judged: set[str] = set()
-        self._unjudged: set[str] = set()
-        self._some_unjudged, self._judging_lr = True, 0.0  # of any rank
+        self._size = SAMPLE_SIZES[engine.device.type]
+        self._whole = False  # every update is judged
+        self._hidden: dict[str, float] = {}  # sampled, but not to be judged below this rate
+        self._some_hidden, self._judging_lr = True, 0.0  # of any rank
         self._checked = False
         self._result: dict[str, Any] = {
             "steps": [], "checks": [], "not_exercised": [], "kernels": {}, "started": {},
+            "judged": {},
         }  # fmt: skip
 
     def result(self) -> dict[str, Any]:
@@ -112,7 +113,7 @@ class Audit:
             faults = [*self._owners(), *self._holders(), *self._shards(), *hash_tables(self._model)]
             _refuse(self._engine, [*faults, *isolation(self._engine)])
             self._checked = True
-        observer = _Observer(self._evidence(step, rows), self._engine)
+        observer = _Observer(self._evidence(step, rows), self._engine, self._samples)
         observer.before_step()
         with (
             recorded() as observer.evidence.ran,
@@ -126,35 +127,27 @@ class Audit:
         self._gradients, self._loads, self._longest = {}, {}, 0
         self._targets_K = [0.0] * (1 + self._run.model.num_nextn_predict_layers)
         trained, weights = self._trained(step), self._engine.weights()
-        copied = self._engine.largest(sum(local(weights[name]).nbytes for name in trained))
-        self._judged = trained
-        if copied > JUDGED_BYTES:
-            self._judged = one_of_each_kind(trained, step.number)
-        self._unjudged = set(self._judged)
+        held = self._engine.largest(sum(local(weights[name]).nbytes for name in trained))
+        self._whole, self._hidden = held <= self._size.whole_bytes, {}
+        self._some_hidden = True
 
     def _is_due(self, step: StepPlan) -> bool:
         """The first steps, and the first whose learning rate shows what the first ones hid."""
         if self._steps < AUDITED_STEPS:
             return True
-        return self._some_unjudged and step.lr >= self._judging_lr
+        return self._some_hidden and step.lr >= self._judging_lr
 
     def _trained(self, step: StepPlan) -> set[str]:
         return {name for name in self._records if trains(name, step.stage, step.weights)}
 
     def _evidence(self, step: StepPlan, rows: StepRows) -> Evidence:
-        trained = self._trained(step)
-        kept = self._judged | {f"{name}.bias" for name in _gates(self._model)}
         return Evidence(
             run=self._run,
             step=step,
             model=self._model,
-            trained=trained,
+            trained=self._trained(step),
             records=self._records,
-            before={
-                name: tensor.detach().clone()
-                for name, tensor in {**self._model.state_dict(), **self._engine.weights()}.items()
-                if name in kept
-            },
+            biases={name: gate.bias.detach().clone() for name, gate in _gates(self._model)},
             num_microbatches=-(
                 -step.num_rows // self._engine.data_degree // step.stage.micro_batch_size
             ),
@@ -162,6 +155,21 @@ class Audit:
             targets_K=tuple(rows.counts.targets_K),
             pipeline=self._engine.pipeline if isinstance(self._engine, PipelineEngine) else None,
         )
+
+    @torch.no_grad()
+    def _samples(self, e: Evidence) -> dict[str, Sample]:
+        """What is judged of the update, while the gradients are there. Collective."""
+        seed, names = self._run.seed + e.step.number, self._trained(e.step)
+        if self._steps >= AUDITED_STEPS:
+            names = self._hidden.keys() & names
+        judged = chosen(names, self._records, self._size, self._whole, seed)
+        weights, samples = self._engine.weights(), dict[str, Sample]()
+        for name, gradient in self._engine.gradients():
+            norms = e.grad_norms[name]
+            if name in judged and e.has_gradient(name) and bool(norms.isfinite().all()):
+                record = self._records[name]
+                samples[name] = take(weights[name], gradient, norms, record, self._size, seed)
+        return samples
 
     def _judge(self, e: Evidence) -> None:
         _refuse(self._engine, _faults(AFTER_UPDATE, e))
@@ -177,12 +185,24 @@ class Audit:
         self._note_kernels(e.ran)
         self._longest = max(self._longest, e.longest_document)
         self._targets_K = [a + b for a, b in zip(self._targets_K, e.targets_K, strict=True)]
-        hidden = {name: lr_to_judge(e, name) for name in sorted(self._unjudged)}
-        self._unjudged = {name for name, lr in hidden.items() if lr > e.step.lr}
-        self._some_unjudged = self._engine.agree(bool(self._unjudged))  # stages hold other names
-        self._judging_lr = self._engine.largest(max(hidden.values(), default=0.0))
+        for name in e.samples:
+            self._hidden.pop(name, None)
+            if (lr := lr_to_judge(e, name)) > e.step.lr:
+                self._hidden[name] = lr
+        self._some_hidden = self._engine.agree(bool(self._hidden))  # stages hold other names
+        self._judging_lr = self._engine.largest(max(self._hidden.values(), default=0.0))
+        self._note_judged(e)
         if self._steps == AUDITED_STEPS or e.step.number == self._plan.steps:
             self._end_window(e)
+
+    def _note_judged(self, e: Evidence) -> None:
+        """Which pieces of which parameters were judged so far, on any rank."""
+        told = {n: sample.told for n, sample in e.samples.items() if n not in self._hidden}
+        for names in self._engine.gather(told):
+            for name, piece in names.items():
+                pieces = self._result["judged"].setdefault(name, [])
+                if piece not in pieces:
+                    pieces.append(piece)
 
     def _note_kernels(self, ran: Ran) -> None:
         """What served each op on any rank, and how often each kernel was started here."""
@@ -313,8 +333,13 @@ class Audit:
 class _Observer:
     """Collects the evidence of one step."""
 
-    def __init__(self, evidence: Evidence, engine: Engine) -> None:
-        self.evidence, self._engine = evidence, engine
+    def __init__(
+        self,
+        evidence: Evidence,
+        engine: Engine,
+        samples: Callable[[Evidence], dict[str, Sample]],
+    ) -> None:
+        self.evidence, self._engine, self._samples = evidence, engine, samples
         self._weights: dict[str, tuple[int, int]] = {}
         self._states: dict[str, tuple[int, int]] = {}
 
@@ -336,6 +361,8 @@ class _Observer:
         for name, gradient in self._engine.gradients():
             e.grad_norms[name] = norms_of(gradient, ".ffn.experts." in name)
         e.seams.settle()
+        e.early = self._changed(self._weights, fingerprints(self._engine.weights()))
+        e.samples = self._samples(e)
         assert shares.total is not None
         if math.isfinite(float(shares.total)):
             _refuse(self._engine, _faults(BEFORE_UPDATE, e))
@@ -353,14 +380,13 @@ class _Observer:
         e.changed_states = self._changed(self._states, states)
 
     def _bits(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
-        weights = {name: fingerprint(p) for name, p in self._engine.weights().items()}
         states = {
-            f"{name}.{key}": fingerprint(tensor)
+            f"{name}.{key}": tensor
             for name, tensors in self._engine.optimizer.state_dict().items()
             if name not in self.evidence.trained
             for key, tensor in tensors.items()
         }
-        return weights, states
+        return fingerprints(self._engine.weights()), fingerprints(states)
 
     def _changed(
         self, before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]
@@ -370,20 +396,12 @@ class _Observer:
         return {name for names in self._engine.gather(mine) for name in names}
 
 
-def one_of_each_kind(names: Set[str], seed: int) -> set[str]:
-    """One layer's parameter of each kind, chosen by ``seed``: other starts look at other layers.
-
-    Of a large model the form of these updates alone is judged, since it takes a copy of the weights
-    from before the step. That parameters move, and by whom, is seen of all.
-    """
-    of_kind: dict[str, list[str]] = {}
-    for name in sorted(names):
-        of_kind.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    return {alike[seed % len(alike)] for alike in of_kind.values()}
-
-
-def _gates(model: DeepSeekV4) -> Iterator[str]:
-    return (name for name, module in model.named_modules() if isinstance(module, Gate))
+def _gates(model: DeepSeekV4) -> Iterator[tuple[str, Gate]]:
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, Gate) and module.router is Router.learned
+    )
 
 
 def _faults(checks: dict[str, Check], e: Evidence) -> list[str]:

@@ -26,15 +26,17 @@ from model.moe.experts import Experts
 from model.moe.router import Gate
 from model.precision import precision_of
 from model.transformer import DeepSeekV4
+from optim.config import AdamWConfig
 from optim.groups import Owner, ParamRecord, build_table
 from optim.muon import update_scale
 from parallel.collectives import local
 from parallel.engine import Shares, Update
-from parallel.pieces import largest_of, norms_of, rows_of, total_of
+from parallel.pieces import largest_of, norms_of, total_of
 from parallel.pipeline import Pipeline
 from parallel.pipeline_split import splits_backward
 from quant.config import ExpertFormat
 from train.audit.orthogonal import largest_singular_value, most_asked_for
+from train.audit.samples import Sample
 from train.audit.seam_watch import SeamReading
 from train.config.schema import ActivationCheckpoint, RunConfig
 from train.errors import UserError
@@ -46,12 +48,13 @@ _FLAT = 0.5
 # Of the largest singular value: 0.02 for products in bf16 (a few roundings of 2^-9), 0.04 for the
 # rounding of W, whose elements are _LOST_DIGITS of the update's at most and independent.
 _LOUD = 0.06
-JUDGED_BYTES = 1 << 29  # of weights on a rank, up to which the form of every update is judged
 _LOST_DIGITS = 0.02  # rounding of W beside its update, above which an update cannot be judged
 _EPS = torch.finfo(torch.float32).eps
 _LOST_MOMENTUM = 0.02  # of its norm; bf16 storage rounds by 2^-9
 _LEAST_SQUARE = 1e-35  # fp32 and bf16 lose digits below 1e-38
-_CHUNK = 1 << 22  # elements compared at once, in float64
+_CHUNK = 1 << 20  # elements of a state looked at once
+# fp32 knows W (1 - lr wd), in the update and here, and the sum of the update to half of this each.
+_ROUNDINGS = 1.5 * _EPS
 
 
 @dataclass
@@ -64,8 +67,9 @@ class Evidence:
         model: after the step.
         trained: parameters that the phase trains, by the config.
         records: owner, split and decay of every parameter, by the config.
-        before: of the step: the parameters whose update is judged by its form (all of a small
-            model's), and the expert biases.
+        biases: of the learned gates, before the step.
+        samples: pieces of the parameters whose update is judged by its form.
+        early: parameters that moved before the update.
         changed: parameters of which any bit changed, on any rank.
         changed_states: the same of optimizer state, as ``name.key``; frozen parameters only.
         optimizer_after: optimizer state of all parameters after the step.
@@ -89,7 +93,9 @@ class Evidence:
     model: DeepSeekV4
     trained: set[str]
     records: dict[str, ParamRecord]
-    before: dict[str, Tensor]
+    biases: dict[str, Tensor]
+    samples: dict[str, Sample] = field(default_factory=dict)
+    early: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
     changed_states: set[str] = field(default_factory=set)
     optimizer_after: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -152,12 +158,12 @@ class KnownUpdate:
     """What the audit knows of the updates of an algorithm.
 
     Attributes:
-        form: faults of the update of a parameter, given its weight after the step.
+        form: faults of the update of a parameter, by its sample and its weight after the step.
         usual: its usual element, as a multiple of the learning rate.
         largest: about the largest element of the update just done, as such a multiple.
     """
 
-    form: Callable[[Evidence, str, Tensor], Iterator[str]]
+    form: Callable[[Evidence, str, Sample, Tensor], Iterator[str]]
     usual: Callable[[Evidence, str], float]
     largest: Callable[[Evidence, str], float]
 
@@ -170,6 +176,12 @@ def tracked(e: Evidence) -> Iterator[str]:
             yield f"{name} should train in this phase but is frozen (requires_grad=False)"
         if name not in e.trained and name in e.grad_norms:
             yield f"{name} is frozen in this phase but received a gradient"
+
+
+def early(e: Evidence) -> Iterator[str]:
+    """Nothing moves before the update."""
+    for name in sorted(e.early):
+        yield f"{name} moved before the update: during the forward or the backward pass"
 
 
 def frozen(e: Evidence) -> Iterator[str]:
@@ -203,9 +215,9 @@ def algorithm(e: Evidence) -> Iterator[str]:
     """The update itself has the form of the algorithm: orthogonal for Muon, AdamW's formula."""
     if not e.applied:
         return
-    for name in sorted(e.trained & e.before.keys()):
-        if e.has_gradient(name) and e.step.lr >= lr_to_judge(e, name):
-            yield from UPDATES[e.records[name].owner].form(e, name, e.weights[name])
+    for name, sample in sorted(e.samples.items()):
+        if e.step.lr >= lr_to_judge(e, name):
+            yield from UPDATES[e.records[name].owner].form(e, name, sample, e.weights[name])
 
 
 def momentum(e: Evidence) -> Iterator[str]:
@@ -217,7 +229,7 @@ def momentum(e: Evidence) -> Iterator[str]:
     for name in sorted(e.trained):
         if e.records[name].owner is Owner.muon and e.has_gradient(name):
             got = float(norms_of(e.optimizer_after[name]["momentum"], False).norm())
-            asked = scale * float(e.grad_norms[name].double().norm())
+            asked = scale * float(e.grad_norms[name].norm())
             if not abs(got - asked) <= _LOST_MOMENTUM * asked:
                 yield (
                     f"{name}: the first step leaves {got / asked:.3g} times its clipped gradient as"
@@ -234,7 +246,7 @@ def live(e: Evidence) -> Iterator[str]:
 def lr_to_judge(e: Evidence, name: str) -> float:
     """Learning rate from which an update stands out of the rounding of the weight itself."""
     usual = UPDATES[e.records[name].owner].usual(e, name)
-    return _EPS * largest_of(e.before[name]) / (_LOST_DIGITS * usual)
+    return _EPS * e.samples[name].largest / (_LOST_DIGITS * usual)
 
 
 def check_audited(run: RunConfig) -> None:
@@ -259,24 +271,29 @@ def _muon_size(e: Evidence, name: str) -> float:
 
 
 def _adamw_size(e: Evidence, name: str) -> float:
+    """A chunk at a time: a tensor of this size may have no room."""
     config, state = e.run.optim.adamw, e.optimizer_after[name]
     steps = float(local(state["step"]))
-    first = state["exp_avg"].float() / (1 - config.betas[0] ** steps)
-    second = state["exp_avg_sq"].float() / (1 - config.betas[1] ** steps)
-    return largest_of(first / (second.sqrt() + config.eps))
+    moments = [local(state[key]).detach().reshape(-1) for key in ("exp_avg", "exp_avg_sq")]
+    most = moments[0].new_zeros(1, dtype=torch.float32)
+    for first, second in zip(*(moment.split(_CHUNK) for moment in moments), strict=True):
+        step = _adamw_step(first.float(), second.float(), config, steps)
+        most = torch.maximum(most, torch.linalg.vector_norm(step, math.inf))
+    return largest_of(state["exp_avg"], most)
 
 
-def _muon_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
-    record, lr, norms = e.records[name], e.step.lr, e.grad_norms[name]
-    which = int(norms.argmax()) if len(norms) == record.num_matrices else 0
-    rows = after.shape[0] // record.num_matrices
-    old, new = (
-        rows_of(w, which * rows, (which + 1) * rows).flatten(0, -2).double()
-        for w in (e.before[name], after)
-    )
-    scale = update_scale(old.shape[0], old.shape[1], e.run.optim.muon)
-    update = (old * (1 - lr * record.weight_decay) - new) / (lr * scale)
-    energy, off = distance_from_orthogonal(update.float())
+def _adamw_step(first: Tensor, second: Tensor, config: AdamWConfig, steps: float) -> Tensor:
+    """The update that moments ask for, as a multiple of the learning rate; fp32."""
+    root = (second / (1 - config.betas[1] ** steps)).sqrt_().add_(config.eps)
+    return (first / (1 - config.betas[0] ** steps)).div_(root)
+
+
+def _muon_form(e: Evidence, name: str, sample: Sample, after: Tensor) -> Iterator[str]:
+    record, lr = e.records[name], e.step.lr
+    rows, cols = sample.before.shape
+    scale = update_scale(rows, cols, e.run.optim.muon)
+    update = sample.before.mul_(1 - lr * record.weight_decay).sub_(sample.of(after))
+    energy, off = distance_from_orthogonal(update.div_(lr * scale))
     if not (energy > 0 and off <= _FLAT):
         yield (
             f"{name}: muon was asked for, but {off:.2g} of the update's energy is off an orthogonal"
@@ -291,37 +308,48 @@ def _muon_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
 
 
 def distance_from_orthogonal(update_RC: Tensor) -> tuple[float, float]:
-    """Energy of U, and the share that U - U U^T U has of it: 0 where singular values are 0 or 1."""
+    """Energy of U, and the share that U - U U^T U has of it: 0 where singular values are 0 or 1.
+
+    In fp32. Columns of U have a norm near 1, so that an element of a product of n terms is off by
+    ``n 2^-24`` at most, and U U^T U by ``sqrt(r) n 2^-23`` of its norm for r columns: 0.12 for
+    V4-Flash's largest [32768, 1024] if all roundings went one way, and else a thousandth.
+    """
     tall = update_RC if update_RC.shape[0] >= update_RC.shape[1] else update_RC.T
-    off = tall - tall @ (tall.T @ tall)
-    energy = float(tall.double().square().sum())
-    return energy, float(off.double().square().sum()) / max(energy, 1e-30)
+    off = (tall @ (tall.T @ tall)).sub_(tall)
+    energy = float(root_sum_square(tall)) ** 2
+    return energy, float(root_sum_square(off)) ** 2 / max(energy, 1e-30)
 
 
-def _adamw_form(e: Evidence, name: str, after: Tensor) -> Iterator[str]:
+def root_sum_square(x: Tensor) -> Tensor:
+    """Euclidean norm in fp32, by rows and then over rows.
+
+    No sum has more than about ``2 sqrt(n)`` terms, so it is off by ``sqrt(n) 2^-23`` at most,
+    5e-4 for 2^24 elements, in whatever order a device adds them.
+    """
+    flat = x.reshape(-1)
+    width = max(1, math.isqrt(flat.numel()))
+    body = flat.numel() // width * width
+    rows = torch.linalg.vector_norm(flat[:body].view(-1, width), dim=1)
+    rest = torch.linalg.vector_norm(flat[body:])
+    return torch.linalg.vector_norm(torch.cat([rows, rest[None]]))
+
+
+def _adamw_form(e: Evidence, name: str, sample: Sample, after: Tensor) -> Iterator[str]:
     """Every rank compares the part that it holds."""
-    config = e.run.optim.adamw
-    state = {key: local(tensor) for key, tensor in e.optimizer_after[name].items()}
+    state = e.optimizer_after[name]
     if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():
         yield f"{name}: adamw was asked for, but its state holds {sorted(state)}"
         return
-    lr, decay, steps = e.step.lr, e.records[name].weight_decay, float(state["step"])
-    tensors = (local(e.before[name]), local(after), state["exp_avg"], state["exp_avg_sq"])
-    squares = torch.zeros(3, dtype=torch.float64, device=after.device)
-    for old, new, exp_avg, exp_avg_sq in zip(
-        *(tensor.detach().reshape(-1).split(_CHUNK) for tensor in tensors), strict=True
-    ):
-        first = exp_avg.double() / (1 - config.betas[0] ** steps)
-        second = exp_avg_sq.double() / (1 - config.betas[1] ** steps)
-        expected = first / (second.sqrt() + config.eps)
-        got = (old.double() * (1 - lr * decay) - new.double()) / lr
-        # A gradient near 0 has a square that storage cannot hold; the update knew it in full.
-        lost = (exp_avg_sq < _LEAST_SQUARE) & (exp_avg != 0)
-        squares += torch.stack(
-            [t.masked_fill(lost, 0.0).square().sum() for t in (got - expected, expected, old)]
-        )
-    off, size, weight = total_of(after, squares).sqrt().tolist()
-    error = max(0.0, off - _EPS * weight / lr) / max(size, 1e-30)  # less what rounding W may give
+    lr, decay, steps = e.step.lr, e.records[name].weight_decay, float(local(state["step"]))
+    first, second = sample.of(state["exp_avg"]), sample.of(state["exp_avg_sq"])
+    # A gradient near 0 has a square that storage cannot hold; the update knew it in full.
+    lost = (second < _LEAST_SQUARE) & (first != 0)
+    expected = _adamw_step(first, second, e.run.optim.adamw, steps).masked_fill_(lost, 0.0)
+    norms = [root_sum_square(sample.before), root_sum_square(expected)]
+    got = sample.before.mul_(1 - lr * decay).sub_(sample.of(after)).div_(lr)
+    norms.append(root_sum_square(got.masked_fill_(lost, 0.0).sub_(expected)))
+    weight, size, off = total_of(after, torch.stack(norms).square()).sqrt().tolist()
+    error = max(off - _ROUNDINGS * weight / lr, 0.0) / max(size, 1e-30)  # less what W may hide
     if not error <= 0.1:  # bf16 state: 1e-2
         yield f"{name}: adamw was asked for, but the update is {error:.2g} off its formula"
 
@@ -383,11 +411,11 @@ def bias(e: Evidence) -> Iterator[str]:
         if load_E is None:
             yield f"{name} reported no expert load"
             continue
-        expected = e.before[f"{name}.bias"]
+        expected = e.biases[name]
         if speed:
             expected = expected + speed * torch.sign(load_E.mean() - load_E)
         if not torch.allclose(gate.bias, expected, rtol=0, atol=1e-3 * speed):
-            moved = float((gate.bias - e.before[f"{name}.bias"]).abs().max())
+            moved = float((gate.bias - e.biases[name]).abs().max())
             yield f"{name}.bias moved by {moved:g}, train.bias_update_speed asks for {speed:g}"
 
 
@@ -548,6 +576,7 @@ UPDATES: dict[Owner, KnownUpdate] = {
 }
 BEFORE_UPDATE: dict[str, Check] = {
     "tracked": tracked,
+    "early": early,
     "objective": objective,
     "mtp": mtp,
     "indexer": indexer,

@@ -27,10 +27,9 @@ def most_asked_for(config: MuonConfig) -> float:
 
 
 def largest_singular_value(update_RC: Tensor) -> float:
-    """By power iteration, from below."""
+    """By power iteration in the update's dtype, from below but for its rounding."""
     generator = torch.Generator().manual_seed(0)
-    vector_C = torch.randn(update_RC.shape[1], dtype=torch.float64, generator=generator)
-    vector_C = vector_C.to(update_RC)
+    vector_C = torch.randn(update_RC.shape[1], generator=generator).to(update_RC)
     for _ in range(_ROUNDS):
         vector_C = update_RC.T @ (update_RC @ torch.nn.functional.normalize(vector_C, dim=0))
     return float(vector_C.norm().sqrt())

@@ -35,7 +35,7 @@ from quant.stored import to_bf16
 
 _STORED = next(seam.modules for seam in SEAMS if seam.part == "stored")
 _ROWS = 64  # of a call, that are compared
-_OUTPUTS = 256  # the same of a weight that does not stay
+_OUTPUTS = 256  # of a weight, whose products are compared
 
 
 @dataclass
@@ -102,13 +102,13 @@ def _watch_op(
             return
         reading.input_dtypes[name] = x.dtype
         rows, w_OI = _busiest(w, *offsets) if offsets else (slice(0, _ROWS), w)
-        kept = [t.detach().flatten(0, -2)[rows].clone() for t in (x, y)]
-        if gathered:  # it is freed after use: keep what gives the first outputs
-            w_OI = w_OI.detach()[:_OUTPUTS].clone()
+        x_NI, y_NO = (t.detach().flatten(0, -2)[rows] for t in (x, y))
+        x_NI, y_NO, w_OI = x_NI.clone(), y_NO[:, :_OUTPUTS].clone(), w_OI.detach()[:_OUTPUTS]
+        if gathered:  # it is freed after use
+            w_OI = w_OI.clone()
 
         def compare() -> None:
-            expected = linear_op(kept[0].float(), w_OI.detach().float())
-            reading.op_errors[name] = _relative(kept[1][:, : expected.shape[1]], expected)
+            reading.op_errors[name] = _relative(y_NO, linear_op(x_NI.float(), w_OI.float()))
 
         reading.kept.append(compare)
 
@@ -172,9 +172,11 @@ def _read_weight(name: str, module: nn.Module, reading: SeamReading) -> None:
     master, read = module._parameters.get("weight"), module.weight
     if isinstance(master, DTensor):
         return  # read only when gathered
-    if master is None or not isinstance(read, Tensor) or torch.equal(to_bf16(master), master):
-        return
-    reading.rounded_weights[name] = not torch.equal(read, master)
+    if master is None or not isinstance(read, Tensor) or not master.numel():
+        return  # ZeRO 3 leaves nothing here
+    master, read = (t.detach().reshape(-1, t.shape[-1])[:_ROWS] for t in (master, read))
+    if not torch.equal(to_bf16(master), master):
+        reading.rounded_weights[name] = not torch.equal(read, master)
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -40,7 +40,7 @@ from parallel.pipeline_split import (
     split_stages,
     stages_per_rank,
 )
-from train.audit.checks import JUDGED_BYTES
+from train.audit.samples import SAMPLE_SIZES, sample_bytes
 from train.config.schema import Precision, RunConfig
 from train.errors import USER_ERRORS, DoesNotFitError
 from train.preflight.resting import Resting, Values, rest_of_torch, rest_of_zero
@@ -68,7 +68,7 @@ class Memory:
         activations: kept from the forward for the backward pass.
         temporary: the largest that is alive beside the rest: logits of a chunk, whole gradients of
             a layer, or the workspace of Newton-Schulz where it exceeds activations.
-        audit: of the weights as they were before each of the first steps, those that are judged.
+        audit: samples of the weights before each of the first steps, and comparing them.
         runtime: interpreter, libraries, CUDA context.
     """
 
@@ -259,7 +259,8 @@ class Needs:
         counts = {
             key: getattr(model, key) for key in ("o_groups", "index_n_heads", "num_attention_heads")
         }
-        for record in build_table(parameter_shapes(model), run.optim, counts):
+        self._table = build_table(parameter_shapes(model), run.optim, counts)
+        for record in self._table:
             block = self.blocks[_position(record.name, model)]
             which, size = int(".experts." in record.name), float(math.prod(record.shape))
             muon = record.owner is Owner.muon
@@ -340,7 +341,7 @@ class Needs:
             gathered=round(self._gathered(layout, [*here, *copies])),
             activations=round(activations),
             temporary=round(temporary),
-            audit=round(self._audit(weights, layout, here)),
+            audit=self._audit(weights, device, here),
             runtime=round(RUNTIME[device]),
         )
         if run.engine.name is EngineName.deepspeed:
@@ -386,7 +387,7 @@ class Needs:
             optimizer=0 if off_device else round(states / ranks),
             gathered=round(gathered),
             temporary=max(memory.temporary, round(round_bytes)),
-            audit=round(2 * whole / ranks),
+            audit=memory.audit + round(whole / ranks),  # a copy of the weights is looked at
         )
         # every rank begins with the whole model
         return replace(memory, temporary=memory.temporary + max(0, round(whole) - memory.total))
@@ -489,21 +490,10 @@ class Needs:
             return 4 * sum(sizes)
         return 4 * max(sizes) if layout.shard_degree > 1 else 0.0
 
-    def _audit(self, weights: float, layout: ParallelConfig, here: list[int]) -> float:
-        """What the audit copies: all weights of a small model, one layer of each kind of a large.
-
-        Kinds of layers share most names, so two layers are a bound.
-        """
-        if weights <= JUDGED_BYTES:
-            return weights
-        shards = layout.shard_degree
-        split = (shards, max(layout.ep, shards))
-        sizes = {
-            i: 4 * sum(n / parts for n, parts in zip(self.blocks[i].elements, split, strict=True))
-            for i in here
-        }
-        blocks = [size for i, size in sizes.items() if 0 <= i < _num_blocks(self.run.model)]
-        return min(weights, sum(sizes.values()) - sum(blocks) + 2 * max(blocks, default=0.0))
+    def _audit(self, weights: float, device: str, here: list[int]) -> int:
+        positions = set(here)
+        records = [r for r in self._table if _position(r.name, self.run.model) in positions]
+        return sample_bytes(records, SAMPLE_SIZES[device], weights)
 
     def _logits(self, stage: Stage) -> float:
         """Logits of a chunk, their softmax and its gradient, fp32."""

@@ -12,6 +12,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._pytree import tree_flatten
 
 from data.batch import IGNORE
 from model.config import IndexerPhase, Kernels
@@ -20,16 +21,23 @@ from model.kernels import elementwise
 from model.kernels.attention import attention_reference
 from optim.build import build_optimizer
 from optim.config import OptimConfig, OptimizerName
+from parallel import pieces
 from quant.config import ExpertFormat, QuantConfig, Recipe
-from tests.helpers import small_config
+from tests.helpers import LiveBytes, small_config
 from tests.integration.small_run import final_tensors, small_run, write_corpus
 from tests.train.audit.config_reads import ConfigReads
 from tests.train.audit.inactive_keys import needed
-from train.audit import audit
+from train.audit import audit, samples
 from train.audit.audit import AuditError, longest_document
+from train.audit.checks import root_sum_square
+from train.audit.orthogonal import most_asked_for
+from train.audit.samples import SampleSize
 from train.build import build
 from train.config.schema import ActivationCheckpoint, Precision
 
+FEW = SampleSize(
+    whole_bytes=0, matrices=8, matrix_bytes=1 << 28, elements=100
+)  # of a parameter; on a device more
 QAT = QuantConfig(recipe=Recipe.fp4_qat)
 
 
@@ -43,6 +51,11 @@ def one_step(folder, corpus, quant=None, **train):
     if quant is not None:
         run.quant = quant
     return run
+
+
+def sampled(size=FEW):
+    """The sizes of another device; what is judged is judged by the same code on each."""
+    return patch.dict(audit.SAMPLE_SIZES, {"cpu": size})
 
 
 def step(trainer):
@@ -176,6 +189,17 @@ def expert_without_gradient(trainer, stack):
     weight.register_hook(lambda grad: grad * keep)
 
 
+def weight_moves_in_the_backward_pass(trainer, stack):
+    forward_backward = trainer.engine.forward_backward
+
+    def and_moves(batches, objective):
+        shares = forward_backward(batches, objective)
+        trainer.engine.model.layers["1"].attn.wq_b.weight.data.view(-1)[3] += 1e-6
+        return shares
+
+    trainer.engine.forward_backward = and_moves
+
+
 def frozen_weight_moves(trainer, stack):
     update = trainer.engine.optimizer_step
 
@@ -234,6 +258,7 @@ FAULTS = {
     bias_in_the_wrong_direction: ("bias", "layers.1.ffn.gate.bias moved by 0.05", {}),
     parameter_without_gradient: ("gradient", "layers.0.attn.attn_sink received no gradient", {}),
     expert_without_gradient: ("gradient", "w2.weight had no gradient for expert 2", {}),
+    weight_moves_in_the_backward_pass: ("early", "layers.1.attn.wq_b.weight moved before", {}),
     frozen_weight_moves: ("frozen", "head.weight is frozen in this phase but moved", WARMUP),
     documents_seen_as_one: ("isolation", "reaches the one before it", {}),
     nothing_recomputed: ("recompute", "layers.0 ran 2 times in 2 microbatches", RECOMPUTED),
@@ -246,11 +271,24 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("plant", FAULTS, ids=lambda f: f.__name__)
-def test_planted_fault_stops_the_run_by_name(tmp_path, corpus, plant):
+# What the size of samples may matter to: the update, and the weights that the seams read.
+BY_SAMPLES = (
+    parameter_in_no_group, adamw_where_muon_was_asked, sign_descent_called_muon,
+    weights_decay_twice, quantisation_not_applied, fp8_where_fp4_was_asked, bias_never_updated,
+    weight_moves_in_the_backward_pass, frozen_weight_moves,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("plant", "few"), [(f, False) for f in FAULTS] + [(f, True) for f in BY_SAMPLES]
+)
+def test_planted_fault_stops_the_run_by_name(tmp_path, corpus, plant, few):
+    """By what a CPU looks at, and by the few samples that a device takes."""
     name, words, changes = FAULTS[plant]
-    trainer = build(one_step(tmp_path / "run", corpus, **changes))
     with ExitStack() as stack:
+        if few:
+            stack.enter_context(sampled())
+        trainer = build(one_step(tmp_path / "run", corpus, **changes))
         plant(trainer, stack)
         with pytest.raises(AuditError) as error:
             step(trainer)
@@ -344,21 +382,102 @@ def test_first_step_that_is_not_finite_does_not_end_the_run(tmp_path, corpus):
     assert trainer.audit.result()["steps"] == [2, 3, 4]
 
 
-# ---- large models: one layer of each kind --------------------------------------------------
-def test_large_model_has_one_layer_of_each_kind_judged_and_all_seen_to_move(tmp_path, corpus):
-    with patch.object(audit, "JUDGED_BYTES", 0):
-        trainer = build(one_step(tmp_path / "run", corpus))
-        trained = {name for name, _ in trainer.engine.model.named_parameters()}
-        step(trainer)
-        assert audit.one_of_each_kind(trained, 1) == trainer.audit._judged
-        kinds = [re.sub(r"\d+", "*", name) for name in trainer.audit._judged]
-        assert sorted(kinds) == sorted({re.sub(r"\d+", "*", name) for name in trained})
-        assert trainer.audit.result()["steps"] == [1]
-        trainer = build(one_step(tmp_path / "other", corpus))
-        with ExitStack() as stack:
-            parameter_in_no_group(trainer, stack)
-            with pytest.raises(AuditError, match=r"wq_a\.weight received a gradient but did"):
+# ---- samples: what is judged of the updates of large models, and of all on a device ------------
+def all_kinds(names):
+    return {re.sub(r"\d+", "*", name) for name in names}
+
+
+def test_steps_take_turns_at_the_kinds_of_matrices_and_say_which(tmp_path, corpus):
+    with sampled():
+        trainer = build(small_run(tmp_path / "run", corpus, steps=5, eval_every=0))
+        for number in (1, 2, 3):
+            step(trainer)
+            told = trainer.audit.result()["judged"]
+            matrices = [n for n, pieces in told.items() if "matrix" in pieces[0]]
+            assert len(all_kinds(matrices)) == 8 * number
+    names = {name for name, _ in trainer.engine.model.named_parameters()}
+    spread = all_kinds(told) - all_kinds(matrices)
+    of_muon = {n for n, record in trainer.audit._records.items() if record.owner == "muon"}
+    assert spread == all_kinds(names - of_muon)
+    [first, *others] = told["embed.weight"]
+    assert re.fullmatch(r"every \d+th element from \d+", first)
+    assert len(others) == 2
+    [experts] = [n for n in told if n.endswith(".experts.w2.weight")][:1]
+    assert re.fullmatch(r"matrix \d of 4", told[experts][0])
+
+
+def test_matrices_of_a_long_warm_up_are_judged_when_their_update_shows(tmp_path, corpus):
+    """At a rate of 1e-12 fp32 weights hide every update; the first steps leave 24 matrices."""
+    with sampled():
+        trainer = build(small_run(tmp_path / "run", corpus, steps=9, eval_every=0))
+        rates = iter([1e-12] * 3 + [3e-3] * 6)
+        with patch("train.step.learning_rate", lambda *_, **__: next(rates)):
+            for _ in range(3):
                 step(trainer)
+            for number in (0, 8, 16, 24):
+                told = trainer.audit.result()["judged"]
+                assert sum("matrix" in pieces[0] for pieces in told.values()) == number
+                step(trainer)
+        assert trainer.audit.result()["steps"] == [1, 2, 3, 4, 5, 6]  # of seven
+
+
+class Watched(LiveBytes):
+    """Also the operations that had to do with float64."""
+
+    def __init__(self):
+        super().__init__()
+        self.float64 = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        seen = [t for t in tree_flatten((args, kwargs, out))[0] if isinstance(t, torch.Tensor)]
+        self.float64 += [str(func)] * any(t.dtype == torch.float64 for t in seen)
+        return out
+
+
+def test_audit_needs_no_float64_and_the_bytes_that_are_foreseen(tmp_path, corpus):
+    """Each piece fits between the rest: chunks are made as small as this model's tensors."""
+    run = small_run(tmp_path / "run", corpus, steps=5, eval_every=0)
+    run.quant, run.model = QAT, small_config(vocab_size=260, hidden_size=128)
+    size, watched = replace(FEW, matrix_bytes=150_000, elements=1000), Watched()
+
+    def under_watch(function):
+        def call(*args, **kwargs):
+            with watched:
+                return function(*args, **kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        stack.enter_context(sampled(size))
+        bound = most_asked_for(run.optim.muon)  # of the config, on the host
+        stack.enter_context(patch("train.audit.checks.most_asked_for", lambda _: bound))
+        stack.enter_context(patch.object(pieces, "_CHUNK", 1000))
+        stack.enter_context(patch.object(samples, "FINGERPRINT_BYTES", 5 * 8 * 1000))
+        trainer = build(run)
+        for owner, name in (
+            (audit._Observer, "before_step"),
+            (audit._Observer, "after_backward"),
+            (audit._Observer, "after_update"),
+            (audit.Audit, "_judge"),
+        ):
+            stack.enter_context(patch.object(owner, name, under_watch(getattr(owner, name))))
+        for _ in range(2):
+            step(trainer)
+        records, weights = trainer.audit._records.values(), trainer.engine.weights().values()
+        foreseen = samples.sample_bytes(records, size, sum(w.nbytes for w in weights))
+    assert trainer.audit.result()["steps"] == [1, 2]
+    assert watched.float64 == []
+    assert foreseen / 3 < watched.most <= foreseen  # the eight largest never come in one step
+    assert foreseen < sum(w.nbytes for w in weights) / 2
+
+
+@pytest.mark.parametrize("kind", ["few", "spread"])
+def test_norm_in_two_levels_holds_its_bound(kind):
+    count = 3 if kind == "few" else 1_000_003
+    x = torch.randn(count, generator=torch.Generator().manual_seed(0)) * 1e-3
+    exact = float(x.double().norm())
+    assert abs(float(root_sum_square(x)) - exact) <= math.sqrt(count) * 2**-23 * exact
 
 
 # ---- what must pass -----------------------------------------------------------------------------
