@@ -178,7 +178,7 @@ def _muon_checks(c: MuonConfig, p: str) -> Checks:
         f"{p}.scale={c.scale} takes no {p}.rms={c.rms}: leave it at {MuonConfig().rms}",
     )
     yield len(c.newton_schulz) > 0, f"{p}.newton_schulz={c.newton_schulz} needs at least one stage"
-    for singular in _SINGULAR_VALUES:
+    for singular in _SINGULAR_VALUES if c.newton_schulz else ():
         after = _iterated(c.newton_schulz, singular)
         yield (
             0.5 < after < 1.5,

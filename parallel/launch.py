@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from parallel.errors import ConfigError
 
+_BY_LAUNCHER = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun, and by deepspeed
 _NEEDED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -28,6 +29,11 @@ def launched_here() -> int:
     """Number of processes on this machine; 1 where nothing launched them."""
     found = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # deepspeed's
     return int(found or "1")
+
+
+def is_launched() -> bool:
+    """Whether our parent is torchrun, or deepspeed's launcher, which says something at its end."""
+    return any(name in os.environ for name in _BY_LAUNCHER)
 
 
 def check_launch() -> None:

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from scripts.cli.command import command, tell
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.checkpoint import manager as checkpoint
 from train.checkpoint import reader as checkpoint_reader
 from train.checkpoint.files import MANIFEST, DamagedCheckpointError, open_manifest, step_of
@@ -73,10 +73,14 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     sub = add("prune", prune, "Remove checkpoints; without --yes only say which.")
     sub.add_argument("folder", type=Path, help="run folder; nothing may be training in it")
     sub.add_argument(
-        "--last", type=int, required=True, help="how many of the newest whole ones stay"
+        "--last", type=whole(least=1), required=True, help="how many of the newest whole ones stay"
     )
-    sub.add_argument("--every", type=int, default=0, help="steps that are multiples stay")
-    sub.add_argument("--best", type=int, default=0, help="so many of lowest validation loss stay")
+    sub.add_argument(
+        "--every", type=whole(least=0), default=0, help="steps that are multiples stay"
+    )
+    sub.add_argument(
+        "--best", type=whole(least=0), default=0, help="so many of lowest validation loss stay"
+    )
     sub.add_argument("--yes", action="store_true", help="do it")
     return parser.parse_args(words)
 
@@ -167,11 +171,6 @@ def compare_two(first: Path, second: Path, only: str) -> int:
 
 def prune(args: argparse.Namespace) -> int:
     """Remove what no reason keeps; damaged ones stay, since somebody may want to look at them."""
-    if args.last < 1 or args.every < 0 or args.best < 0:
-        raise UserError(
-            f"--last {args.last} must be 1 or more, --every {args.every} and --best {args.best} 0"
-            " or more"
-        )
     paths = checkpoints_of(args.folder)
     place = paths[0].parent
     run_folder = place.parent if place.name == CHECKPOINTS else place

@@ -23,7 +23,7 @@ import difflib
 from scripts.cli.command import command
 from scripts.cli.model_options import add_model_options, open_model_source
 from scripts.cli.outputs import check_output, write_json
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.errors import UserError, one_line
 from train.record.receipt import HARNESS, RECEIPT, read_receipt
 from train.record.receipt import write_json as write_receipt
@@ -53,17 +53,30 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = CommandParser(description=__doc__, epilog=EPILOG)
+    parser = CommandParser(description=__doc__, epilog=EPILOG, beyond="--tasks {}")
     add_model_options(parser)
     parser.add_argument("--tasks", required=True, help="names with commas; groups of tasks too")
     parser.add_argument("--include-path", type=Path, help="folder with tasks of one's own")
-    parser.add_argument("--fewshot", type=int, help="solved examples before each (default: the"
-                        " task's own number)")  # fmt: skip
-    parser.add_argument("--limit", type=int, help="the first so many documents of a task"
+    parser.add_argument("--fewshot", type=whole(least=0), help="solved examples before each"
+                        " (default: the task's own number)")  # fmt: skip
+    parser.add_argument("--limit", type=whole(least=1), help="the first so many documents of a task"
                         " (default: all)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=1234, help="of the choice of examples")
+    parser.add_argument(
+        "--seed", type=whole(least=0), default=1234, help="of the choice of examples"
+    )
     parser.add_argument("--out", type=Path, help="JSON file to write the results to")
-    return parser.parse_args(words)
+    return parser.read(words, _check_out, _check_include_path)
+
+
+def _check_out(options: argparse.Namespace) -> None:
+    if options.out is not None:
+        check_output("--out", options.out, f'"{HARNESS}"')
+
+
+def _check_include_path(options: argparse.Namespace) -> None:
+    folder = options.include_path
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"--include-path {folder} is no folder")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -72,12 +85,6 @@ def evaluate(options: argparse.Namespace) -> None:
     Raises:
         UserError: model or tasks cannot be read, or do not fit together.
     """
-    for name in ("fewshot", "limit"):
-        value, least = getattr(options, name), 0 if name == "fewshot" else 1
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} must be at least {least}")
-    if options.out is not None:
-        check_output("--out", options.out, f'"{HARNESS}"')
     names = [name for name in options.tasks.split(",") if name]
     tasks = _tasks(names, options.include_path)
     model, tokenizer, source = open_model_source(options)
@@ -117,8 +124,6 @@ def _tasks(names: Sequence[str], folder: Path | None) -> Any:
             "v4 eval needs lm-evaluation-harness: pip install 'v4-pretrain[eval]'"
         ) from error
     if folder is not None:
-        if not folder.is_dir():
-            raise UserError(f"--include-path {folder} is no folder")
         own = TaskManager(include_path=str(folder), include_defaults=False)
         unknown = [name for name in names if name not in own.all_tasks]
         if not unknown:

@@ -8,7 +8,6 @@ started again by the same command.
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from tqdm import tqdm
 from quant.export import Stored
 from scripts.cli.command import command
 from scripts.cli.model_options import add_weights_option
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, real
 from train.config.schema import Weights
 from train.errors import UserError
 from train.exchange.export import ExportFormat, ExportJob, FloatType, export_folder
@@ -58,12 +57,29 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         " fp32")  # fmt: skip
     parser.add_argument("--experts", choices=["fp4", "fp8"],
                         help="of the quantised layout (default: fp4)")  # fmt: skip
-    parser.add_argument("--shard-gb", type=float, default=4.0, help="largest shard, GiB")
+    parser.add_argument("--shard-gb", type=real(above=0), default=4.0, help="largest shard, GiB")
     parser.add_argument("--no-tokenizer", action="store_true", help="write tensors and config only")
     parser.add_argument("--license", default=UNKNOWN_LICENCE, metavar="ID",
                         help="identifier for the model card, as model hubs have it")  # fmt: skip
     add_weights_option(parser)
-    return parser.parse_args(arguments)
+    return parser.read(arguments, _check_licence, _check_layout, _check_folders)
+
+
+def _check_licence(options: argparse.Namespace) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", options.license):
+        raise UserError(f"--license {options.license!r} must be one word, such as mit")
+
+
+def _check_layout(options: argparse.Namespace) -> None:
+    layout = ExportFormat(options.to)
+    idle = "dtype" if layout is ExportFormat.quantised else "experts"
+    if (given := getattr(options, idle)) is not None and "to" not in options.refused:
+        raise UserError(f"--{idle} {given} has no effect with --to {layout.value}")
+
+
+def _check_folders(options: argparse.Namespace) -> None:
+    if options.source.resolve() == options.target.resolve():
+        raise UserError(f"source and target are the same folder, {options.source}")
 
 
 def export(options: argparse.Namespace) -> None:
@@ -72,18 +88,8 @@ def export(options: argparse.Namespace) -> None:
     Raises:
         ValueError: the source cannot be read, or the target not be written.
     """
-    if not 0 < options.shard_gb < math.inf:
-        raise UserError(f"--shard-gb {options.shard_gb} must be above 0, and finite")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", options.license):
-        raise UserError(f"--license {options.license!r} must be one word, such as mit")
-    layout = ExportFormat(options.to)
-    idle = "dtype" if layout is ExportFormat.quantised else "experts"
-    if (given := getattr(options, idle)) is not None:
-        raise UserError(f"--{idle} {given} has no effect with --to {layout.value}")
-    if options.source.resolve() == options.target.resolve():
-        raise UserError(f"source and target are the same folder, {options.source}")
     job = ExportJob(
-        layout=layout,
+        layout=ExportFormat(options.to),
         dtype=FloatType(options.dtype or "bf16"),
         experts=Stored(options.experts or "fp4"),
         shard_bytes=int(options.shard_gb * 2**30),

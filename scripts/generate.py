@@ -27,7 +27,7 @@ from quant.kv import KVCast
 from quant.probe import QuantProbe
 from scripts.cli.command import command
 from scripts.cli.model_options import add_model_options, open_model
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, real, whole
 from train.config.load import is_text
 from train.errors import TrainingFailedError, UserError, one_line
 from train.record.continuation import encode_prompt
@@ -47,24 +47,40 @@ def main(words: Sequence[str] | None = None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = CommandParser(description=__doc__, epilog=EPILOG)
+    parser = CommandParser(description=__doc__, epilog=EPILOG, beyond="--prompt '{}'")
     add_model_options(parser)
     parser.add_argument("--prompt", action="append", default=[], help="a text; may be repeated")
     parser.add_argument("--prompt-file", type=Path, action="append", default=[],
                         help="file that holds a prompt; may be repeated")  # fmt: skip
     parser.add_argument("--ids", action="append", default=[],
                         help="a prompt as token ids with commas; may be repeated")  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=100, help="new tokens of every text")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
-    parser.add_argument("--top-p", type=float, default=1.0, help="mass of tokens to draw from")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
+    parser.add_argument(
+        "--tokens", type=whole(least=1), default=100, help="new tokens of every text"
+    )
+    parser.add_argument(
+        "--temperature", type=real(least=0), default=0.0, help="0: the likeliest token"
+    )
+    parser.add_argument(
+        "--top-p", type=real(above=0, most=1), default=1.0, help="mass of tokens to draw from"
+    )
+    parser.add_argument("--seed", type=whole(least=0), default=0, help="of the draws")
     parser.add_argument("--no-stop", action="store_true", help="write on after end of document")
     parser.add_argument("--speculative", action="store_true",
                         help="draft with the MTP block; the text stays the same")  # fmt: skip
     parser.add_argument("--cache", choices=["plain", "fp8"], default="plain",
                         help="plain: compute dtype; fp8: FP8 rows and FP4 indexer keys, as"
                         " released (the model then computes with those casts)")  # fmt: skip
-    return parser.parse_args(arguments)
+    return parser.read(arguments, _check_draws, _check_prompts)
+
+
+def _check_draws(options: argparse.Namespace) -> None:
+    if options.temperature == 0 and options.top_p != 1 and "temperature" not in options.refused:
+        raise UserError(f"--top-p {options.top_p} has no effect with --temperature 0")
+
+
+def _check_prompts(options: argparse.Namespace) -> None:
+    if not (options.prompt or options.prompt_file or options.ids):
+        raise UserError("no prompt: give --prompt, --prompt-file or --ids")
 
 
 def write(options: argparse.Namespace) -> None:
@@ -73,8 +89,6 @@ def write(options: argparse.Namespace) -> None:
     Raises:
         ValueError: the model cannot be read, or the prompts not be continued.
     """
-    if options.temperature == 0 and options.top_p != 1:
-        raise UserError(f"--top-p {options.top_p} has no effect with --temperature 0")
     model, tokenizer = open_model(options)
     prompts = read_prompts(options, tokenizer)
     stop = tokenizer.eos_id if tokenizer is not None and not options.no_stop else None
@@ -133,8 +147,6 @@ def read_prompts(options: argparse.Namespace, tokenizer: Tokenizer | None) -> li
             prompts.append([int(part) for part in ids.split(",")])
         except ValueError as error:
             raise UserError(f"--ids {ids}: not integers with commas between them") from error
-    if not prompts:
-        raise UserError("no prompt: give --prompt, --prompt-file or --ids")
     return prompts
 
 

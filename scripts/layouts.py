@@ -54,7 +54,7 @@ from parallel.config import SCHEDULES
 from parallel.mesh import leave_process_group
 from scripts.cli.command import command
 from scripts.cli.outputs import check_output, write_json, write_text
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from scripts.layout_trials.asked import (
     TrialLayout,
     add_run_options,
@@ -371,7 +371,9 @@ def options() -> argparse.ArgumentParser:
     """The command line."""
     parser = CommandParser(description=__doc__)
     add_run_options(parser, DEFAULT, steps=20)
-    parser.add_argument("--orders", type=int, default=6, help="permuted accumulation orders")
+    parser.add_argument(
+        "--orders", type=whole(least=0), default=6, help="permuted accumulation orders"
+    )
     parser.add_argument(
         "--trials", nargs="+", choices=TRIALS, default=TRIALS, help="what to measure"
     )

@@ -21,7 +21,7 @@ from model.flops import parameter_counts
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from scripts.cli.command import command
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, real, whole
 from train.config.command_line import compose_run
 from train.config.schema import Device, Precision, RunConfig
 from train.errors import UserError
@@ -66,35 +66,37 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(description=__doc__, epilog=EPILOG)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="as of the trainer")
-    parser.add_argument("--gpus", type=int, help="of the other machine (default: this machine)")
-    parser.add_argument("--memory", type=float, help="GB of each of them")
+    parser.add_argument("--gpus", type=whole(above=0),
+                        help="of the other machine (default: this machine)")  # fmt: skip
+    parser.add_argument("--memory", type=real(above=0), help="GB of each of them")
     parser.add_argument("--card", help=", ".join(one.name for one in CARDS))
-    parser.add_argument("--tflops", type=float, help="dense bf16 peak of a card without a name")
-    parser.add_argument("--share", type=float, default=0.3, help="of the peak rate that is reached")
-    return parser.parse_intermixed_args(words)
+    parser.add_argument("--tflops", type=real(above=0),
+                        help="dense bf16 peak of a card without a name")  # fmt: skip
+    parser.add_argument("--share", type=real(above=0, most=1), default=0.3,
+                        help="of the peak rate that is reached")  # fmt: skip
+    return parser.read(words, _check_machine, _compose, intermixed=True)
+
+
+def _check_machine(options: argparse.Namespace) -> None:
+    """Find the card that is named, and whether it is known how much a GPU holds."""
+    options.named = card(options.card) if options.card else None
+    given = (options.gpus, options.memory, options.tflops, options.card)
+    if any(given) and not (options.memory or options.named or "memory" in options.refused):
+        raise UserError("another machine needs --memory GB or --card NAME: how much a GPU holds")
+    if options.named and options.tflops:
+        raise UserError(f"--tflops {options.tflops} and --card {options.named.name}: give one")
+
+
+def _compose(options: argparse.Namespace) -> None:
+    options.run = compose_run(options.overrides, also=resolve)
 
 
 def asked(options: argparse.Namespace) -> tuple[RunConfig, World, list[Card]]:
-    """The run, its machine, and the cards of which it may consist.
-
-    Raises:
-        UserError: options that cannot be, or not together.
-    """
-    for name in ("gpus", "memory", "tflops", "share"):
-        value = getattr(options, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError(f"--{name} {value} must be above 0")
-    if options.share > 1:
-        raise UserError(f"--share {options.share} must be a fraction, at most 1")
-    run = compose_run(options.overrides)
+    """The run, its machine, and the cards of which it may consist."""
+    run, named = options.run, options.named
     if options.gpus is options.memory is options.card is options.tflops is None:
         return _here(run)
-    named = card(options.card) if options.card else None
-    memory = options.memory or (named.memory_gb if named else None)
-    if memory is None:
-        raise UserError("another machine needs --memory GB or --card NAME: how much a GPU holds")
-    if named and options.tflops:
-        raise UserError(f"--tflops {options.tflops} and --card {named.name}: give one of them")
+    memory: float = options.memory or named.memory_gb
     cards = [named] if named else [one for one in CARDS if one.memory_gb == memory]
     if options.tflops:
         cards = [Card("this card", memory, options.tflops)]

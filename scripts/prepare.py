@@ -27,7 +27,7 @@ from data.token_store import TokenStore
 from data.tokenise import SHARD_BYTES, StoreJob, write_store
 from data.tokenizer import Tokenizer
 from scripts.cli.command import command
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, real, whole
 from train.errors import UserError
 
 EPILOG = """examples:
@@ -62,7 +62,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     v = ValidationConfig()
-    parser = CommandParser(description=__doc__, epilog=EPILOG)
+    parser = CommandParser(description=__doc__, epilog=EPILOG, beyond="--out {}")
     parser.add_argument(
         "source", nargs="?", default="", help="file, folder, glob pattern or hub name"
     )
@@ -87,38 +87,36 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--packages", nargs="+", default=SourceConfig().packages,
                         help="of the embedded corpus, or whose sources are taken")  # fmt: skip
     parser.add_argument("--tokenizer", default="bpe", help="as data.tokenizer (default: bpe)")
-    parser.add_argument("--vocab-size", type=int, default=4096, help="of a trained bpe")
-    parser.add_argument("--workers", type=int, default=1, help="processes")
-    parser.add_argument("--shard-bytes", type=int, default=SHARD_BYTES,
+    parser.add_argument("--vocab-size", type=whole(least=1), default=4096, help="of a trained bpe")
+    parser.add_argument("--workers", type=whole(least=1), default=1, help="processes")
+    parser.add_argument("--shard-bytes", type=whole(least=1), default=SHARD_BYTES,
                         help="text of a shard, the unit of work and of resuming")  # fmt: skip
     parser.add_argument("--cache-dir", default=".cache/data", help="as data.cache_dir")
-    parser.add_argument("--validation-bytes", type=int, default=v.bytes, help="text held out")
-    parser.add_argument("--validation-seed", type=int, default=v.seed, help="chooses the documents")
-    parser.add_argument("--max-overlap", type=float, default=v.max_overlap,
+    parser.add_argument("--validation-bytes", type=whole(least=0), default=v.bytes,
+                        help="text held out")  # fmt: skip
+    parser.add_argument("--validation-seed", type=whole(least=0), default=v.seed,
+                        help="chooses the documents")  # fmt: skip
+    parser.add_argument("--max-overlap", type=real(least=0, most=1), default=v.max_overlap,
                         help="repeated shingles that are let pass in it")  # fmt: skip
-    return parser.parse_args(arguments)
+    return parser.read(arguments, _check_source, _settle, _check_folder, _check_documents)
 
 
-def prepare(options: argparse.Namespace) -> tuple[Corpus, TokenStore, Tokenizer]:
-    """Make the store, or go on making it.
-
-    Returns:
-        The documents, the store, and the tokenizer.
-
-    Raises:
-        ValueError: the source, the tokenizer or the folder cannot be used.
-    """
-    path = options.source or options.path
+def _check_source(options: argparse.Namespace) -> None:
+    """One source is named, in one of two ways."""
     if options.source and options.path:
         raise UserError(f"--path {options.path} and {options.source}: name one source")
-    if not (path or options.kind):
+    if not (options.source or options.path or options.kind or options.verify):
         raise UserError("name a source: a file, a folder, a glob pattern or a hub dataset")
+
+
+def _settle(options: argparse.Namespace) -> None:
+    """The folder of the store, and the ``data`` section that it is made from."""
+    path = options.source or options.path
+    if not (path or options.kind or options.verify):
+        return
     kind = SourceKind(options.kind) if options.kind else _kind_of(path)
-    out: Path = options.out or Path("stores") / (Path(path).name.partition(".")[0] or kind.value)
-    shard_bytes: int = options.shard_bytes
-    if shard_bytes < 1:
-        raise UserError(f"--shard-bytes {shard_bytes} must be at least 1")
-    name = out.name or "store"
+    if options.out is None:
+        options.out = Path("stores") / (Path(path).name.partition(".")[0] or kind.value)
     source = SourceConfig(
         kind=kind,
         path=path,
@@ -130,11 +128,11 @@ def prepare(options: argparse.Namespace) -> tuple[Corpus, TokenStore, Tokenizer]
         revision=options.revision,
         packages=options.packages,
     )
-    cfg = DataConfig(
+    options.cfg = DataConfig(
         tokenizer=options.tokenizer,
         vocab_size=options.vocab_size,
         cache_dir=options.cache_dir,
-        sources={name: source},
+        sources={options.out.name or "store": source},
         workers=options.workers,
         validation=ValidationConfig(
             bytes=options.validation_bytes,
@@ -142,22 +140,47 @@ def prepare(options: argparse.Namespace) -> tuple[Corpus, TokenStore, Tokenizer]
             max_overlap=options.max_overlap,
         ),
     )
-    cfg.validate()
-    if out.exists() and not (out / "manifest.json").is_file():
+    if not options.verify:
+        options.cfg.validate()
+
+
+def _check_folder(options: argparse.Namespace) -> None:
+    out = options.out
+    if not options.verify and out.exists() and not (out / "manifest.json").is_file():
         raise UserError(f"--out {out} exists and is not a token store: name another folder")
-    if options.validation_bytes and is_one_document(name, source):
-        raise UserError(
-            f"{path} is one file and --unit {options.unit}: of one document nothing can be held out"
-            f" (--validation-bytes {options.validation_bytes}); --unit paragraph divides it,"
-            " --validation-bytes 0 holds out nothing"
-        )
+
+
+def _check_documents(options: argparse.Namespace) -> None:
+    """Documents can be held out: of one there is nothing to hold out."""
+    ((name, source),) = options.cfg.sources.items()
+    if options.verify or not options.validation_bytes or not is_one_document(name, source):
+        return
+    raise UserError(
+        f"{source.path} is one file and --unit {options.unit}: of one document nothing can be held"
+        f" out (--validation-bytes {options.validation_bytes}); --unit paragraph divides it,"
+        " --validation-bytes 0 holds out nothing"
+    )
+
+
+def prepare(options: argparse.Namespace) -> tuple[Corpus, TokenStore, Tokenizer]:
+    """Make the store, or go on making it.
+
+    Returns:
+        The documents, the store, and the tokenizer.
+
+    Raises:
+        ValueError: the source, the tokenizer or the folder cannot be used.
+    """
+    cfg: DataConfig = options.cfg
+    out: Path = options.out
+    (name,) = cfg.sources
     tokenizer = build_tokenizer(cfg)
     corpus = Corpus(cfg)
     plan = corpus.key
 
     def build(folder: Path) -> None:
         job = StoreJob(name, corpus.documents(name), folder)
-        write_store(job, corpus.split[name], tokenizer, plan, cfg.workers, shard_bytes)
+        write_store(job, corpus.split[name], tokenizer, plan, cfg.workers, options.shard_bytes)
 
     finished = out.is_dir()
     build_once(out, build, resume=True, key=f"--out {out}")

@@ -27,9 +27,9 @@ from data.tokenizer import Tokenizer, folder_tokenizer
 from model.transformer import DeepSeekV4
 from quant.config import Recipe
 from scripts.cli.command import command
-from scripts.cli.model_options import add_weights_option, open_model
+from scripts.cli.model_options import add_chunk_option, add_weights_option, open_model
 from scripts.cli.outputs import PNG, check_output, write_text
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.errors import UserError, one_line
 from train.exchange.output_files import make_folder
 from train.probes.attention import attention_by_distance
@@ -87,13 +87,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", default="512,1024,2048", help="tokens of documents")
     parser.add_argument("--needle", choices=ALL_NEEDLES, action="append", default=[],
                         help=f"may be repeated (default: {', '.join(NEEDLES)})")  # fmt: skip
-    parser.add_argument("--depths", type=int, default=5, help="depths of needles, 0 to 1")
-    parser.add_argument("--count", type=int, default=4, help="documents of a cell")
-    parser.add_argument("--seed", type=int, default=0, help="of what is written")
+    parser.add_argument(
+        "--depths", type=whole(least=1), default=5, help="depths of needles, 0 to 1"
+    )
+    parser.add_argument("--count", type=whole(least=1), default=4, help="documents of a cell")
+    parser.add_argument("--seed", type=whole(least=0), default=0, help="of what is written")
     parser.add_argument("--text", type=Path, action="append", default=[],
                         help="UTF-8, one document; may be repeated")  # fmt: skip
-    parser.add_argument("--tail", type=int, default=500, help="last tokens that are compared")
-    parser.add_argument("--train-length", type=int,
+    parser.add_argument(
+        "--tail", type=whole(least=1), default=500, help="last tokens that are compared"
+    )
+    parser.add_argument("--train-length", type=whole(least=1),
                         help="tokens of a trained row (default: the run's)")  # fmt: skip
     parser.add_argument("--only", choices=PROBES, action="append", default=[],
                         help="may be repeated (default: all)")  # fmt: skip
@@ -101,8 +105,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_weights_option(parser)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of matmuls")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--chunk-tokens", type=int, default=512, help="of text read at once")
-    return parser.parse_args(arguments)
+    add_chunk_option(parser)
+    return parser.read(arguments, check, _check_names, _check_out)
 
 
 def probe(options: argparse.Namespace) -> None:
@@ -111,16 +115,7 @@ def probe(options: argparse.Namespace) -> None:
     Raises:
         ValueError: a model or a text cannot be read, or an option cannot be.
     """
-    lengths = check(options)
-    names = [path.name or str(path) for path in options.models]
-    if len(set(names)) < len(names):
-        raise UserError(f"RUN: {', '.join(names)}: two models have one name")
-    out: Path = options.out
-    check_output("--out", out / "probe.json", MARK)
-    for name in names:
-        for kind in ("needles", "attention"):
-            check_output("--out", out / f"{name}_{kind}.png", PNG)
-    check_output("--out", out / "positions.png", PNG)
+    lengths, names, out = check(options), _names(options), options.out
     found = {}
     for name, path in zip(names, options.models, strict=True):
         found[name] = probe_model(path, options, lengths)
@@ -152,12 +147,26 @@ def check(options: argparse.Namespace) -> list[int]:
         raise UserError(
             f"--lengths {options.lengths}: {lengths[0]} must be at least {LEAST_TOKENS}"
         )
-    for name, least in (("depths", 1), ("count", 1), ("tail", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} {getattr(options, name)} must be at least {least}")
-    if options.train_length is not None and options.train_length < 1:
-        raise UserError(f"--train-length {options.train_length} must be at least 1")
     return lengths
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    return [path.name or str(path) for path in options.models]
+
+
+def _check_names(options: argparse.Namespace) -> None:
+    names = _names(options)
+    if len(set(names)) < len(names):
+        raise UserError(f"RUN: {', '.join(names)}: two models have one name")
+
+
+def _check_out(options: argparse.Namespace) -> None:
+    pictures = [
+        f"{name}_{kind}.png" for name in _names(options) for kind in ("needles", "attention")
+    ]
+    check_output("--out", options.out / "probe.json", MARK)
+    for picture in (*pictures, "positions.png"):
+        check_output("--out", options.out / picture, PNG)
 
 
 def probe_model(path: Path, options: argparse.Namespace, lengths: list[int]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from data.global_batch import Sample
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
 from scripts.cli.command import command
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.errors import ExitCode, UserError
 from train.record.metrics import Record, StepLines
 from train.record.sample_log import data_hash
@@ -55,9 +55,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="run folder")
     wanted = parser.add_mutually_exclusive_group(required=True)
-    wanted.add_argument("--step", type=int, help="all rows of this step")
+    wanted.add_argument("--step", type=whole(least=1), help="all rows of this step")
     wanted.add_argument("--document", metavar="SOURCE:NUMBER", help="all pieces of this document")
-    parser.add_argument("--row", type=int, help="only this row")
+    parser.add_argument("--row", type=whole(least=0), help="only this row")
     parser.add_argument("--text", action="store_true", help="whole texts")
     parser.add_argument("--abandoned", action="store_true", help="of steps that were rolled back")
     return parser.parse_args(words)

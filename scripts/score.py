@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data.tokenizer import Tokenizer
 from scripts.cli.command import command
 from scripts.cli.model_options import add_model_options, open_model
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.errors import UserError, one_line
 from train.exchange.output_files import make_folder, replacing
 from train.exchange.score import Totals, check_document, documents, token_nll
@@ -57,8 +57,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add_model_options(parser)
     parser.add_argument("file", type=Path, help="text, .npy or .npz")
     parser.add_argument("--out", type=Path, help="NPZ to write")
-    parser.add_argument("--eos-id", type=int, help="ends a document in a token file")
-    return parser.parse_args(arguments)
+    parser.add_argument("--eos-id", type=whole(least=0), help="ends a document in a token file")
+    return parser.read(arguments, _check_file, _check_out)
+
+
+def _check_file(options: argparse.Namespace) -> None:
+    if not options.file.is_file():
+        raise UserError(f"{options.file} is no file")
+
+
+def _check_out(options: argparse.Namespace) -> None:
+    if options.out is not None:
+        check_out(options.out, options.file)
 
 
 def score(options: argparse.Namespace) -> None:
@@ -67,10 +77,6 @@ def score(options: argparse.Namespace) -> None:
     Raises:
         ValueError: model or file cannot be read, or do not fit together.
     """
-    if not options.file.is_file():
-        raise UserError(f"{options.file} is no file")
-    if options.out is not None:
-        check_out(options.out, options.file)
     model, tokenizer = open_model(options)
     ids_N, byte_ends_N = read_ids(options.file, tokenizer)
     check_eos(options.eos_id, byte_ends_N is None, model.config.vocab_size)

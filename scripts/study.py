@@ -39,7 +39,7 @@ if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.cli.command import command
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, real
 from scripts.studies.answer import lead, power_line
 from scripts.studies.archive import archive_of, pack
 from scripts.studies.config import AGAIN, StudyConfig, load_study, study_names
@@ -79,7 +79,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--any-code", action="store_true", help="also count runs of another code version"
     )
     parser.add_argument(
-        "--time-limit", type=float, default=0.0,
+        "--time-limit", type=real(least=0), default=0.0,
         help="start no run that by the estimate would end after this many seconds",
     )  # fmt: skip
     parser.add_argument(

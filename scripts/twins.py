@@ -24,7 +24,7 @@ from model.flops import parameter_counts, training_flops
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = CommandParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="v4_nano", help="name in conf/model, or a YAML")
     parser.add_argument("overrides", nargs="*", help="key=value of the model, e.g. index_topk=64")
-    parser.add_argument("--seq-len", type=int, default=4096, help="tokens of a row")
+    parser.add_argument("--seq-len", type=whole(least=1), default=4096, help="tokens of a row")
     parser.add_argument("--phase", choices=("full", "warmup", "sparse"), default="sparse")
     parser.add_argument("--json", type=Path, help="also write the table there")
     args = parser.parse_args(words)

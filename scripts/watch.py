@@ -22,7 +22,7 @@ if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from scripts.cli.command import command
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, real, whole
 from train.display.console import Console
 from train.errors import UserError
 from train.record.metrics import Record
@@ -74,8 +74,12 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--lines", type=int, default=10, help="steps of before that are shown")
-    parser.add_argument("--every", type=float, default=1.0, help="seconds between two looks")
+    parser.add_argument(
+        "--lines", type=whole(least=0), default=10, help="steps of before that are shown"
+    )
+    parser.add_argument(
+        "--every", type=real(above=0), default=1.0, help="seconds between two looks"
+    )
     parser.add_argument("--once", action="store_true", help="show what there is, and leave")
     return parser.parse_args(words)
 

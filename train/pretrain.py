@@ -17,26 +17,32 @@ if __name__ == "__main__":  # run as a file: the repository root, not train/, mu
 
     leave_on_signal()  # a signal during the imports below is answered too
 
-import json
 import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
-from conf.problems import ProblemsError
 from data.cache import raise_if_full
 from data.errors import DiskError
+from parallel.last_word import tell_launcher
 from parallel.launch import check_launch, launched_rank, without_local_rank
-from train.config.command_line import CONF, acceptable, composed, normalise, options, sweeps
+from train.config.command_line import (
+    CONF,
+    acceptable,
+    composed,
+    composition_errors,
+    normalise,
+    options,
+    sweeps,
+)
+from train.config.gathered import all_problems
 from train.config.load import parse
 from train.config.schema import RunConfig
 from train.config.sweep import folder_of_sweep, forget_refused, in_own_folder, sweep_folders
@@ -45,7 +51,6 @@ from train.errors import (
     USER_ERRORS,
     DoesNotFitError,
     ExitCode,
-    Problems,
     UserError,
     ends_when_unread,
     lines_of,
@@ -66,11 +71,15 @@ if TYPE_CHECKING:
     from train.record.ranking import RunSummary
 
 log = logging.getLogger(__name__)
-PATIENCE = 10.0  # seconds that a rank with a user error waits for rank 0 to have told it
+PATIENCE = 30.0  # seconds that a rank with a user error waits for rank 0 to have told it
 
 
-def main(cfg: DictConfig) -> int:
+def main(cfg: DictConfig, words: Sequence[str] = ()) -> int:
     """One run: config, plan, fit check, then build and train.
+
+    Args:
+        cfg: as Hydra composed it.
+        words: the overrides that it was composed of, where it is the only run of the command line.
 
     Returns:
         An :class:`ExitCode`.
@@ -81,9 +90,11 @@ def main(cfg: DictConfig) -> int:
     """
     from train.preflight.checks import check_run  # noqa: PLC0415  torch takes seconds
 
-    run = parse(cfg)
+    with _told_with_all_others(words):
+        run = parse(cfg)
     with untouched_if_refused(run.run_dir, always=run.dry_run):
-        run, precision = check_run(run)
+        with _told_with_all_others(words):
+            run, precision = check_run(run)
         tell_reach(run, resolve(run))
         return _dry_run(run) if run.dry_run else _train(run, precision)
 
@@ -165,7 +176,8 @@ def cli(args: Sequence[str]) -> int:
                 " of a size like it",
                 choices.get("train"),
             )
-        code = _guarded(lambda: main(own(cfg)), untold)
+        words = [] if sweeps(args) else acceptable(args)
+        code = _guarded(lambda: main(own(cfg), words), untold)
         codes.append(code)
         if os.getpid() != pid and code:  # a launcher's worker process: the list stays behind
             raise RuntimeError(f"job {HydraConfig.get().job.override_dirname} left with {code}")
@@ -176,14 +188,11 @@ def cli(args: Sequence[str]) -> int:
         return cfg
 
     def compose_and_run() -> int:
-        try:
+        with _told_with_all_others(args):
             words = normalise(args)
-        except USER_ERRORS as error:
-            _refuse_all(error, args)
-            raise
-        _check_sweep_folder(words)
-        with _hydra_reads([sys.argv[0], *words]):
-            hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
+            _check_sweep_folder(words)
+            with _hydra_reads([sys.argv[0], *words]), composition_errors():
+                hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
         order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)
         return next((code for code in order if code in codes), ExitCode.finished)
 
@@ -203,18 +212,24 @@ def cli(args: Sequence[str]) -> int:
     return code
 
 
-def _refuse_all(error: ProblemsError, args: Sequence[str]) -> None:
-    """Raise what a command line cannot be, and what the rest of it could not be either."""
-    from train.preflight.checks import check_run  # noqa: PLC0415
+@contextmanager
+def _told_with_all_others(words: Sequence[str]) -> Iterator[None]:
+    """Refuse a command line with all that is wrong with it, where its first problem is met."""
+    try:
+        yield
+    except USER_ERRORS as error:
+        if launched_rank() or not words or sweeps(words):
+            raise
+        raise all_problems(error, words, acceptable(words), _check_alone) from error
 
-    problems = Problems()
-    problems.lines += map(str, error.args)
-    with suppress(HydraException, OmegaConfBaseException):
-        run = problems.of(lambda: parse(composed(acceptable(args))))
-        if run is not None:
-            with untouched_if_refused(run.run_dir, always=True):
-                problems.of(lambda: check_run(run, problems=problems))
-    problems.refuse()
+
+def _check_alone(words: Sequence[str]) -> None:
+    """Raise what is wrong with the run that some overrides describe; nothing is left behind."""
+    from train.preflight.checks import check_run  # noqa: PLC0415  torch takes seconds
+
+    run = parse(composed(words))
+    with untouched_if_refused(run.run_dir, always=True):
+        check_run(run, alone=True)
 
 
 def _check_sweep_folder(args: Sequence[str]) -> None:
@@ -276,8 +291,6 @@ def _guarded(body: Callable[[], int], untold: list[str]) -> int:
         lines, before = lines_of(error), error.table
     except FAILURES as error:
         lines, code = [one_line(error)], ExitCode.failure
-    except (HydraException, OmegaConfBaseException) as error:
-        lines = [_composition_error(error)]
     except USER_ERRORS as error:
         lines = lines_of(error)
     except Stopped:
@@ -297,38 +310,24 @@ def _guarded(body: Callable[[], int], untold: list[str]) -> int:
 
 def _print(lines: Sequence[str], before: str = "") -> None:
     text = "".join(f"error: {line}\n" for line in lines)
-    _tell_launcher(text)
     sys.stderr.write(f"{before}\n\n{text}" if before else text)
     sys.stderr.flush()
-
-
-def _tell_launcher(text: str) -> None:
-    """Let torchrun end its own report with our lines, which stand far above it otherwise."""
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with suppress(OSError):
-            inner = {"message": text.rstrip(), "extraInfo": {"timestamp": str(int(time.time()))}}
-            content = json.dumps({"message": inner}, allow_nan=False)
-            Path(path).write_text(content, encoding="utf-8")
+    tell_launcher(text)
 
 
 def _let_rank_0_tell(untold: list[str]) -> None:
     """On other ranks: wait until rank 0, which tells the user, has left; else tell him here.
 
     torchrun stops all ranks as soon as one has left, maybe before rank 0 has said anything. A rank
-    that is still alive after the wait met an error that rank 0 did not.
+    that it stops in the wait leaves with the code of its own error. One that is still alive behind
+    it met an error that rank 0 did not.
     """
     if untold:
-        time.sleep(PATIENCE)
+        try:
+            time.sleep(PATIENCE)
+        except Stopped:
+            return
         _print([f"rank {launched_rank()}: {line}" for line in untold])
-
-
-def _composition_error(error: Exception) -> str:
-    """Hydra's own error in one line; its cause, where there is one, names the types."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
-    text = str(error).splitlines()[0].removeprefix("Error merging override ")
-    if cause is None:
-        return one_line(UserError(text))
-    return f"{text}: {str(cause).splitlines()[0]}"
 
 
 def command(words: Sequence[str]) -> int:

@@ -32,7 +32,7 @@ from parallel.engine import TorchEngine
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.checkpoint.manager import Checkpoints, Retention
 
 CPU = torch.device("cpu")
@@ -71,10 +71,10 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--model", default="v4_nano", help="of conf/model")
-    parser.add_argument("--saves", type=int, default=8, help="of each kind that count")
-    parser.add_argument("--steps", type=int, default=2, help="between saves")
-    parser.add_argument("--rows", type=int, default=2, help="of a step")
-    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--saves", type=whole(least=1), default=8, help="of each kind that count")
+    parser.add_argument("--steps", type=whole(least=1), default=2, help="between saves")
+    parser.add_argument("--rows", type=whole(least=1), default=2, help="of a step")
+    parser.add_argument("--seq-len", type=whole(least=1), default=128)
     parser.add_argument("--folder", default=None, help="where to write; default: the temporary one")
     parser.add_argument("--out", type=Path, default=None, help="JSON file for the figures")
     return parser.parse_args(words)

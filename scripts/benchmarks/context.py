@@ -42,7 +42,7 @@ from scripts.benchmarks.live_bytes import LiveBytes
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.errors import UserError
 
 CPU = torch.device("cpu")
@@ -167,9 +167,11 @@ def options() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="v4_tiny", help="of conf/model")
-    parser.add_argument("--tokens", type=int, default=32768, help="of the row")
-    parser.add_argument("--document", type=int, default=4096, help="tokens of a document")
-    parser.add_argument("--cp", type=int, nargs="+", default=[1, 2, 4], help="shards")
+    parser.add_argument("--tokens", type=whole(least=1), default=32768, help="of the row")
+    parser.add_argument(
+        "--document", type=whole(least=1), default=4096, help="tokens of a document"
+    )
+    parser.add_argument("--cp", type=whole(least=1), nargs="+", default=[1, 2, 4], help="shards")
     parser.add_argument("--activation_checkpoint", default="none", choices=MODES)
     parser.add_argument("--json", metavar="FILE", help="write what was found")
     return parser

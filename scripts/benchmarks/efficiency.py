@@ -32,7 +32,7 @@ from model.flops import (
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import PNG, check_output, write_json
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 
 CONTEXTS = (4096, 16384, 65536, 131072, 262144, 524288, 1000000)
 Figures = dict[str, Any]
@@ -162,7 +162,11 @@ def main(words: Sequence[str] | None = None) -> None:
         "--models", nargs="+", default=["v4_flash", "v4_pro"], help="names in conf/model, or YAMLs"
     )
     parser.add_argument(
-        "--contexts", nargs="+", type=int, default=list(CONTEXTS), help="context lengths, tokens"
+        "--contexts",
+        nargs="+",
+        type=whole(least=1),
+        default=list(CONTEXTS),
+        help="context lengths, tokens",
     )
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder of JSON and PNG")
     args = parser.parse_args(words)

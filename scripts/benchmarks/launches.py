@@ -34,7 +34,7 @@ from model.weight_copies import WeightCopies
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_text
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.errors import ROOT, ExitCode
 
 FORWARD, BACKWARD = 60, 130  # launches a block
@@ -316,7 +316,9 @@ def _lines(rows: Sequence[Sequence[str]]) -> list[str]:
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--model", nargs="+", default=["v4_small", "v4_flash"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 16384], help="of a row")
+    parser.add_argument(
+        "--tokens", nargs="+", type=whole(least=1), default=[4096, 16384], help="of a row"
+    )
     parser.add_argument("--no-plain", action="store_true", help="leave the plain path out")
     parser.add_argument("--markdown", default="", help="also write it as a document")
     return parser.parse_args(words)

@@ -33,7 +33,7 @@ from optim.newton_schulz import matmul_flops
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 
 LR = 1e-3
 SIZE = 1024  # rows and columns of the matmul whose rate bounds the step
@@ -243,9 +243,15 @@ def render(r: OptimizerTimes) -> str:
 def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--model", default="v4_nano", help="preset of conf/model (default v4_nano)")
-    parser.add_argument("--repeats", type=int, default=15, help="timed steps of each (default 15)")
-    parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each (default 2)")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads; 0 = torch's choice")
+    parser.add_argument(
+        "--repeats", type=whole(least=1), default=15, help="timed steps of each (default 15)"
+    )
+    parser.add_argument(
+        "--warmup", type=whole(least=0), default=2, help="untimed steps of each (default 2)"
+    )
+    parser.add_argument(
+        "--threads", type=whole(least=0), default=0, help="torch threads; 0 = torch's choice"
+    )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--json", default="", help="also write the report to this file")
     return parser.parse_args(words)

@@ -43,7 +43,7 @@ from quant.formats import FP8_ACTIVATION, FP8_KV, FP8_WEIGHT, MXFP4, fake_quant,
 from quant.probe import QuantProbe
 from scripts.cli.command import command
 from scripts.cli.outputs import check_output, write_json
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.config.command_line import compose_run
 from train.config.schema import RunConfig
 from train.preflight.precision import settle
@@ -219,7 +219,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--model", default="v4_nano", help="with its batch and optimizer")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=whole(least=1), default=7)
     parser.add_argument("--no-compile", action="store_true", help="leave out torchao compiled")
     parser.add_argument("--cpu-time", action="store_true", help="count this process' CPU seconds")
     parser.add_argument("--json", type=Path, help="file to write")

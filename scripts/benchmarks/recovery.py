@@ -27,7 +27,7 @@ import torch
 from model.kernels.allocator import keep_freed_memory
 from scripts.cli.command import command
 from scripts.cli.outputs import check_output, write_json
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.build import build
 from train.config.command_line import compose_run
 from train.loop import Trainer
@@ -48,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("--model", default="v4_micro", help="with its batch and optimizer")
-    parser.add_argument("--rounds", type=int, default=12, help="that count")
+    parser.add_argument("--rounds", type=whole(least=1), default=12, help="that count")
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("overrides", nargs="*", help="of all three runs")
     args = parser.parse_args(words)

@@ -32,7 +32,7 @@ from matplotlib.figure import Figure
 
 from scripts.cli.command import command
 from scripts.cli.outputs import PNG, check_output, write_json
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, real, whole
 from train.errors import ROOT, UserError
 
 CHILD = "scripts.benchmarks.child"  # a module: as a file it would find optim.py beside it
@@ -237,9 +237,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--contestants", nargs="+", default=["ours", "hf", "dense"], choices=CONTESTANTS
     )
     parser.add_argument("--skip", nargs="*", default=[], help="CONTESTANT:CASE to leave out")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of measuring, each")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds, each")
+    parser.add_argument("--rounds", type=whole(least=1), default=3)
+    parser.add_argument("--seconds", type=real(above=0), default=10.0, help="of measuring, each")
+    parser.add_argument("--timeout", type=real(above=0), default=1800.0, help="seconds, each")
     parser.add_argument("--model", default="benchmark", help="or a name in conf/model, or a YAML")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument(
@@ -257,14 +257,16 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", choices=CONTESTANTS, help="print one step's operations instead"
     )
-    args = parser.parse_args(words)
+    return parser.read(words, _check_cases)
+
+
+def _check_cases(args: argparse.Namespace) -> None:
     for case in args.cases:
         size, _, mode = case.partition(":")
         if [part.isdecimal() for part in size.split("x")] != [True, True]:
-            parser.error(f"--cases {case}: rows x tokens is wanted, as in 8x512")
+            raise UserError(f"--cases {case}: rows x tokens is wanted, as in 8x512")
         if mode not in ("", "block", "selective"):
-            parser.error(f"--cases {case}: {mode} is neither block nor selective")
-    return args
+            raise UserError(f"--cases {case}: {mode} is neither block nor selective")
 
 
 @command()

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import ParamSpec
 
+from parallel.last_word import tell_launcher
+from parallel.launch import launched_rank
 from train.errors import FAILURES, USER_ERRORS, ExitCode, ends_when_unread, lines_of
 
 P = ParamSpec("P")
@@ -65,7 +67,10 @@ def _ended(work: Callable[[], int | None]) -> int:
 def tell(error: Exception, code: ExitCode) -> ExitCode:
     """Print an error, a line a problem, behind what was printed before; returns ``code``."""
     sys.stdout.flush()
-    sys.stderr.write("".join(f"error: {line}\n" for line in lines_of(error)))
+    text = "".join(f"error: {line}\n" for line in lines_of(error))
+    sys.stderr.write(text)
+    if launched_rank() == 0:
+        tell_launcher(text)
     return code
 
 

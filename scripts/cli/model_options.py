@@ -10,6 +10,7 @@ import torch
 from data.tokenizer import Tokenizer
 from model.transformer import DeepSeekV4
 from quant.config import Recipe
+from scripts.cli.parser import whole
 from train.config.schema import Weights
 from train.errors import UserError
 from train.exchange.model_source import ModelSource
@@ -29,7 +30,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add_weights_option(parser)
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of matmuls")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--chunk-tokens", type=int, default=512, help="of text read at once")
+    add_chunk_option(parser)
+
+
+def add_chunk_option(parser: argparse.ArgumentParser) -> None:
+    """How much of a text is computed at once."""
+    parser.add_argument(
+        "--chunk-tokens", type=whole(least=1), default=512, help="of text read at once"
+    )
 
 
 def add_weights_option(parser: argparse.ArgumentParser) -> None:
@@ -54,8 +62,6 @@ def open_model_source(
     options: argparse.Namespace,
 ) -> tuple[DeepSeekV4, Tokenizer | None, ModelSource]:
     """The same, with the place that it comes from."""
-    if options.chunk_tokens < 1:
-        raise UserError(f"--chunk-tokens {options.chunk_tokens} must be at least 1")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device")
     on_gpu = options.device != "cpu" and torch.cuda.is_available()

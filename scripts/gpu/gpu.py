@@ -32,7 +32,7 @@ from scripts.benchmarks.step import run_child
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json, write_text
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, real, whole
 from scripts.gpu.gpu_ops import calls_of, measured, one_of_each
 from scripts.gpu.gpu_report import table_of
 from train.config.command_line import compose_run
@@ -216,21 +216,22 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only say whether there is a GPU")
     parser.add_argument("--models", nargs="+", default=["v4_mini", "v4_small"])
-    parser.add_argument("--tokens", type=int, default=4096, help="of a row")
-    parser.add_argument("--rows", type=int, default=1, help="of a microbatch")
-    parser.add_argument("--steps", type=int, default=16, help="of the trainer, the last profiled")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of measuring, each")
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds, each process")
+    parser.add_argument("--tokens", type=whole(least=1), default=4096, help="of a row")
+    parser.add_argument("--rows", type=whole(least=1), default=1, help="of a microbatch")
+    parser.add_argument("--steps", type=whole(least=_WARM + 2), default=16,
+                        help=f"of the trainer: {_WARM} warm up, the last is profiled")  # fmt: skip
+    parser.add_argument("--seconds", type=real(above=0), default=1.0, help="of measuring, each")
+    parser.add_argument(
+        "--timeout", type=real(above=0), default=1800.0, help="seconds, each process"
+    )
     parser.add_argument(
         "--contestants", nargs="*", default=["ours_lm", "hf"], choices=("ours_lm", "hf", "dense")
     )
     parser.add_argument("--override", nargs="*", default=[], help="KEY=VALUE of the trainer")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"),
                         help="cpu tries this script; its figures say so")  # fmt: skip
-    parser.add_argument("--bandwidth-bytes", type=int, default=1 << 30, help="copied to measure it")
+    parser.add_argument(
+        "--bandwidth-bytes", type=whole(least=1), default=1 << 30, help="copied to measure it"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench_gpu.json"))
-    args = parser.parse_args(words)
-    if args.steps < _WARM + 2:
-        raise UserError(f"--steps {args.steps} must be at least {_WARM + 2}: {_WARM} warm up, and"
-                        " the last one is profiled")  # fmt: skip
-    return args
+    return parser.parse_args(words)

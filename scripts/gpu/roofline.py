@@ -28,9 +28,8 @@ from scripts.benchmarks.launches import kinds
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_text
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from scripts.gpu.traffic import Operation, block_traffic, model_traffic
-from train.errors import UserError
 from train.preflight.cards import CARDS, Card, card
 from train.preflight.forecast import quantity
 
@@ -245,14 +244,11 @@ def _arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cards", nargs="+", default=["rtx4090", "h100"], help=", ".join(c.name for c in CARDS)
     )
-    parser.add_argument("--tokens", type=int, default=4096, help="of a row")
-    parser.add_argument("--rows", type=int, default=1, help="of a microbatch")
+    parser.add_argument("--tokens", type=whole(least=1), default=4096, help="of a row")
+    parser.add_argument("--rows", type=whole(least=1), default=1, help="of a microbatch")
     parser.add_argument("--recompute", action="store_true", help="the whole model's blocks twice")
     parser.add_argument(
         "--head", choices=tuple(_DTYPES), default="fp32", help="train.head_precision"
     )
     parser.add_argument("--markdown", type=Path, help="also write it as a document")
-    args = parser.parse_args(words)
-    if args.tokens < 1 or args.rows < 1:
-        raise UserError(f"--tokens {args.tokens} and --rows {args.rows} must be at least 1")
-    return args
+    return parser.parse_args(words)

@@ -15,6 +15,7 @@ import torch
 
 from parallel.config import SCHEDULES
 from parallel.mesh import check_layout
+from scripts.cli.parser import whole
 from train.config.command_line import CONF, compose_run
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -137,8 +138,8 @@ def add_run_options(parser: argparse.ArgumentParser, layouts: Sequence[str], ste
     """Options that say what is run; ``scripts/layout_trials/step_parts.py`` has them too."""
     parser.add_argument("layouts", nargs="*", default=layouts, help="degrees of each layout")
     parser.add_argument("--model", default="v4_tiny", help="of conf/model")
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--rows", type=int, default=8, help="of a global batch")
-    parser.add_argument("--seq-len", type=int, default=64, help="tokens of a row")
+    parser.add_argument("--steps", type=whole(least=1), default=steps)
+    parser.add_argument("--rows", type=whole(least=1), default=8, help="of a global batch")
+    parser.add_argument("--seq-len", type=whole(least=1), default=64, help="tokens of a row")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other config")

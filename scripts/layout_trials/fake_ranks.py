@@ -42,7 +42,7 @@ from parallel.pipeline_stage import ModelPart
 from parallel.sharded_model import build_sharded_model
 from quant.apply import reads_master
 from scripts.cli.command import command
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.config.command_line import compose_run
 from train.config.schema import RunConfig
 from train.errors import UserError
@@ -239,6 +239,9 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="placements of every pipeline rank")
     parser.add_argument("--csv", metavar="FILE", help="write every tensor of every built rank")
     parser.add_argument(
-        "--whole", type=int, default=1_000_000, help="elements that may be whole on every rank"
+        "--whole",
+        type=whole(least=0),
+        default=1_000_000,
+        help="elements that may be whole on every rank",
     )
     return parser

@@ -53,7 +53,7 @@ from parallel.sharded_model import build_sharded_model
 from quant.apply import reads_master
 from scripts.cli.command import command
 from scripts.cli.outputs import check_output, write_json, write_text
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from scripts.layout_trials.exchange_forms import Expected, expected
 from scripts.layout_trials.exchanges import Key, Watch
 from train.config.command_line import compose_run
@@ -386,9 +386,11 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("models", nargs="+", help="of conf/model")
     parser.add_argument("--parallel", help="of conf/parallel (default: named as the model)")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="other config")
-    parser.add_argument("--parts", nargs="+", type=int, help="pipeline ranks (default: all)")
     parser.add_argument(
-        "--microbatches", type=int, default=0, help="of the step; 0: those of the batch"
+        "--parts", nargs="+", type=whole(least=0), help="pipeline ranks (default: all)"
+    )
+    parser.add_argument(
+        "--microbatches", type=whole(least=0), default=0, help="of the step; 0: those of the batch"
     )
     parser.add_argument("--markdown", metavar="FILE", help="write a document")
     parser.add_argument("--json", metavar="FILE", help="write everything that was found")

@@ -35,7 +35,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from parallel.mesh import leave_process_group
 from scripts.cli.command import command
 from scripts.cli.outputs import PNG, check_output, write_json
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from scripts.layout_trials.asked import (
     TrialLayout,
     add_run_options,
@@ -244,7 +244,9 @@ def main(words: Sequence[str] | None = None) -> int:
     """Measure, print, draw."""
     parser = CommandParser(description=__doc__)
     add_run_options(parser, ("dp_shard=2", "dp_shard=2 ep=2"), steps=3)
-    parser.add_argument("--warm-up", type=int, default=2, help="steps before the profiled ones")
+    parser.add_argument(
+        "--warm-up", type=whole(least=0), default=2, help="steps before the profiled ones"
+    )
     parser.add_argument("--out", default="runs/step_parts", help="folder of traces and plot")
     args = parser.parse_args(words)
     table_file, picture = Path(args.out, "step_parts.json"), Path(args.out, "step_parts.png")

@@ -40,7 +40,7 @@ from parallel.pipeline_stage import ModelPart
 from parallel.sharded_model import build_sharded_model
 from scripts.cli.command import command
 from scripts.cli.outputs import PNG, check_output, write_text
-from scripts.cli.parser import CommandParser
+from scripts.cli.parser import CommandParser, whole
 from train.errors import ROOT
 
 mpl.use("Agg")
@@ -246,16 +246,16 @@ def main(words: Sequence[str] | None = None) -> None:
     """Print the table and the lines, write the picture."""
     parser = CommandParser(description=__doc__)
     parser.add_argument("schedules", nargs="*", default=SCHEDULES, help=", ".join(SCHEDULES))
-    parser.add_argument("--pp", type=int, default=2, help="ranks")
+    parser.add_argument("--pp", type=whole(least=1), default=2, help="ranks")
     parser.add_argument("--model", default="v4_tiny", help="of conf/model")
-    parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=4, help="of a microbatch")
-    parser.add_argument("--seq-len", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=5, help="of which the fastest is shown")
+    parser.add_argument("--microbatches", type=whole(least=1), default=8)
+    parser.add_argument("--rows", type=whole(least=1), default=4, help="of a microbatch")
+    parser.add_argument("--seq-len", type=whole(least=1), default=128)
+    parser.add_argument(
+        "--steps", type=whole(least=1), default=5, help="of which the fastest is shown"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/timeline"), help="folder")
     args = parser.parse_args(words)
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps} must be 1 or more")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     check_output("--out", args.out / "timeline.txt", "closed")
     check_output("--out", args.out / "timeline.png", PNG)

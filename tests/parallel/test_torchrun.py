@@ -192,16 +192,19 @@ def test_layout_that_cannot_be_is_one_line_from_one_rank(corpus, tmp_path, args,
     done = launch(2, *words(corpus, STEPS), *args, f"run_dir={folder}")
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-    assert len(lines) == 1
-    assert message in lines[0]
+    assert len(lines) == 2  # above the launcher's report and below it
+    assert message in lines[0] == lines[1] == done.stderr.splitlines()[-1]
     assert "exitcode  : 2" in done.stderr
     assert not folder.exists()
 
 
-def test_the_launchers_report_ends_with_the_users_lines(tmp_path):
-    """Its own table of failures would bury them."""
-    done = launch(2, "model=v4_tiny", "train.lr=1", "train.stepz=2", f"run_dir={tmp_path}/run")
+def test_the_users_lines_are_the_last_whatever_the_launcher_reports(tmp_path):
+    """Its table of failures would bury them. A rank that waits for rank 0 has the same code."""
+    words = ["model=v4_tiny", "train.micro_batch_size=2", "train.lr=1", "train.stepz=2"]
+    done = launch(2, *words, f"run_dir={tmp_path}/run")
     assert done.returncode == 1  # torchrun's own
-    end = "\n".join((done.stdout + done.stderr).strip().splitlines()[-8:])
-    assert "error: unknown config key train.lr=1: give optim.lr" in end
-    assert "error: unknown config key train.stepz=2: did you mean train.steps?" in end
+    assert done.stderr.splitlines()[-2:] == [
+        "error: unknown config key train.lr=1: give optim.lr",
+        "error: unknown config key train.stepz=2: did you mean train.steps?",
+    ]
+    assert "exitcode  : 2" in done.stderr.partition("Root Cause")[2]

@@ -43,7 +43,7 @@ def tells(parser, action):
 
 
 @pytest.mark.parametrize("name", list(PARSED))
-def test_help_of_every_option_tells_its_default(name, parsers, capsys):
+def test_help_of_every_option_tells_its_default_and_numbers_have_a_range(name, parsers, capsys):
     with pytest.raises(SystemExit):
         import_module(PARSED[name]).main(["--help"])
     assert "usage" in capsys.readouterr().out
@@ -52,7 +52,9 @@ def test_help_of_every_option_tells_its_default(name, parsers, capsys):
     for parser in parsers:
         assert isinstance(parser, CommandParser), name
         for action in parser._actions:
-            assert tells(parser, action), f"{name}: {action.option_strings or action.dest}"
+            what = f"{name}: {action.option_strings or action.dest}"
+            assert tells(parser, action), what
+            assert action.type not in (int, float), f"{what} has no range (scripts/cli/parser.py)"
 
 
 def ended_unread(words):

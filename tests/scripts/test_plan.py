@@ -85,9 +85,9 @@ def test_cards_are_known_however_they_are_spelled(name):
         ("--card h10", "did you mean h100?"),
         ("--card nothing_like_it", "there are rtx3090"),
         ("--gpus 0 --memory 80", "--gpus 0 must be above 0"),
-        ("--gpus 1 --memory 80 --share 2", "--share 2.0 must be a fraction"),
-        ("--gpus 1 --card h100 --tflops 5", "give one of them"),
-        ("--gpus 1 --memory nan", "--memory nan must be above 0"),
+        ("--gpus 1 --memory 80 --share 2", "--share 2 must lie in (0, 1]"),
+        ("--gpus 1 --card h100 --tflops 5", "--tflops 5.0 and --card h100: give one"),
+        ("--gpus 1 --memory nan", "--memory nan must be finite"),
         ("modle=v4_tiny", "did you mean model?"),
     ],
 )

@@ -9,16 +9,15 @@ and everything else is left to Hydra's own composition.
 from __future__ import annotations
 
 import difflib
-import functools
 import itertools
 import re
 import shlex
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -26,17 +25,24 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from data.files import kind_of
 from train.config.aliases import meant_by_flag, meant_by_key
-from train.config.load import load, unknown_key
+from train.config.gathered import all_problems
+from train.config.load import describe, load
 from train.config.schema import RunConfig
-from train.errors import ROOT, USER_ERRORS, UserError, check_all
+from train.config.values import holds_text, shape_problems, shown, type_of, unknown_key
+from train.errors import ROOT, USER_ERRORS, Problems, UserError
 
 CONF = ROOT / "conf"
-_FLAGS = get_args_parser()._option_string_actions  # each flag with what Hydra does with it
+_NOT_OURS = ("--shell-completion", "-sc", "--experimental-rerun")  # of Hydra's flags
+_FLAGS = {  # each flag with what Hydra does with it
+    flag: action
+    for flag, action in get_args_parser()._option_string_actions.items()
+    if flag not in _NOT_OURS
+}
 _FOREIGN = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 
 
@@ -64,14 +70,18 @@ def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
         UserError: an unknown flag, group option or key; names the nearest match.
     """
     known = groups(conf)
-    plus = re.compile(rf"^\++(?=({'|'.join(known)})=)")
-    cleaned = [plus.sub("", arg) for arg in args]
-    flags, overrides = _split(cleaned)
+    cleaned = [re.sub(r"^\++(?!hydra[./=])", "", arg) for arg in args]
+    problems, (flags, overrides) = Problems(), _split(cleaned)
+    problems.lines += _check_flags(flags)
     own_conf = not any(flag.split("=")[0] in _FOREIGN for flag in flags)
-    given = conf if own_conf else None
-    check_all(*(partial(_check_override, arg, known, given) for arg in overrides))
-    gathered = _gather_items(overrides, sweeps(flags))
-    return [*flags, *gathered, *(sweep_folder(gathered) if sweeps(flags) else ())]
+    check = partial(_check_override, known=known, conf=conf if own_conf else None)
+    sweep = sweeps(flags)
+    for override in overrides:
+        problems.of(partial(check, override, sweep=sweep))
+    problems.refuse()
+    flags = ["--info=all" if flag in ("--info", "-i") else flag for flag in flags]
+    gathered = _gather_items(overrides)
+    return [*flags, *gathered, *(sweep_folder(gathered) if sweep else ())]
 
 
 def acceptable(args: Sequence[str]) -> list[str]:
@@ -80,12 +90,11 @@ def acceptable(args: Sequence[str]) -> list[str]:
     Args:
         args: of which it refuses some.
     """
-    good, known = [], groups()
-    for arg in args:
+    good, known, sweep = [], groups(), sweeps(args)
+    for arg in _split(args)[1]:
         with suppress(*USER_ERRORS):
-            if not arg.startswith("-"):
-                _check_override(arg, known, CONF)
-                good.append(arg)
+            _check_override(arg.lstrip("+"), known, CONF, sweep)
+            good.append(arg)
     return good
 
 
@@ -115,23 +124,58 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     return OverridesParser.create().parse_overrides(_split(overrides)[1])
 
 
-def compose_run(args: Sequence[str] = (), conf: Path = CONF) -> RunConfig:
+def compose_run(
+    args: Sequence[str] = (),
+    conf: Path = CONF,
+    also: Callable[[RunConfig], object] | None = None,
+) -> RunConfig:
     """The validated run that a command line describes, for scripts and tests.
 
     Args:
         args: groups and keys as on the command line, without flags.
         conf: folder of the groups.
+        also: what else is to be checked; raises what is wrong.
 
     Raises:
         ValueError: as :func:`normalise` and :func:`train.config.load.load`.
     """
-    return load(composed(args, conf))
+
+    def check(words: Sequence[str]) -> RunConfig:
+        run = load(composed(words, conf))
+        if also is not None:
+            also(run)
+        return run
+
+    try:
+        return check(args)
+    except USER_ERRORS as error:
+        raise all_problems(error, args, acceptable(args), check) from error
 
 
 def composed(args: Sequence[str] = (), conf: Path = CONF) -> DictConfig:
     """The config of a command line as Hydra composes it; arguments as of :func:`compose_run`."""
-    with initialize_config_dir(str(conf), version_base=None):
-        return compose("config", normalise(args, conf))
+    words = normalise(args, conf)
+    with initialize_config_dir(str(conf), version_base=None), composition_errors():
+        return compose("config", words)
+
+
+@contextmanager
+def composition_errors() -> Iterator[None]:
+    """Tell in one line what Hydra, or the config library below it, cannot compose."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        raise UserError(describe(error)) from error
+    except HydraException as error:
+        where = shown(str(error).splitlines()[0].removeprefix("Error merging override "), 300)
+        key = where.partition("=")[0].split(".")
+        if part := next((n for n in range(len(key)) if get_origin(type_of(key[:n])) is list), 0):
+            raise UserError(
+                f"{where}: there is no such item to be changed; give all of {'.'.join(key[:part])}"
+            ) from error
+        if isinstance(error.__cause__, OmegaConfBaseException):
+            raise UserError(f"{where}: {describe(error.__cause__)}") from error
+        raise UserError(f"the command line makes no config: {where}") from error
 
 
 def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -140,23 +184,46 @@ def _split(args: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     awaits_value = False
     for arg in args:
+        flag = arg.split("=")[0]
         if arg.startswith("-"):
-            flag = arg.split("=")[0]
-            if flag not in _FLAGS:
-                meant = meant_by_flag(flag)
-                hint = f"give {meant}" if meant else _hint(flag, list(_FLAGS), "see --help")
-                raise UserError(f"unknown flag {flag}: {hint}")
-            flags.append("--info=all" if arg in ("--info", "-i") else arg)
-            awaits_value = "=" not in arg and _FLAGS[flag].nargs is None
-        elif awaits_value:
             flags.append(arg)
+            # What follows a flag that is none, and is no override, belongs to it.
+            awaits_value = "=" not in arg and (flag not in _FLAGS or _FLAGS[flag].nargs is None)
+        elif awaits_value and "=" not in arg:
+            flags[-1:] = [flags[-1], arg] if flags[-1] in _FLAGS else [f"{flags[-1]}={arg}"]
             awaits_value = False
         else:
             overrides.append(arg)
+            awaits_value = False
     return flags, overrides
 
 
-def _gather_items(overrides: Sequence[str], sweep: bool) -> list[str]:
+def _check_flags(flags: Sequence[str]) -> Iterator[str]:
+    """What is wrong with flags, which stand with their values as :func:`_split` gives them."""
+    names = {flag.partition("=")[0] for flag in flags}
+    for flag, following in itertools.pairwise([*flags, "-"]):
+        name, given, value = flag.partition("=")
+        if not name.startswith("-"):
+            continue
+        if name not in _FLAGS:
+            meant = meant_by_flag(name)
+            hint = f"give {meant}" if meant else _hint(name, list(_FLAGS), "see --help", 0.75)
+            yield f"unknown flag {name}: {hint}"
+        elif _FLAGS[name].nargs is None:
+            value = value if given else following
+            choices = [str(choice) for choice in _FLAGS[name].choices or ()]
+            if value.startswith("-"):
+                yield f"{name} needs a value"
+            elif choices and value not in choices:
+                yield f"{name} {value} is none of {', '.join(choices)}"
+            elif name in ("--package", "-p") and not value.startswith(("hydra", "_")):
+                problem = unknown_key(value.split("."), RunConfig)
+                yield from () if problem is None else (f"{name} {value}: {problem}",)
+    if "--resolve" in names and names.isdisjoint(("--cfg", "-c", "--help")):
+        yield "--resolve acts on what --cfg job or --help shows: give one of them"
+
+
+def _gather_items(overrides: Sequence[str]) -> list[str]:
     """Join keys of named items (``data.sources.NAME.KEY=...``) into one override of their dict.
 
     Hydra cannot add an item by one of its keys. As a whole (``++data.sources={NAME:{KEY:...}}``)
@@ -173,7 +240,7 @@ def _gather_items(overrides: Sequence[str], sweep: bool) -> list[str]:
             continue
         keys = items.setdefault(".".join(parts[: depth - 1]), {}).setdefault(parts[depth - 1], [])
         if len(parts) > depth:
-            keys.append([f"{parts[-1]}:{choice}" for choice in _choices(override, value, sweep)])
+            keys.append([f"{parts[-1]}:{choice}" for choice in _choices(override, value)])
         else:
             keys.append([value.strip().removeprefix("{").removesuffix("}")])
     for path, named in items.items():
@@ -185,32 +252,54 @@ def _gather_items(overrides: Sequence[str], sweep: bool) -> list[str]:
     return out
 
 
-def _choices(override: str, value: str, sweep: bool) -> list[str]:
-    """Values of an item's key, each as Hydra's grammar writes it; several under ``-m`` alone."""
+def _choices(override: str, value: str) -> list[str]:
+    """Values of an item's key, each as Hydra's grammar writes it."""
     parsed = OverridesParser.create().parse_override(override)
-    if not parsed.is_sweep_override():
-        return [value]
-    if not sweep:
-        raise UserError(
-            f"{override}: several values need -m; one value with a comma is quoted,"
-            f" {override.partition('=')[0]}='\"{value}\"'"
-        )
-    return list(parsed.sweep_string_iterator())
+    return list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [value]
 
 
 def _item_depth(parts: Sequence[str]) -> int | None:
     """How many parts name an item of a dict of sections, if the key leads into one."""
-    schema: Any = RunConfig
-    for depth, part in enumerate(parts):
-        if get_origin(schema) is dict:
-            return depth + 1 if is_dataclass(get_args(schema)[1]) else None
-        if not is_dataclass(schema):
-            return None
-        schema = get_type_hints(schema).get(part)
+    for depth in range(len(parts)):
+        schema = type_of(parts[:depth])
+        if get_origin(schema) is dict and is_dataclass(get_args(schema)[1]):
+            return depth + 1
     return None
 
 
-def _check_override(arg: str, known: Sequence[str], conf: Path | None) -> None:
+def _check_override(arg: str, known: Sequence[str], conf: Path | None, sweep: bool) -> None:
+    override = _read(arg, known, conf)
+    key = override.key_or_group
+    if key.split(".")[0].split("/")[0] == "hydra":
+        if key == "hydra":
+            raise UserError(f"{arg}: hydra is a section; give hydra.KEY=VALUE")
+        return
+    found = override.value()
+    if override.is_delete():
+        raise UserError(f"{arg}: nothing is taken out of a config; give {key.lstrip('~')}=VALUE")
+    if override.package is not None or not set(key).isdisjoint("@/"):
+        hint = f"did you mean {key.replace('/', '.')}?" if "/" in key else "give GROUP=OPTION"
+        raise UserError(f"unknown config key {arg}: {hint}")
+    if key in known and not isinstance(found, dict):
+        if isinstance(found, list) or found is None:
+            raise UserError(f"{arg} must be the name of one file of conf/{key}, without its .yaml")
+        if conf is not None:
+            _check_option(key, arg.partition("=")[2], conf)
+    if override.is_sweep_override() and not sweep:
+        value, hint = arg.partition("=")[2], ""
+        if holds_text(key.split(".")):
+            hint = f"; one value with a comma is quoted, {key}='\"{value}\"'"
+        raise UserError(f"{arg}: several values need -m{hint}")
+    if key not in known or isinstance(found, dict):
+        _check_key(arg, key, override, known)
+
+
+def _read(arg: str, known: Sequence[str], conf: Path | None) -> Override:
+    """An argument as Hydra reads it.
+
+    Raises:
+        UserError: it cannot; what to type instead.
+    """
     try:
         override = OverridesParser.create().parse_override(arg)
     except HydraException as error:
@@ -218,64 +307,52 @@ def _check_override(arg: str, known: Sequence[str], conf: Path | None) -> None:
         hint = f"did you mean {near[0]}={arg}?" if near else "give GROUP=OPTION or KEY=VALUE"
         if not near and (good := _quoted(arg)):
             hint = f"such a text is quoted, for the shell and in it: {good}"
-        raise UserError(f"cannot read the argument {arg!r}: {hint}") from error
-    key = override.key_or_group
+        raise UserError(f"cannot read the argument {shown(repr(arg))}: {hint}") from error
+    if not override.key_or_group:
+        raise UserError(f"cannot read the argument {arg!r}: give GROUP=OPTION or KEY=VALUE")
     found = override.value()
     if isinstance(found, int | float) and str(found) != arg.partition("=")[2]:
         if good := _quoted(arg):
             raise UserError(f"{arg} would be read as {found}: a text is quoted, {good}")
-    if key.split(".")[0].split("/")[0] == "hydra":
-        return
-    if key in known:
-        if conf is not None:
-            _check_option(key, arg.partition("=")[2], conf)
-        return
-    problem = unknown_key(key.split("."), RunConfig, known)
+    return override
+
+
+def _check_key(arg: str, key: str, override: Override, known: Sequence[str]) -> None:
+    """Refuse a key that there is not, and a value that it cannot take."""
+    path, found = key.split("."), override.value()
+    problem, schema = unknown_key(path, RunConfig, known), type_of(path)
     meant = meant_by_key(key)
-    section = _annotation(key)
-    if isinstance(found, str | int | float) and is_dataclass(section):
-        own = ", ".join(f"{key}.{part.name}" for part in fields(section))
+    if isinstance(found, str | int | float) and is_dataclass(schema):
+        own = ", ".join(f"{key}.{part.name}" for part in fields(schema))
         raise UserError(f"{arg}: {key} is a section; give {meant or own}")
-    if problem is not None and meant:
-        problem = f"give {meant}"
     if problem is not None:
-        raise UserError(f"unknown config key {arg.lstrip('+~')}: {problem}")
-    _check_type(arg, key, override)
+        raise UserError(f"unknown config key {arg}: {f'give {meant}' if meant else problem}")
+    for depth in range(len(path) + 1):
+        pairs = type_of(path[:depth])
+        if get_origin(pairs) is dict and not is_dataclass(get_args(pairs)[1]):
+            raise UserError(
+                f"{arg}: patterns cannot be written on a command line; {'.'.join(path[:depth])}"
+                " stands in a file of its group, as in conf/optim/muon_heads.yaml"
+            )
+    for text, value in _values(arg, override):
+        for line in shape_problems(value, schema, key):
+            raise UserError(line.replace(f"{key}={shown(value)}", shown(text), 1))
 
 
-def _annotation(key: str) -> Any:
-    """Type of a key of sections; None where there is none."""
-    schema: Any = RunConfig
-    for part in key.split("."):
-        if not is_dataclass(schema):
-            return None
-        schema = get_type_hints(schema).get(part)
-    return schema
-
-
-def _check_type(arg: str, key: str, override: Override) -> None:
-    """Refuse a value that its key cannot take; keys of named items are composed first."""
-    if override.is_delete() or override.is_sweep_override() or _item_depth(key.split(".")):
+def _values(arg: str, override: Override) -> Iterator[tuple[str, Any]]:
+    """The value that an argument gives, or those of a sweep, each with the argument for it."""
+    if not override.is_sweep_override():
+        yield arg, override.value()
         return
-    if not set(key).isdisjoint("@/"):
-        return
-    try:
-        OmegaConf.update(_schema(), key, override.value())
-    except OmegaConfBaseException as error:
-        text = str(error).splitlines()[0]
-        if "interpolation" not in text.lower():
-            raise UserError(f"{arg}: {text}") from error
-
-
-@functools.cache
-def _schema() -> DictConfig:
-    return OmegaConf.structured(RunConfig)
+    for text in override.sweep_string_iterator():
+        one = f"{override.key_or_group}={text}"
+        yield one, OverridesParser.create().parse_override(one).value()
 
 
 def _quoted(arg: str) -> str | None:
     """The argument as one types it where its value is a text; None where its key holds none."""
     key, _, value = arg.partition("=")
-    if not _holds_text(key.lstrip("+").split(".")):
+    if not holds_text(key.lstrip("+").split(".")):
         return None
     for mark in ('"', "'"):
         typed = f"{key}={mark}{value.replace(mark, chr(92) + mark)}{mark}"
@@ -285,19 +362,6 @@ def _quoted(arg: str) -> str | None:
         except HydraException:
             continue
     return None
-
-
-def _holds_text(parts: Sequence[str]) -> bool:
-    """Whether a key of the config is a text, as paths and prompts are."""
-    schema: Any = RunConfig
-    for part in parts:
-        if get_origin(schema) is dict:
-            schema = get_args(schema)[1]
-        elif is_dataclass(schema):
-            schema = get_type_hints(schema).get(part)
-        else:
-            return False
-    return schema is str or str in get_args(schema)
 
 
 def _check_option(group: str, value: str, conf: Path) -> None:
@@ -338,6 +402,6 @@ def _data_of(path: Path, value: str) -> str:
     return f"data={kind} data.sources.{kind}.path={value}"
 
 
-def _hint(word: str, known: Sequence[str], otherwise: str = "") -> str:
-    near = difflib.get_close_matches(word, known, n=1)
+def _hint(word: str, known: Sequence[str], otherwise: str = "", cutoff: float = 0.6) -> str:
+    near = difflib.get_close_matches(word, known, 1, cutoff)
     return f"did you mean {near[0]}?" if near else otherwise or f"there are: {', '.join(known)}"

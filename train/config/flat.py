@@ -11,8 +11,8 @@ from enum import Enum
 from typing import Any
 
 from data.config import DataConfig, SourceConfig
-from train.config.load import unknown_key
 from train.config.schema import RunConfig, StageConfig, TrainConfig
+from train.config.values import unknown_key
 
 # Of a stage: from these the number and the position of every later step follow.
 _PLACES = {"until_tokens", "global_batch_tokens", "ramp_from_tokens", "ramp_tokens"}

@@ -34,16 +34,16 @@ def check_run(
     run: RunConfig,
     measure: Measure | None = None,
     files: bool = True,
-    problems: Problems | None = None,
+    alone: bool = False,
 ) -> tuple[RunConfig, PrecisionChoice | None]:
-    """Make every check of a run. Collective where ``train.precision`` is ``auto``.
+    """Make every check of a run. Collective over the ranks, unless ``alone``.
 
     Args:
         run: as asked.
         measure: see :func:`train.preflight.precision.settle`.
         files: whether to look at the files and servers that the config names too, and to make the
             run's folder.
-        problems: those that there are already; they are refused too.
+        alone: this rank asks for itself, and no precision is measured.
 
     Returns:
         The run, its precision settled, and why it computes in it; None where that was asked for.
@@ -51,7 +51,7 @@ def check_run(
     Raises:
         UserError: all that it cannot be, here; as the packages' own errors.
     """
-    problems, ranged = problems or Problems(), not any(out_of_range(run, ""))
+    problems, ranged = Problems(), not any(out_of_range(run, ""))
     problems.of(lambda: validate(run))
     files = files and not launched_rank()
     if files:
@@ -65,8 +65,10 @@ def check_run(
     from train.preflight.precision import assumed, settle  # noqa: PLC0415
     from train.preflight.world import poorest, this_world  # noqa: PLC0415
 
-    world, choice = problems.of(lambda: poorest(this_world(run.train.device))), None
-    if problems or world is None:
+    world, choice = problems.of(lambda: this_world(run.train.device)), None
+    if world is not None and not alone:
+        world = poorest(world)
+    if problems or alone or world is None:
         run = problems.of(lambda: assumed(run)) or run
     else:
         run, choice = settle(run, world, measure)
@@ -136,6 +138,7 @@ def _check_named(run: RunConfig, problems: Problems, begun: bool) -> None:
     """Whether what the config names is there: servers, and of a new run text and weights."""
     from train.checkpoint.manager import check_source  # noqa: PLC0415
     from train.preflight.services import check_services  # noqa: PLC0415
+    from train.run_folder.tokenizer import check_tokenizer  # noqa: PLC0415
 
     problems.of(lambda: check_services(run))
     if begun:
@@ -149,6 +152,7 @@ def _check_named(run: RunConfig, problems: Problems, begun: bool) -> None:
         problems.of(lambda: load_tokenizer(run.data.tokenizer))
     if run.init_from:
         problems.of(lambda: check_source(run.init_from))
+        problems.of(lambda: check_tokenizer(run))
 
 
 def _check_files(name: str, source: SourceConfig, held_out: int) -> None:

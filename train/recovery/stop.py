@@ -12,13 +12,12 @@ import time
 from types import FrameType
 from typing import Any
 
-from parallel.launch import launched_rank
+from parallel.launch import is_launched, launched_rank
 from train.errors import ExitCode
 
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LAUNCHED = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # set by torchrun, and by deepspeed
 
 
 def stop_with_launcher() -> None:
@@ -27,7 +26,7 @@ def stop_with_launcher() -> None:
     A launcher that is killed cannot end its ranks: they would train on and hold the devices, while
     the same command starts again in the same folder.
     """
-    if not any(name in os.environ for name in _LAUNCHED) or sys.platform != "linux":
+    if not is_launched() or sys.platform != "linux":
         return
     launcher = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

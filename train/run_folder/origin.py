@@ -111,7 +111,7 @@ def _imported(
     if known is None:
         theirs = None
     else:  # it is stored in another form than ours
-        theirs = ours if _same_ids(known, tokenizer) else tokenizer_content(known)
+        theirs = ours if same_ids(known, tokenizer) else tokenizer_content(known)
     path = root / CONFIG_JSON
     config = _official(read_config_json(path)[0]) if path.is_file() else None
     return RunIdentity(config, theirs), RunIdentity(_official(model), ours)
@@ -125,7 +125,7 @@ def _official(model: ModelConfig) -> dict[str, Any]:
     return flatten({"model": values})
 
 
-def _same_ids(one: Tokenizer, other: Tokenizer) -> bool:
+def same_ids(one: Tokenizer, other: Tokenizer) -> bool:
     """Whether two tokenizers agree in their sizes and on some text: that of this file."""
     text = Path(__file__).read_text(encoding="utf-8") + "\u00e9\u4e2d\U0001f600\t\r\n  "
     sizes = ((t.vocab_size, t.eos_id) for t in (one, other))

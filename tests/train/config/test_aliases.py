@@ -7,8 +7,8 @@ import pytest
 from tests.train.test_bad_inputs import CASES
 from train.config.aliases import FLAGS, KEYS
 from train.config.command_line import compose_run, options
-from train.config.load import unknown_key
 from train.config.schema import RunConfig
+from train.config.values import unknown_key
 from train.errors import UserError
 from train.pretrain import cli
 

@@ -9,8 +9,9 @@ from omegaconf import OmegaConf
 from parallel.config import EngineName, OffloadTo
 from train.config.command_line import compose_run, groups, normalise, options
 from train.config.flat import flat_config, pairs
-from train.config.load import describe, dump, load, unknown_key
+from train.config.load import describe, dump, load
 from train.config.schema import RunConfig
+from train.config.values import unknown_key
 from train.errors import UserError
 
 pytestmark = pytest.mark.core
@@ -50,9 +51,9 @@ def test_dump_and_load_give_the_same_run():
         ),
         ({"train": {"stages": [{"until": 5}]}}, r"train.stages\[0\].until=5"),
         ({"data": {"sources": {"a": {"pathh": "x"}}}}, r"data.sources.a.pathh=x: did you mean"),
-        ({"train": {"steps": "many"}}, r"train.steps: Value 'many' .* Integer"),
-        ({"train": {"precision": "fp8"}}, r"train.precision: Invalid value 'fp8'.*fp32, bf16"),
-        ({"seed": None}, r"seed: .*None"),
+        ({"train": {"steps": "many"}}, r"train.steps=many must be a whole number"),
+        ({"train": {"precision": "fp8"}}, r"train.precision=fp8 must be one of auto, fp32, bf16"),
+        ({"seed": None}, r"seed=null must be a whole number"),
         ({"train": {"stages": 3}}, r"train.stages"),
         ({"model": {"hidden_size": "???"}}, r"model.hidden_size"),
         ({"model": {"hidden_size": "${nowhere}"}}, r"nowhere"),

@@ -170,7 +170,7 @@ def test_command_adds_results_to_the_receipt(run, tasks, tmp_path, capsys, answe
     [
         (["--tasks", "endigns", "--include-path", "{tasks}"], "did you mean endings?"),
         (["--tasks", "endings", "--include-path", "{tasks}/nothing"], "is no folder"),
-        (["--tasks", "endings", "--limit", "0"], "--limit 0 must be at least 1"),
+        (["--tasks", "endings", "--limit", "0"], "--limit 0 must be 1 or more"),
     ],
 )
 def test_what_cannot_be_is_one_line(words, told, run, tasks, capsys):

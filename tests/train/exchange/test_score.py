@@ -193,15 +193,19 @@ def test_a_character_is_streamed_whole(capsys):
         (generate.main, ("{run}/run", "--ids", "1,999"), "id 999 is not one of the vocab_size=320"),
         (generate.main, ("{run}/run", "--prompt-file", "{run}/no"), "no is no file"),
         (generate.main, ("{run}/run", "--prompt-file", "{run}/tokens.npy"), "npy is not UTF-8"),
-        (generate.main, ("{run}/run", "--prompt", "x", "--temperature", "nan"), "temperature=nan"),
-        (generate.main, ("{run}/run", "--prompt", "x", "--tokens", "0"), "max_new_tokens=0"),
+        (
+            generate.main,
+            ("{run}/run", "--prompt", "x", "--temperature", "nan"),
+            "--temperature nan",
+        ),
+        (generate.main, ("{run}/run", "--prompt", "x", "--tokens", "0"), "--tokens 0 must be 1"),
         (
             generate.main,
             ("{run}/run", "--prompt", "x", "--tokens", "1048576"),
             "max_position_embeddings=",
         ),
         (export_hf.main, ("{run}/run", "{run}/run"), "are the same folder"),
-        (export_hf.main, ("{run}/run", "{run}/x", "--shard-gb", "0"), "--shard-gb 0.0"),
+        (export_hf.main, ("{run}/run", "{run}/x", "--shard-gb", "0"), "--shard-gb 0 "),
         (import_hf.main, ("{run}", "{run}/x"), "holds no model"),
     ],
 )

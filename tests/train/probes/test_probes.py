@@ -264,7 +264,7 @@ def test_the_command_probes_runs_and_exports(run, tmp_path, capsys):
 @pytest.mark.parametrize(("words", "says"), [
     (["--lengths", "64"], "--lengths 64: 64 must be at least 128"),
     (["--lengths", "x"], "--lengths x must be numbers"),
-    (["--count", "0"], "--count 0 must be at least 1"),
+    (["--count", "0"], "--count 0 must be 1 or more"),
     (["--lengths", "100000000"], "exceeds the"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(run, tmp_path, words, says, capsys):

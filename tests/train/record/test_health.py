@@ -7,8 +7,8 @@ import pytest
 
 from docs.metrics import DOCUMENT, document
 from tests.helpers import small_config
-from train.config.load import unknown_key
 from train.config.schema import RunConfig
+from train.config.values import unknown_key
 from train.display.health import Health
 from train.record.metrics import METRICS, metric_of
 

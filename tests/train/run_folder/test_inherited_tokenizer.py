@@ -1,11 +1,15 @@
 """Weights are read with the tokenizer that they were trained with; another one is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from data.config import SourceConfig, SourceKind, TextUnit
+from scripts.prepare import main as prepare
 from tests.integration.small_run import fit, metrics_of, small_run
-from train.errors import USER_ERRORS, ExitCode
-from train.run_folder.tokenizer import inherited_tokenizer
+from train.errors import USER_ERRORS, ExitCode, UserError
+from train.preflight.checks import check_run
+from train.run_folder.tokenizer import check_tokenizer, inherited_tokenizer
 
 WORDS = {"a": "one two three four five six ", "b": "quick brown foxes jump over lazy dogs "}
 
@@ -52,3 +56,33 @@ def test_another_tokenizer_is_refused(begun):
     other.data.tokenizer = "byte"
     with pytest.raises(USER_ERRORS, match=r"tokenizer.*weights mean something only"):
         fit(other)
+
+
+def test_another_tokenizer_is_refused_before_any_text_is_read(begun, tmp_path):
+    first, make = begun
+    other = make("b", f"{first.run_dir}/checkpoints/step_00000002")
+    assert check_run(other, alone=True)[0] == other  # bpe: that of the weights
+    other.data.tokenizer = "byte"
+    (tmp_path / "b.txt").write_bytes(b"\xff")  # which no tokenizer reads
+    told = r"data.tokenizer=byte has 260 ids, but the weights .* of 600 ids: leave data.tokenizer="
+    with pytest.raises(UserError, match=told):
+        check_run(other, alone=True)
+    other.data.tokenizer = f"{first.run_dir}"
+    assert check_run(other, alone=True)[0] == other
+
+
+def test_a_store_of_another_tokenizer_is_refused_with_the_way_to_make_it_anew(begun, tmp_path):
+    first, make = begun
+    (tmp_path / "b.txt").write_text("\n".join(f"{WORDS['b']}{i}" for i in range(200)))
+    for tokenizer in ("byte", first.run_dir):
+        words = [str(tmp_path / "b.txt"), "--unit", "line", "--tokenizer", str(tokenizer), "--out"]
+        store = tmp_path / f"store_{Path(tokenizer).name}"
+        assert prepare([*words, str(store), "--validation-bytes", "500", "--no-summary"]) == 0
+        run = make("b", str(first.run_dir))
+        run.data.sources = {"t": SourceConfig(kind=SourceKind.store, path=str(store))}
+        if tokenizer == "byte":
+            told = f"of 260 ids.*v4 prepare with --tokenizer {first.run_dir} makes a store"
+            with pytest.raises(UserError, match=told):
+                check_tokenizer(run)
+        else:
+            check_tokenizer(run)
