@@ -106,7 +106,7 @@ class CommandParser(argparse.ArgumentParser):
                 problems.of(partial(check, options))
         problems.refuse()
         assert options is not None
-        del options.refused  # nothing was
+        delattr(options, "refused")  # nothing was
         return options
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
