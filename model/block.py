@@ -43,12 +43,11 @@ class Block(nn.Module):
         self, x_BTSD: Tensor, input_ids_BT: Tensor, context: ForwardContext
     ) -> tuple[Tensor, Aux]:
         """Map streams to streams; side results of both sublayers beside them."""
-        u_BTD, *mix = self.hc_attn(x_BTSD)
+        u_BTD, mix = self.hc_attn(x_BTSD)
         y_BTD, attention_aux = self.attn(self.attn_norm(u_BTD), context)
-        mid_BTSD = self.hc_attn.merge(y_BTD, x_BTSD, *mix)
-        u_BTD, *mix = self.hc_ffn(mid_BTSD)
+        u_BTD, mix = self.hc_ffn(self.hc_attn.write(y_BTD, mix))
         y_BTD, moe_aux = self.ffn(self.ffn_norm(u_BTD), input_ids_BT, context)
-        out_BTSD = self.hc_ffn.merge(y_BTD, mid_BTSD, *mix)
+        out_BTSD = self.hc_ffn.merge(y_BTD, mix)
         aux = attention_aux | moe_aux
         if context.monitors:
             aux["stream_gain.sum"] = _norm(out_BTSD) / _norm(x_BTSD)

@@ -2,8 +2,11 @@
 
 A block holds one connection per sublayer and uses both kinds alike::
 
-    u_BTD, *mix = connection(x_BTSD)
-    x_BTSD = connection.merge(sublayer(norm(u_BTD)), x_BTSD, *mix)
+    u_BTD, mix = first(x_BTSD)
+    u_BTD, mix = second(first.write(sublayer(norm(u_BTD)), mix))
+    x_BTSD = second.merge(other_sublayer(norm(u_BTD)), mix)
+
+What the first writes the second forms while it reads it: with Triton one pass over the streams.
 
 The arithmetic (reference B.2) lives in ``model/kernels/mhc.py`` (plain) and beside it (fast). All
 parameters are fp32 masters, created uninitialised: ``model/init.py`` fills them.
@@ -13,12 +16,21 @@ parameters are fp32 masters, created uninitialised: ``model/init.py`` fills them
 # M = (2 + S) * S mix channels
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.kernels.mhc import StreamMix
 from model.kernels.select import select
+
+
+class Written(NamedTuple):
+    """Streams that are still to be formed: what a sublayer wrote, and into what."""
+
+    y_BTD: Tensor
+    mix: StreamMix
 
 
 class HyperConnection(nn.Module):
@@ -42,20 +54,30 @@ class HyperConnection(nn.Module):
         self.gamma = nn.Parameter(torch.empty(channels)) if config.hc_gamma else None
         self.pre_op = select("mhc_pre", config.kernels)
         self.merge_op = select("mhc_merge", config.kernels)
+        self.merge_pre_op = select("mhc_merge_pre", config.kernels)
 
-    def forward(self, x_BTSD: Tensor) -> tuple[Tensor, StreamMix]:
-        """Return ``(u_BTD, mix)``; u is in the dtype of x, not yet normalised."""
-        fn_MC = _fold(self.fn, self.gamma)
-        return self.pre_op(x_BTSD, fn_MC, self.base, self.scale, self.iters, self.eps, self.rms_eps)
+    def forward(self, streams: Tensor | Written) -> tuple[Tensor, StreamMix]:
+        """Return ``(u_BTD, mix)``; u is in the dtype of x, not yet normalised.
 
-    def merge(self, y_BTD: Tensor, x_BTSD: Tensor, mix: StreamMix) -> Tensor:
+        Args:
+            streams: [B, T, S, D], or what the sublayer before wrote.
+        """
+        own = (_fold(self.fn, self.gamma), self.base, self.scale, self.iters, self.eps)
+        if isinstance(streams, Written):
+            return self.merge_pre_op(*streams, *own, self.rms_eps)
+        return self.pre_op(streams, *own, self.rms_eps)
+
+    def write(self, y_BTD: Tensor, mix: StreamMix) -> Written:
+        """What :meth:`merge` would return, for the next connection to form."""
+        return Written(y_BTD, mix)
+
+    def merge(self, y_BTD: Tensor, mix: StreamMix) -> Tensor:
         """Return ``post (x) y + comb^T x`` in the dtype of x.
 
         Args:
             y_BTD: the sublayer's output.
-            x_BTSD: what was given to :meth:`forward`; ``mix`` holds it too, and in the fast path
-                with the gradient of both uses.
-            mix: from :meth:`forward`.
+            mix: from :meth:`forward`; it holds the streams that were read, in the fast path with
+                the gradient of both uses.
         """
         return self.merge_op(y_BTD, mix)
 
@@ -86,13 +108,15 @@ class HyperHead(nn.Module):
 class PlainResidual(nn.Module):
     """The ablation twin: one stream, ``x + sublayer(x)``; no parameters, same interface."""
 
-    def forward(self, x_BTSD: Tensor) -> tuple[Tensor]:
-        """Return the stream itself and no mix."""
-        return (x_BTSD.squeeze(-2),)
+    def forward(self, x_BTSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the stream itself, and the streams in place of a mix."""
+        return x_BTSD.squeeze(-2), x_BTSD
 
-    def merge(self, y_BTD: Tensor, x_BTSD: Tensor) -> Tensor:
+    def merge(self, y_BTD: Tensor, mix: Tensor) -> Tensor:
         """Return ``x + y``."""
-        return x_BTSD + y_BTD.unsqueeze(-2)
+        return mix + y_BTD.unsqueeze(-2)
+
+    write = merge
 
 
 class PlainHead(nn.Module):

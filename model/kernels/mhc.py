@@ -95,6 +95,24 @@ def mhc_merge(y_BTD: Tensor, mix: StreamMix) -> Tensor:
     return (post_BTS.unsqueeze(-1) * y_BTD.unsqueeze(-2) + mixed_BTSD).to(x_BTSD.dtype)
 
 
+def mhc_merge_pre(
+    y_BTD: Tensor,
+    mix: StreamMix,
+    fn_MC: Tensor,
+    base_M: Tensor,
+    scale_3: Tensor,
+    iters: int,
+    eps: float,
+    rms_eps: float,
+) -> tuple[Tensor, StreamMix]:
+    """Write one sublayer's output and read the next one's input, by the next one's parameters.
+
+    Returns:
+        As :func:`mhc_pre` of what :func:`mhc_merge` returns.
+    """
+    return mhc_pre(mhc_merge(y_BTD, mix), fn_MC, base_M, scale_3, iters, eps, rms_eps)
+
+
 def mhc_head(
     x_BTSD: Tensor, fn_SC: Tensor, base_S: Tensor, scale_1: Tensor, eps: float, rms_eps: float
 ) -> Tensor:

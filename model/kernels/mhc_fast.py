@@ -75,18 +75,29 @@ class _Pre(torch.autograd.Function):
         grad_comb_NSS: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         x_NSD, fn_MC, base_M, scale_3, mix_NM, rms_N = ctx.saved_tensors
-        N, S, D = x_NSD.shape
-        if grad_u_ND is None:
-            grad_u_ND = x_NSD.new_zeros(N, D)
-        if grad_new_NSD is None:
-            grad_new_NSD = torch.zeros_like(x_NSD)
-        if grad_post_NS is None:
-            grad_post_NS = mix_NM.new_zeros(N, S)
         grads = ctx.ops.pre_backward(
             x_NSD, fn_MC, base_M, scale_3, ctx.iters, ctx.eps, mix_NM, rms_N,
-            grad_u_ND, grad_new_NSD, grad_post_NS, grad_comb_NSS,
+            *filled(x_NSD, mix_NM, grad_u_ND, grad_new_NSD, grad_post_NS, grad_comb_NSS),
         )  # fmt: skip
         return None, *grads, None, None, None
+
+
+def filled(
+    x_NSD: Tensor,
+    mix_NM: Tensor,
+    grad_u_ND: Tensor | None,
+    grad_new_NSD: Tensor | None,
+    grad_post_NS: Tensor | None,
+    grad_comb_NSS: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The gradients of what a pre returns, zeros where there is none; that of comb may be None."""
+    N, S, D = x_NSD.shape
+    return (
+        x_NSD.new_zeros(N, D) if grad_u_ND is None else grad_u_ND,
+        torch.zeros_like(x_NSD) if grad_new_NSD is None else grad_new_NSD,
+        mix_NM.new_zeros(N, S) if grad_post_NS is None else grad_post_NS,
+        grad_comb_NSS,
+    )
 
 
 class _Merge(torch.autograd.Function):
@@ -150,7 +161,7 @@ def mhc_pre(
     Raises:
         ValueError: streams that are neither fp32 nor bf16, or parameters that are not fp32.
     """
-    x_NSD = _rows(ops, x_BTSD, fn_MC, base_M, scale_3)
+    x_NSD = rows_of(ops, x_BTSD, fn_MC, base_M, scale_3)
     u_ND, new_NSD, post_NS, comb_NSS = _Pre.apply(
         ops, x_NSD, fn_MC.contiguous(), base_M, scale_3, iters, eps, rms_eps
     )
@@ -166,14 +177,9 @@ def mhc_merge(y_BTD: Tensor, mix: StreamMix, ops: MhcOps = _BY_DEVICE) -> Tensor
         ValueError: y and the streams differ in dtype.
     """
     x_BTSD = mix.x_BTSD
-    if y_BTD.dtype != x_BTSD.dtype:
-        raise ValueError(
-            f"fused mHC kernels mix one dtype: sublayer output {y_BTD.dtype}, streams"
-            f" {x_BTSD.dtype}"
-        )
     new_NSD = _Merge.apply(
         ops,
-        y_BTD.flatten(0, -2).contiguous(),
+        written(y_BTD, x_BTSD),
         x_BTSD.flatten(0, -3),
         mix.post_BTS.flatten(0, -2),
         mix.comb_BTSS.flatten(0, -3),
@@ -191,7 +197,7 @@ def mhc_head(
     ops: MhcOps = _BY_DEVICE,
 ) -> Tensor:
     """Fused :func:`model.kernels.mhc.mhc_head`: same arguments, result and errors as the pre."""
-    x_NSD = _rows(ops, x_BTSD, fn_SC, base_S, scale_1)
+    x_NSD = rows_of(ops, x_BTSD, fn_SC, base_S, scale_1)
     y_ND = _Head.apply(ops, x_NSD, fn_SC.contiguous(), base_S, scale_1, eps, rms_eps)
     return y_ND.unflatten(0, x_BTSD.shape[:-2])
 
@@ -206,7 +212,8 @@ mhc_merge_torch = partial(mhc_merge, ops=_TORCH)
 mhc_head_torch = partial(mhc_head, ops=_TORCH)
 
 
-def _rows(ops: MhcOps, x_BTSD: Tensor, *parameters: Tensor) -> Tensor:
+def rows_of(ops: MhcOps, x_BTSD: Tensor, *parameters: Tensor) -> Tensor:
+    """The streams [N, S, D], when kernels take them and the parameters."""
     if x_BTSD.dtype not in ops.dtypes:
         known = " or ".join(str(dtype).removeprefix("torch.") for dtype in ops.dtypes)
         raise ValueError(f"mHC kernels take {known} streams, not {x_BTSD.dtype}")
@@ -214,3 +221,13 @@ def _rows(ops: MhcOps, x_BTSD: Tensor, *parameters: Tensor) -> Tensor:
         if parameter.dtype is not torch.float32:
             raise ValueError(f"mHC parameters must be fp32, not {parameter.dtype}")
     return x_BTSD.contiguous().flatten(0, -3)
+
+
+def written(y_BTD: Tensor, x_BTSD: Tensor) -> Tensor:
+    """What a sublayer writes into the streams [N, D], when kernels can mix the two."""
+    if y_BTD.dtype != x_BTSD.dtype:
+        raise ValueError(
+            f"fused mHC kernels mix one dtype: sublayer output {y_BTD.dtype}, streams"
+            f" {x_BTSD.dtype}"
+        )
+    return y_BTD.flatten(0, -2).contiguous()

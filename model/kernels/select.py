@@ -71,6 +71,11 @@ def _norm_rope(
     return _implementation("rope", kind)(normed, cos, sin)
 
 
+def _merge_pre(kind: Kernels, y: Tensor, mix: mhc.StreamMix, *parameters: Any) -> Any:
+    """A merge, then the pre of the next sublayer, by the two ops of a kind."""
+    return _implementation("mhc_pre", kind)(_implementation("mhc_merge", kind)(y, mix), *parameters)
+
+
 _OPS: dict[str, Implementations] = {
     "attention": Implementations(
         attention.attention_reference,
@@ -138,6 +143,12 @@ _OPS: dict[str, Implementations] = {
     ),
     "mhc_merge": Implementations(
         mhc.mhc_merge, mhc_fast.mhc_merge_torch, mhc_fast.mhc_merge, "mhc:mhc_merge"
+    ),
+    "mhc_merge_pre": Implementations(
+        mhc.mhc_merge_pre,
+        functools.partial(_merge_pre, Kernels.torch),
+        functools.partial(_merge_pre, Kernels.compiled),
+        "mhc:mhc_merge_pre",
     ),
     "cross_entropy": Implementations(
         cross_entropy.cross_entropy_rows,

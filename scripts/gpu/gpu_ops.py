@@ -38,6 +38,7 @@ _COUNTED = {
     "index_topk": ("index_topk", "", 0),
     "indexer_loss": ("", "indexer_loss_backward", 1),
     "mhc_pre": ("mhc_pre", "mhc_pre_backward", 1),
+    "mhc_merge_pre": ("mhc_merge_pre", "mhc_merge_pre_backward", 1),
     "mhc_merge": ("mhc_merge", "mhc_merge_backward", 1),
     "mhc_head": ("mhc_head", "mhc_head_backward", 1),
     "pool_entries": ("pool", "pool_backward", 1),

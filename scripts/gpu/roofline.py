@@ -46,6 +46,7 @@ NAMES = (
     ("v4::triton_row_sums", "collect"), ("v4::triton_pool", "pool_entries"),
     ("v4::triton_rms_norm", "rms_norm, norm_rope"), ("v4::triton_rope", "rope, rope_back"),
     ("v4::triton_swiglu", "swiglu"), ("v4::triton_mhc_pre", "mhc_pre"),
+    ("v4::triton_mhc_merge_pre", "mhc_merge_pre"),
     ("v4::triton_mhc_merge", "mhc_merge"), ("v4::triton_mhc_head", "mhc_head"),
     ("v4::triton_cross_entropy", "cross_entropy"), ("aten::_to_copy", "casts"),
     ("aten::add", "sums of gradients"),

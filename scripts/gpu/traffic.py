@@ -168,6 +168,7 @@ def op_flops(config: ModelConfig, seq_len: int, kind: LayerKind, ratio: int, tok
     both: Mapping[str, Callable[[Sequence[Any]], float]] = {
         "attention": lambda _: core,
         "mhc_pre": lambda _: 2.0 * wide * ((2 + streams) * streams + 1),
+        "mhc_merge_pre": lambda _: 2.0 * wide * ((2 + streams) * streams + 2 + streams),
         "mhc_merge": lambda _: 2.0 * wide * (1 + streams),
         "mhc_head": lambda _: 2.0 * wide * (1 + streams),
         "pool": lambda args: 2.0 * args[0].numel(),

@@ -48,7 +48,12 @@ def test_bytes_are_every_operand_and_every_result_once():
     (merge,) = rest["v4::triton_mhc_merge"]  # streams in and out, the result, two coefficients
     streams, width = c.hc_mult, c.hidden_size
     a_token = 2 * 2 * streams * width + 2 * width + 4 * streams + 4 * streams**2
-    assert (merge.calls, merge.bytes) == (2, TOKENS * a_token)
+    assert (merge.calls, merge.bytes) == (1, TOKENS * a_token)  # the other is one with a pre
+    (both,) = rest["v4::triton_mhc_merge_pre"]  # more: what is read, three gates, the projection
+    mix = (2 + streams) * streams
+    pre = 2 * width + 4 * (2 * mix + 1 - streams)
+    weights = 4 * (mix * streams * width + mix + 3)
+    assert both.bytes == TOKENS * (a_token + pre) + weights
     wq_a = min(rest["aten::mm"], key=lambda o: abs(o.flops - 2 * TOKENS * width * c.q_lora_rank))
     assert wq_a.bytes == 2 * (TOKENS * (width + c.q_lora_rank) + width * c.q_lora_rank)
     (experts,) = rest["v4::triton_grouped"]

@@ -7,9 +7,13 @@ inner products of streams and gradients, ``mhc_coefficients_backward`` goes back
 with the divisors of its steps, ``mhc_streams_backward`` reads the streams once more for their own
 gradient and that of the projection. The head is the same without post and comb (``HEAD``).
 
-Tensor cores form the products from parts of fp32 numbers, which keeps fp32's accuracy.
+``mhc_merge_pre`` is a merge and the pre of the next sublayer: ``mhc_merge_mix`` writes the streams
+and projects them while it holds them, and the way back forms the gradients of what was written
+while it holds that of the streams: each way reads all streams once less.
+
+Tensor cores form the products from parts of fp32 numbers, which keeps fp32's accuracy. The kernels
+are in ``mhc_kernels.py``.
 """
-# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 # Legend: N tokens, S streams (SP: rounded up to a power of two), D hidden, C = S * D,
 # M mix channels: pre S, post S, comb S * S; of the head pre alone (MP: rounded up)
@@ -19,14 +23,15 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.kernels import mhc_fast
+from model.kernels.mhc import StreamMix
 from model.kernels.mhc_ops import SCHEMAS
 from model.kernels.triton.launch import (
     INTERPRETER,
+    OPS,
     Shipped,
     Tile,
     architecture_of,
@@ -35,6 +40,16 @@ from model.kernels.triton.launch import (
     launch,
     power_of_two,
     tile_of,
+)
+from model.kernels.triton.mhc_kernels import (
+    mhc_coefficients,
+    mhc_coefficients_backward,
+    mhc_merge_mix,
+    mhc_merge_streams,
+    mhc_merge_streams_backward,
+    mhc_mix,
+    mhc_products,
+    mhc_streams_backward,
 )
 
 _PARTS = {INTERPRETER: 2, "other": 4}  # of the channels, in the projection
@@ -46,6 +61,11 @@ _MIX = {
     INTERPRETER: Tile({"BT": 16, "BK": 64, "PRECISION": "ieee"}),
     "gfx942": Tile({"BT": 64, "BK": 32, **_FP32_AMD}, options=_AMD),
     "other": Tile({"BT": 64, "BK": 32, **_FP32}, stages=4),
+}
+_MERGE_MIX = {
+    INTERPRETER: Tile({"BT": 16, "BD": 64, "PRECISION": "ieee"}),
+    "gfx942": Tile({"BT": 32, "BD": 32, **_FP32_AMD}, options=_AMD),
+    "other": Tile({"BT": 64, "BD": 16, **_FP32}, 4, 2),
 }
 _COEFFICIENTS = {
     INTERPRETER: Tile({"BT": 16}),
@@ -68,345 +88,6 @@ _STREAMS = {
 }
 
 
-@triton.jit
-def _total(PART, at, ok, stride, PARTS: tl.constexpr):
-    """Sum of the parts, in order."""
-    total = tl.load(PART + at, mask=ok, other=0.0)
-    for part in range(1, PARTS):
-        total += tl.load(PART + part * stride + at, mask=ok, other=0.0)
-    return total
-
-
-@triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def _softmax(logits, ok):
-    """Over the destinations; zeros in the padding."""
-    top = tl.max(tl.where(ok, logits, float("-inf")), 2, keep_dims=True)
-    weights = tl.where(ok, tl.exp(logits - tl.where(top == float("-inf"), 0.0, top)), 0.0)
-    return tl.where(ok, weights / tl.sum(weights, 2, keep_dims=True), 0.0)
-
-
-@triton.jit
-def mhc_mix(
-    X, FN, PART, SQUARES, N, C, chunk, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr,
-    BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A part of ``x fn^T`` and of the sum of squares. Grid (blocks of tokens, parts)."""
-    block, part = tl.program_id(0), tl.program_id(1)
-    rows = tl.arange(0, BT)
-    m = tl.arange(0, MP)
-    n = block * BT + rows
-    X += block.to(tl.int64) * BT * C
-    start = part * chunk
-    stop = tl.minimum(start + chunk, C)
-    acc = tl.zeros([BT, MP], tl.float32)
-    squares = tl.zeros([BT], tl.float32)
-    for first in tl.range(start, stop, BK):
-        c = first + tl.arange(0, BK)
-        x_ok = (n < N)[:, None] & (c < stop)[None, :]
-        x = tl.load(X + rows[:, None] * C + c[None, :], mask=x_ok, other=0.0).to(tl.float32)
-        fn_ok = (m < M)[None, :] & (c < stop)[:, None]
-        fn = tl.load(FN + m[None, :] * C + c[:, None], mask=fn_ok, other=0.0)
-        acc = tl.dot(x, fn, acc, input_precision=PRECISION)
-        squares += tl.sum(x * x, 1)
-    at = part * N + n
-    tl.store(PART + at[:, None] * M + m[None, :], acc, mask=(n < N)[:, None] & (m < M)[None, :])
-    tl.store(SQUARES + at, squares, mask=n < N)
-
-
-@triton.jit
-def mhc_coefficients(
-    X, PART, SQUARES, BASE, SCALE, U, POST, COMB, MIX, RMS, N, D, eps, rms_eps, iters,
-    S: tl.constexpr, SP: tl.constexpr, M: tl.constexpr, HEAD: tl.constexpr, PARTS: tl.constexpr,
-    BT: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """``u = sum_j pre_j x_j``, post, comb; mix and RMS for the backward pass. Grid (blocks,)."""
-    rows, s = tl.arange(0, BT), tl.arange(0, SP)
-    n = tl.program_id(0) * BT + rows
-    rms = 1.0 / tl.sqrt(_total(SQUARES, n, n < N, N, PARTS) / (S * D) + rms_eps)
-    tl.store(RMS + n, rms, mask=n < N)
-    ok = (n < N)[:, None] & (s < S)[None, :]
-    at = n[:, None] * M + s[None, :]
-    mix = _total(PART, at, ok, N * M, PARTS) * rms[:, None]
-    tl.store(MIX + at, mix, mask=ok)
-    base = tl.load(BASE + s, mask=s < S, other=0.0)[None, :]
-    pre = _sigmoid(mix * tl.load(SCALE) + base) + eps
-    block = tl.program_id(0).to(tl.int64)
-    X += block * BT * S * D
-    U += block * BT * D
-    for first in tl.range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        x_ok = (n < N)[:, None] & (d < D)[None, :]
-        u = tl.zeros([BT, BD], tl.float32)
-        for j in tl.static_range(S):
-            x = tl.load(X + (rows[:, None] * S + j) * D + d[None, :], mask=x_ok, other=0.0)
-            weight = tl.sum(tl.where((s == j)[None, :], pre, 0.0), 1)
-            u += weight[:, None] * x.to(tl.float32)
-        tl.store(U + rows[:, None] * D + d[None, :], u.to(U.dtype.element_ty), mask=x_ok)
-    if not HEAD:
-        mix = _total(PART, at + S, ok, N * M, PARTS) * rms[:, None]
-        tl.store(MIX + at + S, mix, mask=ok)
-        base = tl.load(BASE + S + s, mask=s < S, other=0.0)[None, :]
-        post = 2.0 * _sigmoid(mix * tl.load(SCALE + 1) + base)
-        tl.store(POST + n[:, None] * S + s[None, :], post, mask=ok)
-        cell = s[:, None] * S + s[None, :]
-        cell_ok = (s < S)[:, None] & (s < S)[None, :]
-        ok = (n < N)[:, None, None] & cell_ok[None, :, :]
-        at = n[:, None, None] * M + 2 * S + cell[None, :, :]
-        mix = _total(PART, at, ok, N * M, PARTS) * rms[:, None, None]
-        tl.store(MIX + at, mix, mask=ok)
-        base = tl.load(BASE + 2 * S + cell, mask=cell_ok, other=0.0)[None, :, :]
-        comb = tl.where(ok, _softmax(mix * tl.load(SCALE + 2) + base, ok) + eps, 0.0)
-        comb = comb / (tl.sum(comb, 1, keep_dims=True) + eps)
-        for _ in range(1, iters):
-            comb = comb / (tl.sum(comb, 2, keep_dims=True) + eps)
-            comb = comb / (tl.sum(comb, 1, keep_dims=True) + eps)
-        tl.store(COMB + n[:, None, None] * S * S + cell[None, :, :], comb, mask=ok)
-
-
-@triton.jit
-def mhc_merge_streams(
-    Y, X, POST, COMB, NEW, N, D, S: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
-):
-    """``new_k = post_k y + sum_j comb_jk x_j``. Grid (blocks of tokens, blocks of D)."""
-    block = tl.program_id(0).to(tl.int64)
-    rows, d = tl.arange(0, BT), tl.program_id(1) * BD + tl.arange(0, BD)
-    n = tl.program_id(0) * BT + rows
-    ok = (n < N)[:, None] & (d < D)[None, :]
-    X += block * BT * S * D
-    NEW += block * BT * S * D
-    Y += block * BT * D
-    y = tl.load(Y + rows[:, None] * D + d[None, :], mask=ok, other=0.0).to(tl.float32)
-    x = ()
-    for j in tl.static_range(S):
-        stream = tl.load(X + (rows[:, None] * S + j) * D + d[None, :], mask=ok, other=0.0)
-        x = x + (stream.to(tl.float32),)
-    for k in tl.static_range(S):
-        new = tl.load(POST + n * S + k, mask=n < N, other=0.0)[:, None] * y
-        for j in tl.static_range(S):
-            new += tl.load(COMB + (n * S + j) * S + k, mask=n < N, other=0.0)[:, None] * x[j]
-        at = (rows[:, None] * S + k) * D + d[None, :]
-        tl.store(NEW + at, new.to(NEW.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def mhc_merge_streams_backward(
-    G, Y, POST, GY, GPOST, N, D, S: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr
-):
-    """Gradients of y and post; a program walks over D. Grid (blocks of tokens,)."""
-    block = tl.program_id(0).to(tl.int64)
-    rows = tl.arange(0, BT)
-    n = tl.program_id(0) * BT + rows
-    G += block * BT * S * D
-    Y += block * BT * D
-    GY += block * BT * D
-    sums = ()
-    for _ in tl.static_range(S):
-        sums = sums + (tl.zeros([BT, BD], tl.float32),)
-    for first in tl.range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        ok = (n < N)[:, None] & (d < D)[None, :]
-        y = tl.load(Y + rows[:, None] * D + d[None, :], mask=ok, other=0.0).to(tl.float32)
-        grad = tl.zeros([BT, BD], tl.float32)
-        more = ()
-        for k in tl.static_range(S):
-            g = tl.load(G + (rows[:, None] * S + k) * D + d[None, :], mask=ok, other=0.0)
-            g = g.to(tl.float32)
-            grad += tl.load(POST + n * S + k, mask=n < N, other=0.0)[:, None] * g
-            more = more + (sums[k] + g * y,)
-        sums = more
-        tl.store(GY + rows[:, None] * D + d[None, :], grad.to(GY.dtype.element_ty), mask=ok)
-    for k in tl.static_range(S):
-        tl.store(GPOST + n * S + k, tl.sum(sums[k], 1), mask=n < N)
-
-
-@triton.jit
-def mhc_products(
-    X, GU, G, GPRE, GCOMB, N, D, S: tl.constexpr, HEAD: tl.constexpr, BT: tl.constexpr,
-    BD: tl.constexpr,
-):  # fmt: skip
-    """``gpre_j = gu . x_j`` and ``gcomb_jk = x_j . g_k``. Grid (blocks of tokens,)."""
-    block = tl.program_id(0).to(tl.int64)
-    rows = tl.arange(0, BT)
-    n = tl.program_id(0) * BT + rows
-    X += block * BT * S * D
-    G += block * BT * S * D
-    GU += block * BT * D
-    K: tl.constexpr = 1 if HEAD else 1 + S  # products of each stream
-    sums = ()
-    for _ in tl.static_range(S * K):
-        sums = sums + (tl.zeros([BT, BD], tl.float32),)
-    for first in tl.range(0, D, BD):
-        d = first + tl.arange(0, BD)
-        ok = (n < N)[:, None] & (d < D)[None, :]
-        gu = tl.load(GU + rows[:, None] * D + d[None, :], mask=ok, other=0.0)
-        grads = (gu.to(tl.float32),)
-        for k in tl.static_range(K - 1):
-            g = tl.load(G + (rows[:, None] * S + k) * D + d[None, :], mask=ok, other=0.0)
-            grads = grads + (g.to(tl.float32),)
-        more = ()
-        for j in tl.static_range(S):
-            x = tl.load(X + (rows[:, None] * S + j) * D + d[None, :], mask=ok, other=0.0)
-            for k in tl.static_range(K):
-                more = more + (sums[j * K + k] + x.to(tl.float32) * grads[k],)
-        sums = more
-    for j in tl.static_range(S):
-        tl.store(GPRE + n * S + j, tl.sum(sums[j * K], 1), mask=n < N)
-        for k in tl.static_range(K - 1):
-            product = tl.sum(sums[j * K + 1 + k], 1)
-            tl.store(GCOMB + (n * S + j) * S + k, product, mask=n < N)
-
-
-@triton.jit
-def _gates_backward(
-    MIX, BASE, SCALE, GRAD, RAW, PBASE, PSCALE, n, s, rms, N, M, first, group, factor,
-    S: tl.constexpr,
-):  # fmt: skip
-    """Through ``factor * sigmoid`` of S channels from ``first``; the gates, and their shrink."""
-    block = tl.program_id(0)
-    ok = (n < N)[:, None] & (s < S)[None, :]
-    at = n[:, None] * M + first + s[None, :]
-    mix = tl.load(MIX + at, mask=ok, other=0.0)
-    scale = tl.load(SCALE + group)
-    gate = _sigmoid(mix * scale + tl.load(BASE + first + s, mask=s < S, other=0.0)[None, :])
-    grad = tl.load(GRAD + n[:, None] * S + s[None, :], mask=ok, other=0.0)
-    grad = factor * grad * gate * (1.0 - gate)
-    tl.store(RAW + at, grad * scale * rms[:, None], mask=ok)
-    tl.store(PBASE + block * M + first + s, tl.sum(grad, 0), mask=s < S)
-    tl.store(PSCALE + block * 3 + group, tl.sum(tl.sum(grad * mix, 1), 0))
-    return gate, tl.sum(grad * scale * mix, 1)
-
-
-@triton.jit
-def mhc_coefficients_backward(
-    MIX, BASE, SCALE, RMS, GPRE, GPOST, GCOMB, MORE, PRE, COMB, RAW, SHRINK, PBASE, PSCALE, TAPE,
-    N, C, eps, iters, S: tl.constexpr, SP: tl.constexpr, M: tl.constexpr, HEAD: tl.constexpr,
-    BT: tl.constexpr,
-):  # fmt: skip
-    """Gradients of ``x fn^T`` (RAW, SHRINK), and this block's of base and scale. Grid (blocks,).
-
-    ``TAPE [2 * iters - 1, N, S]`` holds 1 / divisor of every Sinkhorn step; the matrix is walked
-    back by multiplying. ``MORE``: a further gradient of comb, or None.
-    """
-    block = tl.program_id(0)
-    n = block * BT + tl.arange(0, BT)
-    s = tl.arange(0, SP)
-    rms = tl.load(RMS + n, mask=n < N, other=0.0)
-    gate, shrink = _gates_backward(
-        MIX, BASE, SCALE, GPRE, RAW, PBASE, PSCALE, n, s, rms, N, M, 0, 0, 1.0, S
-    )
-    pre_ok = (n < N)[:, None] & (s < S)[None, :]
-    tl.store(PRE + n[:, None] * S + s[None, :], gate + eps, mask=pre_ok)
-    if not HEAD:
-        _, more = _gates_backward(
-            MIX, BASE, SCALE, GPOST, RAW, PBASE, PSCALE, n, s, rms, N, M, S, 1, 2.0, S
-        )
-        shrink += more
-        cell = s[:, None] * S + s[None, :]
-        cell_ok = (s < S)[:, None] & (s < S)[None, :]
-        ok = (n < N)[:, None, None] & cell_ok[None, :, :]
-        at = n[:, None, None] * M + 2 * S + cell[None, :, :]
-        wide = n[:, None, None] * S * S + cell[None, :, :]
-        row = n[:, None, None] * S + s[None, :, None]
-        row_ok = (n < N)[:, None, None] & (s < S)[None, :, None]
-        col = n[:, None, None] * S + s[None, None, :]
-        col_ok = (n < N)[:, None, None] & (s < S)[None, None, :]
-        mix = tl.load(MIX + at, mask=ok, other=0.0)
-        scale = tl.load(SCALE + 2)
-        base = tl.load(BASE + 2 * S + cell, mask=cell_ok, other=0.0)[None, :, :]
-        soft = _softmax(mix * scale + base, ok)
-        comb = tl.where(ok, soft + eps, 0.0)
-        first = 1.0 / (tl.sum(comb, 1, keep_dims=True) + eps)
-        comb = comb * first
-        for step in range(1, iters):
-            inverse = 1.0 / (tl.sum(comb, 2, keep_dims=True) + eps)
-            comb = comb * inverse
-            tl.store(TAPE + (2 * step - 1) * N * S + row, inverse, mask=row_ok)
-            inverse = 1.0 / (tl.sum(comb, 1, keep_dims=True) + eps)
-            comb = comb * inverse
-            tl.store(TAPE + 2 * step * N * S + col, inverse, mask=col_ok)
-        tl.store(COMB + wide, comb, mask=ok)
-        tl.debug_barrier()  # the tape is read by other threads of this program
-        grad = tl.load(GCOMB + wide, mask=ok, other=0.0)
-        if MORE is not None:
-            grad += tl.load(MORE + wide, mask=ok, other=0.0)
-        for back in range(1, iters):
-            step = iters - back
-            inverse = tl.load(TAPE + 2 * step * N * S + col, mask=col_ok, other=1.0)
-            grad = (grad - tl.sum(grad * comb, 1, keep_dims=True)) * inverse
-            comb = comb / inverse
-            inverse = tl.load(TAPE + (2 * step - 1) * N * S + row, mask=row_ok, other=1.0)
-            grad = (grad - tl.sum(grad * comb, 2, keep_dims=True)) * inverse
-            comb = comb / inverse
-        grad = tl.where(ok, (grad - tl.sum(grad * comb, 1, keep_dims=True)) * first, 0.0)
-        grad = (grad - tl.sum(grad * soft, 2, keep_dims=True)) * soft
-        tl.store(RAW + at, grad * scale * rms[:, None, None], mask=ok)
-        tl.store(PBASE + block * M + 2 * S + cell, tl.sum(grad, 0), mask=cell_ok)
-        tl.store(PSCALE + block * 3 + 2, tl.sum(tl.sum(tl.sum(grad * mix, 2), 1), 0))
-        shrink += tl.sum(tl.sum(grad * scale * mix, 2), 1)
-    tl.store(SHRINK + n, shrink * rms * rms / C, mask=n < N)
-
-
-@triton.jit
-def mhc_streams_backward(
-    GU, G, X, PRE, COMB, RAW, SHRINK, FN, GX, PFN, N, D, chunk, S: tl.constexpr, M: tl.constexpr,
-    MP: tl.constexpr, HEAD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Gradients of the streams, and a part of fn's. Grid (blocks of D, parts of the tokens).
-
-    ``gx_j = pre_j gu + sum_k comb_jk g_k + raw fn_j - shrink x_j``; ``gfn = raw^T x``. A program
-    owns BD channels of all streams and walks over its tokens.
-    """
-    d = tl.program_id(0) * BD + tl.arange(0, BD)
-    m = tl.arange(0, MP)
-    rows = tl.arange(0, BT)
-    fn_at = m[:, None] * S * D + d[None, :]
-    fn_ok = (m < M)[:, None] & (d < D)[None, :]
-    fn = ()
-    sums = ()
-    for j in tl.static_range(S):
-        fn = fn + (tl.load(FN + fn_at + j * D, mask=fn_ok, other=0.0),)
-        sums = sums + (tl.zeros([MP, BD], tl.float32),)
-    start = tl.program_id(1) * chunk
-    stop = tl.minimum(start + chunk, N)
-    for first in tl.range(start, stop, BT):
-        n = first + rows
-        ok = (n < stop)[:, None] & (d < D)[None, :]
-        block = tl.full((), 0, tl.int64) + first
-        raw_ok = (n < stop)[:, None] & (m < M)[None, :]
-        raw = tl.load(RAW + n[:, None] * M + m[None, :], mask=raw_ok, other=0.0)
-        shrink = tl.load(SHRINK + n, mask=n < stop, other=0.0)[:, None]
-        gu = tl.load(GU + block * D + rows[:, None] * D + d[None, :], mask=ok, other=0.0)
-        g = ()
-        if not HEAD:
-            for k in tl.static_range(S):
-                at = (rows[:, None] * S + k) * D + d[None, :]
-                stream = tl.load(G + block * S * D + at, mask=ok, other=0.0)
-                g = g + (stream.to(tl.float32),)
-        more = ()
-        for j in tl.static_range(S):
-            at = (rows[:, None] * S + j) * D + d[None, :]
-            x = tl.load(X + block * S * D + at, mask=ok, other=0.0).to(tl.float32)
-            grad = tl.dot(raw, fn[j], input_precision=PRECISION) - shrink * x
-            pre = tl.load(PRE + n * S + j, mask=n < stop, other=0.0)[:, None]
-            grad += pre * gu.to(tl.float32)
-            if not HEAD:
-                for k in tl.static_range(S):
-                    comb = tl.load(COMB + (n * S + j) * S + k, mask=n < stop, other=0.0)
-                    grad += comb[:, None] * g[k]
-            tl.store(GX + block * S * D + at, grad.to(GX.dtype.element_ty), mask=ok)
-            part = tl.dot(tl.trans(raw), x, sums[j], input_precision=PRECISION)
-            more = more + (part,)
-        sums = more
-    for j in tl.static_range(S):
-        tl.store(PFN + tl.program_id(1) * M * S * D + fn_at + j * D, sums[j], mask=fn_ok)
-
-
 def _pre(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, rms_eps: float
 ) -> tuple[Tensor, ...]:
@@ -422,10 +103,20 @@ def _pre(
         mhc_mix, (blocks(N, tile.sizes["BT"]), parts), x, fn, part, squares, N, C, chunk, M=M,
         MP=max(16, power_of_two(M)), **tile.constants(),
     )  # fmt: skip
-    u, rms, mix = x.new_empty(N, D), fn.new_empty(N), fn.new_empty(N, M)
+    return _coefficients(x, part, squares, base, scale, iters, eps, rms_eps, head)
+
+
+def _coefficients(
+    x: Tensor, part: Tensor, squares: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float,
+    rms_eps: float, head: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """u, post, comb, mix, rms from the parts of the projection."""
+    N, S, D = x.shape
+    parts, _, M = part.shape
+    u, rms, mix = x.new_empty(N, D), part.new_empty(N), part.new_empty(N, M)
     rows = 0 if head else N
-    post, comb = fn.new_empty(rows, S), fn.new_empty(rows, S, S)
-    tile = tile_of(_COLLAPSE, arch)
+    post, comb = part.new_empty(rows, S), part.new_empty(rows, S, S)
+    tile = tile_of(_COLLAPSE, architecture_of(x.device))
     launch(
         mhc_coefficients, (blocks(N, tile.sizes["BT"]),), x, part, squares, base, scale, u, post,
         comb, mix, rms, N, D, eps, rms_eps, iters, S=S, SP=power_of_two(S), M=M, HEAD=head,
@@ -450,6 +141,24 @@ def _merge(y: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> Tensor:
     return new
 
 
+def _merge_pre(
+    y: Tensor, x: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor,
+    iters: int, eps: float, rms_eps: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The streams after the merge, and what :func:`_pre` makes of them."""
+    N, S, D = x.shape
+    M, new = fn.shape[0], torch.empty_like(x)
+    arch = architecture_of(x.device)
+    parts, tile = tile_of(_PARTS, arch), tile_of(_MERGE_MIX, arch)
+    part, squares = fn.new_empty(parts, N, M), fn.new_empty(parts, N)
+    chunk = blocks(blocks(D, parts), tile.sizes["BD"]) * tile.sizes["BD"]
+    launch(
+        mhc_merge_mix, (blocks(N, tile.sizes["BT"]), parts), y, x, post, comb, fn, new, part,
+        squares, N, D, chunk, S=S, M=M, MP=max(16, power_of_two(M)), **tile.constants(),
+    )  # fmt: skip
+    return new, *_coefficients(new, part, squares, base, scale, iters, eps, rms_eps, False)
+
+
 def _merge_backward(grad: Tensor, y: Tensor, post: Tensor) -> tuple[Tensor, Tensor]:
     N, S, D = grad.shape
     grad_y, grad_post = torch.empty_like(y), torch.empty_like(post)
@@ -464,8 +173,9 @@ def _merge_backward(grad: Tensor, y: Tensor, post: Tensor) -> tuple[Tensor, Tens
 def _pre_backward(
     x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iters: int, eps: float, mix: Tensor,
     rms: Tensor, grad_u: Tensor, grad_new: Tensor | None, grad_post: Tensor | None,
-    grad_comb: Tensor | None,
+    grad_comb: Tensor | None, y: Tensor | None = None, post: Tensor | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of x, fn, base and scale; with y and post, which x was formed of, of these too."""
     N, S, D = x.shape
     M, head = fn.shape[0], fn.shape[0] == S
     arch = architecture_of(x.device)
@@ -494,12 +204,16 @@ def _pre_backward(
     splits = tile_of(_SPLITS, arch)
     chunk = blocks(blocks(N, splits), tile.sizes["BT"]) * tile.sizes["BT"]
     grad_x, parts = torch.empty_like(x), fn.new_empty(splits, M, S * D)
+    columns = blocks(D, tile.sizes["BD"])
+    grad_y = None if y is None else torch.empty_like(y)
+    posts = None if y is None else fn.new_empty(columns, N, S)
     launch(
-        mhc_streams_backward, (blocks(D, tile.sizes["BD"]), splits), grad_u, grad_new, x, pre,
-        comb, raw, shrink, fn, grad_x, parts, N, D, chunk, S=S, M=M, MP=max(16, power_of_two(M)),
+        mhc_streams_backward, (columns, splits), grad_u, grad_new, x, pre, comb, raw, shrink, fn,
+        grad_x, parts, y, post, grad_y, posts, N, D, chunk, S=S, M=M, MP=max(16, power_of_two(M)),
         HEAD=head, **tile.constants(),
     )  # fmt: skip
-    return grad_x, parts.sum(0), bases.sum(0), scales[:, : scale.shape[0]].sum(0)
+    grads = grad_x, parts.sum(0), bases.sum(0), scales[:, : scale.shape[0]].sum(0)
+    return grads if grad_y is None or posts is None else (*grads, grad_y, posts.sum(0))
 
 
 def _head_backward(
@@ -527,6 +241,82 @@ mhc_pre = partial(mhc_fast.mhc_pre, ops=_OPS)
 mhc_merge = partial(mhc_fast.mhc_merge, ops=_OPS)
 mhc_head = partial(mhc_fast.mhc_head, ops=_OPS)
 
+define(
+    "triton_mhc_merge_pre(Tensor y, Tensor x, Tensor post, Tensor comb, Tensor fn, Tensor base,"
+    " Tensor scale, int iters, float eps, float rms_eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _merge_pre,
+)
+define(
+    "triton_mhc_merge_pre_backward(Tensor x, Tensor fn, Tensor base, Tensor scale, int iters,"
+    " float eps, Tensor mix, Tensor rms, Tensor grad_u, Tensor grad_new, Tensor grad_post,"
+    " Tensor? grad_comb, Tensor y, Tensor post)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _pre_backward,
+)
+
+
+class _MergePre(torch.autograd.Function):
+    """A merge and the next pre; gradients of streams are those of ``mhc_fast``'s two."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_ND: Tensor,
+        x_NSD: Tensor,
+        post_NS: Tensor,
+        comb_NSS: Tensor,
+        fn_MC: Tensor,
+        base_M: Tensor,
+        scale_3: Tensor,
+        *numbers: Any,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        new_NSD, u_ND, new_post, new_comb, mix_NM, rms_N = OPS.triton_mhc_merge_pre(
+            y_ND, x_NSD, post_NS, comb_NSS, fn_MC, base_M, scale_3, *numbers
+        )
+        ctx.save_for_backward(y_ND, post_NS, new_NSD, fn_MC, base_M, scale_3, mix_NM, rms_N)
+        ctx.iters, ctx.eps, _ = numbers
+        ctx.set_materialize_grads(False)
+        return u_ND, new_NSD, new_post, new_comb
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        y_ND, post_NS, new_NSD, fn_MC, base_M, scale_3, mix_NM, rms_N = ctx.saved_tensors
+        grad_x, grad_fn, grad_base, grad_scale, grad_y, grad_post = (
+            OPS.triton_mhc_merge_pre_backward(
+                new_NSD, fn_MC, base_M, scale_3, ctx.iters, ctx.eps, mix_NM, rms_N,
+                *mhc_fast.filled(new_NSD, mix_NM, *grads), y_ND, post_NS,
+            )
+        )  # fmt: skip
+        back = (grad_y, grad_x, grad_post, None, grad_fn, grad_base, grad_scale)
+        return *back, None, None, None
+
+
+def mhc_merge_pre(
+    y_BTD: Tensor,
+    mix: StreamMix,
+    fn_MC: Tensor,
+    base_M: Tensor,
+    scale_3: Tensor,
+    iters: int,
+    eps: float,
+    rms_eps: float,
+) -> tuple[Tensor, StreamMix]:
+    """:func:`model.kernels.mhc.mhc_merge_pre` in one pass; ``mix`` comes from a pre here."""
+    x_BTSD = mix.x_BTSD
+    x_NSD = mhc_fast.rows_of(_OPS, x_BTSD, fn_MC, base_M, scale_3)
+    u_ND, new_NSD, post_NS, comb_NSS = _MergePre.apply(
+        mhc_fast.written(y_BTD, x_BTSD), x_NSD, mix.post_BTS.flatten(0, -2),
+        mix.comb_BTSS.flatten(0, -3), fn_MC.contiguous(), base_M, scale_3, iters, eps, rms_eps,
+    )  # fmt: skip
+    lead = x_BTSD.shape[:-2]
+    post_BTS, comb_BTSS = post_NS.unflatten(0, lead), comb_NSS.unflatten(0, lead)
+    return u_ND.unflatten(0, lead), StreamMix(new_NSD.view(x_BTSD.shape), post_BTS, comb_BTSS)
+
+
+_WRITTEN = ("WROTE", "WEIGHT", "GWROTE", "PWEIGHT")  # of mhc_streams_backward after a merge
+
 
 def _shipped(head: bool) -> tuple[Shipped, ...]:
     S, M = 4, 4 if head else 24
@@ -542,7 +332,7 @@ def _shipped(head: bool) -> tuple[Shipped, ...]:
     numbers = {"N": "i32:16", "C": "i32:16", "D": "i32:16", "chunk": "i32:16"}
     small = {"eps": "fp32", "rms_eps": "fp32", "iters": "i32"}
     shape = {"S": S, "SP": S, "M": M, "MP": max(16, power_of_two(M)), "HEAD": head, "PARTS": 4,
-             "MORE": None}  # fmt: skip
+             "MORE": None, **dict.fromkeys(_WRITTEN)}  # fmt: skip
     floats = dict.fromkeys(("FN", "PFN", *back), f32)
     types = {**floats, **coefficients, **streams, **numbers, **small}
     lines = [
@@ -558,9 +348,18 @@ def _shipped(head: bool) -> tuple[Shipped, ...]:
         )
     ]
     if not head:
-        del shape["MORE"]
-        name, types = "pre: coefficients_backward of more", {**types, "MORE": f32}
-        lines.append(Shipped(name, mhc_coefficients_backward, types, {**shape}, _COEFFICIENTS))
+        for name in ("MORE", *_WRITTEN):
+            del shape[name]
+        types |= {"MORE": f32, "WROTE": "*bf16", "GWROTE": "*bf16", "WEIGHT": f32, "PWEIGHT": f32}
+        types |= {"Y": "*bf16", "NEW": "*bf16"}
+        lines += [
+            Shipped(name, kernel, types, {**shape}, tiles)
+            for name, kernel, tiles in (
+                ("pre: coefficients_backward of more", mhc_coefficients_backward, _COEFFICIENTS),
+                ("merge_pre: merge_mix", mhc_merge_mix, _MERGE_MIX),
+                ("merge_pre: streams_backward", mhc_streams_backward, _STREAMS),
+            )
+        ]
     return tuple(lines)
 
 

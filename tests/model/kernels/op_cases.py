@@ -168,11 +168,16 @@ def mhc(op_name: str) -> Case:
         if op_name == "mhc_head":
             parameters = (t["fn"][:S], t["base"][:S], t["scale"][:1])
             return {"u": op("mhc_head")(t["x"], *parameters, 1e-6, 1e-6)}
-        u, mix = op("mhc_pre")(t["x"], t["fn"], t["base"], t["scale"], 20, 1e-6, 1e-6)
+        parameters = (t["fn"], t["base"], t["scale"], 20, 1e-6, 1e-6)
+        u, mix = op("mhc_pre")(t["x"], *parameters)
+        if op_name == "mhc_merge_pre":
+            u, mix = op("mhc_merge_pre")(t["y"] + u, mix, *parameters)
         if op_name == "mhc_merge":
             return {"u": u, "new": op("mhc_merge")(t["y"], mix)}
         return {"u": u, "post": mix.post_BTS, "comb": mix.comb_BTSS}
 
+    if op_name == "mhc_merge_pre":
+        inputs["y"] = normal(1, N, D, seed=3)
     if op_name == "mhc_merge":
         inputs["y"] = normal(1, N, D, seed=3)
         outputs = {"u": (1, N, D), "new": (1, N, S, D)}
@@ -206,6 +211,7 @@ def cases(copies: int = 1) -> dict[str, list[Case]]:
         "norm_rope": [norm_rope()],
         "mhc_pre": [mhc("mhc_pre")],
         "mhc_merge": [mhc("mhc_merge")],
+        "mhc_merge_pre": [mhc("mhc_merge_pre")],
         "mhc_head": [mhc("mhc_head")],
     }
 

@@ -182,7 +182,7 @@ def test_modules_agree_between_kernels_and_under_checkpointing(gamma):
 
     def sublayer(connection, x):
         u, mix = connection(x)
-        return connection.merge(torch.tanh(u), x, mix)
+        return connection.merge(torch.tanh(u), mix)
 
     def grads(kernels, recompute):
         connection, head = modules = connections(kernels, gamma)
@@ -208,7 +208,7 @@ def test_operators_have_shapes_without_data():
         connection, head = connections(Kernels.fast)
         x = torch.randn(2, 5, 4, 24, dtype=BF16, requires_grad=True)
         u, mix = connection(x)
-        y = head(connection.merge(u, x, mix))
+        y = head(connection.merge(u, mix))
         y.sum().backward()
         assert (y.shape, y.dtype) == ((2, 5, 24), BF16)
         assert x.grad.shape == x.shape
@@ -226,6 +226,6 @@ def test_dtypes_that_the_kernels_do_not_serve_are_refused():
         connection(torch.randn(1, 2, 4, 24).double())
     _, mix = connection(torch.randn(1, 2, 4, 24).bfloat16())
     with pytest.raises(ValueError, match=r"output torch\.float32, streams torch\.bfloat16"):
-        connection.merge(torch.randn(1, 2, 24), mix.x_BTSD, mix)
+        connection.merge(torch.randn(1, 2, 24), mix)
     with pytest.raises(ValueError, match="parameters must be fp32"):
         head.bfloat16()(torch.randn(1, 2, 4, 24))

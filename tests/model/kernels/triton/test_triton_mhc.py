@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from model.kernels import mhc
 from model.kernels.triton import mhc as triton_mhc
 from model.kernels.triton.launch import counted
+from tests.helpers import relative
 from tests.model.kernels.triton.checks import check, gradients
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -63,6 +64,77 @@ def test_mhc_is_the_reference(B, T, S, D, dtype, size, iters):
     check(whole(triton_mhc, iters), whole(mhc, iters), inputs, grads)
 
 
+def two_sublayers(module, iters, fused=True):
+    """Two sublayers: the second forms the streams while it reads them, or reads what was formed."""
+
+    def run(x, y, z, fn, base, scale, fn_2, base_2, scale_2):
+        u, mix = module.mhc_pre(x, fn, base, scale, iters, 1e-6, 1e-6)
+        parameters = (fn_2, base_2, scale_2, iters, 1e-6, 1e-6)
+        if fused:
+            v, mix_2 = module.mhc_merge_pre(y + u, mix, *parameters)
+        else:
+            v, mix_2 = module.mhc_pre(module.mhc_merge(y + u, mix), *parameters)
+        return u, v, module.mhc_merge(z + v, mix_2), mix_2.post_BTS, mix_2.comb_BTSS
+
+    return run
+
+
+def two_sublayers_case(B, T, S, D, dtype, size):
+    (x, y, fn, base, scale, _), grads = case(B, T, S, D, dtype, size)
+    (_, z, *second, _), _ = case(B, T, S, D, dtype, size)
+    return [x, y, z, fn, base, scale, *second], [grads[0], grads[2], grads[1], *grads[3:]]
+
+
+@pytest.mark.parametrize(
+    ("B", "T", "S", "D", "dtype", "size", "iters"),
+    [
+        (2, 9, 4, 70, F32, 1.0, 3),
+        (1, 3, 4, 130, F32, 1e-3, 2),
+        (1, 5, 4, 37, F16, 1.0, 2),
+        (1, 1, 3, 7, F32, 3.0, 20),
+        (1, 0, 4, 16, F32, 1.0, 2),
+    ],
+)
+def test_a_merge_with_the_next_pre_is_the_reference(B, T, S, D, dtype, size, iters):
+    inputs, grads = two_sublayers_case(B, T, S, D, dtype, size)
+    plain = two_sublayers(mhc, iters)
+    # A scale's gradient is that of its bases times the mix, of about this size, summed: the terms
+    # cancel. The second sublayer adds its roundings to those of the first.
+    bases = gradients(plain, inputs, grads)[1]
+    norms = {n: bases[n - 1].norm() * max(size, 1.0) for n in (5, 8)}
+    twice = 16 * 2.0**-24
+    check(two_sublayers(triton_mhc, iters), plain, inputs, grads, norms, least=twice)
+
+
+def test_one_pass_for_a_merge_and_a_pre_gives_the_streams_bit_for_bit():
+    inputs, grads = two_sublayers_case(1, 5, 4, 70, F32, 1.0)
+    given = [None, None, grads[2], None, None]
+    runs, counts = [], []
+    for fused in (True, False):
+        with counted() as launches:
+            runs.append(gradients(two_sublayers(triton_mhc, 2, fused), inputs, given)[1])
+        counts.append(sum(launches.values()))
+    assert counts[0] == counts[1] - 2  # mhc_mix and mhc_merge_streams_backward are gone
+    mixed = [
+        op(inputs[1], triton_mhc.mhc_pre(inputs[0], *inputs[3:6], 2, 1e-6, 1e-6)[1])
+        for op in (
+            lambda y, m: triton_mhc.mhc_merge(y, m),
+            lambda y, m: triton_mhc.mhc_merge_pre(y, m, *inputs[6:], 2, 1e-6, 1e-6)[1].x_BTSD,
+        )
+    ]
+    assert torch.equal(*mixed)
+    for ours, theirs in zip(*runs, strict=True):
+        assert relative(ours, theirs) < 1e-5
+
+
+def test_the_streams_after_a_merge_of_bf16_are_bf16():
+    inputs, _ = two_sublayers_case(1, 3, 4, 16, BF16, 1.0)
+    ours = two_sublayers(triton_mhc, 2)(*inputs)
+    assert [o.dtype for o in ours] == [BF16, BF16, BF16, F32, F32]
+    for mine, plain in zip(ours, two_sublayers(mhc, 2)(*inputs), strict=True):
+        torch.testing.assert_close(mine, plain, rtol=0.05, atol=0.05)
+
+
 def test_one_iteration_and_outputs_that_nobody_reads():
     (x, y, *parameters), grads = case(1, 6, 4, 16, F32, 1.0)
     given = [None, grads[1], *grads[2:4], None]
@@ -95,14 +167,15 @@ def test_what_is_not_finite_stays_so():
 
 
 @pytest.mark.parametrize("kind", ["fake", "meta"])
-def test_a_step_traces_and_reads_nothing(kind):
-    inputs, _ = case(1, 6, 4, 16, F32, 1.0)
-    real = whole(triton_mhc, 2)(*inputs)
+@pytest.mark.parametrize(("form", "make"), [(whole, case), (two_sublayers, two_sublayers_case)])
+def test_a_step_traces_and_reads_nothing(kind, form, make):
+    inputs, _ = make(1, 6, 4, 16, F32, 1.0)
+    real = form(triton_mhc, 2)(*inputs)
     mode = FakeTensorMode(allow_non_fake_inputs=False)
     traced = [mode.from_tensor(x) if kind == "fake" else x.to("meta") for x in inputs]
     traced = [x.requires_grad_() for x in traced]
     with mode if kind == "fake" else torch.device("meta"), counted() as launches:
-        outputs = whole(triton_mhc, 2)(*traced)
+        outputs = form(triton_mhc, 2)(*traced)
         sum(o.float().sum() for o in outputs).backward()
     assert [(o.shape, o.dtype) for o in outputs] == [(o.shape, o.dtype) for o in real]
     assert [x.grad.shape for x in traced] == [x.shape for x in inputs]

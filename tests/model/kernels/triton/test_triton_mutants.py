@@ -15,7 +15,15 @@ from model.kernels import attention as plain_attention
 from model.kernels import elementwise, mhc
 from model.kernels import pool as plain_pool
 from model.kernels import routing as plain_routing
-from model.kernels.triton import attention, attention_kernels, grouped, pool, routing, swiglu
+from model.kernels.triton import (
+    attention,
+    attention_kernels,
+    grouped,
+    mhc_kernels,
+    pool,
+    routing,
+    swiglu,
+)
 from model.kernels.triton import mhc as triton_mhc
 from model.kv_exchange import WholeRows
 from model.sequence_plan import build_sequence_plan
@@ -32,8 +40,10 @@ def swiglu_problem():
 def mhc_problem():
     def of(module):
         def run(x, y, fn, base, scale):
-            u, mix = module.mhc_pre(x, fn, base, scale, 4, 1e-6, 1e-6)
-            return u, module.mhc_merge(y, mix)
+            parameters = (fn, base, scale, 4, 1e-6, 1e-6)
+            u, mix = module.mhc_pre(x, *parameters)
+            v, mix = module.mhc_merge_pre(y, mix, *parameters)
+            return u, module.mhc_merge(v, mix)
 
         return run
 
@@ -126,7 +136,10 @@ PLANTS = (
     (swiglu_problem, swiglu, "swiglu_forward", "a = g / (1.0 + tl.exp(-g)) * u",
      "a = tl.minimum(tl.load(G + row * I + i, mask=ok, other=0.0), limit) * u"),
     (swiglu_problem, swiglu, "swiglu_backward", "tl.where(g0 > limit, ", "tl.where(g0 > 1e9, "),
-    (mhc_problem, triton_mhc, "mhc_merge_streams", "(n * S + j) * S + k", "(n * S + k) * S + j"),
+    (mhc_problem, mhc_kernels, "mhc_merge_streams", "(n * S + j) * S + k", "(n * S + k) * S + j"),
+    (mhc_problem, mhc_kernels, "mhc_merge_mix", "(m[None, :] * S + k) * D", "m[None, :] * S * D"),
+    (mhc_problem, mhc_kernels, "mhc_streams_backward", "gy += weight[:, None] * written",
+     "gy += written"),
     (pool_problem, pool, "pool_forward", "PREVIOUS + b * E + e) != 0", "PREVIOUS + b * E + e) < 0"),
     (pool_problem, pool, "pool_backward", "gx * (x - mean)", "gx * x"),
     (gate_problem, routing, "gate_choice", "tl.where(here, score, 0.0), 1)\n            index",
@@ -148,6 +161,7 @@ PLANTS = (
     (attention_problem, attention_kernels, "attention_grad_queries", "START + b * T",
      "START + 0 * b * T"),
 )  # fmt: skip
+LAUNCHED_BY = {attention_kernels: attention, mhc_kernels: triton_mhc}
 PROBLEMS = list(dict.fromkeys(plant[0] for plant in PLANTS))
 
 
@@ -178,6 +192,6 @@ def test_a_problem_passes_without_a_plant(monkeypatch, problem):
 @pytest.mark.parametrize(("problem", "module", "kernel", "old", "new"), PLANTS)
 def test_a_plant_is_found(monkeypatch, tmp_path, problem, module, kernel, old, new):
     faulty = planted(module, kernel, old, new, tmp_path)
-    monkeypatch.setattr(attention if module is attention_kernels else module, kernel, faulty)
+    monkeypatch.setattr(LAUNCHED_BY.get(module, module), kernel, faulty)
     with pytest.raises(AssertionError):
         solve(problem, monkeypatch)

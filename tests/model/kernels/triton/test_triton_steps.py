@@ -13,14 +13,15 @@ from model.loss import Objective
 from tests.helpers import random_rows, relative, small_model
 
 RATE = 0.05
+ONE_LAYER = {"num_hidden_layers": 1, "layer_kinds": ["csa"], "compress_ratios": [4, 0]}
 
 
-def descent(phase, steps, kernels):
+def descent(phase, steps, kernels, **shape):
     """Totals and KLs of some steps of plain descent; what they changed, by name.
 
     Documents of 13 and 4 tokens: 3 entries, of which the indexer leaves one out, and 1.
     """
-    model = small_model(kernels=kernels, index_topk=2, hc_sinkhorn_iters=3)
+    model = small_model(kernels=kernels, index_topk=2, hc_sinkhorn_iters=3, **shape)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     rows = random_rows(1, 17, 128, seed=4)
     objective = Objective(
@@ -41,10 +42,11 @@ def descent(phase, steps, kernels):
 
 
 def test_two_steps_are_those_of_the_reference():
-    for phase, steps in ((IndexerPhase.sparse, 2), (IndexerPhase.full, 1)):
-        want, moved = descent(phase, steps, Kernels.reference)
+    """Of every kind of layer; where the indexer meets all entries, a step of its layer alone."""
+    for phase, steps, shape in ((IndexerPhase.sparse, 2, {}), (IndexerPhase.full, 1, ONE_LAYER)):
+        want, moved = descent(phase, steps, Kernels.reference, **shape)
         with counted() as launches:
-            got, ours = descent(phase, steps, Kernels.triton)
+            got, ours = descent(phase, steps, Kernels.triton, **shape)
         assert want[1] > 0
         assert len(launches) >= 25  # kernels
         for a, b in zip(got, want, strict=True):
