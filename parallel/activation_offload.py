@@ -26,18 +26,29 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from model.block import Block
 from optim.offload import Arrival, Transfers
 from parallel.activation_checkpoint import Frozen, checkpoint_blocks
+from parallel.compiled_blocks import CompiledBlocks
 
 LEAST_BYTES = 4096  # of a storage that travels; a smaller one is not worth a copy
 
 
-def prepare_blocks(model: nn.Module, checkpoint: str, offload: ActivationOffload | None) -> None:
+def prepare_blocks(
+    model: nn.Module,
+    checkpoint: str,
+    offload: ActivationOffload | None,
+    compiled: CompiledBlocks | None = None,
+) -> None:
     """Say of a model's blocks what they recompute, and where they keep the rest.
 
     Args:
         model: holds :class:`model.block.Block` modules.
         checkpoint: see :func:`parallel.activation_checkpoint.checkpoint_blocks`.
         offload: takes it to the host; None: it stays.
+        compiled: blocks become graphs, which recompute by themselves; without ``offload``.
     """
+    if compiled is not None:
+        assert offload is None
+        compiled.install(model, checkpoint == "block")
+        return
     checkpoint_blocks(model, checkpoint, None if offload is None else offload.keep)
     if offload is not None:
         offload.install(model)

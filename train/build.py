@@ -24,6 +24,7 @@ from optim.build import build_optimizer
 from optim.groups import build_table
 from optim.offload import Offload, Transfers
 from parallel.activation_offload import ActivationOffload, prepare_blocks
+from parallel.compiled_blocks import CompiledBlocks
 from parallel.config import EngineName
 from parallel.deepspeed_engine import DeepSpeedEngine
 from parallel.distributed import DistributedEngine
@@ -91,7 +92,8 @@ def build(run: RunConfig, precision: PrecisionChoice | None = None) -> Trainer:
     asked = identify(run, loader)
     agree_on_ranks(asked)
     rate = foretell(run, plan, loader)
-    engine = build_engine(run, build_model(run, loader, mesh), mesh)
+    compiled = build_compiled(run)
+    engine = build_engine(run, build_model(run, loader, mesh, compiled), mesh)
     phase = PhaseSwitch(engine, run.quant)
     state = build_state(run, plan, engine, loader)
     checkpoints = build_checkpoints(run)
@@ -101,7 +103,7 @@ def build(run: RunConfig, precision: PrecisionChoice | None = None) -> Trainer:
     prompt = sample_prompt(run, loader)
     report = RunReport(run, engine, loader.tokenizer, prompt, identity, precision)
     recorder = build_recorder(run, plan, state, phase.probe, report, rate, trackers)
-    audit, pace = Audit(run, plan, engine), Pace(run, plan)
+    audit, pace = Audit(run, plan, engine, compiled), Pace(run, plan)
     return Trainer(run, plan, engine, phase, state, checkpoints, recorder, audit, stop, pace)
 
 
@@ -197,7 +199,14 @@ def build_layout(run: RunConfig) -> Mesh | None:
     return build_mesh(layout, device.type, timeout, {stage.cp for stage in resolve(run).reached()})
 
 
-def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4:
+def build_compiled(run: RunConfig) -> CompiledBlocks | None:
+    """What makes graphs of the blocks, if that is asked for and something trains."""
+    return CompiledBlocks() if run.train.compile and not run.train.eval_only else None
+
+
+def build_model(
+    run: RunConfig, loader: Loader, mesh: Mesh | None, compiled: CompiledBlocks | None
+) -> DeepSeekV4:
     """The model, or this process's part of it, with its first weights, where it will compute."""
     train, device = run.train, compute_device(run.train.device)
     seed = run.seed + run.init_seed_offset
@@ -212,7 +221,7 @@ def build_model(run: RunConfig, loader: Loader, mesh: Mesh | None) -> DeepSeekV4
     else:
         model = DeepSeekV4(run.model)
         init_weights(model, seed, token_counts_V)
-        prepare_blocks(model, train.activation_checkpoint.value, away)
+        prepare_blocks(model, train.activation_checkpoint.value, away, compiled)
         model = model.to(device)
     model.compute_dtype = _DTYPES[run.train.precision]
     model.head_dtype, model.head_tf32 = HEAD_PRECISIONS[run.train.head_precision.value]

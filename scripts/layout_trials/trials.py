@@ -38,7 +38,7 @@ from parallel.deepspeed_engine import DeepSpeedEngine
 from parallel.engine import Engine, Shares, Update
 from parallel.launch import launched_world_size
 from quant.config import QuantConfig
-from train.build import build_engine, build_layout, build_model
+from train.build import build_compiled, build_engine, build_layout, build_model
 from train.config.schema import RunConfig
 from train.phase import PhaseSwitch
 from train.stages import StagePlan, check_rows, resolve
@@ -75,7 +75,7 @@ def build_bench(run: RunConfig, alone: bool) -> Bench:
         check_rows(plan, mesh.layout.data_degree)
     depths = 1 + run.model.num_nextn_predict_layers
     loader = build_loader(run.data, build_tokenizer(run.data), run.seed, depths)
-    engine = build_engine(run, build_model(run, loader, mesh), mesh)
+    engine = build_engine(run, build_model(run, loader, mesh, build_compiled(run)), mesh)
     return Bench(run, plan, engine, loader, PhaseSwitch(engine, run.quant))
 
 

@@ -13,7 +13,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from model.moe.router import Gate
 from model.transformer import DeepSeekV4
 from optim.groups import build_table
 from parallel.collectives import local
+from parallel.compiled_blocks import CompiledBlocks
 from parallel.deepspeed_engine import DeepSpeedEngine
 from parallel.engine import Engine, Shares, Update
 from parallel.pieces import fingerprints, norms_of
@@ -44,7 +45,7 @@ from train.audit.samples import SAMPLE_SIZES, Sample, chosen, take
 from train.audit.seam_watch import watch_seams
 from train.config.schema import RunConfig
 from train.stages import Stage, StagePlan, trains
-from train.step import StepObserver, StepPlan, StepRows
+from train.step import StepObserver, StepPlan, StepRows, microbatches, objective_of
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +67,14 @@ class Audit:
         run: what was asked for.
         plan: its stages.
         engine: what runs.
+        compiled: makes graphs of its blocks; None: nothing does.
     """
 
-    def __init__(self, run: RunConfig, plan: StagePlan, engine: Engine) -> None:
+    def __init__(
+        self, run: RunConfig, plan: StagePlan, engine: Engine, compiled: CompiledBlocks | None
+    ) -> None:
         assert isinstance(engine.model, DeepSeekV4)
-        self._run, self._plan, self._engine = run, plan, engine
+        self._run, self._plan, self._engine, self._compiled = run, plan, engine, compiled
         self._model = engine.model
         known = parameter_shapes(run.model)
         here = {name: known.get(name, tuple(p.shape)) for name, p in self._model.named_parameters()}
@@ -95,7 +99,8 @@ class Audit:
 
     def result(self) -> dict[str, Any]:
         """What was audited, for the receipt; a fault never gets this far."""
-        return self._result
+        compiled = {} if self._compiled is None else {"compiled": self._compiled.told()}
+        return self._result | compiled
 
     @contextmanager
     def watching(self, step: StepPlan, rows: StepRows) -> Iterator[StepObserver | None]:
@@ -111,16 +116,43 @@ class Audit:
             return
         if not self._checked:
             faults = [*self._owners(), *self._holders(), *self._shards(), *hash_tables(self._model)]
-            _refuse(self._engine, [*faults, *isolation(self._engine)])
+            with nullcontext() if self._compiled is None else self._compiled.eager():
+                _refuse(self._engine, [*faults, *isolation(self._engine)])
             self._checked = True
         observer = _Observer(self._evidence(step, rows), self._engine, self._samples)
         observer.before_step()
-        with (
-            recorded() as observer.evidence.ran,
-            watch_seams(self._model, self._engine.sharded) as observer.evidence.seams,
-        ):
+        if self._compiled is None:
+            with self._seen(observer.evidence):
+                yield observer
+        else:
+            observer.evidence.compiled = self._compiled
+            self._run_by_operations(observer.evidence, rows, self._compiled)
             yield observer
         self._judge(observer.evidence)
+
+    @contextmanager
+    def _seen(self, e: Evidence) -> Iterator[None]:
+        """What serves the ops, and what the seams do, is noted inside."""
+        with recorded() as e.ran, watch_seams(self._model, self._engine.sharded) as e.seams:
+            yield
+
+    def _run_by_operations(self, e: Evidence, rows: StepRows, compiled: CompiledBlocks) -> None:
+        """Run the passes of the step one operation after the other, and drop the gradients.
+
+        A graph cannot be looked into. Its operations can, and what the graphs give is compared with
+        what these gave.
+        """
+        engine, step = self._engine, e.step
+        batches = microbatches(
+            rows, step.num_rows, step.stage.micro_batch_size, engine.data_rank, engine.data_degree
+        )
+        with compiled.eager(), self._seen(e):
+            e.by_operations = engine.forward_backward(batches, objective_of(step, rows.counts))
+            e.seams.settle()
+        for name, gradient in engine.gradients():
+            e.norms_by_operations[name] = norms_of(gradient, ".ffn.experts." in name)
+        engine.optimizer.zero_grad()
+        e.graph_calls = Counter(compiled.calls)
 
     def _enter_stage(self, step: StepPlan) -> None:
         self._stage, self._steps = step.stage, 0

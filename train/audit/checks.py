@@ -30,6 +30,7 @@ from optim.config import AdamWConfig
 from optim.groups import Owner, ParamRecord, build_table
 from optim.muon import update_scale
 from parallel.collectives import local
+from parallel.compiled_blocks import CompiledBlocks
 from parallel.engine import Shares, Update
 from parallel.pieces import largest_of, norms_of, total_of
 from parallel.pipeline import Pipeline
@@ -86,6 +87,10 @@ class Evidence:
         num_microbatches: of this process.
         ran: what served the ops of the table.
         pipeline: what ran its stages; None without a pipeline.
+        compiled: what made graphs of the blocks; None: nothing did.
+        by_operations: what the step's passes gave before, without these graphs.
+        norms_by_operations: norms of their gradients, as ``grad_norms``.
+        graph_calls: block -> calls of its graph before the step.
     """
 
     run: RunConfig
@@ -112,6 +117,10 @@ class Evidence:
     num_microbatches: int = 1
     ran: Ran = field(default_factory=Ran)
     pipeline: Pipeline | None = None
+    compiled: CompiledBlocks | None = None
+    by_operations: Shares = field(default_factory=Shares)
+    norms_by_operations: dict[str, Tensor] = field(default_factory=dict)
+    graph_calls: Counter[str] = field(default_factory=Counter)
 
     @property
     def applied(self) -> bool:
@@ -530,6 +539,38 @@ def recompute(e: Evidence) -> Iterator[str]:
             )
 
 
+def compiled(e: Evidence) -> Iterator[str]:
+    """Every block ran as a graph, and the graphs gave what their operations give.
+
+    Another order of operations changes last digits, a wrong one leading digits: what agrees in half
+    the digits of the compute dtype differs by rounding.
+    """
+    if e.compiled is None:
+        return
+    if not e.compiled.graphs:
+        yield "train.compile=true: no graph was built"
+    for name in e.compiled.names:
+        calls, passes = e.compiled.calls[name] - e.graph_calls[name], e.seams.passes[name]
+        if calls != passes:
+            yield f"train.compile=true: {name} ran {passes} times, and its graph {calls} times"
+    digits = {"fp32": torch.float32, "bf16": torch.bfloat16}[e.run.train.precision.value]
+    bound = math.sqrt(torch.finfo(digits).eps)
+    found = {name: float(loss) for name, loss in e.shares.losses.items()}
+    by_operations = {name: float(loss) for name, loss in e.by_operations.losses.items()}
+    found["gradient norm"] = _norm_of_all(e.grad_norms)
+    by_operations["gradient norm"] = _norm_of_all(e.norms_by_operations)
+    for name, value in by_operations.items():
+        if not abs(found[name] - value) <= bound * abs(value):
+            yield (
+                f"train.compile=true: the graphs give {name} {found[name]:.7g}, their operations"
+                f" {value:.7g}; {bound:.1g} of it may be rounding"
+            )
+
+
+def _norm_of_all(norms: dict[str, Tensor]) -> float:
+    return math.sqrt(sum(float(n.square().sum()) for n in norms.values()))
+
+
 def pipeline(e: Evidence) -> Iterator[str]:
     """The schedule asked for ran every microbatch once forward and once backward on each stage."""
     if e.pipeline is None:
@@ -587,6 +628,7 @@ BEFORE_UPDATE: dict[str, Check] = {
     "precision": precision,
     "quant": quant,
     "recompute": recompute,
+    "compiled": compiled,
     "pipeline": pipeline,
 }
 AFTER_UPDATE: dict[str, Check] = {

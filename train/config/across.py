@@ -8,7 +8,7 @@ from model.config import Kernels, LayerKind
 from optim.config import ScheduleKind, StateDtype
 from parallel.config import EngineName
 from quant.config import ExpertFormat
-from train.config.schema import Precision, RunConfig, Weights
+from train.config.schema import ActivationCheckpoint, Precision, RunConfig, Weights
 
 
 def checks_across(run: RunConfig) -> Iterator[tuple[bool, str]]:
@@ -41,11 +41,60 @@ def checks_across(run: RunConfig) -> Iterator[tuple[bool, str]]:
         yield from _deepspeed_checks(run)
     if run.parallel.offload == "optimizer+master":
         yield from _offload_checks(run)
+    if run.train.compile:
+        yield from _compile_checks(run)
     blocks = run.model.num_hidden_layers + run.model.num_nextn_predict_layers
     yield (
         not run.parallel.offload_activations or blocks > 1,
         "parallel.offload_activations=true keeps the last block on the device, and the model has no"
         f" other (model.num_hidden_layers={run.model.num_hidden_layers}): say false",
+    )
+
+
+def _compile_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
+    """What is no whole graph, or would make the compiler see another one each time."""
+    asked, kernels = "train.compile=true", run.model.kernels
+    yield (
+        kernels in (Kernels.triton, Kernels.reference),
+        f"{asked} makes whole graphs of model.kernels=triton or reference, not of"
+        f" {Kernels(kernels).value}: say model.kernels=triton",
+    )
+    checkpoint = run.train.activation_checkpoint
+    yield (
+        checkpoint is not ActivationCheckpoint.selective,
+        f"train.activation_checkpoint={checkpoint.value} watches every operation, of which"
+        f" {asked} makes one: say block, or none",
+    )
+    for key in ("pp", "ep", "cp"):
+        degree = getattr(run.parallel, key)
+        yield (
+            degree == 1,
+            f"parallel.{key}={degree} exchanges between ranks inside a block, of which {asked}"
+            f" makes one graph: say parallel.{key}=1, or train.compile=false",
+        )
+    for index, stage in enumerate(run.train.stages):
+        yield (
+            stage.cp in (None, 1),
+            f"train.stages[{index}].cp={stage.cp} does not go with {asked}: say cp: 1",
+        )
+    yield (
+        run.engine.name is EngineName.torch,
+        f"engine.name={run.engine.name.value} does not go with {asked}: say engine=torch",
+    )
+    yield (
+        not run.parallel.offload_activations,
+        f"parallel.offload_activations=true takes what operations keep, of which {asked} makes"
+        " one: say train.activation_checkpoint=block",
+    )
+    yield (
+        not run.quant.active,
+        f"quant.recipe={run.quant.recipe.value} is not built for {asked}: say"
+        " train.compile=false, or quant=none",
+    )
+    yield (
+        not run.train.recovery.may_anticipate,
+        f"train.recovery.anticipatory={run.train.recovery.anticipatory.value} is not built for"
+        f" {asked}: say never",
     )
 
 

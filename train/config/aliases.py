@@ -61,7 +61,8 @@ _KEYS: dict[str, tuple[str, ...]] = {
     " tells": ("epochs", "num_epochs", "train.epochs", "train.num_epochs", "max_epochs"),
     "run_dir of the run: the same command goes on by itself": (
         "resume", "train.resume", "resume_from", "resume_from_checkpoint", "continue"),
-    "model.kernels": ("compile", "train.compile", "kernels", "torch_compile", "flash_attention"),
+    "model.kernels": ("kernels", "flash_attention"),
+    "train.compile": ("compile", "torch_compile", "model.compile"),
     "dry_run=true": ("train.dry_run", "dryrun", "plan"),
 }  # fmt: skip
 KEYS = {typed: meant for meant, some in _KEYS.items() for typed in some}

@@ -155,6 +155,7 @@ class TrainConfig:
         log_samples: write the documents of every row of every step to ``samples.jsonl``.
         monitor_every: steps between the costly monitors (indexer recall, stream norms); 0 = never.
         activation_checkpoint: what the backward pass recomputes.
+        compile: every block is one graph of torch.compile (parallel/compiled_blocks.py).
         ema_decay: decay of the averaged weights, per step; 0 = none are kept.
         weights: which weights of a checkpoint ``eval_only`` evaluates and ``init_from`` starts
             from: model, or average.
@@ -193,6 +194,7 @@ class TrainConfig:
     log_samples: bool = False
     monitor_every: int = number(50, least=0)
     activation_checkpoint: ActivationCheckpoint = ActivationCheckpoint.none
+    compile: bool = False
     ema_decay: float = number(0.0, least=0, below=1)
     weights: Weights = Weights.model
     profile_start: int = number(10, least=1)

@@ -18,7 +18,7 @@ from train.stages import StagePlan, loss_weights, trains
 
 
 def check_engine(run: RunConfig, plan: StagePlan, device: str) -> None:
-    """Refuse DeepSpeed where it is not installed, and stages that freeze parameters.
+    """Refuse what several ranks cannot do, and what DeepSpeed cannot.
 
     Args:
         run: the config.
@@ -40,6 +40,11 @@ def _problems(run: RunConfig, plan: StagePlan) -> Iterator[str]:
         yield (
             "parallel.offload=optimizer+master keeps whole masters of one process, but the world"
             f" size is {launched_world_size()}: say parallel.offload=optimizer"
+        )
+    if run.train.compile and launched_world_size() > 1:
+        yield (
+            "train.compile=true makes graphs of the blocks of one process, but the world size is"
+            f" {launched_world_size()}: say train.compile=false"
         )
     if run.engine.name is not EngineName.deepspeed:
         return

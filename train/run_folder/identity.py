@@ -114,6 +114,7 @@ TABLE = tuple(UseRule(*row) for row in (
     ("train.stages*.micro_batch_size", SAY, ANY, ANY, ANY, _NO),
     ("train.stages*.cp",             SAY, ANY, ANY, ANY, _NO),
     ("train.activation_checkpoint",  SAY, ANY, ANY, ANY, _NO),
+    ("train.compile",                SAY, ANY, ANY, ANY, _NO),
     ("train.recovery.*",             SAY, ANY, ANY, ANY, _NO),
     ("train.eval_tokens",            SAY, ANY, ANY, ANY, _NO),
     ("train.final_eval_tokens",      SAY, ANY, ANY, ANY, _NO),

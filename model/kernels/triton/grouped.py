@@ -288,8 +288,9 @@ define("triton_blocks(Tensor x, Tensor w, bool turned) -> Tensor", _blocks)  # o
 
 class _Blocks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NGI: Tensor, w_RI: Tensor, copy_RI: Tensor) -> Tensor:
-        w_GOI = copy_RI.unflatten(0, (x_NGI.shape[1], -1))
+    def forward(ctx: Any, x_NGI: Tensor, w_RI: Tensor, copy_RI: Tensor | None) -> Tensor:
+        read_RI = w_RI if copy_RI is None else copy_RI
+        w_GOI = read_RI.to(x_NGI.dtype).unflatten(0, (x_NGI.shape[1], -1))
         ctx.save_for_backward(x_NGI, w_GOI)
         ctx.dtype = w_RI.dtype
         return OPS.triton_blocks(x_NGI, w_GOI, False).flatten(1)
@@ -319,7 +320,6 @@ def block_linear(
 
     It is torch's own batched product; ``op`` is not called.
     """
-    copy_RI = w_RI.to(x.dtype) if copy_RI is None else copy_RI
     return _Blocks.apply(x.flatten(0, -3), w_RI, copy_RI).unflatten(0, x.shape[:-2])
 
 

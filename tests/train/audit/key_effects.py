@@ -73,7 +73,8 @@ def memory(run: RunConfig, _: Path) -> Any:
 def step(run: RunConfig, _: Path, count: int = 1) -> Any:
     """Bits of the model, optimizer and averaged weights after a step, or some, on made-up rows."""
     loader = SimpleNamespace(token_counts=lambda size: torch.ones(size, dtype=torch.int64))
-    model = build.build_model(run, loader, None)  # pyright: ignore[reportArgumentType]
+    compiled = build.build_compiled(run)
+    model = build.build_model(run, loader, None, compiled)  # pyright: ignore[reportArgumentType]
     engine = build.build_engine(run, model, None)
     average = build.build_average(run, model)
     stages = resolve(run)

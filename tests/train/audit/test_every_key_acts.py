@@ -336,6 +336,9 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "train.monitor_every": row(1, plan),
     "train.activation_checkpoint": row(
         ActivationCheckpoint.block, called("model.block.Block.forward")),
+    "train.compile": row(
+        True, handed("torch.compile", lambda run: step(run, Path())),
+        model__kernels=Kernels.reference),
     "train.ema_decay": row(0.5, step),
     "train.weights": row(Weights.average, "train.weights=average"),
     "train.profile_start": row(1, profiler, train__profile_steps=1),
