@@ -28,6 +28,8 @@ from train.errors import USER_ERRORS
 from train.preflight.engine import check_engine
 from train.stages import resolve
 
+# Tracing instantiates autograd functions itself.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 SHALLOW = {"num_hidden_layers": 1, "layer_kinds": ["csa"], "compress_ratios": [4, 0]}
 
 
