@@ -13,7 +13,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from optim.muon import direction_
+from optim.muon import direction_, update_scale
+from optim.newton_schulz import newton_schulz
 from parallel import zero_optimizer
 from parallel.config import EngineConfig, EngineName, OffloadTo
 from quant.config import QuantConfig, Recipe
@@ -119,82 +120,92 @@ def run_goes_from_engine_to_engine(run):
         assert found[step - 1]["loss"] == pytest.approx(expected[step - 1]["loss"], rel=bound)
 
 
-def releases_own_muon(trainer):
-    """Its five steps of one triple in place of ours, and its momentum by lerp for one shape."""
+def flat_shards(trainer):
+    """Each row by itself is a vector of norm 1."""
+    muon = trainer.engine._muon
+    step_round = muon._step_round
+
+    def flat_round(now, momentum, lr):
+        shards = replace(now, rows=1, cols=now.rows * now.cols)
+        step_round(shards, momentum.view(len(momentum), 1, -1), lr)
+
+    muon._step_round = flat_round
+    return {}
+
+
+LATE = "layers.0.attn.wq_a.weight"
+LERP, NONE, FIVE, SCALE = (4, 128), (256, 16), (16, 16), (4, 32)  # shapes; few matrices have each
+
+
+def releases_own(trainer):
+    """One fault for each shape, since an error tells 20 lines.
+
+    Momentum by lerp; no Newton-Schulz, as before the pinned release at stage 0 and under
+    ``zero.Init``; five steps of one triple; ``sqrt(max(1, rows / columns))`` whatever
+    ``optim.muon.rms`` says; and a master set after DeepSpeed's step.
+    """
     from deepspeed.runtime.zero.muon.original_muon import (  # noqa: PLC0415  an extra
         zeropower_via_newtonschulz5,
     )
 
-    def five(matrices, *_):
-        with torch.compiler.set_stance("force_eager"):
-            return zeropower_via_newtonschulz5(matrices, steps=5).float()
-
-    few = min(trainer.engine._muon._rounds, key=lambda now: len(now.records))  # 20 faults are told
-
-    def lerp(grad, momentum, mu, nesterov, out):
-        if grad.shape != (few.rows, few.cols):
+    def direction(grad, momentum, mu, nesterov, out):
+        if grad.shape != LERP:
             return direction_(grad, momentum, mu, nesterov, out)
         momentum.lerp_(grad, 1 - mu)
         return out.copy_(torch.lerp(grad, momentum, mu))
 
-    return {"newton_schulz": five, "direction_": lerp}
+    def orthogonalise(matrices, *args):
+        if matrices.shape[1:] == FIVE:
+            with torch.compiler.set_stance("force_eager"):
+                return zeropower_via_newtonschulz5(matrices, steps=5).float()
+        return matrices if matrices.shape[1:] == NONE else newton_schulz(matrices, *args)
 
+    def scale(rows, cols, config):
+        own = max(1.0, rows / cols) ** 0.5
+        return own if (rows, cols) == SCALE else update_scale(rows, cols, config)
 
-def releases_own_scale(trainer):
-    """``sqrt(max(1, rows / columns))``, whatever ``optim.muon.rms`` says."""
-    return {"update_scale": lambda rows, cols, config: max(1.0, rows / cols) ** 0.5}
+    parts, step = trainer.engine.partitions, trainer.engine._zero_engine.step
+    set_master, kept = parts.set_master, {}
 
+    def set_or_keep(name, value):
+        kept[name] = value
+        if name != LATE:
+            set_master(name, value)
 
-def no_newton_schulz(trainer):
-    """As before the pinned release at stage 0, and under ``zero.Init``."""
-    return {"newton_schulz": lambda matrices, *_: matrices}
+    def then_set():
+        step()
+        set_master(LATE, kept[LATE])
+
+    parts.set_master, trainer.engine._zero_engine.step = set_or_keep, then_set
+    return {"direction_": direction, "newton_schulz": orthogonalise, "update_scale": scale}
 
 
 def planted_updates_are_named(run):
-    """What flat shards, masters that come late, and the release's own Muon would do."""
-
-    def flat(trainer):
-        """Each row by itself is a vector of norm 1."""
-        muon = trainer.engine._muon
-        step_round = muon._step_round
-
-        def flat_round(now, momentum, lr):
-            shards = replace(now, rows=1, cols=now.rows * now.cols)
-            step_round(shards, momentum.view(len(momentum), 1, -1), lr)
-
-        muon._step_round = flat_round
-
-    def late(trainer):
-        """Set after DeepSpeed's step: the next forward pass reads what was."""
-        parts, step = trainer.engine.partitions, trainer.engine._zero_engine.step
-        set_master, kept = parts.set_master, {}
-
-        def then_set():
-            step()
-            for name, value in kept.items():
-                set_master(name, value)
-
-        parts.set_master = kept.__setitem__
-        trainer.engine._zero_engine.step = then_set
+    """What flat shards, a master that comes late, and the release's own Muon would do."""
 
     def audited(name, plant):
         """What the audit says of the first step."""
         asked = run(name, EngineConfig(EngineName.deepspeed, 1), eval_every=0)
         asked.optim.muon.rms = 0.45  # else the release's scale is ours, for matrices as small
         trainer = build(asked)
-        with patch.dict(vars(zero_optimizer), plant(trainer) or {}):
+        of_shape = {(now.rows, now.cols): now.records for now in trainer.engine._muon._rounds}
+        with patch.dict(vars(zero_optimizer), plant(trainer)):
             with pytest.raises(AuditError) as caught:
                 trainer.fit()
-        return str(caught.value)
+        return str(caught.value), of_shape
 
-    assert re.search(r"algorithm: .*: muon was asked for, but", audited("flat", flat))
-    assert re.search(r"owner: .* received a gradient but did not move", audited("late", late))
-    told = audited("five", releases_own_muon)
-    assert re.search(r"algorithm: .* singular value is 1\.[01]\d*, but the iterations", told)
-    assert re.search(r"momentum: .* leaves 0\.05 times its clipped gradient", told)
-    for name, plant in (("scale", releases_own_scale), ("none", no_newton_schulz)):
-        told = audited(name, plant)
-        assert re.search(r"algorithm: .*: muon was asked for, but [01][.\d]* of the update", told)
+    told, _ = audited("flat", flat_shards)
+    assert re.search(r"algorithm: .*: muon was asked for, but", told)
+    told, of_shape = audited("own", releases_own)
+    assert f"owner: {LATE} received a gradient but did not move" in told
+    for shape, line in (
+        (LERP, r"momentum: {}: the first step leaves 0\.05 times its clipped gradient"),
+        (NONE, r"algorithm: {}: muon was asked for, but [01][.\d]* of the update's energy"),
+        (FIVE, r"algorithm: {}: the update's largest singular value is 1\.[01]\d*, but"),
+        (SCALE, r"algorithm: {}: muon was asked for, but 0\.\d+ of the update's energy"),
+    ):
+        names = "|".join(re.escape(record.name) for record in of_shape[shape])
+        assert re.search(line.format(f"({names})"), told), (line, told)
 
 
 def test_runs_under_deepspeed(tmp_path):
