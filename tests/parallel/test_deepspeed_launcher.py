@@ -53,7 +53,9 @@ def test_launcher_is_as_torchrun_in_bits_and_exit_codes(tmp_path):
     assert metrics_of(tmp_path / "a") == metrics_of(tmp_path / "b")
     refused = deepspeed(*asked, "train.steps=-1", f"run_dir={tmp_path / 'c'}")
     assert refused.returncode == 2
-    assert len(re.findall(r"^error: train.steps=-1", refused.stderr, re.M)) == 1
+    # Said by rank 0, and once more below the launcher's last line.
+    said = re.findall(r"^error: .*", refused.stderr, re.M)
+    assert said == ["error: train.steps=-1 must be 0 or more"] * 2
 
 
 @pytest.mark.core
