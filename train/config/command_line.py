@@ -22,6 +22,7 @@ from typing import Any, get_args, get_origin
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -155,8 +156,20 @@ def compose_run(
 def composed(args: Sequence[str] = (), conf: Path = CONF) -> DictConfig:
     """The config of a command line as Hydra composes it; arguments as of :func:`compose_run`."""
     words = normalise(args, conf)
-    with initialize_config_dir(str(conf), version_base=None), composition_errors():
-        return compose("config", words)
+    with _hydra_aside(), initialize_config_dir(str(conf), version_base=None):
+        with composition_errors():
+            return compose("config", words)
+
+
+@contextmanager
+def _hydra_aside() -> Iterator[None]:
+    """Leave Hydra's one state, in a job the job's, as it is found."""
+    state = GlobalHydra.instance()
+    before, state.hydra = state.hydra, None
+    try:
+        yield
+    finally:
+        state.hydra = before
 
 
 @contextmanager

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
 from functools import partial
 
 from conf.problems import ProblemsError
+from train.config.schema import RunConfig
 from train.errors import Problems, UserError
 
+_AT_THE_TOP = {field.name for field in fields(RunConfig)}  # such a name is no last part of a key
 # What the memory of a run depends on: without one of them another run would not fit.
 _OF_MEMORY = ("model", "parallel", "train", "quant", "engine", "optim", "experiment")
 
@@ -38,7 +41,7 @@ def all_problems(
     told = first.args
     left = [word for word in words if word in readable]
     gone = [_key(word) for word in words if word not in left and not word.startswith("-")]
-    fresh = bool(gone)  # what is left was not checked yet
+    fresh = len(left) < len(words)  # then what is left was not checked yet
     while (named := [w for w in left if any(_names(line, w) for line in told)]) or fresh:
         left = _without(named, left)
         gone += map(_key, named)
@@ -91,8 +94,9 @@ def _names(line: str, word: str) -> bool:
 def _speaks_of(line: str, keys: Iterable[str]) -> bool:
     """Whether a problem mentions a key, by its last part with a value too; of a group any key."""
     for key in keys:
-        whole, leaf = re.escape(key), re.escape(key.rpartition(".")[2])
-        ends = r"(?!\w)" if "." in key else r"[.=]"
-        if re.search(rf"(?<![\w.]){whole}{ends}|(?<![\w.]){leaf}=", line):
+        ends, leaf = r"(?!\w)" if "." in key else r"[.=]", key.rpartition(".")[2]
+        if re.search(rf"(?<![\w.]){re.escape(key)}{ends}", line):
+            return True
+        if leaf not in _AT_THE_TOP and re.search(rf"(?<![\w.]){re.escape(leaf)}=", line):
             return True
     return False

@@ -70,6 +70,21 @@ def planted_are_told(seed, capsys, folder):
         assert any(FAULTS[word] in line for word in words), (line, words)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sample.temperature=-1", "parallel.ep=3"],  # a range hides the layout, inside Hydra's job
+        ["--steps=3", "data.fim.rate=2"],  # a flag hides all keys
+        ["quant.engine=none_such", "engine.zero_stage=3"],  # the last part of one key is another
+        ["model.hidden_size=63", "train.global_batch_tokens=100", "parallel.ep=3"],
+    ],
+)
+def test_what_one_refusal_hides_is_told(words, capsys, tmp_path):
+    lines = told(words, capsys, tmp_path)
+    assert len(lines) == len(words)
+    assert all(any(FAULTS[word] in line for line in lines) for word in words), lines
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_planted_faults_are_all_told_and_no_others(seed, capsys, tmp_path):
     planted_are_told(seed, capsys, tmp_path)
