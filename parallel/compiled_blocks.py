@@ -56,6 +56,14 @@ class CompiledBlocks:
             model: holds :class:`model.block.Block` modules.
             recompute: blocks keep their input alone (``train.activation_checkpoint=block``).
         """
+        # All blocks share the code of one forward, and its graphs live as long as the process:
+        # those of a sweep's run before count against the same limit.
+        torch._dynamo.reset()
+        blocks = sum(isinstance(module, Block) for module in model.modules())
+        limits = torch._dynamo.config
+        limits.accumulated_recompile_limit = max(
+            limits.accumulated_recompile_limit, _VARIANTS * blocks
+        )
         # The compiler asks every tensor for it.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         for name, block in model.named_modules():

@@ -114,7 +114,8 @@ def _runs(args: argparse.Namespace) -> Path:
     out = args.out or Path("runs", "comparison")
     one_file = out.suffix == HTML_SUFFIX
     (check_page if one_file else check_folder)(out)
-    runs = [run for word in args.what for run in _summaries(Path(word))]
+    found = [run for word in args.what for run in _summaries(Path(word))]
+    runs = list({run.folder.resolve(): run for run in found}.values())  # each run once
     if not args.out:
         print(f"writing to {out}; --out takes another folder, or NAME.html for one file")
     for line in ranking_lines(rank(runs)):
@@ -185,7 +186,7 @@ def _warnings(ranking: Ranking) -> Iterator[str]:
     runs = [run for group in ranking.groups for run in group.runs]
     if len({run.step for run in runs if run.records}) > 1:
         yield "Not all runs have done as many steps."
-    if len(runs) > 1 and any(len(group.runs) == 1 for group in ranking.groups):
+    if len(runs) > 1 and any(group.seeds == 1 for group in ranking.groups):
         yield (
             "A configuration with one seed has no band: differences as small as those between seeds"
             " mean nothing."
@@ -196,7 +197,7 @@ def _ranking_table(ranking: Ranking) -> Table:
     measures = (BITS, LOSS) if ranking.measure == BITS else (LOSS, BITS)
     unit = {LOSS: "val_loss, nats per token", BITS: "bits per byte"}
     rows = [
-        [str(place), f"`{group.label}`", str(len(group.runs)), *map(group.shown, measures)]
+        [str(place), f"`{group.label}`", str(group.seeds), *map(group.shown, measures)]
         for place, group in enumerate(ranking.groups, start=1)
     ]
     return Table(["place", "configuration", "seeds", *(unit[m] for m in measures)], rows)

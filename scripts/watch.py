@@ -10,7 +10,6 @@ page runs/NAME/report.html shows the same in a browser.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -25,7 +24,7 @@ from scripts.cli.command import command
 from scripts.cli.parser import CommandParser, real, whole
 from train.display.console import Console
 from train.errors import UserError
-from train.record.metrics import Record
+from train.record.metrics import Record, record_of
 from train.run_folder.folder import CONFIG, METRICS, read_run
 from train.run_folder.lock import is_held
 from train.stages import resolve
@@ -56,7 +55,8 @@ class NewLines:
             text = file.read()
         whole = text[: text.rfind(b"\n") + 1]
         self._offset += len(whole)
-        records = [json.loads(line) for line in whole.splitlines()]
+        lines = whole.splitlines(keepends=True)
+        records = [record for line in lines if (record := record_of(line, "step"))]
         newest = records[-1]["step"] if records else 0 if fresh else self.last
         cut = newest if newest < self.last else None
         known = self.last if cut is None else cut

@@ -52,6 +52,13 @@ def table(text, heading):
     return [[cell.strip(" `") for cell in row.strip("|").split("|")] for row in rows[2:]]
 
 
+def test_a_run_named_twice_or_copied_is_one_seed(tmp_path, capsys):
+    first, copy = leave(tmp_path / "runs" / "a", 3.0), leave(tmp_path / "runs" / "b", 3.0)
+    text, _ = written(tmp_path, first, first.parent, copy)
+    assert [row[2] for row in table(text, "Ranking")] == ["1"]
+    assert "[2 runs of 1 seed, finished]" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("count", [1, 2, 8, 30, 60])
 def test_every_run_is_drawn_and_told_apart(count, tmp_path):
     folders = [leave(tmp_path / f"run{n}", 3.0 + n / 10, lr=1e-3 + n / 1e5) for n in range(count)]

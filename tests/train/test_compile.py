@@ -127,6 +127,17 @@ def uneven(forward, **named):
     return graph
 
 
+def not_a_number(forward, **named):
+    """Counts as a graph; what it gives would pass for a step to be skipped."""
+    named["backend"](torch.fx.symbolic_trace(torch.nn.Identity()), [])
+
+    def graph(*args):
+        x_BTSD, aux = forward(*args)
+        return x_BTSD * float("nan"), aux
+
+    return graph
+
+
 def chooses_anew(forward, **named):
     """Counts as a graph; recomputed, a gate takes other experts."""
     named["backend"](torch.fx.symbolic_trace(torch.nn.Identity()), [])
@@ -145,6 +156,7 @@ def chooses_anew(forward, **named):
 FAULTS = {
     no_graph: (AuditError, "compiled: train.compile=true: no graph was built", "none"),
     uneven: (AuditError, "compiled: train.compile=true: the graphs give gradient norm", "none"),
+    not_a_number: (AuditError, "compiled: train.compile=true: the graphs give loss nan", "none"),
     chooses_anew: (RuntimeError, "chose anew", "block"),
 }
 

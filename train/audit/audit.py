@@ -383,7 +383,8 @@ class _Observer:
         """Note gradients and losses, and judge them before anything moves.
 
         Losses that are not finite are not judged: ``train.recovery`` says what becomes of such a
-        step, in an audited step as in any other.
+        step, in an audited step as in any other. Where the operations of a compiled block give
+        finite ones, its graph is the fault.
         """
         e = self.evidence
         e.shares = shares
@@ -398,6 +399,8 @@ class _Observer:
         assert shares.total is not None
         if math.isfinite(float(shares.total)):
             _refuse(self._engine, _faults(BEFORE_UPDATE, e))
+        elif e.compiled is not None and math.isfinite(float(e.by_operations.total or 0.0)):
+            _refuse(self._engine, _faults({"compiled": BEFORE_UPDATE["compiled"]}, e))
 
     def after_update(self, update: Update) -> None:
         """Note what moved; frozen parameters keep their state objects, so both are compared."""

@@ -18,7 +18,8 @@ from train.stages import Stage, StagePlan
 
 log = logging.getLogger(__name__)
 DAY = 86400.0  # seconds
-_FIRST, _LAST = 1, 3  # steps between which time is taken: the first one warms up
+_TIMED = (1, 3)  # steps between which time is taken: the first one warms up
+_TIMED_COMPILED = (3, 5)  # audited steps run their operations as well, and graphs are built then
 
 
 def long_run(run: RunConfig, plan: StagePlan, rate: float) -> Iterator[str]:
@@ -72,10 +73,11 @@ class Pace:
         stage, self._behind = self._plan.stage(before), tokens
         self._steps = self._steps + 1 if stage is self._stage else 1
         self._stage = stage
-        if self._steps == _FIRST:
+        first, last = _TIMED_COMPILED if self._run.train.compile else _TIMED
+        if self._steps == first:
             self._began = (self._clock(), tokens)
         began, timed_from = self._began
-        if self._steps != _LAST or step >= self._plan.steps or tokens <= timed_from:
+        if self._steps != last or step >= self._plan.steps or tokens <= timed_from:
             return None
         spent = self._clock() - began
         timed = (tokens - timed_from) * flops_per_token(self._run, stage)
@@ -87,7 +89,7 @@ class Pace:
         seconds = sum(needed for _, needed in parts)
         line = (
             f"expected: {duration(seconds)} for the {left:,} steps left, at"
-            f" {spent / (_LAST - _FIRST):.3g} s a step"
+            f" {spent / (last - first):.3g} s a step"
         )
         if len(parts) > 1:
             line += "; by stage: " + ", ".join(f"{name} {duration(s)}" for name, s in parts)

@@ -341,7 +341,7 @@ class StepLines:
         """
         broken = 0
         for number, line in enumerate(self.path.read_bytes().splitlines(keepends=True), 1):
-            record = _record_of(line, key)
+            record = record_of(line, key)
             if record is None:
                 broken = broken or number
             elif broken:
@@ -369,7 +369,7 @@ def read_metrics(path: Path) -> list[Record]:
     return StepLines(path).read()
 
 
-def _record_of(line: bytes, key: str) -> Record | None:
+def record_of(line: bytes, key: str) -> Record | None:
     """The record in a line; None where it holds none, or not all of it."""
     if not line.endswith(b"\n"):
         return None

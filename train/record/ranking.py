@@ -120,6 +120,17 @@ class Group:
     label: str
     runs: tuple[RunSummary, ...]
 
+    @property
+    def seeds(self) -> int:
+        """Different ones: a copy of a run is no second seed."""
+        return len({tuple(run.config.get(key) for key in _SEEDS) for run in self.runs})
+
+    @property
+    def count(self) -> str:
+        """Of seeds, and of runs where a seed is there more than once."""
+        told = f"{self.seeds} seed" + "s" * (self.seeds > 1)
+        return told if self.seeds == len(self.runs) else f"{len(self.runs)} runs of {told}"
+
     def values(self, measure: str) -> list[float]:
         """Of the runs that were evaluated."""
         return [v for run in self.runs if (v := run.value(measure)) is not None]
@@ -300,7 +311,7 @@ def ranking_lines(ranking: Ranking) -> list[str]:
     lines = [f"ranking by {ranking.measure}{warned}:"]
     for place, group in enumerate(ranking.groups, start=1):
         states = sorted({run.state for run in group.runs})
-        count = f"{len(group.runs)} seeds, " if len(group.runs) > 1 else ""
+        count = f"{group.count}, " if len(group.runs) > 1 else ""
         told = f"{group.shown(ranking.measure)} [{count}{', '.join(states)}]"
         lines.append(f"{place:3}. {told}  {group.label}")
     return lines

@@ -106,6 +106,13 @@ def test_new_lines_are_given_once_also_over_a_cut(tmp_path):
     assert [r["step"] for r in lines.read()[1]] == [2]
 
 
+def test_lines_that_hold_no_step_are_passed_over(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = watch.NewLines(path)
+    path.write_text('garbage\n{"step": 1}\n[2]\n{"loss": 1.0}\n{"step": 2}\n')
+    assert [r["step"] for r in lines.read()[1]] == [1, 2]
+
+
 def test_watch_follows_a_run_to_its_end(tmp_path, corpus, caplog):
     caplog.set_level("INFO")
     run = small_run(tmp_path / "run", corpus, steps=8, log_every=1)
