@@ -152,14 +152,13 @@ class _Search:
         return f"{' '.join(_PLAIN_SUFFIXES[self._kind])} (or with {packed})"
 
     def _how_to_read_others(self) -> str:
-        """A pattern that names the most frequent other suffix, whose files are read as text."""
-        if self._kind is not SourceKind.text or glob.has_magic(self._path):
+        """The pattern behind the path that names the most frequent other suffix, as text."""
+        if self._kind is not SourceKind.text:
             return ""
         found = [(n, suffix) for suffix, n in self._found.others.items() if suffix != "none"]
         if not found:
             return ""
-        pattern = os.path.join(self._path, "**", f"*{max(found)[1]}")
-        return f"; a pattern names files of any kind: {shown(pattern)}"
+        return f"; with {shown(f'/**/*{max(found)[1]}')} behind it the path names files of any kind"
 
     def _add(self, path: str, real: str) -> None:
         if real in self._seen:

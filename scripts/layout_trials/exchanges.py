@@ -1,8 +1,8 @@
 """What a rank exchanges in a step and what it holds at once, seen in a traced step.
 
-:class:`Watch` is told of every operation. An exchange belongs to the code that began it, found on
-the stack, and to the block that computes then; under recomputation a block's backward pass follows
-its second forward pass, which says which block it is. The closed forms of the same stand in
+:class:`ExchangeWatch` is told of every operation. An exchange belongs to the code that began it,
+found on the stack, and to the block that computes then; under recomputation a block's backward pass
+follows its second forward pass, which says which block it is. The closed forms of the same stand in
 :mod:`scripts.layout_trials.exchange_forms`.
 
 Bytes of an exchange: all-gather and all-to-all, the result; reduce-scatter, the operand; send,
@@ -67,7 +67,7 @@ class Seen:
 
 
 # ---- seen ----------------------------------------------------------------------------------------
-class Watch(TorchDispatchMode):
+class ExchangeWatch(TorchDispatchMode):
     """Sees a step on fake tensors.
 
     What is read on the host is 1: there are no values.

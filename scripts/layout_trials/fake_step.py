@@ -55,7 +55,7 @@ from scripts.cli.command import command
 from scripts.cli.outputs import check_output, write_json, write_text
 from scripts.cli.parser import CommandParser, whole
 from scripts.layout_trials.exchange_forms import Expected, expected
-from scripts.layout_trials.exchanges import Key, Watch
+from scripts.layout_trials.exchanges import ExchangeWatch, Key
 from train.config.command_line import compose_run
 from train.config.schema import Precision, RunConfig
 from train.errors import UserError
@@ -85,7 +85,7 @@ class EvenDispatcher(AllToAllDispatcher):
 # ---- one rank ------------------------------------------------------------------------------------
 def run_rank(
     run: RunConfig, stage: Stage, rank: int, microbatches: int = 0
-) -> tuple[Watch, dict[Key, Expected]]:
+) -> tuple[ExchangeWatch, dict[Key, Expected]]:
     """Run one step of one rank.
 
     Args:
@@ -128,7 +128,7 @@ def run_rank(
         engine.gather = lambda value: [value]  # no process is there to tell
         engine.cut_rows(stage.cp)
         count = microbatches or count_of(stage, layout.data_degree)
-        watch = Watch(model, optimizer)
+        watch = ExchangeWatch(model, optimizer)
         with fake, planned_on_host(fake, stage), watch:
             depths = 1 + config.num_nextn_predict_layers
             rows = stage.micro_batch_size
@@ -267,7 +267,11 @@ def one_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def rank_result(
-    rank: int, watch: Watch, closed: dict[Key, Expected], fit: list[int], config: ModelConfig
+    rank: int,
+    watch: ExchangeWatch,
+    closed: dict[Key, Expected],
+    fit: list[int],
+    config: ModelConfig,
 ) -> dict[str, Any]:
     """Numbers of one rank."""
     rows = []

@@ -30,6 +30,7 @@ MISUSE = {
     "quant/indexer.py": "a Hadamard matrix that does not exist",
     "quant/linear.py": "a weight that is not the master",
     "scripts/benchmarks/peer.py": "a model that has no twin there",
+    "scripts/layout_trials/exchanges.py": "an exchange without a rule",
     "scripts/layout_trials/step_parts.py": "a trace that it did not write",
     "scripts/studies/law.py": "a law through fewer points than a study may ask for",
 }

@@ -135,7 +135,7 @@ def test_the_pattern_that_is_told_reads_the_other_files(tmp_path):
         (
             "others",
             r"file, but 1 of other kinds \(\.csv 1; .*x\.csv\) and 1 with hidden names"
-            r"; a pattern names files of any kind: .*/others/\*\*/\*\.csv",
+            r"; with /\*\*/\*\.csv behind it the path names files of any kind",
         ),
     ],
 )

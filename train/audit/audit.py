@@ -41,7 +41,7 @@ from train.audit.checks import (
     Evidence,
     lr_to_judge,
 )
-from train.audit.samples import SAMPLE_SIZES, Sample, chosen, take
+from train.audit.samples import SAMPLE_SIZES, AuditSample, chosen, take
 from train.audit.seam_watch import watch_seams
 from train.config.schema import RunConfig
 from train.stages import Stage, StagePlan, trains
@@ -189,13 +189,13 @@ class Audit:
         )
 
     @torch.no_grad()
-    def _samples(self, e: Evidence) -> dict[str, Sample]:
+    def _samples(self, e: Evidence) -> dict[str, AuditSample]:
         """What is judged of the update, while the gradients are there. Collective."""
         seed, names = self._run.seed + e.step.number, self._trained(e.step)
         if self._steps >= AUDITED_STEPS:
             names = self._hidden.keys() & names
         judged = chosen(names, self._records, self._size, self._whole, seed)
-        weights, samples = self._engine.weights(), dict[str, Sample]()
+        weights, samples = self._engine.weights(), dict[str, AuditSample]()
         for name, gradient in self._engine.gradients():
             norms = e.grad_norms[name]
             if name in judged and e.has_gradient(name) and bool(norms.isfinite().all()):
@@ -369,7 +369,7 @@ class _Observer:
         self,
         evidence: Evidence,
         engine: Engine,
-        samples: Callable[[Evidence], dict[str, Sample]],
+        samples: Callable[[Evidence], dict[str, AuditSample]],
     ) -> None:
         self.evidence, self._engine, self._samples = evidence, engine, samples
         self._weights: dict[str, tuple[int, int]] = {}

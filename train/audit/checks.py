@@ -37,7 +37,7 @@ from parallel.pipeline import Pipeline
 from parallel.pipeline_split import splits_backward
 from quant.config import ExpertFormat
 from train.audit.orthogonal import largest_singular_value, most_asked_for
-from train.audit.samples import Sample
+from train.audit.samples import AuditSample
 from train.audit.seam_watch import SeamReading
 from train.config.schema import ActivationCheckpoint, RunConfig
 from train.errors import UserError
@@ -99,7 +99,7 @@ class Evidence:
     trained: set[str]
     records: dict[str, ParamRecord]
     biases: dict[str, Tensor]
-    samples: dict[str, Sample] = field(default_factory=dict)
+    samples: dict[str, AuditSample] = field(default_factory=dict)
     early: set[str] = field(default_factory=set)
     changed: set[str] = field(default_factory=set)
     changed_states: set[str] = field(default_factory=set)
@@ -172,7 +172,7 @@ class KnownUpdate:
         largest: about the largest element of the update just done, as such a multiple.
     """
 
-    form: Callable[[Evidence, str, Sample, Tensor], Iterator[str]]
+    form: Callable[[Evidence, str, AuditSample, Tensor], Iterator[str]]
     usual: Callable[[Evidence, str], float]
     largest: Callable[[Evidence, str], float]
 
@@ -297,7 +297,7 @@ def _adamw_step(first: Tensor, second: Tensor, config: AdamWConfig, steps: float
     return (first / (1 - config.betas[0] ** steps)).div_(root)
 
 
-def _muon_form(e: Evidence, name: str, sample: Sample, after: Tensor) -> Iterator[str]:
+def _muon_form(e: Evidence, name: str, sample: AuditSample, after: Tensor) -> Iterator[str]:
     record, lr = e.records[name], e.step.lr
     rows, cols = sample.before.shape
     scale = update_scale(rows, cols, e.run.optim.muon)
@@ -343,7 +343,7 @@ def root_sum_square(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(torch.cat([rows, rest[None]]))
 
 
-def _adamw_form(e: Evidence, name: str, sample: Sample, after: Tensor) -> Iterator[str]:
+def _adamw_form(e: Evidence, name: str, sample: AuditSample, after: Tensor) -> Iterator[str]:
     """Every rank compares the part that it holds."""
     state = e.optimizer_after[name]
     if not {"exp_avg", "exp_avg_sq", "step"} <= state.keys():

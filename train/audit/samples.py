@@ -94,7 +94,7 @@ class ElementSample:
         return _elements(tensor, self.first, self.stride).to(self.before.device)
 
 
-Sample = MatrixSample | ElementSample
+AuditSample = MatrixSample | ElementSample
 
 
 def take(
@@ -104,7 +104,7 @@ def take(
     record: ParamRecord,
     size: SampleSize,
     seed: int,
-) -> Sample:
+) -> AuditSample:
     """What is judged of a parameter, before its update. Collective.
 
     Args:

@@ -142,4 +142,4 @@ def _pattern(key: str) -> str:
 
 def _known(key: str) -> bool:
     """Whether the key may stand in a config: as an item of a list or dict."""
-    return unknown_key(re.sub(r"\[\d+\]", "", key).split("."), RunConfig) is None
+    return unknown_key(re.sub(r"\[(\d+)\]", r".\1", key).split("."), RunConfig) is None
