@@ -116,7 +116,8 @@ def test_the_pattern_that_is_told_reads_the_other_files(tmp_path):
     make(tmp_path, "code/a.pm", "code/lib/b.pm", "code/c.dict")
     with pytest.raises(ConfigError) as caught:
         found(f"{tmp_path}/code")
-    pattern = str(caught.value).rpartition(" ")[2]
+    behind = str(caught.value).rpartition("; with ")[2].partition(" ")[0]
+    pattern = f"{tmp_path}/code{behind}"
     assert [Path(file).name for file in found(pattern).files] == ["a.pm", "b.pm"]
 
 

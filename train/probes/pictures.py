@@ -37,7 +37,7 @@ def draw_needles(cells: Sequence[dict[str, Any]], path: Path, title: str) -> Non
         axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
         axes.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths])
         axes.set(xlabel="tokens of the document", ylabel="depth of the needle", title=kind)
-    figure.suptitle(f"{title}: answers that are right (hatched: beyond the stacked windows)")
+    figure.suptitle(f"{title}: answers that are right\n(hatched: beyond the stacked windows)")
     figure.savefig(path, dpi=100)
 
 
