@@ -13,8 +13,10 @@ next run.
 from __future__ import annotations
 
 import fcntl
+import glob
 import os
 import shutil
+import socket
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from data.errors import DiskError
 
-_PREFIX, _LOCK = "v4_swap_", "lock"
+_PREFIX, _LOCK = f"v4_swap_{socket.gethostname()}_", "lock"  # locks may hold on one host alone
 _BLOCK = 4096  # bytes; of some drives it is 512
 
 
@@ -59,9 +61,9 @@ def _remove(path: str, lock: int) -> None:
 
 
 def remove_abandoned(path: str) -> None:
-    """Remove what processes that were killed have left on the drive."""
+    """Remove what killed processes of this host have left on the drive."""
     with _turn(path):
-        for folder in Path(path).glob(f"{_PREFIX}*"):
+        for folder in Path(path).glob(f"{glob.escape(_PREFIX)}*"):
             with suppress(OSError), (folder / _LOCK).open() as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # held while its process lives
                 shutil.rmtree(folder)

@@ -169,13 +169,16 @@ def test_each_process_has_a_folder_of_its_own_that_goes_with_it(tmp_path):
     killed.mkdir()
     (killed / zero_drive._LOCK).touch()
     (tmp_path / "theirs").mkdir()
+    foreign = tmp_path / "v4_swap_another-host_killed"  # whose locks may not be seen here
+    foreign.mkdir()
+    (foreign / "lock").touch()
     remove_abandoned(str(tmp_path))
     assert {p.name for p in tmp_path.iterdir()} == {
-        "theirs", Path(one.path).name, Path(two.path).name,
+        "theirs", foreign.name, Path(one.path).name, Path(two.path).name,
     }  # fmt: skip
     del one
     two.remove()
-    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
+    assert {p.name for p in tmp_path.iterdir()} == {"theirs", foreign.name}
 
 
 # ---- with libaio -------------------------------------------------------------------------------

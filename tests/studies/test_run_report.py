@@ -59,6 +59,13 @@ def test_a_run_named_twice_or_copied_is_one_seed(tmp_path, capsys):
     assert "[2 runs of 1 seed, finished]" in capsys.readouterr().out
 
 
+def test_a_folder_with_a_config_alone_is_no_run(tmp_path):
+    run = leave(tmp_path / "runs" / "a", 3.0)
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "config.yaml").write_text("defaults: []\n")
+    assert find_runs(tmp_path) == [run]
+
+
 @pytest.mark.parametrize("count", [1, 2, 8, 30, 60])
 def test_every_run_is_drawn_and_told_apart(count, tmp_path):
     folders = [leave(tmp_path / f"run{n}", 3.0 + n / 10, lr=1e-3 + n / 1e5) for n in range(count)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from model.config import Kernels, LayerKind
 from optim.config import ScheduleKind, StateDtype
@@ -65,18 +65,8 @@ def _compile_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
         f"train.activation_checkpoint={checkpoint.value} watches every operation, of which"
         f" {asked} makes one: say block, or none",
     )
-    for key in ("pp", "ep", "cp"):
-        degree = getattr(run.parallel, key)
-        yield (
-            degree == 1,
-            f"parallel.{key}={degree} exchanges between ranks inside a block, of which {asked}"
-            f" makes one graph: say parallel.{key}=1, or train.compile=false",
-        )
-    for index, stage in enumerate(run.train.stages):
-        yield (
-            stage.cp in (None, 1),
-            f"train.stages[{index}].cp={stage.cp} does not go with {asked}: say cp: 1",
-        )
+    why = f"exchanges between ranks inside a block, of which {asked} makes one graph"
+    yield from _degrees_of_one(run, ("pp", "ep", "cp"), why, "train.compile=false")
     yield (
         run.engine.name is EngineName.torch,
         f"engine.name={run.engine.name.value} does not go with {asked}: say engine=torch",
@@ -96,6 +86,18 @@ def _compile_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
         f"train.recovery.anticipatory={run.train.recovery.anticipatory.value} is not built for"
         f" {asked}: say never",
     )
+
+
+def _degrees_of_one(
+    run: RunConfig, keys: Sequence[str], why: str, instead: str
+) -> Iterator[tuple[bool, str]]:
+    """Degrees that something cannot have, those of stages among them."""
+    for key in keys:
+        degree = getattr(run.parallel, key)
+        yield degree == 1, f"parallel.{key}={degree} {why}: say {instead}, or parallel.{key}=1"
+    for index, stage in enumerate(run.train.stages):
+        named = f"train.stages[{index}].cp={stage.cp}"
+        yield stage.cp in (None, 1), f"{named} {why}: say {instead}, or cp: 1"
 
 
 def _offload_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
@@ -121,19 +123,8 @@ def _offload_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
 def _deepspeed_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
     """What ZeRO's flat shards, or this engine, cannot do exactly."""
     asked = "engine.name=deepspeed"
-    for key in ("pp", "ep", "cp", "dp_replicate"):
-        degree = getattr(run.parallel, key)
-        yield (
-            degree == 1,
-            f"parallel.{key}={degree} does not go with {asked}, which knows data ranks only: say"
-            f" engine=torch, or parallel.{key}=1",
-        )
-    for index, stage in enumerate(run.train.stages):
-        yield (
-            stage.cp in (None, 1),
-            f"train.stages[{index}].cp={stage.cp} does not go with {asked}, which holds rows whole:"
-            " say engine=torch, or cp: 1",
-        )
+    why = f"does not go with {asked}, which knows data ranks only"
+    yield from _degrees_of_one(run, ("pp", "ep", "cp", "dp_replicate"), why, "engine=torch")
     yield (
         run.parallel.offload == "none",
         f"parallel.offload={run.parallel.offload} is the torch engine's, {asked} was asked for: say"

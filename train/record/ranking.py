@@ -29,6 +29,7 @@ LOSS, BITS = "val_loss", "val_bits_per_byte"
 OF_NO_EFFECT = ("run_dir", "wandb.", "tensorboard", "sample.", "train.log_every")
 _SEEDS = ("seed", "init_seed_offset")
 _SEED_IN_NAME = tuple(f"{key}=" for key in _SEEDS)  # of a sweep's folder
+_OF_A_RUN = (IDENTITY, METRICS, RECEIPT, EVALUATION)  # beside its config: one of them
 _MOST_KEYS = 4  # in a label
 # of a receipt: what is read as a record of more
 _RECORDS = ("metrics", "final_metrics", "code", "layout", "environment", "data.sources.*")
@@ -179,7 +180,10 @@ def find_runs(path: Path) -> list[Path]:
     """
     if (path / CONFIG).is_file():
         return [path]
-    found = sorted(p.parent for p in path.rglob(CONFIG) if p.parent.name[0] != ".")
+    found = sorted(
+        p.parent for p in path.rglob(CONFIG)
+        if p.parent.name[0] != "." and any((p.parent / name).is_file() for name in _OF_A_RUN)
+    )  # fmt: skip
     if not found:
         raise UserError(f"{path} holds no run: no {CONFIG} in it or in a folder below")
     return found
