@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from model.config import IndexerPhase
 from model.kernels.cross_entropy import cross_entropy_rows
+from model.kernels.ran import head_multiplied
 
 CrossEntropy = Callable[[Tensor, Tensor, torch.dtype | None], tuple[Tensor, Tensor | None]]
 
@@ -110,6 +111,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(begin, begin + chunk)
             x, labels = x_ND[rows].to(dtype), labels_N[rows]
             wanted = dtype if needs_x or needs_w else None
+            head_multiplied(_precision_of(dtype))
             losses, grad = cross_entropy(project(x, w), labels, wanted)
             total += losses.sum()
             if grad is None:
@@ -134,6 +136,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _precision_of(dtype: torch.dtype) -> str:
+    """Name of the precision in which products of ``dtype`` are formed now."""
+    if dtype is torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(dtype, str(dtype))
 
 
 def project(x: Tensor, w_VD: Tensor) -> Tensor:

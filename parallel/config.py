@@ -186,6 +186,11 @@ class ParallelConfig:
         if self.pp == 1 and self.schedule in SCHEDULES and self.schedule != "1f1b":
             yield f"{prefix}.schedule={self.schedule} needs {prefix}.pp above 1 (now {self.pp})"
 
+    @property
+    def is_resolved(self) -> bool:
+        """Whether every degree is a number, and none is the rest of a world."""
+        return all(getattr(self, key) > 0 for key in _DEGREES)
+
     def resolve(self, world_size: int, prefix: str = "parallel") -> ParallelConfig:
         """Replace -1 by a number and check the product against the world.
 

@@ -28,12 +28,14 @@ class Ran:
         started: (op, kind) -> kernels started inside them, on the calling thread.
         without: (op, kind) -> calls that started no kernel.
         kernels: kernel -> times it was started by anyone, backward passes included.
+        heads: precision (``fp32``, ``tf32`` or ``bf16``) -> chunks of logits the head formed in it.
     """
 
     calls: Counter[tuple[str, Kernels]] = field(default_factory=Counter)
     started: Counter[tuple[str, Kernels]] = field(default_factory=Counter)
     without: Counter[tuple[str, Kernels]] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)
+    heads: Counter[str] = field(default_factory=Counter)
 
     def by_op(self) -> dict[str, str]:
         """Op -> the code that served it, as a receipt tells it; several kinds are joined by ``+``.
@@ -86,6 +88,16 @@ def _served(op: str, kind: Kernels) -> Iterator[None]:
         for ran, count in zip(_open, before, strict=True):
             ran.calls[op, kind] += 1
             ran.without[op, kind] += ran.started[op, kind] == count
+
+
+def head_multiplied(precision: str) -> None:
+    """The head forms the logits and gradients of a chunk.
+
+    Args:
+        precision: of its products.
+    """
+    for ran in _open:
+        ran.heads[precision] += 1
 
 
 def started(kernel: str) -> None:

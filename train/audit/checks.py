@@ -485,7 +485,12 @@ def _callers(e: Evidence, caller: type[torch.nn.Module]) -> int:
 
 # ---- precision and quantisation -----------------------------------------------------------------
 def precision(e: Evidence) -> Iterator[str]:
-    """The large matmuls ran in the dtype asked for."""
+    """The large matmuls ran in the dtype asked for, and the head's in its own."""
+    head = e.run.train.head_precision.value
+    here = any(name.rpartition(".")[2] == "head" for name, _ in e.model.named_modules())
+    if set(e.ran.heads) != ({head} if here else set()):
+        found = ", ".join(sorted(e.ran.heads)) or "nothing"
+        yield f"the head multiplied in {found}, train.head_precision={head} was asked for"
     asked = e.run.train.precision.value
     for name, dtype in e.seams.input_dtypes.items():
         compute = precision_of(f"{name}.weight", asked).compute

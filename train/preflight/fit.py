@@ -281,6 +281,7 @@ class Needs:
             layout: resolved degrees.
             device: cpu or cuda.
         """
+        assert layout.is_resolved, layout
         memories = [
             self._rank(stage, layout, device, pipeline_stage)
             for pipeline_stage in range(layout.pp)
@@ -290,6 +291,7 @@ class Needs:
 
     def resting(self, layout: ParallelConfig) -> Resting:
         """What a rank keeps off its device, the fullest of all pipeline stages."""
+        assert layout.is_resolved, layout
         return max(
             (self._resting(layout, part) for part in range(layout.pp)), key=lambda rest: rest.host
         )

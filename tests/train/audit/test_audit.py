@@ -33,7 +33,7 @@ from train.audit.checks import root_sum_square
 from train.audit.orthogonal import most_asked_for
 from train.audit.samples import SampleSize
 from train.build import build
-from train.config.schema import ActivationCheckpoint, Precision
+from train.config.schema import ActivationCheckpoint, HeadPrecision, Precision
 
 FEW = SampleSize(
     whole_bytes=0, matrices=8, matrix_bytes=1 << 28, elements=100
@@ -221,6 +221,14 @@ def fp32_where_bf16_was_asked(trainer, stack):
     trainer.engine.model.compute_dtype = torch.float32
 
 
+def fp32_head_where_bf16_was_asked(trainer, stack):
+    trainer.engine.model.head_dtype = torch.float32
+
+
+def tf32_head_unasked(trainer, stack):
+    trainer.engine.model.head_tf32 = True
+
+
 def nothing_recomputed(trainer, stack):
     for block in trainer.engine.model.modules():
         block.__dict__.pop("forward", None)
@@ -268,6 +276,12 @@ FAULTS = {
         {},
     ),
     fp32_where_bf16_was_asked: ("precision", "multiplied in torch.float32", BF16),
+    fp32_head_where_bf16_was_asked: (
+        "precision",
+        "the head multiplied in fp32, train.head_precision=bf16 was asked",
+        {**BF16, "head_precision": HeadPrecision.bf16},
+    ),
+    tf32_head_unasked: ("precision", "multiplied in tf32, train.head_precision=fp32 was asked", {}),
 }
 
 

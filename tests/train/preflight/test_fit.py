@@ -42,6 +42,15 @@ def test_masters_and_gradients_are_four_bytes_a_parameter(name):
     assert memory.weights == memory.gradients == 4 * (counts.total - biases)
 
 
+def test_a_layout_that_is_not_resolved_has_no_peak():
+    """Degrees of -1 counted weights and states at less than half."""
+    layout = ParallelConfig(dp_shard=-1)
+    for ask in (lambda n: n.peak(layout, "cuda"), lambda n: n.resting(layout)):
+        with pytest.raises(AssertionError, match="dp_shard=-1"):
+            ask(needs(*NANO))
+    assert needs(*NANO).peak(layout.resolve(2), "cuda").total > 0
+
+
 def test_optimizer_states_are_one_value_under_muon_two_under_adamw():
     weights = needs(*NANO).peak(ONE, "cpu").weights
     assert needs(*NANO, "optim=adamw").peak(ONE, "cpu").optimizer == 2 * weights
