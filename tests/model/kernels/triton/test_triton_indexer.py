@@ -148,6 +148,17 @@ def test_choice_is_the_reference(monkeypatch, topk, chunk):
     assert torch.equal(got.sort(-1).values, want.sort(-1).values)
 
 
+def test_choice_of_fp16_is_the_reference():
+    """Of small whole numbers, at a scale of 1/8: scores are exact, so ties are ties for both."""
+    rows = packed(11, 9, -2, ratio=2)
+    q, k, w = (x.sign() * 2 if x.dim() == 4 else x.sign() for x in indexer_inputs(rows, 4, 16))
+    inputs = [q.half(), k.half(), w]
+    with poisoned(), shuffled(1):
+        got = indexer.index_topk(inputs, rows.first_BT, rows.stop_BT, 2)
+    want = index_topk_reference(inputs, rows.first_BT, rows.stop_BT, 2)
+    assert torch.equal(got.sort(-1).values, want.sort(-1).values)
+
+
 def test_choice_of_one_token():
     rows = packed(1, ratio=1)
     got = indexer.index_topk(indexer_inputs(rows, 3, 20), rows.first_BT, rows.stop_BT, 4)
