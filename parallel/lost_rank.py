@@ -4,6 +4,11 @@ A process that dies closes its connections, which the others notice at once. A h
 reached any more says nothing: the others wait for it in a collective. How long is
 ``parallel.timeout_seconds``, in force from the first step on. Before it, one rank may prepare data
 for hours while the others wait.
+
+A rank that leaves by an error of its own, which is told in one line, says so in the store that all
+share: the first to do so tells its line, and the others leave without another. They look there
+once a second, by a thread: some collectives, gloo's reduce-scatter among them, do not notice that a
+partner was gone before they began.
 """
 
 from __future__ import annotations
@@ -12,13 +17,19 @@ import datetime
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from parallel.last_word import tell_launcher
+
+_TELLER = "told by rank"  # in the store
+_LOOK = 1.0  # seconds between two looks for it
 _PATIENCE = 3.0  # seconds; torchrun looks after its ranks every 0.1 s unless told otherwise
 # What gloo says of a rank that is gone; NCCL's and the store's errors have types of their own.
 _GLOO = re.compile(
@@ -46,11 +57,16 @@ def lost_rank_ends_the_job(timeout_seconds: float) -> Iterator[None]:
     It leaves a little later, so that the launcher meets the rank that died first and names that one
     as the cause; and without closing its groups, which with a partner missing may never close.
     """
+    over = threading.Event()
+    threading.Thread(target=_leave_with_another, args=(over,), daemon=True).start()
     try:
         yield
     except RuntimeError as error:
         if not (dist.is_initialized() and is_lost_rank(error)):
             raise
+        if code := _code_of_another():
+            time.sleep(_PATIENCE)
+            os._exit(code)
         what = " ".join(str(error).split())[:300]
         sys.stderr.write(
             f"error: rank {dist.get_rank()}: another rank is gone, or did not answer within"
@@ -60,6 +76,47 @@ def lost_rank_ends_the_job(timeout_seconds: float) -> Iterator[None]:
         sys.stderr.flush()
         time.sleep(_PATIENCE)
         os._exit(1)
+    finally:
+        over.set()
+
+
+def leave_by_own_error(lines: Sequence[str], code: int) -> NoReturn:
+    """Tell an error that other ranks may not have, unless one has told its own, and leave.
+
+    Groups stay open, as others may be waiting in a collective: closing them might never end.
+
+    Args:
+        lines: of the error.
+        code: with which every rank leaves.
+    """
+    mine = f"{dist.get_rank()} {code}"
+    store = distributed_c10d._get_default_store()
+    if store.compare_set(_TELLER, "", mine) == mine.encode():
+        text = "".join(f"error: rank {dist.get_rank()}: {line}\n" for line in lines)
+        sys.stderr.write(text)
+        sys.stderr.flush()
+        tell_launcher(text)
+    os._exit(code)
+
+
+def _leave_with_another(over: threading.Event) -> None:
+    """Leave when a rank has told its error, whatever this one waits for."""
+    while not over.wait(_LOOK):
+        if dist.is_initialized() and (code := _code_of_another()):
+            time.sleep(_PATIENCE)
+            os._exit(code)
+
+
+def _code_of_another() -> int:
+    """With which code another rank left that has told its error; 0: none has."""
+    store = distributed_c10d._get_default_store()
+    try:
+        if not store.check([_TELLER]):
+            return 0
+        rank, code = map(int, store.get(_TELLER).split())
+    except RuntimeError:  # the store is gone
+        return 0
+    return code if rank != dist.get_rank() else 0
 
 
 def is_lost_rank(error: BaseException) -> bool:

@@ -59,6 +59,7 @@ from train.record.receipt import code_version, plain
 from train.record.report import RunReport
 from train.recovery.anticipation import Anticipation
 from train.recovery.judge import Recovery
+from train.recovery.memory import told_out_of_memory
 from train.recovery.stop import StopRequest
 from train.run_folder.folder import CHECKPOINTS, holds_run, write_identity
 from train.run_folder.identity import RunIdentity
@@ -93,7 +94,8 @@ def build(run: RunConfig, precision: PrecisionChoice | None = None) -> Trainer:
     agree_on_ranks(asked)
     rate = foretell(run, plan, loader)
     compiled = build_compiled(run)
-    engine = build_engine(run, build_model(run, loader, mesh, compiled), mesh)
+    with told_out_of_memory(run, None, compute_device(run.train.device)):
+        engine = build_engine(run, build_model(run, loader, mesh, compiled), mesh)
     phase = PhaseSwitch(engine, run.quant)
     state = build_state(run, plan, engine, loader)
     checkpoints = build_checkpoints(run)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -72,7 +73,8 @@ class Trainer:
         with self.stop, self.checkpoints, self.recorder:
             if self.run.train.eval_only:
                 self.phase.enter(self._last_step())
-                self.recorder.evaluate_only(self._last_step())
+                with self._told_out_of_memory(self._last_step()):
+                    self.recorder.evaluate_only(self._last_step())
                 return ExitCode.finished
             self.checkpoints.saved_step = self.state.progress.step
             while self.state.progress.step < self.plan.steps:
@@ -81,16 +83,20 @@ class Trainer:
                 early = self.engine.agree(bool(self.stop.reason))
                 if early and self.state.progress.step < self.plan.steps:
                     return self._leave_early()
-            self._save_last()
-            self.phase.enter(self._last_step())
-            self.recorder.close(self.audit.result(), self._last_step())
+            with self._told_out_of_memory(self._last_step()):
+                self._save_last()
+                self.phase.enter(self._last_step())
+                self.recorder.close(self.audit.result(), self._last_step())
             return ExitCode.finished
 
     def _next_step(self) -> None:
         done = self.state.progress
         step = plan_step(done.step + 1, done.tokens, self.plan, self.run.train, self.run.optim)
-        with told_out_of_memory(self.run, step, self.engine.device):
+        with self._told_out_of_memory(step):
             self._run_step(step)
+
+    def _told_out_of_memory(self, step: StepPlan) -> AbstractContextManager[None]:
+        return told_out_of_memory(self.run, step, self.engine.device)
 
     def _run_step(self, step: StepPlan) -> None:
         run, state, recorder = self.run, self.state, self.recorder
@@ -189,7 +195,8 @@ class Trainer:
 
     def _leave_early(self) -> int:
         self.stop.ask("another rank was asked to stop")
-        self._save_last()
+        with self._told_out_of_memory(self._last_step()):
+            self._save_last()
         log.info(
             "%s: stopped after step %d of %d; the same command continues",
             self.stop.reason,

@@ -32,7 +32,7 @@ from omegaconf import DictConfig
 from data.cache import raise_if_full
 from data.errors import DiskError
 from parallel.last_word import tell_launcher
-from parallel.launch import check_launch, launched_rank, without_local_rank
+from parallel.launch import check_launch, launched_rank, launched_world_size, without_local_rank
 from train.config.command_line import (
     CONF,
     acceptable,
@@ -109,7 +109,7 @@ def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
     from train.run_folder.lock import owned  # noqa: PLC0415
 
     keep_freed_memory()
-    with lost_rank_ends_the_job(run.parallel.timeout_seconds):
+    with lost_rank_ends_the_job(run.parallel.timeout_seconds), _told_by_the_rank_it_meets():
         join_ranks(run)
         # An evaluation reads, maybe in the folder of a run that is training.
         with nullcontext() if run.train.eval_only else owned(folder):
@@ -122,6 +122,20 @@ def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
     if trainer.stop.signalled:
         raise Stopped(code)
     return code
+
+
+@contextmanager
+def _told_by_the_rank_it_meets() -> Iterator[None]:
+    """Out of memory of one rank ends the job: the others wait for it in a collective."""
+    from parallel.lost_rank import leave_by_own_error  # noqa: PLC0415
+    from train.recovery.memory import OutOfMemoryError  # noqa: PLC0415
+
+    try:
+        yield
+    except OutOfMemoryError as error:
+        if launched_world_size() == 1:
+            raise
+        leave_by_own_error(lines_of(error), ExitCode.user_error)
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""Out of memory in a step: one line that names the keys that help, with their values.
+"""Out of memory: one line that names the keys that help, with their values.
 
 The step is lost, the run is not: its newest checkpoint stays, and the same command with another
-value goes on from it. Nothing is retried here: what fits by chance fails later.
+value goes on from it. Nothing is retried here: what fits by chance fails later. One of several
+ranks may fail alone: it tells, and the others leave with it (``parallel/lost_rank.py``).
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from parallel.config import EngineName, OffloadTo
 from parallel.launch import launched_world_size
 from train.config.schema import ActivationCheckpoint, Precision, RunConfig
 from train.errors import UserError, one_line
+from train.stages import Stage
 from train.step import StepPlan
 
 _HOST = re.compile(r"can't allocate memory|not enough memory", re.IGNORECASE)
 
 
 class OutOfMemoryError(UserError):
-    """A step needs more memory than the device has."""
+    """The run needs more memory than a rank's device has."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -33,12 +35,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def told_out_of_memory(run: RunConfig, step: StepPlan, device: torch.device) -> Iterator[None]:
+def told_out_of_memory(
+    run: RunConfig, step: StepPlan | None, device: torch.device
+) -> Iterator[None]:
     """Turn a failed allocation into one line.
 
     Args:
         run: what is trained.
-        step: what runs while this is open.
+        step: what runs while this is open; None: the model and its optimizer are made.
         device: where.
 
     Raises:
@@ -50,30 +54,36 @@ def told_out_of_memory(run: RunConfig, step: StepPlan, device: torch.device) -> 
         if not is_out_of_memory(error):
             raise
         said = one_line(error).split(". ")[0]
+        when = f"in step {step.number}" if step else "before the first step"
         raise OutOfMemoryError(
-            f"out of memory on {device} in step {step.number} ({said}): give"
+            f"out of memory on {device} {when} ({said}): give"
             f" {', or '.join(remedies(run, step, device))}; checkpoints stay, from the newest of"
             " which the same command goes on, and v4 plan shows what a run needs"
         ) from error
 
 
-def remedies(run: RunConfig, step: StepPlan, device: torch.device) -> list[str]:
-    """Keys that make a step smaller without changing what it computes, in the order to try them."""
-    stage, found = step.stage, []
-    rows = stage.micro_batch_size
+def remedies(run: RunConfig, step: StepPlan | None, device: torch.device) -> list[str]:
+    """Keys that help without changing what a step computes, in the order to try them."""
+    found = [] if step is None else _smaller_step(run, step.stage)
+    if device.type != "cpu":  # whose memory is the host's
+        found += _offload(run)
+    if found:
+        return found
+    if step is None:
+        return ["more ranks (parallel.dp_shard), or a smaller model"]
+    length = step.stage.seq_len
+    return [f"more ranks (parallel.dp_shard), or a smaller train.seq_len than {length} or model"]
+
+
+def _smaller_step(run: RunConfig, stage: Stage) -> list[str]:
+    """What makes a step keep less."""
+    found, rows = [], stage.micro_batch_size
     where = "train.stages[...].micro_batch_size" if run.train.stages else "train.micro_batch_size"
     if rows > 1:
         found.append(f"{where}={rows // 2} instead of {rows}")
     recompute = run.train.activation_checkpoint
     if recompute is not ActivationCheckpoint.block:
         found.append(f"train.activation_checkpoint=block instead of {recompute.value}")
-    if device.type != "cpu":  # whose memory is the host's
-        found += _offload(run)
-    if not found:
-        found = [
-            f"more ranks (parallel.dp_shard), or a smaller train.seq_len than {stage.seq_len}"
-            " or model"
-        ]
     return found
 
 
