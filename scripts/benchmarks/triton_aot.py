@@ -123,6 +123,12 @@ def shipped_kernels(wanted: Sequence[str]) -> Iterator[tuple[str, Any]]:
             yield name, shipped
 
 
+def tile_text(tile: Any) -> str:
+    """Sizes, warps and stages of a tile, as the table shows them."""
+    sizes = " ".join(f"{name}={value}" for name, value in tile.sizes.items())
+    return f"{sizes} w{tile.warps} s{tile.stages}".strip()
+
+
 def compile_one(module: str, shipped: Any, arch: str, parse: bool = False) -> Compiled:
     """Compile a kernel with its tile for an architecture, and look at the result.
 
@@ -135,8 +141,7 @@ def compile_one(module: str, shipped: Any, arch: str, parse: bool = False) -> Co
     from model.kernels.triton.launch import tile_of  # noqa: PLC0415 (imports triton)
 
     tile = tile_of(shipped.tiles, arch)
-    sizes = " ".join(f"{name}={value}" for name, value in tile.sizes.items())
-    line = Compiled(module, shipped.name, arch, f"{sizes} w{tile.warps} s{tile.stages}".strip())
+    line = Compiled(module, shipped.name, arch, tile_text(tile))
     begin = time.perf_counter()
     try:
         kernel: Any = (_parse if parse else _compile)(shipped, tile, arch)
