@@ -12,6 +12,7 @@ reads only its own rows from disk.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -273,6 +274,11 @@ class Loader:
         Its length is the sum of the batches' ``target_bytes``.
         """
         return self._validation.text(self._validation.rows(seq_len, num_tokens))
+
+    def validation_digest(self, seq_len: int, num_tokens: int = 0) -> str:
+        """Names the held-out text of :meth:`validation`: equal where the same bytes are read."""
+        rows = self._validation.rows(seq_len, num_tokens)
+        return hashlib.sha256(self._validation.documents_read(rows)).hexdigest()[:12]
 
     def validation_beginning(self, most: int) -> bytes:
         """The first bytes of the held-out text; none where none is held out.

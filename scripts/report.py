@@ -48,6 +48,7 @@ from train.exchange.output_files import file_errors
 from train.record.ranking import (
     BITS,
     LOSS,
+    OTHER_TEXT,
     Ranking,
     RunSummary,
     find_runs,
@@ -153,7 +154,7 @@ def comparison(runs: Sequence[RunSummary]) -> ReportDocument:
     """Any number of runs side by side."""
     ranking, names = rank(runs), run_names(runs)
     document = ReportDocument(_title(runs), _lead(ranking, runs))
-    document.add("Ranking", *_warnings(ranking), _ranking_table(ranking))
+    document.add("Ranking", *_warnings(ranking), *_ranking_tables(ranking))
     if any(run.records for run in runs):
         document.add("Curves", Picture("curves", "losses by configuration", draw_groups(ranking)))
     document.add("Runs", _runs_table(runs, names))
@@ -176,6 +177,8 @@ def _lead(ranking: Ranking, runs: Sequence[RunSummary]) -> str:
         leads = f"{best.label}: {measure} {best.shown(measure)}"
     else:
         leads = f"{best.label} leads with {measure} {best.shown(measure)}"
+        if len(ranking.by_text) > 1:
+            leads += f" among the {len(ranking.by_text[0])} that were evaluated on its text"
     return f"{leads}." if len(runs) == 1 else f"{leads}; {explain(runs)}."
 
 
@@ -193,14 +196,18 @@ def _warnings(ranking: Ranking) -> Iterator[str]:
         )
 
 
-def _ranking_table(ranking: Ranking) -> Table:
+def _ranking_tables(ranking: Ranking) -> Iterator[str | Table]:
+    """One for each held-out text."""
     measures = (BITS, LOSS) if ranking.measure == BITS else (LOSS, BITS)
     unit = {LOSS: "val_loss, nats per token", BITS: "bits per byte"}
-    rows = [
-        [str(place), f"`{group.label}`", str(group.seeds), *map(group.shown, measures)]
-        for place, group in enumerate(ranking.groups, start=1)
-    ]
-    return Table(["place", "configuration", "seeds", *(unit[m] for m in measures)], rows)
+    for number, groups in enumerate(ranking.by_text):
+        rows = [
+            [str(place), f"`{group.label}`", str(group.seeds), *map(group.shown, measures)]
+            for place, group in enumerate(groups, start=1)
+        ]
+        if number:
+            yield f"{OTHER_TEXT[0].upper()}{OTHER_TEXT[1:]}:"
+        yield Table(["place", "configuration", "seeds", *(unit[m] for m in measures)], rows)
 
 
 def _runs_table(runs: Sequence[RunSummary], names: Sequence[str]) -> Table:

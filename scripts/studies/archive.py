@@ -28,9 +28,9 @@ from train.run_folder.folder import METRICS
 STUDY = "study.json"
 # Of metrics.jsonl: what reports read. The rest triples the size of an archive.
 _KEPT = (
-    "step", "tokens", "loss", "val_loss", "val_bits_per_byte", "lr", "skipped_steps",
-    "indexer_leaves_out", "indexer_captured_mass", "past_window", "past_hca_block", "dead_experts",
-    "step_seconds", "step_cpu_seconds", "peak_memory_bytes",
+    "step", "tokens", "loss", "val_loss", "val_bits_per_byte", "val_text", "lr",
+    "skipped_steps", "indexer_leaves_out", "indexer_captured_mass", "past_window", "past_hca_block",
+    "dead_experts", "step_seconds", "step_cpu_seconds", "peak_memory_bytes",
 )  # fmt: skip
 
 

@@ -95,8 +95,9 @@ def draw_groups(ranking: Ranking) -> Figure:
     title += "; line: training loss, smoothed" if compare else ""
     figure, axes = _axes(title, "tokens", unit, height=4.2 + 0.12 * max(0, len(groups) - 6))
     for line, group in zip(lines(len(groups)), groups, strict=True):
+        label = _short(group.label) + " (other text)" * (group.text != groups[0].text)
         style: dict[str, Any] = {"color": line.colour, "linestyle": line.style}
-        axes.plot([], [], **style, marker="o", markersize=4, label=_short(group.label))
+        axes.plot([], [], **style, marker="o", markersize=4, label=label)
         if compare:
             _band(axes, _points(group, "loss"), style, smooth=True)
         _band(axes, _points(group, measure), style | {"marker": "o", "markersize": 4})

@@ -77,3 +77,17 @@ def test_without_validation_there_are_no_batches(small_config):
     loader = build_loader(small_config, build_tokenizer(small_config), 0, 1)
     assert loader.validation(64) == []
     assert loader.validation_bytes(64) == b""
+
+
+def test_a_whole_split_is_the_same_text_for_every_tokenizer_and_length():
+    def split(tokenizer):
+        ids, ends = zip(*(tokenizer.encode_with_byte_ends(text) for text in TEXTS), strict=True)
+        texts = [text.encode() for text in TEXTS]
+        ids = [np.append(x, tokenizer.eos_id) for x in ids]
+        ends = [np.append(e, len(t)) for e, t in zip(ends, texts, strict=True)]
+        return ValidationSet(ids, ends, texts, seed=0)
+
+    splits = [split(train_bpe(TEXTS, size)) for size in (280, 400)]
+    whole = {s.documents_read(s.rows(n, 0)) for s in splits for n in (7, 40, 100_000)}
+    assert whole == {b"".join(text.encode() for text in TEXTS)}
+    assert len({s.documents_read(s.rows(40, 40)) for s in splits}) == 2, "cut after other bytes"

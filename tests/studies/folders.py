@@ -23,6 +23,7 @@ def leave_run(
     code: str = CODE,
     bits_per_nat: float = 0.5,
     seconds: float = 0.5,
+    text: str = "same",
 ) -> Path:
     """Write what a run with these validation losses (step -> nats) leaves."""
     run = replace(run, run_dir=str(folder))
@@ -30,7 +31,7 @@ def leave_run(
     (folder / "config.yaml").write_text(dump(run))
     records = [
         {"step": step, "tokens": step * 64, "loss": loss, "val_loss": loss, "step_seconds": 1.0,
-         "step_cpu_seconds": seconds, "past_window": 0.5,
+         "step_cpu_seconds": seconds, "past_window": 0.5, "val_text": text,
          "val_bits_per_byte": None if loss is None else bits_per_nat * loss}
         for step, loss in curve.items()
     ]  # fmt: skip

@@ -111,9 +111,13 @@ def test_runs_that_have_not_finished_are_there_too(tmp_path):
     ranked = [row[1:4:2] for row in table(text, "Ranking")]
     assert ranked == [
         ["optim.lr=0.001", "1.5000"], ["optim.lr=0.005", "1.5000"],
-        ["optim.lr=0.006", "not evaluated"],
+        ["optim.lr=0.006", "not evaluated yet"],
     ]  # fmt: skip
     assert "Not all runs have done as many steps." in text
+    metrics = started / "metrics.jsonl"
+    metrics.write_text('{"step": 7, "tokens": 448, "loss": 5.25}\n')
+    text, _ = written(tmp_path, done, killed, started)
+    assert table(text, "Ranking")[2][3] == "not evaluated yet (training loss 5.2500 at step 7)"
 
 
 def test_bits_per_byte_come_first_where_tokenizers_differ(tmp_path):
@@ -130,6 +134,34 @@ def test_bits_per_byte_come_first_where_tokenizers_differ(tmp_path):
     assert ranking.measure == BITS
     drawn = [line for line in draw_groups(ranking).axes[0].lines if len(line.get_xdata())]
     assert max(max(line.get_ydata()) for line in drawn) < 3, "no nats on an axis of bits"
+
+
+def test_runs_that_read_other_text_are_not_ranked_together(tmp_path, capsys):
+    """Of one split, cut after other bytes: the easier text would lead."""
+    one, other = leave(tmp_path / "a", 4.0), leave(tmp_path / "b", 3.0, lr=2e-3, text="other")
+    alike = leave(tmp_path / "c", 3.5, lr=3e-3)
+    ranking = rank([read_summary(folder) for folder in (other, one, alike)])
+    assert [[g.label for g in some] for some in ranking.by_text] == [
+        ["optim.lr=0.003", "optim.lr=0.001"], ["optim.lr=0.002"],
+    ]  # fmt: skip
+    text, _ = written(tmp_path, one, other, alike)
+    assert "the evaluated texts differ" in text
+    assert "optim.lr=0.003 leads" in text
+    assert "among the 2 that were evaluated on its text" in text
+    told = capsys.readouterr().out.splitlines()
+    at = next(n for n, line in enumerate(told) if line.startswith("evaluated on other text"))
+    assert told[at + 1] == "  1. 1.5000 [finished]  optim.lr=0.002"
+
+
+def test_an_old_run_without_the_texts_hash_is_known_by_the_rows_it_asked_for(tmp_path):
+    old, new = leave(tmp_path / "a", 4.0), leave(tmp_path / "b", 3.0, lr=2e-3)
+    for name in ("metrics.jsonl", "receipt.json"):
+        path = old / name
+        path.write_text(path.read_text().replace("val_text", "forgotten"))
+    assert rank([read_summary(old), read_summary(new)]).unlike == ""
+    config = old / "config.yaml"
+    config.write_text(config.read_text().replace("eval_tokens: 65536", "eval_tokens: 64"))
+    assert "texts differ" in rank([read_summary(old), read_summary(new)]).unlike
 
 
 def test_losses_rank_where_a_run_has_nothing_else_and_they_compare(tmp_path):

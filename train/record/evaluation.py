@@ -51,7 +51,12 @@ class Evaluator:
         if not batches:
             return {}
         loss, bits = self._measure(step, batches)
-        record: Record = {"val_loss": loss, "val_bits_per_byte": bits}
+        record: Record = {
+            "val_loss": loss,
+            "val_bits_per_byte": bits,
+            "val_bytes": sum(batch.target_bytes for batch in batches),
+            "val_text": self._loader.validation_digest(step.stage.seq_len, self._num_tokens),
+        }
         if self._average is not None:
             with self._average.in_place():
                 loss, bits = self._measure(step, batches)

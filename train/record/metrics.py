@@ -197,6 +197,11 @@ METRICS = (
         "val_bits_per_byte", "bits per byte of validation text", Reduction.sum,
         healthy="below that of xz -9e at the end", advice="train longer, or a larger model",
     ),
+    Metric("val_bytes", "bytes of validation text that were scored", Reduction.sum),
+    Metric(
+        "val_text", "hash of the validation text that was read: equal ones compare",
+        Reduction.same,
+    ),
     Metric(
         "val_loss_average", "val_loss of the averaged weights", Reduction.sum,
         healthy="below val_loss until the learning rate decays",
@@ -248,6 +253,16 @@ def metric_of(name: str) -> Metric:
     if found is None:
         raise KeyError(f"metric {name} has no line in the table of train/record/metrics.py")
     return found
+
+
+def all_finite(values: Mapping[str, Any]) -> bool:
+    """Whether every number among some metrics is."""
+    return all(math.isfinite(v) for v in values.values() if isinstance(v, int | float))
+
+
+def told_value(value: Any) -> str:
+    """A metric's value for a line of text."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def unmeasured(record: Mapping[str, Any]) -> Record:

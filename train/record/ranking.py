@@ -1,12 +1,16 @@
 """Runs side by side, finished or not: how far each came, which are one configuration, who leads.
 
-They are ranked by bits per byte. Losses in nats per token compare only where tokenizer and
-validation text are the same, and give the same order there; they are the measure where they do and
-a run has no bits per byte.
+They are ranked by bits per byte, which compare across tokenizers where the same held-out text was
+read; the first token of a document, which is never a target, is left out of each. Runs that read
+other text (another split, or one that ``train.eval_tokens`` cut after other bytes) have a ranking
+of their own. Losses in nats per token compare only where tokenizer and validation text are the
+same, and give the same order there; they are the measure where they do and a run has no bits per
+byte.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -30,6 +34,10 @@ OF_NO_EFFECT = ("run_dir", "wandb.", "tensorboard", "sample.", "train.log_every"
 _SEEDS = ("seed", "init_seed_offset")
 _SEED_IN_NAME = tuple(f"{key}=" for key in _SEEDS)  # of a sweep's folder
 _OF_A_RUN = (IDENTITY, METRICS, RECEIPT, EVALUATION)  # beside its config: one of them
+OTHER_TEXT = (
+    "evaluated on other text, so not ranked with those above (train.eval_tokens=0 and"
+    " train.eval_only=true evaluate a run on the whole split)"
+)
 _MOST_KEYS = 4  # in a label
 # of a receipt: what is read as a record of more
 _RECORDS = ("metrics", "final_metrics", "code", "layout", "environment", "data.sources.*")
@@ -66,14 +74,19 @@ class RunSummary:
         Raises:
             UserError: a file says something else than a number.
         """
-        for record in (self.receipt.get("metrics"), *reversed(self.records), self._final()):
-            if record and measure in record:
-                value = record[measure]
-                try:
-                    return math.inf if value is None else float(value)
-                except (TypeError, ValueError, OverflowError) as error:
-                    raise UserError(f"{self.folder} is damaged: {measure} is no number") from error
-        return None
+        record = self._newest(measure)
+        if measure not in record:
+            return None
+        value = record[measure]
+        try:
+            return math.inf if value is None else float(value)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"{self.folder} is damaged: {measure} is no number") from error
+
+    def _newest(self, measure: str) -> Mapping[str, Any]:
+        """The newest record that holds a measure; empty: none does."""
+        records = (self.receipt.get("metrics"), *reversed(self.records), self._final())
+        return next((record for record in records if record and measure in record), {})
 
     def _final(self) -> Mapping[str, Any]:
         return self.receipt.get("final_metrics") or {}
@@ -93,12 +106,23 @@ class RunSummary:
         return json.dumps(tokenizer, sort_keys=True, allow_nan=False) if tokenizer else ""
 
     @property
-    def validation_text(self) -> str:
-        """Equal where the same held-out text is evaluated; empty: it is not recorded."""
+    def is_evaluated(self) -> bool:
+        """Whether anything was measured on held-out text."""
+        return bool(self._newest(BITS) or self._newest(LOSS))
+
+    @property
+    def text_read(self) -> str:
+        """Hash of the held-out text that the newest evaluation read; empty: it is not recorded."""
+        return str((self._newest(BITS) or self._newest(LOSS)).get("val_text", ""))
+
+    @property
+    def text_asked(self) -> str:
+        """Equal where the same rows of held-out tokens are asked for."""
         sources = self.aspect("data").get("sources") or {}
         held = {name: (s or {}).get("validation") for name, s in sources.items()}
-        asked = [held, self.config.get("train.eval_tokens")]
-        return json.dumps(asked, allow_nan=False) if held else ""
+        keys = ("train.eval_tokens", "train.seq_len", "data.validation.bytes")
+        asked = [held, self.tokenizer, *map(self.config.get, keys)]
+        return json.dumps(asked, default=str, allow_nan=False)
 
     @property
     def configuration(self) -> str:
@@ -116,10 +140,12 @@ class Group:
     Attributes:
         label: what tells it from the others.
         runs: of it.
+        text: equal where the same held-out text was evaluated.
     """
 
     label: str
     runs: tuple[RunSummary, ...]
+    text: str = ""
 
     @property
     def seeds(self) -> int:
@@ -141,14 +167,19 @@ class Group:
         return statistics.fmean(values) if (values := self.values(measure)) else math.inf
 
     def shown(self, measure: str) -> str:
-        """Mean, and the range of its seeds where there are several."""
+        """Mean, and the range of its seeds where there are several; else how far it has come."""
         values = self.values(measure)
         if not values:
-            return "not evaluated"
+            return self._shown_training()
         mean = self.mean(measure)
         told = f"{mean:.4f}" if math.isfinite(mean) else "not finite"
         several = len(values) > 1 and math.isfinite(mean)
         return f"{told} ({min(values):.4f} to {max(values):.4f})" if several else told
+
+    def _shown_training(self) -> str:
+        newest = {run.step: run.records[-1].get("loss") for run in self.runs if run.records}
+        told = ", ".join(f"{v:.4f} at step {n}" for n, v in newest.items() if isinstance(v, float))
+        return f"not evaluated yet (training loss {told})" if told else "not evaluated yet"
 
 
 @dataclass(frozen=True)
@@ -159,12 +190,17 @@ class Ranking:
         measure: by which: ``val_bits_per_byte``, or ``val_loss`` where losses compare
             and a run has nothing else.
         unlike: why losses in nats per token do not compare; empty: they do.
-        groups: in order.
+        groups: in order; where texts differ, those of one text one after another.
     """
 
     measure: str
     unlike: str
     groups: tuple[Group, ...]
+
+    @property
+    def by_text(self) -> list[tuple[Group, ...]]:
+        """Groups that compare: the text of most runs first, each in order."""
+        return [tuple(some) for _, some in itertools.groupby(self.groups, lambda g: g.text)]
 
 
 def has_effect(key: str) -> bool:
@@ -264,25 +300,45 @@ def run_names(runs: Sequence[RunSummary]) -> list[str]:
 
 def rank(runs: Sequence[RunSummary]) -> Ranking:
     """Group runs by configuration and order the groups, the lowest measure first."""
-    unlike = _unlike(runs)
+    texts = _texts(runs)
+    unlike = _unlike(runs, texts)
     lacking = any(run.value(BITS) is None and run.value(LOSS) is not None for run in runs)
     measure = LOSS if lacking and not unlike else BITS
-    by_configuration: dict[str, list[RunSummary]] = {}
-    for run in runs:
-        by_configuration.setdefault(run.configuration, []).append(run)
+    by_configuration: dict[tuple[str, str], list[RunSummary]] = {}
+    for run, text in zip(runs, texts, strict=True):
+        by_configuration.setdefault((run.configuration, text), []).append(run)
     names = dict(zip((run.folder for run in runs), run_names(runs), strict=True))
     members = list(by_configuration.values())
     labels = _labels([group[0] for group in members], [_common(g, names) for g in members])
-    groups = [Group(*pair) for pair in zip(labels, map(tuple, members), strict=True)]
-    return Ranking(measure, unlike, tuple(sorted(groups, key=lambda group: group.mean(measure))))
+    of_text = [text for _, text in by_configuration]
+    groups = [Group(*parts) for parts in zip(labels, map(tuple, members), of_text, strict=True)]
+    most = {text: (-texts.count(text), texts.index(text)) for text in texts}
+    order = sorted(groups, key=lambda group: (most[group.text], group.mean(measure)))
+    return Ranking(measure, unlike, tuple(order))
 
 
-def _unlike(runs: Sequence[RunSummary]) -> str:
+def _texts(runs: Sequence[RunSummary]) -> list[str]:
+    """Of each run, what is equal where the same held-out text was evaluated.
+
+    An old run that recorded no hash has that of a run which asked for the same rows. One that was
+    never evaluated stands with its configuration, or at the end of the first.
+    """
+    read = {run.text_asked: run.text_read for run in runs if run.text_read}
+    texts = [run.text_read or read.get(run.text_asked, run.text_asked) for run in runs]
+    known = [text for run, text in zip(runs, texts, strict=True) if run.is_evaluated]
+    if not known:
+        return [""] * len(runs)
+    of = {run.configuration: text for run, text in zip(runs, texts, strict=True)
+          if run.is_evaluated}  # fmt: skip
+    first = max(known, key=known.count)
+    return [text if run.is_evaluated else of.get(run.configuration, first)
+            for run, text in zip(runs, texts, strict=True)]  # fmt: skip
+
+
+def _unlike(runs: Sequence[RunSummary], texts: Sequence[str]) -> str:
     if len({run.tokenizer for run in runs if run.tokenizer}) > 1:
         return "the tokenizers differ"
-    if len({run.validation_text for run in runs if run.validation_text}) > 1:
-        return "the evaluated texts differ: no measure makes up for that"
-    return ""
+    return "the evaluated texts differ" if len({*texts}) > 1 else ""
 
 
 def _common(runs: Sequence[RunSummary], names: Mapping[Path, str]) -> str:
@@ -313,9 +369,11 @@ def ranking_lines(ranking: Ranking) -> list[str]:
     """The ranking for a console: one line a configuration."""
     warned = f" (val_loss does not compare: {ranking.unlike})" if ranking.unlike else ""
     lines = [f"ranking by {ranking.measure}{warned}:"]
-    for place, group in enumerate(ranking.groups, start=1):
-        states = sorted({run.state for run in group.runs})
-        count = f"{group.count}, " if len(group.runs) > 1 else ""
-        told = f"{group.shown(ranking.measure)} [{count}{', '.join(states)}]"
-        lines.append(f"{place:3}. {told}  {group.label}")
+    for number, groups in enumerate(ranking.by_text):
+        lines += [f"{OTHER_TEXT}:"] if number else []
+        for place, group in enumerate(groups, start=1):
+            states = sorted({run.state for run in group.runs})
+            count = f"{group.count}, " if len(group.runs) > 1 else ""
+            told = f"{group.shown(ranking.measure)} [{count}{', '.join(states)}]"
+            lines.append(f"{place:3}. {told}  {group.label}")
     return lines

@@ -22,9 +22,11 @@ from train.record.evaluation import Evaluator
 from train.record.metrics import (
     MetricsFile,
     Record,
+    all_finite,
     load_values,
     monitor_values,
     peak_memory_bytes,
+    told_value,
 )
 from train.record.probing import Prober
 from train.record.profiling import ProfilerWindow
@@ -285,6 +287,6 @@ def reach(rows: GlobalBatch, config: ModelConfig) -> Record:
 
 
 def _refuse_not_finite(what: str, values: Mapping[str, Any]) -> None:
-    if not all(math.isfinite(value) for value in values.values()):
-        told = " ".join(f"{name}={value:.5g}" for name, value in values.items())
+    if not all_finite(values):
+        told = " ".join(f"{name}={told_value(value)}" for name, value in values.items())
         raise TrainingFailedError(f"{what} is not finite: {told}")

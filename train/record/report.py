@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import lzma
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from train.config.schema import RunConfig
 from train.preflight.precision import PrecisionChoice
 from train.record.continuation import continue_text
 from train.record.gates import gates_over_the_run
-from train.record.metrics import read_metrics
+from train.record.metrics import all_finite, read_metrics, told_value
 from train.record.plots import draw_losses
 from train.record.receipt import (
     HARNESS,
@@ -53,7 +52,7 @@ class FinalEvaluation:
     @property
     def is_finite(self) -> bool:
         """Whether every number is."""
-        return all(math.isfinite(value) for value in self.values.values())
+        return all_finite(self.values)
 
 
 class RunReport:
@@ -135,7 +134,7 @@ class RunReport:
         """Write what an evaluation without training gave, and of which weights."""
         found = {**self._facts, "weights": self._weights, "metrics": dict(values)}
         write_json(self._folder / EVALUATION, found)
-        shown = " ".join(f"{name} {value:.5g}" for name, value in values.items())
+        shown = " ".join(f"{name} {told_value(value)}" for name, value in values.items())
         log.info("evaluation (%s weights): %s", self._weights, shown)
 
     def write_text(self, tell: bool = False) -> None:
