@@ -16,7 +16,7 @@ from data.cache import digest, locked, raise_if_full
 from data.config import SourceConfig
 from data.errors import ConfigError
 from data.files import shown
-from data.network import go_offline_if_away
+from data.network import HubAnswer, ask_hub, go_offline
 
 log = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -101,8 +101,10 @@ def hub_revision(source: SourceConfig) -> str | None:
         return source.revision
     from huggingface_hub import HfApi  # noqa: PLC0415 - only for a hub's datasets
 
-    go_offline_if_away()
+    answer = ask_hub("dataset", source.path)
     try:
+        if reason := answer.away or answer.refused:
+            raise OSError(reason)
         info = HfApi().dataset_info(
             source.path, revision=source.revision or None, timeout=_PATIENCE
         )
@@ -140,7 +142,11 @@ def _load(key: str, source: SourceConfig, **options: Any) -> Any:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     here = Path(source.path).exists()
-    away = "" if here else go_offline_if_away()
+    answer = HubAnswer() if here else ask_hub("dataset", source.path)
+    if answer.refused:
+        raise ConfigError(f"{key}.path={shown(source.path)}: {answer.refused}")
+    if away := answer.away:
+        go_offline(away)
     offline = not here and constants.HF_HUB_OFFLINE
     try:
         return datasets.load_dataset(

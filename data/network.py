@@ -1,16 +1,26 @@
-"""Whether a server answers, asked before a library tries for minutes."""
+"""Whether a server answers, and how, asked once before a library tries for minutes."""
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
+import ssl
 import sys
-from urllib.parse import urlsplit
-from urllib.request import getproxies, proxy_bypass
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from http import HTTPStatus
+from http.client import HTTPException
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, urlsplit
+from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
-from huggingface_hub import constants
+from huggingface_hub import constants, get_token
 
-SECONDS = 5.0  # of waiting for a connection
+SECONDS = 5.0  # of waiting for a connection, and for an answer
+_MOST = 1 << 24  # bytes of an answer that are read
 logger = logging.getLogger(__name__)
 _PORTS = {"http": 80, "https": 443}
 
@@ -34,14 +44,114 @@ def unreachable(url: str, seconds: float = SECONDS) -> str:
         return f"{parts.scheme}://{parts.netloc} does not answer ({error})"
 
 
-def go_offline_if_away() -> str:
-    """Why the hub cannot be asked; the libraries then look into their cache, and do not try on."""
-    if constants.HF_HUB_OFFLINE:
-        return ""
-    away = unreachable(constants.ENDPOINT)
-    if away:
-        logger.warning("data: %s: only its cache is read", away)
-        constants.HF_HUB_OFFLINE = True
-        if (library := sys.modules.get("datasets")) is not None:
-            library.config.HF_HUB_OFFLINE = True  # pyright: ignore[reportAttributeAccessIssue]
-    return away
+@dataclass(frozen=True)
+class Answer:
+    """What a server says to one request.
+
+    Attributes:
+        status: of HTTP; 0: there was no such answer.
+        said: status and its name, or why there was none.
+        body: of an answer without error.
+    """
+
+    status: int
+    said: str
+    body: bytes = b""
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """The JSON object that it holds; None: it holds none."""
+        try:
+            content = json.loads(self.body)
+        except (ValueError, RecursionError):
+            return None
+        return content if isinstance(content, dict) else None
+
+
+def ask(
+    url: str,
+    headers: Mapping[str, str] | None = None,
+    data: bytes | None = None,
+    seconds: float = SECONDS,
+) -> Answer | None:
+    """One request, without a second try; None where only the library can tell (certificates).
+
+    Args:
+        url: http or https.
+        headers: of the request.
+        data: is sent by POST; None: GET.
+        seconds: of waiting at most for a connection, and for the answer.
+    """
+    request = Request(url, data, dict(headers or {}))
+    try:
+        with urlopen(request, timeout=seconds) as answer:
+            return Answer(answer.status, f"{answer.status} {answer.reason}", answer.read(_MOST))
+    except HTTPError as error:
+        with error:
+            return Answer(error.code, f"{error.code} {error.reason}")
+    except (OSError, HTTPException, ValueError) as error:
+        reason = error.reason if isinstance(error, URLError) else error
+        if isinstance(reason, ssl.SSLError):
+            return None
+        text = " ".join(str(reason).split())[:100]
+        return Answer(0, text or type(reason).__name__)
+
+
+@dataclass(frozen=True)
+class HubAnswer:
+    """Whether the hub gives a repository.
+
+    Attributes:
+        away: why the hub cannot be asked at all; the libraries then look into their cache, and do
+            not try on.
+        refused: why it does not give this one, and what to do.
+    """
+
+    away: str = ""
+    refused: str = ""
+
+
+def ask_hub(kind: str, name: str) -> HubAnswer:
+    """Ask the hub for a repository, once in the life of a process.
+
+    Args:
+        kind: dataset or model.
+        name: OWNER/NAME.
+    """
+    return (
+        HubAnswer() if constants.HF_HUB_OFFLINE else _answer_of_hub(constants.ENDPOINT, kind, name)
+    )
+
+
+def go_offline(away: str) -> None:
+    """Let the libraries look into their cache alone from now on; a line says why."""
+    logger.warning("data: %s: only its cache is read", away)
+    constants.HF_HUB_OFFLINE = True
+    if (library := sys.modules.get("datasets")) is not None:
+        library.config.HF_HUB_OFFLINE = True  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@cache
+def _answer_of_hub(hub: str, kind: str, name: str) -> HubAnswer:
+    if away := unreachable(hub):
+        return HubAnswer(away)
+    token = get_token()
+    answer = ask(
+        f"{hub}/api/{kind}s/{quote(name)}", {"Authorization": f"Bearer {token}"} if token else {}
+    )
+    if answer is None:
+        return HubAnswer()
+    if answer.status == HTTPStatus.NOT_FOUND:
+        return HubAnswer(refused=f"{hub} has no such {kind} ({answer.said})")
+    if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        given = "the token that was sent does not open it" if token else "no token was sent"
+        return HubAnswer(
+            refused=f"{hub} says {answer.said}: there is no such {kind}, or it is private or gated,"
+            f" and {given}; hf auth login, or the environment variable HF_TOKEN, gives one, and its"
+            " page the access"
+        )
+    if answer.status != HTTPStatus.OK:
+        return HubAnswer(f"{hub} does not answer as a hub ({answer.said})")
+    if answer.record is None:
+        return HubAnswer(f"{hub} does not answer as a hub (no JSON record)")
+    return HubAnswer()

@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.cache import raise_if_full
 from data.errors import ConfigError
-from data.network import go_offline_if_away
+from data.network import ask_hub, go_offline
 from data.plain_text import PROBES, lost_characters, text_encoder, unknown_id
 
 logger = logging.getLogger(__name__)
@@ -350,12 +350,21 @@ def _locate(name: str) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    go_offline_if_away()
+    answer = ask_hub("model", name)
+    if answer.refused:
+        raise ConfigError(
+            f"data.tokenizer={name}: neither bpe, byte, deepseek-v4, a file nor a folder, and"
+            f" {answer.refused}"
+        )
+    if answer.away:
+        go_offline(answer.away)
     try:
         path = Path(hf_hub_download(name, "tokenizer.json"))
     except Exception as error:  # many kinds: no network, no such name, offline and not cached
         raise_if_full(error, "the hub's cache", f"data.tokenizer={name}")
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if answer.away:
+            reason = f"{answer.away}, and its cache has no such tokenizer"
         raise ConfigError(
             f"data.tokenizer={name}: neither bpe, byte, deepseek-v4, a file, a folder, nor found on"
             f" the hub ({reason})"

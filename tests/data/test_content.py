@@ -14,6 +14,7 @@ import pytest
 from data.config import DataConfig, PackingConfig, SourceConfig, SourceKind, ValidationConfig
 from data.content import file_content, stream_content
 from data.loader import build_loader
+from data.network import HubAnswer
 from data.prepare import build_tokenizer
 from data.sources import open_documents
 
@@ -145,7 +146,7 @@ def test_a_hub_dataset_is_read_anew_when_it_changed_and_from_the_cache_when_the_
         return datasets.Dataset.from_dict({"text": [f"text of {revision}"]})
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr("data.hub.go_offline_if_away", lambda: "")
+    monkeypatch.setattr("data.hub.ask_hub", lambda kind, name: HubAnswer())
     monkeypatch.setattr(datasets, "load_dataset", load)
     source = SourceConfig(SourceKind.hub, "some/text")
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import base64
 import netrc
+from http import HTTPStatus
 from urllib.parse import urlsplit
 
-from data.network import unreachable
+from data.network import ask, unreachable
 from parallel.launch import launched_rank
 from train.config.schema import RunConfig, WandbMode
 from train.errors import UserError
+
+_WHO = b'{"query": "query { viewer { id } }"}'  # the smallest question that needs the key
 
 
 def check_services(run: RunConfig) -> None:
@@ -28,12 +32,33 @@ def check_services(run: RunConfig) -> None:
             f"wandb.mode=online: there is no key for {settings.base_url}; wandb login, or the"
             f" environment variable WANDB_API_KEY, gives one; {offline}"
         )
-    if reason := unreachable(settings.base_url):
+    reason = unreachable(settings.base_url) or _refusal(settings.base_url, settings.api_key)
+    if reason:
         raise UserError(f"wandb.mode=online: {reason}; {offline}")
 
 
-def _in_netrc(url: str) -> bool:
+def _refusal(url: str, key: str | None) -> str:
+    """Why the server does not take a key; empty: it does, or only the library can tell."""
+    key = key or _in_netrc(url)
+    coded = base64.b64encode(f"api:{key}".encode()).decode()
+    headers = {"Authorization": f"Basic {coded}", "Content-Type": "application/json"}
+    answer = ask(f"{url.rstrip('/')}/graphql", headers, _WHO)
+    if answer is None:
+        return ""
+    if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return f"{url} does not take the key ({answer.said}); wandb login --relogin gives another"
+    if answer.status != HTTPStatus.OK:
+        return f"{url} does not answer as Weights & Biases does ({answer.said})"
+    data = (answer.record or {}).get("data")
+    if not isinstance(data, dict):
+        return f"{url} does not answer as Weights & Biases does (no record)"
+    return "" if data.get("viewer") else f"{url} knows no account of the key"
+
+
+def _in_netrc(url: str) -> str:
+    """The key that netrc has for a server; empty: none."""
     try:
-        return netrc.netrc().authenticators(urlsplit(url).hostname or "") is not None
+        known = netrc.netrc().authenticators(urlsplit(url).hostname or "")
     except (OSError, netrc.NetrcParseError):
-        return False
+        return ""
+    return known[2] if known else ""

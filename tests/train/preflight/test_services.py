@@ -2,18 +2,33 @@
 
 import http.server
 import logging
+import re
+import socket
+import struct
 import threading
 import time
 
+import datasets
 import pytest
 
 from data import network
 from data.network import unreachable
+from scripts import prepare
 from train.config.command_line import compose_run
 from train.errors import USER_ERRORS
 from train.preflight.services import check_services
 from train.pretrain import cli
 
+SAYS = {  # how a server fails, and what is told of it
+    "500": "does not answer as .*500 Internal Server Error",
+    "401": "401 Unauthorized.*(HF_TOKEN|wandb login)",
+    "403": "403 Forbidden.*(HF_TOKEN|wandb login)",
+    "404": "404 Not Found",
+    "slow": "does not answer as .*timed out",
+    "reset": "does not answer as .*(reset|closed)",
+    "garbage": "does not answer as ",
+    "no JSON": "does not answer as .*no (JSON )?record",
+}
 AWAY = "http://127.0.0.1:9"  # the discard service, which nothing runs
 
 
@@ -23,6 +38,55 @@ def server():
     thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{made.server_port}"
+    made.shutdown()
+    made.server_close()
+    thread.join()
+
+
+class _Fails(http.server.BaseHTTPRequestHandler):
+    """Every request fails in the way that the server's ``how`` names."""
+
+    def do_GET(self):
+        how = self.server.how
+        if how == "slow":
+            self.server.ended.wait(20)
+        elif how == "reset":  # an RST, as lingering for 0 s gives
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        elif how == "garbage":
+            self.wfile.write(b"SSH-2.0-nothing\r\n")
+        elif how == "no JSON":
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>")
+        else:
+            self.send_error(int(how))
+        self.close_connection = True
+
+    do_POST = do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """A connection that was closed under the handler."""
+
+
+@pytest.fixture(params=list(SAYS))
+def failing(request, no_proxy, monkeypatch):
+    """A server that fails, and what is to be told of it."""
+    made = _Server(("127.0.0.1", 0), _Fails)
+    made.how, made.ended = request.param, threading.Event()
+    monkeypatch.setattr(network, "SECONDS", 0.5)
+    monkeypatch.setattr(network.ask, "__defaults__", (None, None, 0.5))
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{made.server_port}", SAYS[request.param]
+    made.ended.set()
     made.shutdown()
     made.server_close()
     thread.join()
@@ -73,8 +137,6 @@ def test_a_hub_that_is_away_is_one_line_in_seconds(words, no_proxy, monkeypatch,
     monkeypatch.setattr(logging, "raiseExceptions", False)
     monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(network.constants, "ENDPOINT", AWAY)
-    import datasets  # noqa: PLC0415
-
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     began = time.monotonic()
     assert cli(["model=v4_tiny", *words, "train.device=cpu", f"run_dir={tmp_path}/run",
@@ -83,3 +145,37 @@ def test_a_hub_that_is_away_is_one_line_in_seconds(words, no_proxy, monkeypatch,
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert "no/where" in lines[0]
+
+
+@pytest.mark.parametrize("asked", ["data", "tokenizer", "prepare"])
+def test_a_hub_that_fails_is_one_line_at_once(asked, failing, monkeypatch, capsys, tmp_path):
+    url, says = failing
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(network.constants, "ENDPOINT", url)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    began = time.monotonic()
+    if asked == "prepare":
+        assert prepare.main(["no/where"]) == 2
+    else:
+        words = {"data": ["data=hub", "data.sources.hub.path=no/where"],
+                 "tokenizer": ["data.tokenizer=no/where"]}[asked]  # fmt: skip
+        assert cli(["model=v4_tiny", *words, "train.device=cpu", "run_dir=run"]) == 2
+    assert time.monotonic() - began < 10
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert "no/where" in line
+    assert re.search(says, line)
+
+
+def test_wandb_that_fails_is_one_line_at_once_and_leaves_nothing(
+    failing, monkeypatch, capsys, tmp_path
+):
+    url, says = failing
+    monkeypatch.chdir(tmp_path)
+    settings = type("Settings", (), {"base_url": url, "api_key": "k" * 40})
+    monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": settings}))
+    assert cli(["model=v4_tiny", "train.device=cpu", "run_dir=run", "wandb.mode=online"]) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(f"error: wandb.mode=online: .*{says}.*wandb.mode=offline .*\n", told)
+    assert list(tmp_path.iterdir()) == []
