@@ -3,7 +3,8 @@
     v4 watch runs/v4_nano
     v4 watch runs/v4_nano --once
 
-Only reads: it may begin before, during and after the run, on any host that sees the folder. The
+Only reads: it may begin before, during and after the run, on any host that sees the folder; before
+it, it waits for the run to begin, unless there is --once. The
 page runs/NAME/report.html shows the same in a browser.
 """
 
@@ -25,7 +26,7 @@ from scripts.cli.parser import CommandParser, real, whole
 from train.display.console import Console
 from train.errors import UserError
 from train.record.metrics import Record, record_of
-from train.run_folder.folder import CONFIG, METRICS, read_run
+from train.run_folder.folder import CONFIG, LOCK, METRICS, read_run
 from train.run_folder.lock import is_held
 from train.stages import resolve
 
@@ -88,12 +89,10 @@ def watch(options: argparse.Namespace) -> None:
     """Show steps until the run has ended.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: the folder holds no run, and none will begin in it.
     """
     folder: Path = options.run
-    if not (folder / CONFIG).is_file():
-        told = f"holds no run: no {CONFIG}" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {told}")
+    _await_run(folder, options)
     run = read_run(folder)
     steps, lines = resolve(run).steps, NewLines(folder / METRICS)
     _, before = lines.read()
@@ -101,6 +100,7 @@ def watch(options: argparse.Namespace) -> None:
     done = shown[0]["step"] - 1 if shown else lines.last
     console = Console(steps, done, run.train.log_every, live=False)
     try:
+        console.remember(before[: len(before) - len(shown)])
         for record in shown:
             console.show(record)
         while not options.once and (is_held(folder) or _new(console, lines)):
@@ -110,6 +110,24 @@ def watch(options: argparse.Namespace) -> None:
         console.close()
     state = "finished" if lines.last >= steps else "trains" if is_held(folder) else "stopped"
     log.info("%s %s: step %d of %d", folder, state, lines.last, steps)
+
+
+def _await_run(folder: Path, options: argparse.Namespace) -> None:
+    """Return once a run has begun in the folder; one line says what is waited for."""
+    told = False
+    while not (folder / CONFIG).is_file():
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file, no run folder")
+        filled = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+        foreign = filled and not is_held(folder)
+        if (foreign or options.once) and not (folder / CONFIG).is_file():
+            raise UserError(
+                f"{folder} " + (f"holds no run: no {CONFIG}" if foreign else "holds no run yet")
+            )
+        if not told:
+            log.info("%s: no run yet; waiting until one begins (Ctrl-C ends)", folder)
+        told = True
+        time.sleep(options.every)
 
 
 def _new(console: Console, lines: NewLines) -> bool:

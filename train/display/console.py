@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import logging
 import os
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -31,6 +33,8 @@ _TELLING = (
 _HIDDEN_AT_ZERO = {"skipped_steps", "rollbacks", "loss_mtp", "loss_indexer"}
 _BAR = 10  # columns that the bar itself needs
 _NARROWEST = 40  # columns; below, lines are wrapped by the terminal
+_TIMES = ("step_seconds", "eval_seconds", "checkpoint_seconds")  # a step, and what is around it
+_NEWEST = 50  # steps by whose times the time left is told
 SLOW = 10.0  # seconds after which a step tells of its microbatches
 
 
@@ -42,7 +46,8 @@ class Console:
         done: steps that an earlier start of the run took.
         every: steps between lines.
         bar: draw a bar; default: when stderr is a terminal.
-        live: whether records come as they are made; else the time left is told by their own times.
+        live: whether records come as they are made; else the time left is told by their own times,
+            those of the newest steps, with what stands between them.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Console:
         self._started, self._done_before = time.monotonic(), done
         self._seen: dict[str, Any] = {}  # the newest value of each field
         self._told_microbatches = 0.0  # when, as time.monotonic
+        self._spent: deque[float] = deque(maxlen=_NEWEST)  # seconds of each step
         self._bar, self._screen = None, ExitStack()
         if sys.stderr.isatty() if bar is None else bar:
             self._bar = tqdm(
@@ -60,9 +66,14 @@ class Console:
             )  # fmt: skip
             self._screen.enter_context(logging_redirect_tqdm())
 
+    def remember(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Take the times of steps that are not shown."""
+        self._spent += [sum(record.get(name) or 0.0 for name in _TIMES) for record in records]
+
     def show(self, record: Mapping[str, Any]) -> None:
         """Advance the bar; write a line every few steps and at each evaluation."""
         step = record["step"]
+        self.remember([record])
         self._seen |= {name: record[name] for name in _SHOWN if name in record}
         left = f"left {self._left(record)}"
         if step % self.every == 0 or step in (1, self.steps) or "val_loss" in record:
@@ -126,7 +137,7 @@ class Console:
 
     def _left(self, record: Mapping[str, Any]) -> str:
         step = record["step"]
-        spent = record.get("step_seconds", 0.0)
+        spent = statistics.fmean(self._spent)
         if self._live:
             spent = (time.monotonic() - self._started) / max(1, step - self._done_before)
         return _clock(spent * (self.steps - step))

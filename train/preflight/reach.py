@@ -85,10 +85,12 @@ def warnings(run: RunConfig, plan: StagePlan) -> Iterator[str]:
     schedule, recovery = run.optim.schedule, run.train.recovery
     if schedule.warmup_steps > _LONG_WARMUP * plan.steps:
         reached = max(_learning_rates(run, plan))
+        told = f"reaches {reached:.3g} of optim.lr={run.optim.lr:g} at most"
+        if f"{reached:.3g}" == f"{run.optim.lr:.3g}":
+            told = f"reaches optim.lr={run.optim.lr:g} at step {schedule.warmup_steps} only"
         yield (
             f"optim.schedule.warmup_steps={schedule.warmup_steps} takes more than a third of the"
-            f" run's {plan.steps} steps: the learning rate reaches {reached:.3g}"
-            f" of optim.lr={run.optim.lr:g} at most"
+            f" run's {plan.steps} steps: the learning rate {told}"
         )
     longest = max(
         min(plan.steps, plan.step_at(s.until_tokens)) - plan.step_at(s.start_tokens)

@@ -54,6 +54,11 @@ def test_what_cannot_happen_is_refused(args, message):
             "warmup_steps=1000 takes more than a third of the run's 4 steps: the learning rate"
             " reaches 9e-06 of optim.lr=0.003 at most",
         ),
+        (
+            ["optim.schedule.warmup_steps=8"],
+            "warmup_steps=8 takes more than a third of the run's 20 steps: the learning rate"
+            " reaches optim.lr=0.003 at step 8 only",
+        ),
         (["train.recovery.on_spike=skip"], "on_spike=skip never acts: .*window=64 .* than 20"),
         (["train.recovery.on_spike=skip", "train.recovery.window=19"], None),
         (

@@ -4,6 +4,7 @@ A child writes the records below in a pseudo-terminal; what it wrote is played o
 width, whose rows are looked at.
 """
 
+import io
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 from tests.helpers import ROOT
 from tests.train.record.terminal import recorded, screen
+from train.display.console import Console
 from train.record.metrics import METRICS
 
 STEPS = 1200
@@ -83,3 +85,19 @@ def test_pipe_gets_lines_alone(records):
     assert f"step 8/{STEPS} microbatch 3 of 16, 0:25 since it began" in lines
     for name, value in VALUES.items():
         assert f"{name} {value:.4g}" in lines[0]
+
+
+class Cell(io.StringIO):
+    """stderr of a notebook's cell, as ipykernel's OutStream: no terminal, and no descriptor."""
+
+
+def test_notebooks_cell_gets_lines_alone(records, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "stderr", cell := Cell())
+    monkeypatch.setattr("os.get_terminal_size", lambda fd: pytest.fail("there is no terminal"))
+    console = Console(STEPS, 0, every=5)
+    with caplog.at_level("INFO"):
+        for line in records.read_text().splitlines():
+            console.show(json.loads(line))
+    console.close()
+    assert cell.getvalue() == "", "no bar"
+    assert [line.split()[1] for line in caplog.messages] == [f"{n}/{STEPS}" for n in (1, 5, 6, 10)]

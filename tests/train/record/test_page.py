@@ -9,10 +9,12 @@ import pytest
 from scripts import watch
 from tests.integration.small_run import fit, small_run, write_corpus
 from train.build import build
+from train.display.console import Console
 from train.display.page import Page
 from train.errors import ExitCode, TrainingFailedError
 from train.record.metrics import METRICS, MetricsFile
 from train.record.report import RunReport
+from train.run_folder.folder import LOCK
 from train.run_folder.lock import owned
 
 
@@ -132,6 +134,39 @@ def test_watch_follows_a_run_to_its_end(tmp_path, corpus, caplog):
     told = [m for m in caplog.messages if m.startswith("step 8/8 ")]
     assert len(told) == 2, "one is the run's own"
     assert f"{tmp_path / 'run'} finished: step 8 of 8" in caplog.messages
+
+
+def test_watch_waits_for_a_run_that_has_not_begun(tmp_path, corpus, caplog):
+    caplog.set_level("INFO")
+    folder = tmp_path / "later"
+
+    def begin():
+        while not any("waiting until one begins" in m for m in caplog.messages):
+            time.sleep(0.01)
+        folder.mkdir()
+        (folder / LOCK).touch()  # as a start leaves it for a moment
+        time.sleep(0.05)
+        fit(small_run(tmp_path / "run", corpus, steps=2))
+        for path in (tmp_path / "run").glob("*.*"):
+            path.replace(folder / path.name)
+
+    began = threading.Thread(target=begin)
+    began.start()
+    assert watch.main([str(folder), "--every", "0.01"]) == 0
+    began.join()
+    assert sum("waiting until one begins" in m for m in caplog.messages) == 1
+    assert watch.main([str(tmp_path / "never"), "--once"]) == 2
+
+
+def test_time_left_is_told_by_more_than_the_last_step(caplog):
+    """As ``v4 watch`` does: steps of 2 s, of which the last took 60 s, with evaluations between."""
+    caplog.set_level("INFO")
+    console = Console(100, 0, every=1, bar=False, live=False)
+    console.remember([{"step": n, "step_seconds": 2.0} for n in range(1, 49)])
+    console.show({"step": 49, "step_seconds": 2.0, "eval_seconds": 10.0})
+    console.show({"step": 50, "step_seconds": 60.0})
+    told = [message.rpartition("left ")[2] for message in caplog.messages]
+    assert told == ["1:52", "2:48"]
 
 
 def test_watch_says_that_a_run_stopped(tmp_path, corpus, capsys, caplog):
