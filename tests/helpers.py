@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import datetime
+import multiprocessing
+import os
 import tempfile
 import weakref
 from collections.abc import Callable
@@ -135,10 +137,13 @@ def run_distributed(
 ) -> None:
     """Run ``fn(rank, world_size, *args)`` on ranks of this machine; a failure fails the test.
 
-    ``fn`` must be a module-level function. With a backend for CUDA each rank has a device.
+    ``fn`` must be a module-level function. With a backend for CUDA each rank has a device. Ranks
+    are forked from a clean process that has imported what they need (``tests/preloaded.py``).
     """
+    multiprocessing.set_forkserver_preload(["tests.preloaded"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (fn, world_size, f"{folder}/store", backend, args), nprocs=world_size)
+        given = (fn, world_size, f"{folder}/store", backend, dict(os.environ), args)
+        mp.start_processes(_rank, given, nprocs=world_size, start_method="forkserver")
 
 
 def _rank(
@@ -147,8 +152,11 @@ def _rank(
     world_size: int,
     store: str,
     backend: str,
+    environment: dict[str, str],
     args: tuple[Any, ...],
 ) -> None:
+    os.environ.clear()  # that of the process they are forked from is the first test's
+    os.environ.update(environment)
     torch.set_num_threads(1)
     if "cuda" in backend:
         torch.cuda.set_device(rank)
