@@ -88,8 +88,9 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 # ---- commands ------------------------------------------------------------------------------------
 def list_run(args: argparse.Namespace) -> int:
     """One line a checkpoint, oldest first; hashes are not compared."""
+    paths = checkpoints_of(args.folder)
     print(f"{'step':>10} {'tokens':>14} {'MB':>10} {'val_loss':>9}  folder")
-    for path in checkpoints_of(args.folder):
+    for path in paths:
         try:
             info = read_info(path)
             loss = "" if info.val_loss is None else f"{info.val_loss:.4f}"
@@ -125,12 +126,11 @@ def show(args: argparse.Namespace) -> int:
 
 def show_one(path: Path, only: str) -> None:
     """Print state and tensors of a checkpoint that is held."""
-    state = checkpoint_reader.verify(path)
+    state, chosen = checkpoint_reader.verify(path), named(path, only)
     print(f"{path}\n")
     for key, value in flat(state).items():
         print(f"{key} = {value}")
     print()
-    chosen = named(path, only)
     for name, value in checkpoint_reader.load_each(path, chosen):
         norm = float(value.double().norm())
         print(f"{name:60} {dtype_of(value):9} {list(value.shape)!s:20} norm {norm:.6g}")

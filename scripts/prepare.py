@@ -115,6 +115,11 @@ def _settle(options: argparse.Namespace) -> None:
     if not (path or options.kind or options.verify):
         return
     kind = SourceKind(options.kind) if options.kind else _kind_of(path)
+    if kind is SourceKind.hub and not options.kind and "/" not in path:
+        raise UserError(
+            f"{path}: there is no such file, folder or pattern, and a dataset of the hub is called"
+            f" OWNER/NAME (--kind hub takes {path} for one all the same)"
+        )
     if options.out is None:
         options.out = Path("stores") / (Path(path).name.partition(".")[0] or kind.value)
     source = SourceConfig(

@@ -22,11 +22,13 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from data.cache import raise_if_full
@@ -40,12 +42,19 @@ from train.config.command_line import (
     composition_errors,
     normalise,
     options,
+    shows_only,
     sweeps,
 )
 from train.config.gathered import all_problems
 from train.config.load import parse
 from train.config.schema import RunConfig
-from train.config.sweep import folder_of_sweep, forget_refused, in_own_folder, sweep_folders
+from train.config.sweep import (
+    folder_of_sweep,
+    forget_refused,
+    in_own_folder,
+    refuse_jobs,
+    sweep_folders,
+)
 from train.errors import (
     FAILURES,
     USER_ERRORS,
@@ -101,7 +110,8 @@ def main(cfg: DictConfig, words: Sequence[str] = ()) -> int:
 
 def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
     folder = Path(run.run_dir)
-    make_writable(folder)
+    if not launched_rank():
+        make_writable(folder)
     from model.kernels.allocator import keep_freed_memory  # noqa: PLC0415
     from parallel.lost_rank import lost_rank_ends_the_job  # noqa: PLC0415
     from train.build import build, build_checkpoints, join_ranks  # noqa: PLC0415
@@ -111,6 +121,7 @@ def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
     keep_freed_memory()
     with lost_rank_ends_the_job(run.parallel.timeout_seconds), _told_by_the_rank_it_meets():
         join_ranks(run)
+        make_writable(folder)  # on other ranks not before: rank 0 may refuse the run
         # An evaluation reads, maybe in the folder of a run that is training.
         with nullcontext() if run.train.eval_only else owned(folder):
             check_run_folder(run)
@@ -154,9 +165,13 @@ def _dry_run(run: RunConfig) -> int:
     """All that a start checks and tells before it makes a model; on rank 0 alone."""
     if launched_rank():
         return ExitCode.finished
-    from train.build import build_data, foretell  # noqa: PLC0415
+    from train.build import build_checkpoints, build_data, foretell  # noqa: PLC0415
+    from train.run_folder.finished import is_finished  # noqa: PLC0415
 
-    foretell(run, resolve(run), build_data(run))
+    plan, asked = resolve(run), replace(run, dry_run=False)
+    if is_finished(asked, plan, build_checkpoints(run)):
+        return ExitCode.finished
+    foretell(run, plan, build_data(run))
     log.info("dry_run=true: nothing was trained; what was read of the text is kept in its cache")
     return ExitCode.finished
 
@@ -204,9 +219,13 @@ def cli(args: Sequence[str]) -> int:
     def compose_and_run() -> int:
         with _told_with_all_others(args):
             words = normalise(args)
-            _check_sweep_folder(words)
+            _check_sweep(words)
             with _hydra_reads([sys.argv[0], *words]), composition_errors():
-                hydra.main(version_base=None, config_path=str(CONF), config_name="config")(job)()
+                with _own_folders(lambda: len(folders) > len(codes)):
+                    main = hydra.main(
+                        version_base=None, config_path=str(CONF), config_name="config"
+                    )
+                    main(job)()
         order = (ExitCode.failure, ExitCode.user_error, ExitCode.resumable)
         return next((code for code in order if code in codes), ExitCode.finished)
 
@@ -239,20 +258,31 @@ def _told_with_all_others(words: Sequence[str]) -> Iterator[None]:
 
 def _check_alone(words: Sequence[str]) -> None:
     """Raise what is wrong with the run that some overrides describe; nothing is left behind."""
+    _check_composed(composed(words))
+
+
+def _check_composed(cfg: DictConfig) -> None:
     from train.preflight.checks import check_run  # noqa: PLC0415  torch takes seconds
 
-    run = parse(composed(words))
+    run = parse(cfg)
     with untouched_if_refused(run.run_dir, always=True):
         check_run(run, alone=True)
 
 
-def _check_sweep_folder(args: Sequence[str]) -> None:
-    """Refuse a run's own folder for a sweep: it would hide the runs in it."""
-    if sweeps(args) and ((folder := folder_of_sweep(args)) / CONFIG).is_file():
+def _check_sweep(args: Sequence[str]) -> None:
+    """Refuse a sweep of which a job cannot be, before the first one trains.
+
+    A run's own folder is refused too: it would hide the runs in it.
+    """
+    if not sweeps(args) or shows_only(args):
+        return
+    folder = folder_of_sweep(args)
+    if (folder / CONFIG).is_file():
         raise UserError(
             f"run_dir={folder} is a run's own folder (it holds {CONFIG}): name another one for the"
             " runs of a sweep"
         )
+    refuse_jobs(args, folder, _check_composed)
 
 
 def _tell_ranking(folders: Sequence[Path]) -> None:
@@ -274,6 +304,21 @@ def _parents(runs: Sequence[RunSummary]) -> list[Path]:
     """The folder of a sweep where its runs lie in one, else their own folders."""
     folders = [run.folder for run in runs]
     return [folders[0].parent] if len({f.parent for f in folders}) == 1 else folders
+
+
+@contextmanager
+def _own_folders(in_job: Callable[[], bool]) -> Iterator[None]:
+    """Tell in one line of a folder that Hydra itself cannot make.
+
+    Args:
+        in_job: whether an error comes from a job.
+    """
+    try:
+        yield
+    except OSError as error:
+        if in_job() or isinstance(error, HydraException):
+            raise
+        raise UserError(f"hydra.run.dir or hydra.sweep.dir: {one_line(error)}") from error
 
 
 @contextmanager

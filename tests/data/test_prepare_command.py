@@ -178,6 +178,7 @@ def test_strings_of_control_tokens_in_the_text_are_told(tmp_path, capsys):
         ([], "name a source"),
         (["a", "--path", "b"], "name one source"),
         (["--out", "x", "--kind", "text", "nothing.txt"], "nothing.txt"),
+        (["nowhere"], "nowhere: there is no such file, folder or pattern, and a dataset"),
     ],
 )
 def test_a_source_that_cannot_be_is_one_line(words, says, capsys, tmp_path, monkeypatch):

@@ -152,9 +152,10 @@ def test_checkpoint_that_a_run_prunes_meanwhile_is_not_called_damaged(
 )
 def test_input_that_cannot_be_is_one_line(run, tmp_path, capsys, words, message):
     assert main([word.format(tmp_path) for word in words]) == 2
-    err = capsys.readouterr().err
+    out, err = capsys.readouterr()
     assert message in err
     assert err.count("\n") == 1
+    assert out == "", "a head without a table"
 
 
 def test_help_names_the_commands(capsys):

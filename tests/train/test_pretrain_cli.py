@@ -19,10 +19,11 @@ from torch.distributed.elastic.multiprocessing.errors import (
 
 import train.build
 from tests.studies.folders import leave_run
-from train.config.command_line import normalise
+from train.config.command_line import compose_run, normalise
 from train.config.sweep import folder_of_sweep, sweep_folders
 from train.errors import ROOT, USER_ERRORS, ExitCode
-from train.pretrain import cli
+from train.pretrain import _train, cli
+from train.recovery.stop import Stopped
 
 ENTRY = ROOT / "train" / "pretrain.py"
 SHORT = [
@@ -86,11 +87,27 @@ def test_a_sweep_lies_in_the_folder_that_was_named(tmp_path, monkeypatch, capsys
 
 
 def test_multirun_goes_on_after_a_bad_job_and_tells(tmp_path, monkeypatch, capsys):
+    """Bad in a way that shows when its text is read; what a config tells is refused before all."""
     monkeypatch.chdir(tmp_path)
-    args = [*SHORT, "-m", "optim.lr=-1,1e-3", "run_dir=study"]
+    args = [*SHORT, "-m", "data.validation.max_fraction=1e-6,0.5", "run_dir=study"]
     assert cli(args) == ExitCode.user_error
-    assert "error: optim.lr=-1.0" in capsys.readouterr().err
-    assert steps(tmp_path / "study" / "optim.lr=0.001") == [1, 2]
+    assert "more than data.validation.max_fraction=1e-06" in capsys.readouterr().err
+    assert steps(tmp_path / "study" / "data.validation.max_fraction=0.5") == [1, 2]
+
+
+def test_another_rank_makes_no_folder_before_rank_0_lets_it(tmp_path, monkeypatch):
+    """Rank 0 may refuse the run and take its folder away; the launcher ends the others there."""
+
+    def waits(run):
+        assert not folder.exists()
+        raise Stopped
+
+    folder = tmp_path / "run"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(train.build, "join_ranks", waits)
+    with pytest.raises(Stopped):
+        _train(compose_run(["model=v4_tiny", f"run_dir={folder}"]), None)
+    assert not folder.exists()
 
 
 def test_launcher_runs_the_same_entry(tmp_path):

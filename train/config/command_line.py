@@ -44,6 +44,22 @@ _FLAGS = {  # each flag with what Hydra does with it
     for flag, action in get_args_parser()._option_string_actions.items()
     if flag not in _NOT_OURS
 }
+# What Hydra says in its first line, and how we say it; what it says otherwise is passed on.
+_SAID = (
+    (r"Cannot find primary config '(.+?)'.*", r"--config-name \1: there is no such file"),
+    (r"Additional config directory '(.+)' not found", r"--config-dir \1: there is no such folder"),
+    (r"Primary config directory not found.*", "--config-path: there is no such folder"),
+    (
+        r"In '.+': Could not find '(hydra/.+)/(.+)'",
+        r"\1=\2: Hydra has no such file; --info searchpath tells where it looks",
+    ),
+    (
+        r"Could not override '(hydra\.[\w.]+)'.*",
+        r"unknown config key \1: Hydra's own section, which --cfg hydra shows, has no such key",
+    ),
+)
+_HYDRA_GROUPS = ("launcher", "sweeper", "job_logging", "hydra_logging", "help", "hydra_help", "env")
+_SHOWING = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i", "--version"}
 _FOREIGN = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 
 
@@ -104,6 +120,11 @@ def sweeps(args: Sequence[str]) -> bool:
     return "-m" in args or "--multirun" in args
 
 
+def shows_only(args: Sequence[str]) -> bool:
+    """Whether the command line asks for a config or for help, and for no run."""
+    return not _SHOWING.isdisjoint(arg.partition("=")[0] for arg in args)
+
+
 def sweep_folder(overrides: Sequence[str]) -> list[str]:
     """The override by which a sweep lies in ``run_dir`` itself, where the command line names one.
 
@@ -155,10 +176,14 @@ def compose_run(
 
 def composed(args: Sequence[str] = (), conf: Path = CONF) -> DictConfig:
     """The config of a command line as Hydra composes it; arguments as of :func:`compose_run`."""
-    words = normalise(args, conf)
+    return composed_as_hydra_reads(normalise(args, conf), conf)
+
+
+def composed_as_hydra_reads(words: Sequence[str], conf: Path = CONF) -> DictConfig:
+    """The same for overrides as :func:`normalise` returned them, without flags."""
     with _hydra_aside(), initialize_config_dir(str(conf), version_base=None):
         with composition_errors():
-            return compose("config", words)
+            return compose("config", list(words))
 
 
 @contextmanager
@@ -180,7 +205,11 @@ def composition_errors() -> Iterator[None]:
     except OmegaConfBaseException as error:
         raise UserError(describe(error)) from error
     except HydraException as error:
-        where = shown(str(error).splitlines()[0].removeprefix("Error merging override "), 300)
+        first = str(error).splitlines()[0]
+        for said, ours in _SAID:
+            if re.fullmatch(said, first):
+                raise UserError(shown(re.sub(said, ours, first), 300)) from error
+        where = shown(first.removeprefix("Error merging override "), 300)
         key = where.partition("=")[0].split(".")
         if part := next((n for n in range(len(key)) if get_origin(type_of(key[:n])) is list), 0):
             raise UserError(
@@ -286,6 +315,9 @@ def _check_override(arg: str, known: Sequence[str], conf: Path | None, sweep: bo
     if key.split(".")[0].split("/")[0] == "hydra":
         if key == "hydra":
             raise UserError(f"{arg}: hydra is a section; give hydra.KEY=VALUE")
+        name = key.removeprefix("hydra.")
+        if name in _HYDRA_GROUPS and not isinstance(override.value(), dict):
+            raise UserError(f"{arg}: {key} is a section; give hydra/{name}=NAME, or keys of it")
         return
     found = override.value()
     if override.is_delete():
@@ -323,6 +355,8 @@ def _read(arg: str, known: Sequence[str], conf: Path | None) -> Override:
         raise UserError(f"cannot read the argument {shown(repr(arg))}: {hint}") from error
     if not override.key_or_group:
         raise UserError(f"cannot read the argument {arg!r}: give GROUP=OPTION or KEY=VALUE")
+    if override.is_sweep_override() and not override.is_discrete_sweep():
+        raise UserError(f"{arg}: no list of values; give VALUE,VALUE or range(FIRST,END,STEP)")
     found = override.value()
     if isinstance(found, int | float) and str(found) != arg.partition("=")[2]:
         if good := _quoted(arg):

@@ -5,17 +5,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from train.config.command_line import CONF, parse, sweep_folder
+from conf.problems import refuse
+from train.config.command_line import (
+    CONF,
+    composed_as_hydra_reads,
+    composition_errors,
+    parse,
+    sweep_folder,
+)
+from train.errors import USER_ERRORS, UserError, lines_of, one_line
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +52,54 @@ def in_own_folder(cfg: DictConfig, args: Sequence[str]) -> DictConfig:
         cfg.run_dir = str(folder / folder_name(differing))
     log.info("job %d: %s", hydra_cfg.job.num, cfg.run_dir)
     return cfg
+
+
+def jobs(args: Sequence[str]) -> list[list[str]]:
+    """Overrides of every job of a sweep, in Hydra's order; none where another sweeper chooses them.
+
+    Args:
+        args: the command line as :func:`train.config.command_line.normalise` returned it.
+    """
+    overrides = parse(args)
+    if any(o.key_or_group.startswith(("hydra/sweeper", "hydra.sweeper")) for o in overrides):
+        return []
+    try:
+        (batch,) = BasicSweeper.split_arguments(overrides, None)
+    except HydraException as error:
+        raise UserError(f"-m: {one_line(error)}") from error
+    return batch
+
+
+def refuse_jobs(args: Sequence[str], folder: Path, check: Callable[[DictConfig], object]) -> None:
+    """Refuse a sweep of which a job cannot be.
+
+    Args:
+        args: the command line as :func:`train.config.command_line.normalise` returned it.
+        folder: of the sweep.
+        check: raises what is wrong with a job's config.
+
+    Raises:
+        UserError: a line a problem, with the jobs that have it, unless all do.
+    """
+    every, problems = jobs(args), dict[str, list[str]]()
+    for number, words in enumerate(every):
+        differing = swept(words, args)
+        try:
+            cfg = composed_as_hydra_reads(words)
+            if differing and not any(word.startswith("run_dir=") for word in differing):
+                cfg.run_dir = str(folder / folder_name(differing))
+            check(cfg)
+        except USER_ERRORS as error:
+            for line in lines_of(error):
+                problems.setdefault(line, []).append(f"job {number} ({', '.join(differing)})")
+    refuse(
+        UserError,
+        (line if len(of) == len(every) else f"{_few(of)}: {line}" for line, of in problems.items()),
+    )
+
+
+def _few(jobs: Sequence[str]) -> str:
+    return jobs[0] if len(jobs) == 1 else f"{jobs[0]} and {len(jobs) - 1} more"
 
 
 def swept(task: Sequence[str], args: Sequence[str]) -> list[str]:
@@ -90,7 +148,7 @@ def sweep_folders(args: Sequence[str]) -> list[Path]:
 def folder_of_sweep(args: Sequence[str]) -> Path:
     """Where the jobs of a sweep have their folders: ``run_dir`` if named, else its name_sweep."""
     given = [o.input_line for o in parse(args) if o.input_line and not o.is_sweep_override()]
-    with initialize_config_dir(str(CONF), version_base=None):
+    with initialize_config_dir(str(CONF), version_base=None), composition_errors():
         cfg = compose("config", [*given, *sweep_folder(given)], return_hydra_config=True)
     return Path(cfg.hydra.sweep.dir)
 

@@ -24,7 +24,7 @@ from train.checkpoint.files import STATE, replace_durably, seal, step_of
 from train.config.flat import flat_config, flatten
 from train.config.load import load
 from train.config.schema import RunConfig
-from train.errors import USER_ERRORS, UserError, one_line
+from train.errors import UserError, one_line
 from train.run_folder.identity import RunIdentity, Use, check
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
@@ -192,15 +192,10 @@ def untouched_if_refused(run_dir: str, always: bool = False) -> Iterator[None]:
     folder, new = Path(run_dir).absolute(), list[Path]()
     with contextlib.suppress(OSError):
         new = [path for path in (folder, *folder.parents) if not path.exists()]
-    refused = True
+    refused = True  # or stopped, or failed: what is empty goes
     try:
         yield
         refused = always
-    except USER_ERRORS:
-        raise
-    except BaseException:
-        refused = False
-        raise
     finally:
         if refused:
             with contextlib.suppress(OSError):

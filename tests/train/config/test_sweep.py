@@ -1,6 +1,7 @@
 """Sweeps: keys of named items can be swept, names fit file systems, refused ones leave nothing."""
 
 import os
+import re
 
 import pytest
 
@@ -32,12 +33,53 @@ def test_long_names_are_cut_and_stay_apart():
     assert folder_name(["optim.lr=0.1", "seed=1"]) == "optim.lr=0.1,seed=1"
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["hydra.nope=1"], "unknown config key hydra.nope"),
+        (["hydra.launcher=nope"], "hydra.launcher=nope: .* give hydra/launcher=NAME"),
+        (["hydra/launcher=nope"], "hydra/launcher=nope: Hydra has no such file"),
+        (["hydra.run.dir=/proc/x"], "hydra.run.dir or hydra.sweep.dir: .*/proc/x"),
+        (["-m", "hydra.sweep.dir=null", "seed=0,1"], "hydra.sweep.dir=null: "),
+        (["--config-name", "nope"], "--config-name nope: there is no such file"),
+        (["--config-dir", "/nope"], "--config-dir /nope: there is no such folder"),
+        (["--config-path", "/nope"], "--config-path: there is no such folder"),
+        (["-m", "seed=interval(0,3)"], "seed=interval.0,3.: no list of values"),
+    ],
+)
+def test_what_hydra_cannot_read_is_one_line_in_our_words(
+    words, says, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert cli(["model=v4_tiny", "run_dir=x", *words]) == 2
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: {says}.*\n", error)
+    assert os.listdir(tmp_path) == []
+
+
 @pytest.mark.parametrize("key", ["data.sources.x.path", "optim.lr"])
 def test_several_values_without_m_are_refused_in_one_line(key, capsys):
     assert cli(["model=v4_tiny", f"{key}=1,2"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert error.count("\n") == 1
+
+
+def test_every_job_is_checked_before_the_first_trains(tmp_path, monkeypatch, capsys):
+    """Ranges, what holds across keys, and files that are not there; each names job and key."""
+    monkeypatch.chdir(tmp_path)
+    words = ["-m", "model=v4_tiny", "train.device=cpu", "run_dir=study", "seed=0,1"]
+    assert cli([*words, "optim.lr=1e-3,-1"]) == 2
+    told = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: job 1 \(seed=0, optim.lr=-1\) and 1 more: optim.lr=-1\S* must .*\n", told
+    )
+    assert cli([*words[:-1], "data=text", "data.sources.text.path=here.txt", "seed=0,1",
+                "train.micro_batch_size=8,3"]) == 2  # fmt: skip
+    lines = capsys.readouterr().err.splitlines()
+    assert any(line.startswith("error: data.sources.text.path=here.txt") for line in lines)
+    assert any("job 1 (seed=0, train.micro_batch_size=3) and 1 more" in line for line in lines)
+    assert os.listdir(tmp_path) == []
 
 
 def test_refused_sweep_leaves_nothing(tmp_path, monkeypatch, capsys):

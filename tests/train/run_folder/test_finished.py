@@ -22,11 +22,11 @@ def start(tmp_path, caplog, monkeypatch):
     corpus = write_corpus(tmp_path)
     real = train.build.build_model
 
-    def run(steps=2, prompt="the", into="run", init_from="", **more):
+    def run(steps=2, prompt="the", into="run", init_from="", dry_run=False, **more):
         made = []
         monkeypatch.setattr(train.build, "build_model", lambda *a: made.append(a) or real(*a))
         run = small_run(tmp_path / into, corpus, steps=steps, **more)
-        run.init_from = init_from
+        run.init_from, run.dry_run = init_from, dry_run
         run.sample.prompt = prompt
         caplog.clear()
         with caplog.at_level(logging.INFO):
@@ -47,6 +47,19 @@ def test_the_same_command_says_so_and_makes_nothing(start, tmp_path):
         r"run_dir=\S+ is finished: step 2 of 2, .*bits_per_byte \d.* train\.steps above 2", said
     )
     assert (tmp_path / "run" / "receipt.json").read_bytes() == receipt
+
+
+def test_a_dry_run_of_a_finished_run_says_so(start, tmp_path):
+    start()
+    made, said = start(dry_run=True)
+    assert not made
+    assert "is finished: step 2 of 2" in said
+    assert "evaluated once more" not in said
+    assert "nothing was trained" not in said
+    made, said = start(dry_run=True, steps=3)
+    assert not made
+    assert "is finished" not in said
+    assert "dry_run=true: nothing was trained" in said
 
 
 def test_the_key_that_it_names_goes_on(start, tmp_path):
