@@ -17,6 +17,7 @@ import pytest
 from train.config.command_line import compose_run
 from train.config.load import dump
 from train.errors import ROOT, ExitCode
+from train.preflight.checks import check_run
 from train.pretrain import PATIENCE, cli
 
 # (what, arguments, what the line must say)
@@ -314,3 +315,77 @@ def test_other_rank_leaves_the_word_to_rank_0_and_speaks_only_after_a_wait(capsy
     assert cli(["modle=v4_nano"]) == 2
     assert waits == [PATIENCE]
     assert capsys.readouterr().err.startswith("error: rank 1: ")
+
+
+# ---- shards of rows -----------------------------------------------------------------------------
+# (what, processes, arguments, what the line must say)
+SHARDS = [
+    ("row that shards do not divide", 3, ["parallel.cp=3", "train.seq_len=128"],
+     "seq_len=128 must be a multiple of cp=3, its shards"),
+    ("stage's row that shards do not divide", 4,
+     ["parallel.dp_shard=4", "train.stages=[{until_tokens: 8190, seq_len: 126, cp: 4,"
+      " global_batch_tokens: 504}]"], "train.stages[0]: seq_len=126 must be a multiple of cp=4"),
+    ("shards that do not divide the ranks", 4,
+     ["parallel.dp_shard=4", "train.stages=[{until_tokens: 8192, cp: 3, seq_len: 96,"
+      " global_batch_tokens: 768}]"],
+     "train.stages[0] needs cp=3 (rows of 96 tokens in 3 shards), which must divide the"
+     " parallel.dp_shard=4 * parallel.cp=1 ranks"),
+    ("ranks that are not there", 2, ["parallel.cp=4"], "parallel.cp=4"),
+    ("a layer that needs whole rows", 2,
+     ["parallel.cp=2", "sample.tokens=0", "model.num_hidden_layers=2",
+      "model.layer_kinds=[csa,mha]", "model.compress_ratios=[4,0,0]"],
+     "layer 1 of model.attention=hybrid is mha"),
+    ("another engine", 2, ["parallel.cp=2", "engine=deepspeed"],
+     "parallel.cp=2 does not go with engine.name=deepspeed"),
+    ("another engine, in a stage", 2,
+     ["engine=deepspeed", "parallel.dp_shard=2", "train.stages=[{until_tokens: 8192, cp: 2}]"],
+     "train.stages[0].cp=2 does not go with engine.name=deepspeed"),
+    ("halves that are no tokens", 2,
+     ["parallel.cp=2", "parallel.cp_scoring=balanced", "train.seq_len=126",
+      "train.global_batch_tokens=504"], "seq_len=126 must be a multiple of 2 * cp=4"),
+    ("scores that are not shared", 2,
+     ["parallel.cp=2", "parallel.cp_scoring=balanced", "model.attention=hca"],
+     "has no layer of kind csa"),
+    ("scores that nobody takes", 2,
+     ["parallel.cp=2", "parallel.cp_scoring=balanced", "train.indexer_phase=full"],
+     "needs a stage with cp above 1 whose indexer chooses"),
+    ("fewer rows than ranks that share one", 4,
+     ["parallel.dp_shard=2", "parallel.cp=2", "train.seq_len=128", "train.global_batch_tokens=128"],
+     "train.global_batch_tokens=128"),
+]  # fmt: skip
+
+
+def launched(monkeypatch, processes):
+    """As if rank 0 of so many, which never speak to each other: a refusal comes before that."""
+    for name, value in {**LAUNCHED, "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+
+
+@pytest.mark.parametrize(
+    ("what", "processes", "args", "says"), SHARDS, ids=[case[0] for case in SHARDS]
+)
+def test_shards_that_cannot_be_are_one_line(
+    what, processes, args, says, one_line, tmp_path, monkeypatch
+):
+    launched(monkeypatch, processes)
+    folder = tmp_path / "run"
+    fixed = ["model=v4_tiny", "train.device=cpu", "train.precision=fp32"]
+    code, line = one_line(*fixed, "train.micro_batch_size=1", f"run_dir={folder}", *args)
+    assert code == ExitCode.user_error
+    assert says in line
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("kernels", "kind"), [("auto", "hybrid"), ("reference", "hybrid"), ("auto", "dense")]
+)
+def test_shards_shorter_than_what_is_read_before_them_are_no_bad_input(kernels, kind, monkeypatch):
+    """8 tokens of 64 a rank, windows of 16: what a rank reads before its shard spans several."""
+    launched(monkeypatch, 8)
+    run = compose_run(
+        ["model=v4_tiny", "train.device=cpu", "train.precision=fp32", "parallel.cp=8",
+         "train.seq_len=64", f"model.kernels={kernels}", f"model.attention={kind}"]
+    )  # fmt: skip
+    assert run.model.sliding_window > run.train.seq_len // run.parallel.cp
+    check_run(run, files=False)

@@ -51,11 +51,6 @@ def _problems(run: RunConfig, plan: StagePlan) -> Iterator[str]:
     names = parameter_shapes(run.model)
     decays = run.optim.schedule.kind is not ScheduleKind.constant
     for stage in plan.reached():
-        if stage.cp > 1:
-            yield (
-                f"engine.name=deepspeed holds whole rows, but stage {stage.name} needs cp="
-                f"{stage.cp}: say engine=torch"
-            )
         for decaying in (False, True) if decays else (False,):
             weights = loss_weights(stage, run.train, decaying)
             frozen = [name for name in names if not trains(name, stage, weights)]
