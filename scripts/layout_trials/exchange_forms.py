@@ -17,8 +17,10 @@ from torch import nn
 from model.config import LayerKind, Router
 from model.flops import parameter_shapes
 from model.precision import precision_of
-from optim.groups import Owner, build_table
-from parallel.mesh import Mesh
+from optim.groups import Owner, ParamRecord, build_table
+from optim.muon import CHUNK_ELEMENTS, expand
+from optim.muon_distributed import Matrix, Part, assign_owners
+from parallel.mesh import Mesh, expert_shard_dim
 from parallel.pipeline_split import rank_of_stage
 from parallel.pipeline_stage import ModelPart
 from quant.apply import reads_master
@@ -61,7 +63,7 @@ def expected(
     Args:
         run: resolved degrees, no replicas; every rank scores its own queries.
         stage: of training, in which all parameters learn.
-        model: tells which layers the rank holds.
+        model: tells which layers the rank holds, and in which order.
         mesh: tells which rank it is.
         count: microbatches of the rank.
     """
@@ -75,7 +77,7 @@ def expected(
     _parameters(out, names, run, model, mesh, count)
     if run.parallel.pp > 1:
         _streams(out, run, stage, model, mesh, count)
-    _muon(out, names, run, model, mesh)
+    _muon(out, run, model, mesh)
     for few in (SUMS, GREETING):  # some numbers, once a step or once a run
         out[Key(ENDS, few)].exact = False
     return dict(out)
@@ -221,19 +223,57 @@ def _streams(
         out[Key(ENDS, COPY)].add(3, shard)
 
 
-def _muon(out: Forms, names: list[str], run: RunConfig, model: nn.Module, mesh: Mesh) -> None:
-    """Matrices to their owners in fp32 and updates back in bf16: the mean of the data ranks.
+def _muon(out: Forms, run: RunConfig, model: nn.Module, mesh: Mesh) -> None:
+    """Matrices to their owners in fp32 and updates back in bf16, an exchange each way a round.
 
-    Of a matrix that is cut over P ranks the owner lacks all but one part, as do the others then.
+    An owner receives what it lacks of its matrices, and every rank the update of its own parts of
+    the matrices of others. Who owns which is the rule of ``optim/muon_distributed.py``, applied to
+    parts that follow from shapes and layout.
     """
-    counts = {
-        key: getattr(run.model, key) for key in ("o_groups", "index_n_heads", "num_attention_heads")
-    }
-    ranks, size = mesh.data.size(), 0.0
-    for record in build_table(parameter_shapes(run.model), run.optim, counts):
-        layer = ".".join(record.name.split(".")[:2])
-        here = layer in names or _held_at_the_ends(record.name, layer, model)
-        cut = run.parallel.ep == 1 or ".experts." not in record.name
-        if record.owner is Owner.muon and here and cut:
-            size += math.prod(record.shape) * (4 + 2) * (1 - 1 / ranks) / ranks
-    out[Key(ENDS, MUON)] = Expected(0, round(size), exact=False)
+    ranks, here, config = mesh.data.size(), mesh.data_rank, run.model
+    table = build_table(parameter_shapes(config), run.optim, config.split_counts)
+    records = {record.name: record for record in table if record.owner is Owner.muon}
+    matrices: list[Matrix] = []
+    for name, _ in model.named_parameters():  # of equal matrices the first has the first choice
+        if name in records:
+            matrices += _matrices(records[name], run.parallel.ep, ranks)
+    owned: defaultdict[tuple[int, int], list[list[Matrix]]] = defaultdict(
+        lambda: [[] for _ in range(ranks)]
+    )
+    travels = out[Key(ENDS, MUON)]
+    owners = assign_owners(matrices, ranks, len(expand(run.optim.muon)))
+    for matrix, owner in zip(matrices, owners, strict=True):
+        owned[matrix.rows, matrix.cols][owner].append(matrix)
+        mine = matrix.parts[here].size if here in matrix.parts else 0
+        travels.bytes += 4 * (matrix.rows * matrix.cols - mine) if owner == here else 2 * mine
+    for (rows, cols), of_ranks in owned.items():
+        size = max(1, CHUNK_ELEMENTS["cpu"] // (rows * cols))
+        for start in range(0, max(map(len, of_ranks)), size):
+            now = [matrix for some in of_ranks for matrix in some[start : start + size]]
+            travels.count += 2 * any(len(matrix.parts) > 1 for matrix in now)
+
+
+def _matrices(record: ParamRecord, ep: int, ranks: int) -> list[Matrix]:
+    """The matrices of a parameter, and the part of each that every rank holds."""
+    count, (*_, rows, cols) = record.num_matrices, record.shape
+    if len(record.shape) == 2:  # matrices one below the other, cut anywhere
+        rows, ep, unit, dim = rows // count, 1, 1, 0
+    else:  # experts; consecutive ranks hold others, and what ep leaves of the ranks shares those
+        unit, dim = rows, expert_shard_dim(record.shape, ep, ranks // ep) if ep > 1 else 0
+    held, shards = count // ep, ranks // ep
+    parts: list[dict[int, Part]] = [{} for _ in range(count)]
+    for rank in range(ranks):
+        shard, first, stop = rank // ep, rank % ep * held, (rank % ep + 1) * held
+        for i in range(first, stop):
+            top, bottom, left, right = 0, rows, 0, cols
+            if dim == 0:
+                size = math.ceil(held * rows // unit / shards) * unit
+                begin = (first - i) * rows + shard * size
+                top, bottom = max(0, begin), min(rows, begin + size)
+            elif dim == 1:
+                top, bottom = (n * rows // shards for n in (shard, shard + 1))
+            else:
+                left, right = (n * cols // shards for n in (shard, shard + 1))
+            if top < bottom:
+                parts[i][rank] = Part(top, bottom, left, right)
+    return [Matrix(record.name, i, rows, cols, parts[i]) for i in range(count)]

@@ -8,7 +8,8 @@ One process builds what a rank builds (:mod:`scripts.layout_trials.fake_ranks`) 
 step of its engine: the pipeline's schedule with all microbatches, FSDP's hooks, recomputation, the
 update. Tensors have shapes and no values, the process group only pretends, kernels are those of a
 GPU. What a value would decide is decided so: tokens spread evenly over experts, and rows are one
-document. Ranks of a pipeline stage do alike; the one that is run has neighbours on both sides.
+document. Ranks of a pipeline stage do alike but for Muon's matrices, which few own; the one that is
+run has neighbours on both sides.
 
 Beside each exchange stands its closed form (:mod:`scripts.layout_trials.exchanges`). Exit codes:
 0 all as the closed forms say, 1 not, 2 input that cannot be.
@@ -149,6 +150,15 @@ def run_rank(
         dist.destroy_process_group()
 
 
+def as_on_cards(run: RunConfig, ranks: int) -> RunConfig:
+    """The same on so many ranks, with what GPUs compute by: kernels, and Muon's matmuls in bf16."""
+    return replace(
+        run, parallel=run.parallel.resolve(ranks),
+        model=replace(run.model, kernels=Kernels.triton),
+        optim=replace(run.optim, muon=replace(run.optim.muon, dtype=MatmulDtype.bf16)),
+    )  # fmt: skip
+
+
 def count_of(stage: Stage, data_degree: int) -> int:
     """Microbatches of a step on a data rank."""
     rows = stage.global_batch_tokens // stage.seq_len
@@ -206,9 +216,10 @@ def main(words: Sequence[str] | None = None) -> int:
         f" {torch.__version__}: the real wrapped model and engine, no values, no other ranks.", "",
         "Bytes of an exchange are those of its whole operand on a rank: what an all-gather or an"
         " all-to-all gives, what a reduce-scatter takes. `closed form` is computed from the config"
-        " alone (`scripts/layout_trials/exchange_forms.py`); of Muon it is the mean of the data"
-        " ranks, whose matrices are few and not alike. Not traced: the casts of quantisation, the"
-        " audit's copies, the runtime; the fit table counts the latter two.", "",
+        " alone (`scripts/layout_trials/exchange_forms.py`); of Muon it holds for this very rank,"
+        " since ranks own few matrices, and not alike; `-`: some numbers, without a form. Not"
+        " traced: the casts of quantisation, the audit's copies, the runtime; the fit table counts"
+        " the latter two.", "",
     ]  # fmt: skip
     for one in found:
         lines += one["lines"]
@@ -236,15 +247,11 @@ def one_model(name: str, args: argparse.Namespace) -> dict[str, Any]:
     ):
         if value != wanted:
             raise UserError(f"the closed forms of fake_step hold for {key}={wanted}, not {value}")
-    layout = degrees.resolve(ranks)
+    run = as_on_cards(run, ranks)
+    layout = run.parallel
     check_layout(layout, run.model)
     plan = resolve(run)
     stage = plan.stages[-1]
-    muon = replace(run.optim.muon, dtype=MatmulDtype.bf16)  # as on a card
-    run = replace(
-        run, parallel=layout, model=replace(run.model, kernels=Kernels.triton),
-        optim=replace(run.optim, muon=muon),
-    )  # fmt: skip
     fit = Needs(run, plan)
     whole = count_of(stage, layout.data_degree)
     count = args.microbatches or whole
@@ -334,7 +341,7 @@ def document(out: dict[str, Any]) -> list[str]:
     for one in out["results"]:
         for row in one["exchanges"]:
             if row["bytes"] or row["closed"]:
-                closed = f"{row['closed']:,}" if row["exact"] else f"{row['closed']:,} (mean)"
+                closed = f"{row['closed']:,}" if row["exact"] else "-"
                 closed += " OFF" if differs(row) else ""
                 key = (row["kind"], row["what"], row["count"], row["bytes"], closed)
                 groups.setdefault(key, []).append(row["layer"])

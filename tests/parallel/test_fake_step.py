@@ -10,7 +10,10 @@ from dataclasses import replace
 import pytest
 
 import scripts.layout_trials.exchange_forms as forms
-from scripts.layout_trials.fake_step import main
+from scripts.layout_trials.exchanges import ENDS, MUON, STREAMS, Key
+from scripts.layout_trials.fake_step import as_on_cards, main, run_rank
+from train.config.command_line import compose_run
+from train.stages import resolve
 
 # One layer of each kind; shards of 128 tokens, so that halos of 8 and of 128 - 1 tokens are cut
 # at the row's beginning on some ranks and not on others.
@@ -42,6 +45,63 @@ def test_exchanges_are_those_of_the_closed_forms(degrees, tmp_path, capsys):
         memory = one["memory"]
         assert memory["parameters"] > 0 < memory["gathered weights"]
         assert memory["total"] == sum(v for k, v in memory.items() if k != "total")
+
+
+def exchanges_of(run, stage, rank, microbatches):
+    """What was seen, and the closed forms; equal for every key that has an exact one."""
+    watch, closed = run_rank(run, stage, rank, microbatches)
+    for key in watch.seen.keys() | closed.keys():
+        if key not in closed or closed[key].exact:
+            seen, form = watch.seen[key], closed.get(key, forms.Expected())
+            assert (seen.count, seen.bytes) == (form.count, form.bytes), (rank, key)
+    return watch.seen
+
+
+def composed(*words):
+    run = compose_run([f"model={SMALL[0]}", f"parallel={SMALL[2]}", *SMALL[4:], *ROWS, *words])
+    degrees = run.parallel
+    run = as_on_cards(run, degrees.pp * degrees.dp_shard * degrees.cp)
+    return run, resolve(run).stages[-1]
+
+
+SHORT = [  # one layer, short rows
+    "model.num_hidden_layers=1", "model.layer_kinds=[csa]", "model.compress_ratios=[4]",
+    "model.num_nextn_predict_layers=0", "train.mtp_loss_weight=0", "train.seq_len=64",
+    "train.mtp_loss_weight_decay=0", "train.global_batch_tokens=192",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("degrees", "ranks"),
+    [
+        (["parallel.dp_shard=1", "parallel.cp=4", "train.global_batch_tokens=64"], (0, 3)),
+        # 3 ranks share 2 experts: w1 and w3 are cut by rows, w2 by columns
+        (["parallel.dp_shard=3", "parallel.cp=2", "parallel.ep=2", "model.n_routed_experts=4",
+          "model.moe_intermediate_size=24"], (0, 5)),
+    ],
+    ids=["cp4", "cp2xdp3-ep2"],
+)  # fmt: skip
+def test_muon_exchange_of_a_rank_is_that_of_its_own_matrices(degrees, ranks):
+    run, stage = composed(*SHORT, *degrees)
+    seen = [exchanges_of(run, stage, rank, 1)[Key(ENDS, MUON)] for rank in ranks]
+    assert len({one.count for one in seen}) == 1, "every rank takes part in every round"
+    assert len({one.bytes for one in seen}) > 1, "ranks own other matrices"
+
+
+def test_exchanges_grow_by_as_much_with_every_microbatch():
+    """From as few as a pipeline takes to as many as fill it."""
+    two_layers = [
+        "model.num_hidden_layers=2", "model.layer_kinds=[csa,hca]", "model.compress_ratios=[4,16]",
+    ]  # fmt: skip
+    run, stage = composed(*SHORT, *two_layers, *LAYOUTS["cp2xpp2-ep2"])
+    few, more, many = (exchanges_of(run, stage, 1, count) for count in (2, 3, 8))
+    assert few.keys() == more.keys() == many.keys()
+    grown = {key.what.partition(",")[0] for key in few if more[key].count > few[key].count}
+    assert {"tokens before", "entries of 32", "experts' rows", STREAMS} <= grown
+    for key in few:
+        for name in ("count", "bytes"):
+            two, three, last = (getattr(seen[key], name) for seen in (few, more, many))
+            assert last == two + 6 * (three - two), (key, name)
 
 
 def test_formula_that_is_off_is_told(monkeypatch, capsys):
