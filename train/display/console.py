@@ -1,8 +1,8 @@
 """The console: on a terminal lines that stay and a bar below them, in a log lines alone.
 
 A line holds as many whole fields as fit, the most telling ones first: a number is never cut. What
-does not fit stands in ``metrics.jsonl`` and ``report.html``. Under torchrun, in a notebook's cell
-and behind a pipe stderr is no terminal, so there are lines.
+does not fit stands in ``metrics.jsonl`` and ``report.html``. Under torchrun rank 0 alone has one.
+In a notebook's cell and behind a pipe stderr is no terminal, so there are lines.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ _SEEDS = ("seed", "init_seed_offset")
 _SEED_IN_NAME = tuple(f"{key}=" for key in _SEEDS)  # of a sweep's folder
 _OF_A_RUN = (IDENTITY, METRICS, RECEIPT, EVALUATION)  # beside its config: one of them
 OTHER_TEXT = (
-    "evaluated on other text, so not ranked with those above (train.eval_tokens=0 and"
-    " train.eval_only=true evaluate a run on the whole split)"
+    "evaluated on other text, so not ranked with those above; the whole split is the same for all:"
+    " init_from=RUN train.eval_only=true train.eval_tokens=0 run_dir=NEW, and the rest as it was"
 )
 _MOST_KEYS = 4  # in a label
 # of a receipt: what is read as a record of more
