@@ -9,9 +9,9 @@ again with the same value, anywhere behind; from its second time on the value ca
 from there. One of eight pairs of signs is never a key of training documents: the probes ask for
 those, so a key that is asked for was never seen, while both of its signs were.
 
-``gist``: letters, all as frequent but for one stretch, half of the document, in which one of them
-comes more often; at the end ``?`` and that letter. No single place tells it: what is read must be
-weighed together.
+``gist``: sections of letters, all as frequent but for one stretch, half of the section, in which
+one of them comes more often; at a section's end ``?x  ``, x being that letter. No single place
+tells it: what was read since the last question must be weighed together.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ BLOCK = 4  # characters
 QUESTION = "?"  # before the answer of a gist
 _HELD_OUT = 8  # one of so many keys is never trained on
 _AGAIN = 0.6  # of the blocks name a key that was named before
-_FREQUENT = 0.12  # how often a letter of a gist is the frequent one beyond its fair share
-_TOLD = 0.5  # share of the blocks of a gist in which it is
+_FREQUENT = 0.25  # how often a letter of a gist is the frequent one beyond its fair share
+_TOLD = 0.5  # share of the blocks of a section in which it is
+_SHORTEST = 4  # blocks of a section of a gist
 
 
 class Draws(Protocol):
@@ -76,10 +77,19 @@ def pairs(draws: Draws, length: int) -> str:
 
 
 def gist(draws: Draws, length: int) -> str:
-    """Letters, a question and its answer, up to ``length`` characters."""
-    frequent = letter(draws)
-    told, _ = stretches(draws, max(1, length // BLOCK - 1), draws.draw(), frequent)
-    return told + QUESTION + frequent
+    """Sections of letters, each with its question and answer, up to ``length`` characters.
+
+    Their lengths are as often short as long (log-uniform up to what is left), so that questions
+    which are easily answered are there to begin with.
+    """
+    text, left = "", max(_SHORTEST, length // BLOCK)
+    while left >= _SHORTEST:
+        blocks = min(left, int(_SHORTEST * ((left + 1) / _SHORTEST) ** draws.draw()))
+        frequent = letter(draws)
+        told, _ = stretches(draws, blocks - 1, draws.draw(), frequent)
+        text += f"{told}{QUESTION}{frequent}  "
+        left -= blocks
+    return text
 
 
 def stretches(draws: Draws, blocks: int, depth: float, frequent: str) -> tuple[str, int]:
