@@ -77,3 +77,21 @@ def test_models_that_are_there_are_gathered_and_reported(tmp_path, capsys):
     assert main(["--report-only", *places]) == 0
     assert capsys.readouterr().out in table
     assert main(["--report-only", "--out", str(tmp_path / "none")]) == 2
+
+
+def test_the_page_says_what_its_figures_say():
+    runs = recall.read(recall.PAGE / "recall.json")
+    assert set(runs) == {
+        f"{task} {arm} {seed}" for task in RATES for arm in ARMS for seed in range(3)
+    }
+    page = recall.PAGE.with_suffix(".md").read_text()
+    assert report(runs) in page
+    far = [row for key, run in runs.items() if key.startswith("pairs hybrid")
+           for row in run["answers"] if row["kind"] == "csa" and row["depth"] < 1]  # fmt: skip
+    assert {row["chosen"] for row in far} == {1.0}
+    masses = [row["entries"] for row in far]
+    assert f"put {min(masses):.2f} to {max(masses):.2f} of its attention there" in page
+    for task, count in {"pairs": 192, "gist": 176}.items():
+        beyond = [cell["count"] for cell in runs[f"{task} hybrid 0"]["cells"] if cell["beyond"]]
+        assert sum(beyond) == count
+        assert f"{count} questions" in page

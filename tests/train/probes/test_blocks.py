@@ -1,6 +1,5 @@
 """Needles of blocks: the pair asked for stands once, its key in no training document."""
 
-import json
 from copy import deepcopy
 from dataclasses import replace
 
@@ -14,8 +13,7 @@ from data.tokenizer import ByteTokenizer, train_bpe
 from model.init import init_weights
 from model.transformer import DeepSeekV4
 from scripts.cli.model_yaml import load_model_config
-from scripts.probe import table
-from train.errors import ROOT, UserError
+from train.errors import UserError
 from train.probes.blocks import BLOCK_NEEDLES, block_needle
 from train.probes.found import answers_found
 from train.probes.tasks import needle, watched_document
@@ -117,17 +115,3 @@ def test_chance_of_a_choice_is_that_of_lots(model):
     # 4 of 63 entries are chosen, 2 are ours: 1 - 59/63 * 58/62
     assert row["by_chance"] == pytest.approx(1 - 59 / 63 * 58 / 62)
     assert row["chosen"] in (0.0, 1.0)
-
-
-def test_the_page_on_recall_says_what_its_figures_say():
-    folder = ROOT / "docs" / "bench"
-    found = json.loads((folder / "recall" / "probe.json").read_text())["models"]
-    page = (folder / "recall.md").read_text()
-    for line in table(found).splitlines():
-        if "attention" not in line and "within reach" not in line:
-            assert f"| {' | '.join(line.split())} |" in page
-    assert set(found) == {"hybrid", "csa", "hca", "swa", "dense", "dense_1.5e-2"}
-    far = [layer for told in found["hybrid"]["answers"] if told["depth"] < 1
-           for layer in told["layers"] if layer["kind"] == "csa"]  # fmt: skip
-    assert {layer["chosen"] for layer in far} == {1.0}
-    assert all(0.575 < layer["entries"] < 0.655 for layer in far)
