@@ -5,6 +5,9 @@ cache. A block is one whole graph or an error: a break, or more variants than ``
 and nothing falls back. What is compiled are passes that make gradients; evaluations, samples and
 probes run the operations one by one, as does whoever asks by :meth:`CompiledBlocks.eager`.
 
+Under FSDP a block becomes a graph in front of its sharding: the graph meets gathered weights, and
+hooks that gather and reduce stay around it (``parallel/fsdp.py``).
+
 A block that recomputes runs the same graph again, since autograd wants the same tensors kept by
 both passes. The graph is given the same bits, so it chooses the same experts and entries; that is
 asserted on the device.

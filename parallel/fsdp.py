@@ -39,6 +39,7 @@ def shard_model(
     mesh: Mesh,
     precision: str,
     reads_master: Callable[[str], bool] = lambda name: False,
+    graphs: bool = False,
 ) -> None:
     """Shard every parameter of ``model``; experts are on the ep axis already where ep > 1.
 
@@ -48,13 +49,16 @@ def shard_model(
         precision: ``fp32`` or ``bf16``.
         reads_master: whether a parameter is gathered in fp32 whatever the precision, because what
             reads it rounds it itself (``quant``); else exported and trained values would differ.
+        graphs: blocks are graphs (``parallel/compiled_blocks.py``). A group of modules inside a
+            block is gathered in front of the first of them, in the midst of the graph: so a block
+            is one group, gathered in fp32, of which the graph makes bf16 where it computes in it.
     """
     # Nothing here writes into what a block returns.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     in_bf16 = _bf16_modules(model, precision, reads_master)
     for module in model.modules():
         if isinstance(module, Block):
-            _shard_block(module, mesh, in_bf16)
+            _shard_block(module, mesh, in_bf16, graphs)
     fully_shard(model, **_options(mesh, torch.float32))
     register_fsdp_forward_method(model, "logits")
     register_fsdp_forward_method(model, "mtp_logits")
@@ -77,7 +81,7 @@ def _bf16_modules(
     }
 
 
-def _shard_block(block: Block, mesh: Mesh, in_bf16: set[nn.Module]) -> None:
+def _shard_block(block: Block, mesh: Mesh, in_bf16: set[nn.Module], graphs: bool) -> None:
     if mesh.layout.ep > 1:
         _shard_experts(block.ffn.experts, mesh, in_bf16)
     groups: list[list[nn.Module]] = []
@@ -88,7 +92,8 @@ def _shard_block(block: Block, mesh: Mesh, in_bf16: set[nn.Module]) -> None:
     taken = {module for group in groups for module in group}
     if mesh.layout.ep > 1:
         taken.update(block.ffn.experts.modules())
-    groups.append([m for m in block.modules() if m in in_bf16 and m not in taken])
+    if not graphs:
+        groups.append([m for m in block.modules() if m in in_bf16 and m not in taken])
     for group in groups:
         if group:
             fully_shard(group, **_options(mesh, _dtype(group[0], in_bf16)))

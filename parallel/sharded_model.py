@@ -14,6 +14,7 @@ from model.config import ModelConfig
 from model.init import init_weights
 from model.transformer import DeepSeekV4
 from parallel.activation_offload import ActivationOffload, prepare_blocks
+from parallel.compiled_blocks import CompiledBlocks
 from parallel.expert import shard_experts
 from parallel.fsdp import region_of, shard_model
 from parallel.mesh import Mesh
@@ -34,6 +35,7 @@ def build_sharded_model(
     reads_master: Callable[[str], bool] = lambda name: False,
     seq_len: int = 4096,
     offload: ActivationOffload | None = None,
+    compiled: CompiledBlocks | None = None,
 ) -> DeepSeekV4:
     """This process's part of a model, with the bits that one process would have given it.
 
@@ -48,6 +50,8 @@ def build_sharded_model(
         reads_master: see :func:`parallel.fsdp.shard_model`.
         seq_len: tokens of a row, by which pipeline stages are balanced.
         offload: takes what blocks keep to the host; None: it stays.
+        compiled: makes graphs of the blocks, in front of the sharding: what gathers and reduces
+            stays around a graph. None: nothing does.
 
     Returns:
         The whole model with this process's shards, or with pipeline stages a :class:`ModelPart`.
@@ -56,10 +60,10 @@ def build_sharded_model(
     def materialise(make: Callable[[], DeepSeekV4]) -> DeepSeekV4:
         with torch.device("meta"):  # no process ever holds the whole model
             model = make()
-        prepare_blocks(model, activation_checkpoint, offload)
+        prepare_blocks(model, activation_checkpoint, offload, compiled)
         if mesh.layout.ep > 1:
             shard_experts(model, mesh.ep)
-        shard_model(model, mesh, precision, reads_master)
+        shard_model(model, mesh, precision, reads_master, graphs=compiled is not None)
         model.to_empty(device=device)
         init_weights(model, seed, token_counts_V, region_of)
         return model

@@ -218,7 +218,7 @@ def build_model(
         model = build_sharded_model(
             run.model, mesh, device, train.precision.value, train.activation_checkpoint.value,
             seed, token_counts_V, partial(reads_master, run.quant), resolve(run).longest_row,
-            away,
+            away, compiled,
         )  # fmt: skip
     else:
         model = DeepSeekV4(run.model)

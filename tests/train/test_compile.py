@@ -15,18 +15,18 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.nn.utils.stateless import _reparametrize_module
 
 from model.config import Kernels
 from parallel.compiled_blocks import CompiledBlocks
+from parallel.config import ParallelConfig
 from tests.helpers import relative, small_config
 from tests.integration.small_run import final_tensors, small_run, write_corpus
 from train.audit.audit import AuditError
 from train.build import build
 from train.config.command_line import compose_run
-from train.config.schema import ActivationCheckpoint
+from train.config.schema import ActivationCheckpoint, Precision
 from train.errors import USER_ERRORS
-from train.preflight.engine import check_engine
-from train.stages import resolve
 
 # Tracing instantiates autograd functions itself.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -118,6 +118,19 @@ def losses(folder):
     return record
 
 
+def test_masters_on_the_host_go_with_graphs(tmp_path, corpus):
+    """Weights of the blocks are bf16 on the device, and their gradients add up in fp32."""
+    runs = [
+        run_of(tmp_path / name, corpus, compiled, steps=1, precision=Precision.bf16)
+        for name, compiled in (("plain", False), ("graphs", True))
+    ]
+    plain, graphs = (replace(r, parallel=ParallelConfig(offload="optimizer+master")) for r in runs)
+    whole, _ = trained(plain)
+    found, receipt = trained(graphs, "eager")
+    assert farthest(found, whole) == 0.0
+    assert receipt["audit"]["compiled"]["graphs"] >= 2
+
+
 @pytest.mark.slow
 def test_a_stopped_compiled_run_goes_on_as_if_it_had_not_been(tmp_path, corpus):
     whole, _ = trained(run_of(tmp_path / "whole", corpus, steps=4, checkpoint_every=2))
@@ -157,6 +170,17 @@ def not_a_number(forward, **named):
     return graph
 
 
+def leaks(forward, **named):
+    """Counts as a graph; a rounding's worth of each token reaches the one behind it."""
+    named["backend"](torch.fx.symbolic_trace(torch.nn.Identity()), [])
+
+    def graph(*args):
+        x_BTSD, aux = forward(*args)
+        return x_BTSD + 1e-9 * x_BTSD.roll(1, dims=1), aux
+
+    return graph
+
+
 def chooses_anew(forward, **named):
     """Counts as a graph; recomputed, a gate takes other experts."""
     named["backend"](torch.fx.symbolic_trace(torch.nn.Identity()), [])
@@ -174,10 +198,84 @@ def chooses_anew(forward, **named):
 
 FAULTS = {
     no_graph: (AuditError, "compiled: train.compile=true: no graph was built", "none"),
-    uneven: (AuditError, "compiled: train.compile=true: the graphs give gradient norm", "none"),
+    uneven: (AuditError, "compiled: train.compile=true: the graphs' gradient of layers.0", "none"),
     not_a_number: (AuditError, "compiled: train.compile=true: the graphs give loss nan", "none"),
+    leaks: (AuditError, "isolation: train.compile=true: by the graphs a document's loss", "none"),
     chooses_anew: (RuntimeError, "chose anew", "block"),
 }
+
+
+def with_gradients(change):
+    """``torch.compile`` whose graphs count, and give a block's parameters other gradients.
+
+    Args:
+        change: takes the block's number, the parameter's name and the gradient; returns another.
+    """
+    blocks = []
+
+    def compiled(forward, **named):
+        named["backend"](torch.fx.symbolic_trace(torch.nn.Identity()), [])
+        block, number = forward.__self__, len(blocks)
+        blocks.append(block)
+
+        def graph(*args):
+            views = {}
+            for name, parameter in block.named_parameters():
+                if parameter.requires_grad:
+                    views[name] = parameter.view_as(parameter)
+                    views[name].register_hook(partial(change, number, name))
+            with _reparametrize_module(block, views):
+                return forward(*args)
+
+        return graph
+
+    return compiled
+
+
+def a_tenth_more(number, name, grad):
+    return grad * 1.1 if number == 0 else grad
+
+
+def one_turned(number, name, grad):
+    return -grad if (number, name) == (0, "attn.attn_sink") else grad
+
+
+def of_the_block_behind():
+    """The backward pass comes to it first."""
+    kept = {}
+
+    def change(number, name, grad):
+        if number == 1:
+            kept[name] = grad
+            return grad
+        other = kept.get(name)
+        return grad if other is None or other.shape != grad.shape else grad + other
+
+    return change
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (a_tenth_more, "layers.0.attn.wq_a.weight"),
+        (one_turned, "layers.0.attn.attn_sink"),
+        (of_the_block_behind(), "layers.0."),
+    ],
+    ids=["scaled", "turned", "leaked"],
+)
+def test_graphs_with_other_gradients_are_refused_by_the_parameters_name(
+    tmp_path, corpus, precision, change, name
+):
+    run = run_of(tmp_path, corpus, precision=Precision(precision))
+    with compiled_by("eager"), patch("torch.compile", with_gradients(change)):
+        trainer = build(run)
+        with pytest.raises(AuditError) as error:
+            trainer.fit()
+    found, words = str(error.value).splitlines()[1:], f"the graphs' gradient of {name}"
+    assert any(f"compiled: train.compile=true: {words}" in line for line in found)
+    if change is one_turned:
+        assert len(found) == 1
 
 
 @pytest.mark.parametrize("planted", FAULTS, ids=lambda f: f.__name__)
@@ -228,11 +326,3 @@ def test_what_does_not_go_with_it_is_refused_by_name(words, line):
     given = ["model=v4_tiny", "model.kernels=reference", "train.compile=true", *words]
     with pytest.raises(USER_ERRORS, match=re.escape(line)):
         compose_run(given)
-
-
-def test_several_ranks_are_refused(tmp_path, corpus):
-    run = run_of(tmp_path, corpus)
-    with patch("train.preflight.engine.launched_world_size", lambda: 2):
-        with pytest.raises(USER_ERRORS, match=r"world size is 2: say train\.compile"):
-            check_engine(run, resolve(run), "cpu")
-    check_engine(run, resolve(run), "cpu")

@@ -34,6 +34,7 @@ from parallel.deepspeed_engine import DeepSpeedEngine
 from parallel.engine import Engine, Shares, Update
 from parallel.pieces import fingerprints, norms_of
 from parallel.pipeline_engine import PipelineEngine
+from train.audit.by_operations import streams_moved
 from train.audit.checks import (
     AFTER_UPDATE,
     BEFORE_UPDATE,
@@ -50,6 +51,7 @@ from train.step import StepObserver, StepPlan, StepRows, microbatches, objective
 log = logging.getLogger(__name__)
 
 AUDITED_STEPS = 3  # at the beginning of every stage and of every start
+_NEXT_TO_NOTHING = 1e-30  # weight of a side loss that is to be formed and not to matter
 _FEW_TOKENS = 16  # an expert that got fewer may have met none whose loss reaches it
 
 
@@ -118,6 +120,8 @@ class Audit:
             faults = [*self._owners(), *self._holders(), *self._shards(), *hash_tables(self._model)]
             with nullcontext() if self._compiled is None else self._compiled.eager():
                 _refuse(self._engine, [*faults, *isolation(self._engine)])
+            if self._compiled is not None:
+                _refuse(self._engine, isolation_of_graphs(self._engine, step))
             self._checked = True
         observer = _Observer(self._evidence(step, rows), self._engine, self._samples)
         observer.before_step()
@@ -142,15 +146,25 @@ class Audit:
         A graph cannot be looked into. Its operations can, and what the graphs give is compared with
         what these gave.
         """
-        engine, step = self._engine, e.step
-        batches = microbatches(
-            rows, step.num_rows, step.stage.micro_batch_size, engine.data_rank, engine.data_degree
-        )
+        engine, step, found = self._engine, e.step, e.by_operations
+        objective = objective_of(step, rows.counts)
+
+        def run() -> Shares:
+            batches = microbatches(
+                rows, step.num_rows, step.stage.micro_batch_size, engine.data_rank,
+                engine.data_degree,
+            )  # fmt: skip
+            return engine.forward_backward(batches, objective)
+
         with compiled.eager(), self._seen(e):
-            e.by_operations = engine.forward_backward(batches, objective_of(step, rows.counts))
+            found.shares = run()
             e.seams.settle()
-        for name, gradient in engine.gradients():
-            e.norms_by_operations[name] = norms_of(gradient, ".ffn.experts." in name)
+        found.keep(engine.gradients())
+        engine.optimizer.zero_grad()
+        seed = self._run.seed + step.number + engine.rank
+        with compiled.eager(), streams_moved(self._model, seed):
+            run()
+        found.moved = found.compare(engine.gradients())
         engine.optimizer.zero_grad()
         e.graph_calls = Counter(compiled.calls)
 
@@ -393,13 +407,16 @@ class _Observer:
                 e.requires_grad.add(name)
         for name, gradient in self._engine.gradients():
             e.grad_norms[name] = norms_of(gradient, ".ffn.experts." in name)
+        if e.compiled is not None:
+            e.by_operations.distances = e.by_operations.compare(self._engine.gradients())
+            e.by_operations.gradients.clear()
         e.seams.settle()
         e.early = self._changed(self._weights, fingerprints(self._engine.weights()))
         e.samples = self._samples(e)
         assert shares.total is not None
         if math.isfinite(float(shares.total)):
             _refuse(self._engine, _faults(BEFORE_UPDATE, e))
-        elif e.compiled is not None and math.isfinite(float(e.by_operations.total or 0.0)):
+        elif e.compiled is not None and math.isfinite(float(e.by_operations.shares.total or 0.0)):
             _refuse(self._engine, _faults({"compiled": BEFORE_UPDATE["compiled"]}, e))
 
     def after_update(self, update: Update) -> None:
@@ -490,23 +507,62 @@ def isolation(engine: Engine) -> list[str]:
     config = engine.model.config
     cp = engine.shard.count
     length = -(-(2 * max((1, *config.ratios)) + 2) // cp) * cp
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(config.vocab_size, (1, 2 * length), generator=generator)
-    documents_BT = torch.arange(2 * length).ge(length).long()[None]
     depths = 1 + config.num_nextn_predict_layers
-    labels_BTK = torch.full((1, 2 * length, depths), IGNORE)
-    for k in range(depths):
-        labels_BTK[0, length : 2 * length - 1 - k, k] = ids_BT[0, length + 1 + k :]
     objective = Objective((1.0,) * depths, 1.0, 1.0, indexer_weight=0.0, balance_weight=0.0)
+    return [f"isolation: {line}" for line in _leaks(engine, 1, 2 * length, objective, 0.0)]
+
+
+def isolation_of_graphs(engine: Engine, step: StepPlan) -> list[str]:
+    """The same of the graphs that train (``train.compile``).
+
+    They are asked for rows like the step's and for what its objective asks of the blocks, or they
+    would be others. Side losses are of all tokens: they are weighed by so little that their
+    gradient cannot pass for a leak.
+    """
+    assert isinstance(engine.model, DeepSeekV4)
+    weights, depths = step.weights, 1 + engine.model.config.num_nextn_predict_layers
+    objective = Objective(
+        (1.0,) * depths, 1.0, float(weights.mtp != 0), _NEXT_TO_NOTHING * (weights.indexer != 0),
+        _NEXT_TO_NOTHING * (weights.balance != 0), step.stage.indexer_phase, step.monitors,
+    )  # fmt: skip
+    rows, length = step.stage.micro_batch_size, step.stage.seq_len
+    if length < 4:
+        return []  # half a row has nothing to predict
+    found = _leaks(engine, rows, length, objective, math.sqrt(_NEXT_TO_NOTHING))
+    return [f"isolation: train.compile=true: by the graphs {line}" for line in found]
+
+
+def _leaks(
+    engine: Engine, rows: int, length: int, objective: Objective, least: float
+) -> Iterator[str]:
+    """Two documents a row, of which the second has labels.
+
+    Args:
+        engine: runs the model.
+        rows: of the batch.
+        length: of a row.
+        objective: of the second documents.
+        least: share of the second's gradient above which the first's is a leak.
+    """
+    assert isinstance(engine.model, DeepSeekV4)
+    config, half = engine.model.config, length // 2
+    generator = torch.Generator().manual_seed(0)
+    ids_BT = torch.randint(config.vocab_size, (rows, length), generator=generator)
+    documents_BT = torch.arange(length).ge(half).long().expand(rows, -1)
+    depths = 1 + config.num_nextn_predict_layers
+    labels_BTK = torch.full((rows, length, depths), IGNORE)
+    for k in range(depths):
+        labels_BTK[:, half : length - 1 - k, k] = ids_BT[:, half + 1 + k :]
     grad_BTD = engine.embedding_gradient(Batch(ids_BT, documents_BT, labels_BTK), objective)
     if grad_BTD is None:
-        return []  # another pipeline stage holds the embedding, and judges
+        return  # another pipeline stage holds the embedding, and judges
     if not bool(grad_BTD.isfinite().all()):
-        return []  # says nothing of isolation; train.recovery judges steps that are not finite
-    leak, own = float(grad_BTD[:, :length].abs().max()), float(grad_BTD[:, length:].abs().max())
-    if leak > 0:
-        return [f"isolation: a document's loss reaches the one before it (gradient {leak:.2g})"]
-    return [] if own > 0 else ["isolation: a document's loss does not reach its own tokens"]
+        return  # says nothing of isolation; train.recovery judges steps that are not finite
+    leak, own = float(grad_BTD[:, :half].abs().max()), float(grad_BTD[:, half:].abs().max())
+    if leak > least * own:
+        yield f"a document's loss reaches the one before it (gradient {leak:.2g})"
+    elif own == 0:
+        yield "a document's loss does not reach its own tokens"
 
 
 def longest_document(document_ids_BT: Tensor) -> int:

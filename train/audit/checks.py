@@ -36,6 +36,7 @@ from parallel.pieces import largest_of, norms_of, total_of
 from parallel.pipeline import Pipeline
 from parallel.pipeline_split import splits_backward
 from quant.config import ExpertFormat
+from train.audit.by_operations import ByOperations, allowed
 from train.audit.orthogonal import largest_singular_value, most_asked_for
 from train.audit.samples import AuditSample
 from train.audit.seam_watch import SeamReading
@@ -89,7 +90,6 @@ class Evidence:
         pipeline: what ran its stages; None without a pipeline.
         compiled: what made graphs of the blocks; None: nothing did.
         by_operations: what the step's passes gave before, without these graphs.
-        norms_by_operations: norms of their gradients, as ``grad_norms``.
         graph_calls: block -> calls of its graph before the step.
     """
 
@@ -118,8 +118,7 @@ class Evidence:
     ran: Ran = field(default_factory=Ran)
     pipeline: Pipeline | None = None
     compiled: CompiledBlocks | None = None
-    by_operations: Shares = field(default_factory=Shares)
-    norms_by_operations: dict[str, Tensor] = field(default_factory=dict)
+    by_operations: ByOperations = field(default_factory=ByOperations)
     graph_calls: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -547,8 +546,7 @@ def recompute(e: Evidence) -> Iterator[str]:
 def compiled(e: Evidence) -> Iterator[str]:
     """Every block ran as a graph, and the graphs gave what their operations give.
 
-    Another order of operations changes last digits, a wrong one leading digits: what agrees in half
-    the digits of the compute dtype differs by rounding.
+    Gradients are judged one by one (``train/audit/by_operations.py``).
     """
     if e.compiled is None:
         return
@@ -559,21 +557,16 @@ def compiled(e: Evidence) -> Iterator[str]:
         if calls != passes:
             yield f"train.compile=true: {name} ran {passes} times, and its graph {calls} times"
     digits = {"fp32": torch.float32, "bf16": torch.bfloat16}[e.run.train.precision.value]
-    bound = math.sqrt(torch.finfo(digits).eps)
-    found = {name: float(loss) for name, loss in e.shares.losses.items()}
-    by_operations = {name: float(loss) for name, loss in e.by_operations.losses.items()}
-    found["gradient norm"] = _norm_of_all(e.grad_norms)
-    by_operations["gradient norm"] = _norm_of_all(e.norms_by_operations)
-    for name, value in by_operations.items():
-        if not abs(found[name] - value) <= bound * abs(value):
+    unit = torch.finfo(digits).eps
+    bound = allowed(unit)
+    for name, loss in e.by_operations.shares.losses.items():
+        found, value = float(e.shares.losses[name]), float(loss)
+        if not abs(found - value) <= bound * abs(value):
             yield (
-                f"train.compile=true: the graphs give {name} {found[name]:.7g}, their operations"
+                f"train.compile=true: the graphs give {name} {found:.7g}, their operations"
                 f" {value:.7g}; {bound:.1g} of it may be rounding"
             )
-
-
-def _norm_of_all(norms: dict[str, Tensor]) -> float:
-    return math.sqrt(sum(float(n.square().sum()) for n in norms.values()))
+    yield from e.by_operations.faults(unit)
 
 
 def pipeline(e: Evidence) -> Iterator[str]:

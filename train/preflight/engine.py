@@ -41,11 +41,6 @@ def _problems(run: RunConfig, plan: StagePlan) -> Iterator[str]:
             "parallel.offload=optimizer+master keeps whole masters of one process, but the world"
             f" size is {launched_world_size()}: say parallel.offload=optimizer"
         )
-    if run.train.compile and launched_world_size() > 1:
-        yield (
-            "train.compile=true makes graphs of the blocks of one process, but the world size is"
-            f" {launched_world_size()}: say train.compile=false"
-        )
     if run.engine.name is not EngineName.deepspeed:
         return
     names = parameter_shapes(run.model)

@@ -469,13 +469,16 @@ class Needs:
     def _gathered(self, layout: ParallelConfig, here: list[int]) -> float:
         """Whole weights in their compute dtype: of two blocks when sharded (one is prefetched).
 
-        A pipeline stage stays gathered for the whole step.
+        A pipeline stage stays gathered for the whole step. Blocks that are graphs
+        (``train.compile``) are gathered in fp32.
         """
         sharded = layout.shard_degree > 1 or layout.pp > 1
         sizes = []
         for i in here:
             block = self.blocks[i]
             parts = [block.gathered[w] + (block.fp32[w] if sharded else 0.0) for w in range(2)]
+            if sharded and self.run.train.compile:
+                parts = [4 * elements for elements in block.elements]
             sizes.append(parts[0] + parts[1] / layout.ep)
         if layout.pp > 1 or not sharded:
             return sum(sizes)  # where nothing is sharded every weight has a copy

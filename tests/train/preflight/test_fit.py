@@ -73,6 +73,15 @@ def test_sharding_divides_what_it_should():
     assert 0.5 < halves.weights / one.weights < 0.56
 
 
+def test_blocks_that_are_graphs_are_gathered_in_fp32():
+    graphs = (*NANO, "model.kernels=reference", "train.compile=true")
+    two = ParallelConfig(dp_shard=2)
+    plain, compiled = (needs(*words).peak(two, "cuda").gathered for words in (NANO, graphs))
+    assert 1.2 * plain < compiled <= 2 * plain  # some is fp32 anyway
+    alone = [needs(*words).peak(ONE, "cuda").gathered for words in (NANO, graphs)]
+    assert alone[0] == alone[1]
+
+
 @pytest.mark.parametrize("card", [8, 12, 16, 24, 80])
 def test_gpu_presets_predict_a_peak_below_their_card(card):
     """A tenth stays free: a desktop's share, and what an allocator cannot use."""
