@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from parallel.errors import ConfigError
 
@@ -23,6 +24,16 @@ def launched_rank() -> int:
 def launched_world_size() -> int:
     """Number of processes; 1 where nothing launched them."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def forget_absent_backend() -> None:
+    """Take a notebook's ``MPLBACKEND`` away where this environment has no such module.
+
+    matplotlib could not be imported otherwise, and figures are written to files by none.
+    """
+    module = os.environ.get("MPLBACKEND", "").removeprefix("module://").partition(".")[0]
+    if os.environ.get("MPLBACKEND", "").startswith("module://") and find_spec(module) is None:
+        del os.environ["MPLBACKEND"]
 
 
 def launched_here() -> int:

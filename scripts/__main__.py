@@ -17,6 +17,7 @@ from pathlib import Path
 if not __package__:  # run as a folder
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from parallel.launch import forget_absent_backend
 from scripts.cli.group import run_command, show_list
 
 MOVED = {  # old script -> how it is called now
@@ -74,6 +75,7 @@ def main(words: Sequence[str] | None = None) -> int:
     Returns:
         Its exit code; 2: there is no such command.
     """
+    forget_absent_backend()
     name, *rest = list(sys.argv[1:] if words is None else words) or ["--help"]
     if name in ("-h", "--help"):
         return show_list(__doc__, "commands", COMMANDS)

@@ -34,7 +34,13 @@ from omegaconf import DictConfig
 from data.cache import raise_if_full
 from data.errors import DiskError
 from parallel.last_word import tell_launcher
-from parallel.launch import check_launch, launched_rank, launched_world_size, without_local_rank
+from parallel.launch import (
+    check_launch,
+    forget_absent_backend,
+    launched_rank,
+    launched_world_size,
+    without_local_rank,
+)
 from train.config.command_line import (
     CONF,
     acceptable,
@@ -395,6 +401,7 @@ def command(words: Sequence[str]) -> int:
         level=logging.INFO if launched_rank() == 0 else logging.WARNING, format="%(message)s"
     )
     stop_with_launcher()
+    forget_absent_backend()
     return ends_when_unread(lambda: cli(words))
 
 

@@ -2,10 +2,12 @@
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -108,6 +110,21 @@ def test_another_rank_makes_no_folder_before_rank_0_lets_it(tmp_path, monkeypatc
     with pytest.raises(Stopped):
         _train(compose_run(["model=v4_tiny", f"run_dir={folder}"]), None)
     assert not folder.exists()
+
+
+@pytest.mark.skipif(
+    find_spec("matplotlib_inline") is not None, reason="a notebook's module is here"
+)
+@pytest.mark.parametrize("forgotten", [True, False])
+def test_a_notebooks_backend_that_is_not_here_does_no_harm(forgotten):
+    """As ``!v4 ...`` in a cell: the kernel's environment may be another than the command's."""
+    words = "from parallel.launch import forget_absent_backend as f; f(); " if forgotten else ""
+    backend = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = subprocess.run(
+        [sys.executable, "-c", f"{words}import train.record.plots"],
+        cwd=ROOT, env={**os.environ, **backend}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode == 0) == forgotten, done.stderr
 
 
 def test_launcher_runs_the_same_entry(tmp_path):
