@@ -136,6 +136,14 @@ def test_kernels_train_on_shards_as_one_process(world, kernels):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["auto", "reference"])
+def test_windows_and_blocks_over_several_shards_train_as_one_process(kernels):
+    """64 tokens a rank; windows of 100, and HCA blocks of 128 of which a rank may hold no end."""
+    changes = {"kernels": kernels, "sliding_window": 100, "compress_ratios": [0, 4, 128, 0]}
+    run_distributed(compare_step, 4, {"cp": 4}, "small", 4, "none", changes)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint", ["none", "block", "selective"])
 @pytest.mark.parametrize(
     ("world", "degrees", "micro"),
