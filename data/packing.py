@@ -49,6 +49,10 @@ class Cut:
         """Both."""
         return Cut(self.documents + other.documents, self.tokens + other.tokens)
 
+    def __sub__(self, other: Cut) -> Cut:
+        """Without what turned out not to be."""
+        return Cut(self.documents - other.documents, self.tokens - other.tokens)
+
 
 def whole_documents(lengths: Iterable[int]) -> list[Span]:
     """One span for each document."""

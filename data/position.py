@@ -1,8 +1,9 @@
 """Where a run stands in its data, and the rows of a pool that are still to come there.
 
 Another row length in the middle of a pool: the rows that were taken stay taken; the tokens of the
-others, pieces that continue each other joined, are packed anew with the new length. The lengths and
-row counts that came before in this pool are part of the position.
+others, pieces that continue each other joined, are packed anew with the new length (documents that
+are not split: whole, as nobody has read of them). The lengths and row counts that came before in
+this pool are part of the position.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import numpy as np
 
 from data.config import LongDocuments
 from data.keyed import mix, permute
-from data.packing import Cut, Row, keep, pack, unread
+from data.packing import NO_CUT, Cut, Row, keep, pack, unread, whole_documents
 from data.pool import Cursor, Pool
 
 
@@ -67,15 +68,23 @@ def rows_of(pool: Pool, position: Position, long: LongDocuments) -> tuple[list[R
         long: what becomes of documents longer than a row.
 
     Returns:
-        The rows, and what this row length (not an earlier one) did to long documents.
+        The rows, and what this row length did to long documents, less what an earlier one did to
+        those that nobody has read: unless they are split, they are looked at anew, whole.
     """
-    spans = pool.spans
+    spans, read, undone = pool.spans, set[int](), NO_CUT
     for number, (seq_len, taken) in enumerate(position.earlier):
         kept, _ = keep(spans, seq_len, long)
-        spans = unread(_shuffled(pack(kept, seq_len), mix(pool.key, number))[taken:])
+        rows = _shuffled(pack(kept, seq_len), mix(pool.key, number))
+        if long is LongDocuments.split:
+            spans = unread(rows[taken:])
+        else:
+            read |= {span.document for row in rows[:taken] for span in row}
+            whole = whole_documents(pool.lengths.tolist())
+            spans = [span for span in whole if span.document not in read]
+            undone = keep(spans, seq_len, long)[1]
     kept, cut = keep(spans, position.seq_len, long)
     rows = _shuffled(pack(kept, position.seq_len), mix(pool.key, len(position.earlier)))
-    return rows, cut if position.earlier else cut + pool.cut
+    return rows, cut - undone if position.earlier else cut + pool.cut
 
 
 def _shuffled(rows: list[Row], key: int) -> list[Row]:

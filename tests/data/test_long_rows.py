@@ -128,6 +128,40 @@ def test_a_rest_longer_than_shorter_rows_is_cut_too():
     assert keep(spans, 128, LongDocuments.split) == (spans, Cut(1, 0))
 
 
+@pytest.mark.parametrize("long", LongDocuments)
+@pytest.mark.parametrize("edges", [(3,), (3, 2)])
+def test_longer_rows_take_what_is_unread_whole(long, edges):
+    """Of a pool that an edge divides, documents not yet read are cut for the new length alone."""
+    length_N = np.array([500, 400, 300, 260, 200, 130, 90, 60, 400, 350] * 3)
+    loader, seen = loader_of(length_N, PackingConfig(pool_documents=30, long_documents=long)), {}
+    lengths = [128, 256, 512]
+    for rows, seq_len in zip((*edges, 1000), lengths, strict=False):
+        for _ in range(rows):
+            planned = loader.plan(1, seq_len)
+            for span in planned.rows[0].spans:
+                number = planned.rows[0].documents.name(span.document).document
+                seen.setdefault(number, []).append((span.start, span.stop, seq_len))
+            cut = planned.cut
+            if loader.position.pool:
+                break  # the one pool of this pass is read
+    left = dict(enumerate(length_N.tolist()))
+    over = 0
+    for number, pieces in seen.items():
+        length, seq_len = length_N[number], pieces[0][2]
+        if long is not LongDocuments.split:
+            assert pieces == [(0, min(length, seq_len), seq_len)]  # once, from its beginning
+            over += length > seq_len
+        left[number] -= sum(stop - start for start, stop, _ in pieces)
+    last = lengths[len(edges)]
+    if long is LongDocuments.split:
+        assert set(left.values()) == {0}
+        return
+    unseen = set(left) - set(seen)
+    assert all(length_N[n] > last for n in unseen)  # only what does not fit the last rows either
+    assert not unseen or long is LongDocuments.skip
+    assert cut == Cut(over + len(unseen), sum(left.values()))
+
+
 def test_what_is_left_out_is_told_once(caplog):
     loader = loader_of([500, 400, 90], PackingConfig(long_documents=LongDocuments.truncate))
     for _ in range(5):
