@@ -415,7 +415,7 @@ def _initialised(
             engine = deepspeed.initialize(
                 model=model, optimizer=client, config=config, dist_init_required=False
             )[0]
-    except ValueError as error:  # pydantic's too
+    except (ValueError, deepspeed.DeepSpeedConfigError) as error:  # pydantic's too
         text = " ".join(str(error).split())
         raise ConfigError(f"DeepSpeed refuses its configuration: {text}") from error
     asked = config["zero_optimization"]["stage"]

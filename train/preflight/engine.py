@@ -12,6 +12,7 @@ from optim.config import ScheduleKind
 from parallel.config import EngineName, OffloadTo
 from parallel.deepspeed_load import load_deepspeed, need_nvme
 from parallel.launch import launched_world_size
+from parallel.zero_config import deepspeed_config
 from train.config.schema import RunConfig
 from train.errors import UserError
 from train.stages import StagePlan, loss_weights, trains
@@ -31,6 +32,7 @@ def check_engine(run: RunConfig, plan: StagePlan, device: str) -> None:
     refuse(UserError, _problems(run, plan))
     if run.engine.name is EngineName.deepspeed:
         load_deepspeed(torch.device(device))
+        deepspeed_config(run.engine, run.train.micro_batch_size, run.optim.grad_clip, False)
         if OffloadTo.nvme in (run.engine.offload_optimizer, run.engine.offload_parameters):
             need_nvme(run.engine.nvme_path)
 
