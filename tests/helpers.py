@@ -10,6 +10,7 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -132,15 +133,20 @@ def random_rows(
     return Rows(Batch(ids, documents, labels), counts)
 
 
+def warm_context() -> ForkServerContext:
+    """Starts processes as forks of one that has a run's imports (``tests/preloaded.py``)."""
+    multiprocessing.set_forkserver_preload(["tests.preloaded"])
+    return multiprocessing.get_context("forkserver")
+
+
 def run_distributed(
     fn: Callable[..., None], world_size: int, *args: Any, backend: str = "gloo"
 ) -> None:
     """Run ``fn(rank, world_size, *args)`` on ranks of this machine; a failure fails the test.
 
-    ``fn`` must be a module-level function. With a backend for CUDA each rank has a device. Ranks
-    are forked from a clean process that has imported what they need (``tests/preloaded.py``).
+    ``fn`` must be a module-level function. With a backend for CUDA each rank has a device.
     """
-    multiprocessing.set_forkserver_preload(["tests.preloaded"])
+    warm_context()
     with tempfile.TemporaryDirectory() as folder:
         given = (fn, world_size, f"{folder}/store", backend, dict(os.environ), args)
         mp.start_processes(_rank, given, nprocs=world_size, start_method="forkserver")

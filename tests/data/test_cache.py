@@ -1,6 +1,5 @@
 """The cache: complete or absent, built once by however many processes, also after a kill."""
 
-import multiprocessing
 import os
 import time
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 
 from data.cache import build_once, save_array
+from tests.helpers import warm_context
 
 pytestmark = pytest.mark.core
 
@@ -26,7 +26,7 @@ def build_and_check(target) -> None:
 
 
 def test_processes_that_ask_at_once_build_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = warm_context()
     processes = [context.Process(target=build_and_check, args=(tmp_path / "x",)) for _ in range(3)]
     for process in processes:
         process.start()

@@ -7,7 +7,6 @@ every metric but the counters that say what happened. Kills are SIGKILL of a rea
 
 import json
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import warm_context
 from tests.integration.poisoned_run import (
     EVERY,
     FIRST_SPIKE,
@@ -138,7 +138,7 @@ def run_until_killed(run, step, times):
 def sigkill(run, step, times):
     """Kill a run of its own; what was to be saved before the step is on disk by then."""
     run = replace(run, train=replace(run.train, async_checkpoint=False))
-    context = multiprocessing.get_context("spawn")
+    context = warm_context()
     process = context.Process(target=run_until_killed, args=(run, step, times))
     process.start()
     process.join(200)

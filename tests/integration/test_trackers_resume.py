@@ -5,7 +5,6 @@ the steps and losses of ``metrics.jsonl``, each step once. Kills are SIGKILL of 
 """
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.helpers import warm_context
 from tests.integration.poisoned_run import FIRST_SPIKE, poisoned_run, write_poisoned
 from tests.integration.small_run import KillAfter, fit, metrics_of, small_run, write_corpus
 from tests.train.checkpoint.folders import locate
@@ -102,7 +102,7 @@ def run_until_killed(run):
 
 
 def sigkill(run):
-    process = multiprocessing.get_context("spawn").Process(target=run_until_killed, args=(run,))
+    process = warm_context().Process(target=run_until_killed, args=(run,))
     process.start()
     process.join(500)
     assert process.exitcode == -signal.SIGKILL
