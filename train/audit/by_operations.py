@@ -26,7 +26,7 @@ from parallel.collectives import local
 from parallel.engine import Shares
 from parallel.pieces import total_of
 
-# Fused graphs are 0.6 to 1.4 times as far (inductor in bf16); of a few elements one sample says
+# Fused graphs are 0.5 to 1.9 times as far (inductor in bf16); of a few elements one sample says
 # little of their spread: up to 6 times.
 _FACTOR, _FACTOR_OF_FEW, _FEW = 4.0, 16.0, 64
 _UNITS = 4.0
