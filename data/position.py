@@ -1,9 +1,9 @@
 """Where a run stands in its data, and the rows of a pool that are still to come there.
 
 Another row length in the middle of a pool: the rows that were taken stay taken; the tokens of the
-others, pieces that continue each other joined, are packed anew with the new length (documents that
-are not split: whole, as nobody has read of them). The lengths and row counts that came before in
-this pool are part of the position.
+others, pieces that continue each other joined, are packed anew with the new length (documents of
+the pool that are not split: whole, as nobody has read of them). The lengths and row counts that
+came before in this pool are part of the position.
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ longest pieces L, the tokens n of source s among N in all obey at any moment
     |n_s - weight_s * N| <= (L_s + weight_s * sum of all L) / 2,
 
 and so twice that over any stretch, such as a pool. L is at most a row, and at most the longest
-document of the source.
+document of the source. Where rows get longer within a pool whose documents are truncated, add what
+shorter rows had left out of it: documents that nobody has read come whole (data/position.py).
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ def _check_aio(aio: Any, engine: EngineConfig) -> None:
             f"engine.config={path} says aio.use_gds={aio['use_gds']}, which would read past the"
             " check of what was written: take it out"
         )
-    for key in aio.keys() - AIO - {"use_gds"}:
+    for key in sorted(aio.keys() - AIO - {"use_gds"}):
         raise ConfigError(f"engine.config={path} says aio.{key}, which this engine does not use")
     if OffloadTo.nvme not in (engine.offload_optimizer, engine.offload_parameters):
         raise ConfigError(
@@ -203,7 +203,7 @@ def _check_offload(key: str, value: Any, ours: str, where: OffloadTo, engine: En
             f"engine.config={path} says zero_optimization.{key}.device={device}, but"
             f" engine.{ours}={where.value}"
         )
-    for part in value.keys() - OFFLOAD_TUNING.get((key, device), set()) - {"device"}:
+    for part in sorted(value.keys() - OFFLOAD_TUNING.get((key, device), set()) - {"device"}):
         raise ConfigError(
             f"engine.config={path} says zero_optimization.{key}.{part}, which this engine does not"
             f" use with engine.{ours}={device}"

@@ -2,7 +2,7 @@
 
     python scripts/bench.py recall                               # goes on where it was stopped
     python scripts/bench.py recall --tasks gist --arms hca --seeds 0
-    python scripts/bench.py recall --report-only
+    python scripts/bench.py recall --out docs/bench/recall       # what the page shows
 
 Every model is experiment=recall, then experiment=recall_sparse, then probed; an arm is another
 ``model.attention``, a seed gives other weights and another order of documents, and all are asked
@@ -100,7 +100,7 @@ class Model:
 
 @command()
 def main(words: Sequence[str] | None = None) -> int:
-    """Train what is missing, then report; 1 if a model was not trained."""
+    """Train what is missing, then report."""
     args = options().parse_args(words)
     check_output("--out", args.out / "recall.json", MARK)
     for task in RATES:
@@ -126,7 +126,8 @@ def options() -> CommandParser:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=whole(least=0), default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, default=Path("runs/recall_study"), help="the models")
-    parser.add_argument("--out", type=Path, default=PAGE, help="folder of the results")
+    parser.add_argument("--out", type=Path, default=Path("runs/recall_study/report"),
+                        help="folder of the results")  # fmt: skip
     parser.add_argument("--report-only", action="store_true", help="tables and pictures again")
     return parser
 
@@ -154,8 +155,9 @@ def gather(folder: Path) -> dict[str, Any]:
     for task in RATES:
         for arm in ARMS:
             for path in sorted((folder / "probes").glob(f"{task}_{arm}_*")):
-                model = Model(task, arm, int(path.name.rpartition("_")[2]))
-                if told := model.found(folder):
+                seed = path.name.rpartition("_")[2]
+                model = Model(task, arm, int(seed) if seed.isdecimal() else -1)
+                if path.name == model.name and (told := model.found(folder)):
                     cells = [
                         {
                             key: cell[key]

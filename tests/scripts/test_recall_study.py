@@ -65,6 +65,7 @@ def test_models_that_are_there_are_gathered_and_reported(tmp_path, capsys):
         near = run(0.5)["cells"][1] | {"task": "gist", "nats": 1.0}
         told = {"models": {"any": {"needles": [cell, near]}}}
         (folder / "probe.json").write_text(json.dumps(told))
+    (tmp_path / "runs" / "probes" / "gist_hca_1.old").mkdir()
     found = gather(tmp_path / "runs")
     assert set(found) == {"gist hca 0", "gist hca 1"}
     words = ["--tasks", "gist", "--arms", "hca", "--seeds", "0", "1"]
