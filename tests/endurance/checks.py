@@ -34,7 +34,8 @@ _CODES = {
 }
 # A shorter run evaluates less.
 _OPTIONAL = {
-    "val_loss", "val_bits_per_byte", "val_loss_average", "val_bits_per_byte_average",
+    "val_loss", "val_bits_per_byte", "val_loss_average", "val_bits_per_byte_average", "val_bytes",
+    "val_text",
 }  # fmt: skip
 
 

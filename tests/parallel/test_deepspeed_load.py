@@ -47,11 +47,16 @@ def test_stage_that_is_not_the_one_asked_for_is_named():
 
 
 def test_configuration_that_deepspeed_refuses_is_told_in_one_line():
-    def initialize(**_):
-        raise ValueError("field\n  wrong")
+    class OwnError(Exception):
+        """As its DeepSpeedConfigError, which is no ValueError."""
 
-    with pytest.raises(ConfigError, match="DeepSpeed refuses its configuration: field wrong"):
-        _initialised(SimpleNamespace(initialize=initialize), None, None, {})
+    def initialize(**given):
+        raise given["config"]("field\n  wrong")
+
+    deepspeed = SimpleNamespace(initialize=initialize, DeepSpeedConfigError=OwnError)
+    for error in (ValueError, OwnError):
+        with pytest.raises(ConfigError, match="DeepSpeed refuses its configuration: field wrong"):
+            _initialised(deepspeed, None, None, error)
 
 
 def test_lock_of_a_killed_build_of_ours_is_removed(tmp_path, caplog):

@@ -62,7 +62,7 @@ def test_banner_has_room_at_any_width(model):
     tokens = {"books": 12_345, "web_pages_of_a_crawl": 10**13, "stream": None}
     weights = {"books": 0.3, "web_pages_of_a_crawl": 0.3, "stream": 0.4}
     found = planned_uses(tokens, weights, plan.end_tokens)
-    for layout in (ParallelConfig(), ParallelConfig(1, 128, 64, 4)):
+    for layout in (ParallelConfig().resolve(1), ParallelConfig(1, 128, 64, 4)):
         memory = needs.peak(layout, "cpu")
         for width in (60, 80, 200, None):
             lines = banner(run, plan, found, memory, layout, "cpu", width)
