@@ -5,10 +5,10 @@ reached any more says nothing: the others wait for it in a collective. How long 
 ``parallel.timeout_seconds``, in force from the first step on. Before it, one rank may prepare data
 for hours while the others wait.
 
-A rank that leaves by an error of its own, which is told in one line, says so in the store that all
-share: the first to do so tells its line, and the others leave without another. They look there
-once a second, by a thread: some collectives, gloo's reduce-scatter among them, do not notice that a
-partner was gone before they began.
+A rank that runs out of memory, as others may not, says so in the store that all share: the first to
+do so tells its line, and the others leave without another. They look there once a second, by a
+thread: some collectives, gloo's reduce-scatter among them, do not notice that a partner was gone
+before they began. Without torchrun the store is in rank 0's process, which stays until they looked.
 """
 
 from __future__ import annotations
@@ -57,14 +57,15 @@ def lost_rank_ends_the_job(timeout_seconds: float) -> Iterator[None]:
     It leaves a little later, so that the launcher meets the rank that died first and names that one
     as the cause; and without closing its groups, which with a partner missing may never close.
     """
-    over = threading.Event()
-    threading.Thread(target=_leave_with_another, args=(over,), daemon=True).start()
+    over, codes = threading.Event(), list[int]()
+    watch = threading.Thread(target=_leave_with_another, args=(over, codes), daemon=True)
+    watch.start()
     try:
         yield
     except RuntimeError as error:
         if not (dist.is_initialized() and is_lost_rank(error)):
             raise
-        if code := _code_of_another():
+        if code := codes[0] if codes else _code_of_another():
             time.sleep(_PATIENCE)
             os._exit(code)
         what = " ".join(str(error).split())[:300]
@@ -78,6 +79,7 @@ def lost_rank_ends_the_job(timeout_seconds: float) -> Iterator[None]:
         os._exit(1)
     finally:
         over.set()
+        watch.join(_LOOK + _PATIENCE)
 
 
 def leave_by_own_error(lines: Sequence[str], code: int) -> NoReturn:
@@ -89,34 +91,44 @@ def leave_by_own_error(lines: Sequence[str], code: int) -> NoReturn:
         lines: of the error.
         code: with which every rank leaves.
     """
-    mine = f"{dist.get_rank()} {code}"
-    store = distributed_c10d._get_default_store()
+    rank, store = dist.get_rank(), distributed_c10d._get_default_store()
+    mine = f"{rank} {code}"
     if store.compare_set(_TELLER, "", mine) == mine.encode():
-        text = "".join(f"error: rank {dist.get_rank()}: {line}\n" for line in lines)
+        text = "".join(f"error: rank {rank}: {line}\n" for line in lines)
         sys.stderr.write(text)
         sys.stderr.flush()
         tell_launcher(text)
-    os._exit(code)
+    try:
+        if rank == 0:  # the store may end with it
+            time.sleep(2 * _LOOK)
+    finally:  # a signal may end the wait
+        os._exit(code)
 
 
-def _leave_with_another(over: threading.Event) -> None:
-    """Leave when a rank has told its error, whatever this one waits for."""
+def _leave_with_another(over: threading.Event, codes: list[int]) -> None:
+    """Leave when a rank has told its error, whatever this one waits for.
+
+    Args:
+        over: ends the looking.
+        codes: gets the code, which the store may no longer tell when a collective fails.
+    """
     while not over.wait(_LOOK):
-        if dist.is_initialized() and (code := _code_of_another()):
+        if code := _code_of_another():
+            codes.append(code)
             time.sleep(_PATIENCE)
             os._exit(code)
 
 
 def _code_of_another() -> int:
     """With which code another rank left that has told its error; 0: none has."""
-    store = distributed_c10d._get_default_store()
     try:
+        store = distributed_c10d._get_default_store()
         if not store.check([_TELLER]):
             return 0
         rank, code = map(int, store.get(_TELLER).split())
-    except RuntimeError:  # the store is gone
+        return code if rank != dist.get_rank() else 0
+    except (RuntimeError, ValueError):  # the store is gone; there is no group yet, or any more
         return 0
-    return code if rank != dist.get_rank() else 0
 
 
 def is_lost_rank(error: BaseException) -> bool:

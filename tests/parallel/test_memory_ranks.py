@@ -4,15 +4,20 @@ The real launcher and entry; planted where an allocator raises it. The other ran
 by then, or comes to one: 30 s is the promise, the configured timeout is 10 minutes.
 """
 
+import os
 import subprocess
+import threading
 import time
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from parallel import lost_rank
-from parallel.lost_rank import leave_by_own_error
-from tests.helpers import ROOT
+from parallel.lost_rank import leave_by_own_error, lost_rank_ends_the_job
+from parallel.mesh import init_process_group, leave_process_group
+from scripts.layout_trials.asked import free_port
+from tests.helpers import ROOT, warm_context
 from tests.integration.small_run import write_corpus
 from tests.parallel.torchrun import ONE_THREAD, command, end, words
 from train.run_folder.lock import owned
@@ -87,6 +92,7 @@ def leaves(monkeypatch):
 
     monkeypatch.setattr(lost_rank.distributed_c10d, "_get_default_store", lambda: store)
     monkeypatch.setattr(lost_rank.os, "_exit", left)
+    monkeypatch.setattr(lost_rank, "_LOOK", 0.0)
     return leave
 
 
@@ -98,6 +104,73 @@ def test_the_first_rank_tells_and_all_know_its_code(leaves, capsys):
     assert leaves(3, ["c"], 2) == 2
     assert capsys.readouterr().err == ""
     assert lost_rank._code_of_another() == 2
+
+
+def test_a_rank_leaves_when_another_has_told(leaves, monkeypatch):
+    """Whatever the rank itself is at; here its process lives on."""
+    codes, ended = [], threading.Event()
+
+    def left(code):
+        codes.append(code)
+        ended.set()
+
+    leaves(1, ["a"], 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(lost_rank.os, "_exit", left)
+    monkeypatch.setattr(lost_rank, "_LOOK", 0.01)
+    monkeypatch.setattr(lost_rank, "_PATIENCE", 0.0)
+    with lost_rank_ends_the_job(600):
+        assert ended.wait(30)
+    assert set(codes) == {2}
+
+
+def test_the_looking_ends_with_what_it_watches(monkeypatch):
+    """It would meet the end of the group, and warn of an error in a thread."""
+    looking, ended = threading.Event(), []
+
+    def look():
+        looking.set()
+        time.sleep(0.2)
+        ended.append(True)
+        return 0
+
+    assert lost_rank._code_of_another() == 0  # there is no group
+    monkeypatch.setattr(lost_rank, "_code_of_another", look)
+    monkeypatch.setattr(lost_rank, "_LOOK", 0.01)
+    with lost_rank_ends_the_job(600):
+        assert looking.wait(30)
+        ended.clear()
+    assert ended
+
+
+def as_rank(rank, port, folder):
+    """As started without torchrun, with rank 0's process holding the store: it has no memory."""
+    err = os.open(folder / str(rank), os.O_WRONLY | os.O_CREAT)
+    os.dup2(err, 2)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # fmt: skip
+    lost_rank._LOOK, lost_rank._PATIENCE = 0.4, 0.8
+    init_process_group(torch.device("cpu"))
+    with lost_rank_ends_the_job(600):
+        if rank == 0:
+            leave_by_own_error(["no memory"], 2)
+        dist.barrier()
+    leave_process_group()
+
+
+def test_a_rank_that_holds_the_store_leaves_when_the_others_know(tmp_path):
+    port = free_port()
+    ranks = [warm_context().Process(target=as_rank, args=(r, port, tmp_path)) for r in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    try:
+        assert [rank.exitcode for rank in ranks] == [2, 2]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [(tmp_path / str(r)).read_text() for r in range(2)] == ["error: rank 0: no memory\n", ""]
 
 
 @pytest.mark.slow
@@ -127,7 +200,7 @@ def test_a_rank_without_memory_ends_the_job_in_one_line(tmp_path, place, ranks):
     assert ended - planted < 30, printed[-3000:]
     above, _, below = printed.partition("torch.distributed.elastic")  # what torchrun says
     [line] = [line for line in above.splitlines() if line.startswith("error: ")]
-    when = {"build": "before the first step", "checkpoint": "in step 2"}.get(place, "in step 2")
+    when = "before the first step" if place == "build" else "in step 2"
     assert f"out of memory on cpu {when} (CUDA out of memory): give" in line
     assert line.removeprefix("error: ").startswith(tuple(f"rank {r}: " for r in ranks.split()))
     if place != "build":

@@ -4,6 +4,7 @@ Planted where a device's allocator raises it: in a block's forward pass.
 """
 
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -49,6 +50,14 @@ def test_one_line_names_the_keys_and_the_last_checkpoint_stays(tmp_path):
     resumed = build(smaller)
     assert resumed.state.progress.step == 2
     assert resumed.fit() == 0
+
+
+@pytest.mark.parametrize("part", ["build_model", "PhaseSwitch", "build_state", "restore", "Audit"])
+def test_every_part_of_a_run_is_made_where_memory_is_told(tmp_path, part):
+    run = small_run(tmp_path / "run", write_corpus(tmp_path))
+    with patch(f"train.build.{part}", side_effect=torch.OutOfMemoryError(SAID)):
+        with pytest.raises(UserError, match=r"^out of memory on cpu before the first step"):
+            build(run)
 
 
 @pytest.mark.parametrize(
