@@ -21,11 +21,11 @@ from model.config import Kernels
 from parallel.compiled_blocks import CompiledBlocks
 from parallel.config import ParallelConfig
 from tests.helpers import relative, small_config
-from tests.integration.small_run import final_tensors, small_run, write_corpus
+from tests.integration.small_run import ROWS, SEQ_LEN, final_tensors, small_run, write_corpus
 from train.audit.audit import AuditError
 from train.build import build
 from train.config.command_line import compose_run
-from train.config.schema import ActivationCheckpoint, Precision
+from train.config.schema import ActivationCheckpoint, Precision, StageConfig
 from train.errors import USER_ERRORS
 
 # Tracing instantiates autograd functions itself.
@@ -286,6 +286,30 @@ def test_graphs_that_are_missing_or_wrong_stop_the_run(tmp_path, corpus, planted
         trainer = build(run)
         with pytest.raises(error, match=words):
             trainer.fit()
+
+
+def test_graphs_of_a_later_stage_are_asked_too(tmp_path, corpus):
+    """Its rows are shorter, and the graphs that take them leak."""
+    batch = ROWS * SEQ_LEN
+    stages = [
+        StageConfig(name="long", until_tokens=batch),
+        StageConfig(name="short", until_tokens=2 * batch, seq_len=SEQ_LEN // 2),
+    ]
+
+    def planted(forward, **named):
+        graph = leaks(forward, **named)
+
+        def chosen(x_BTSD, *args):
+            return (graph if x_BTSD.shape[1] < SEQ_LEN else forward)(x_BTSD, *args)
+
+        return chosen
+
+    run = run_of(tmp_path, corpus, steps=0, stages=stages)
+    with compiled_by("eager"), patch("torch.compile", planted):
+        trainer = build(run)
+        with pytest.raises(AuditError, match="by the graphs a document's loss reaches"):
+            trainer.fit()
+    assert trainer.state.progress.step == 1
 
 
 def test_a_block_that_is_no_whole_graph_is_an_error(tmp_path, corpus):

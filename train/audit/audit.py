@@ -2,9 +2,9 @@
 
 reference P.2, Honest. It goes by what ran, not by what the config says: gradients, bits before
 and after an update, outputs of the seams. Before the first audited step it checks owners, hash
-tables and the isolation of documents; then it holds the first steps of every stage (and of every
-start) against ``train/audit/checks.py``; then it asks which parameters never had a gradient. A
-resumed run is audited again: another machine may do otherwise.
+tables and the isolation of documents (of graphs in every stage); then it holds the first steps of
+every stage (and of every start) against ``train/audit/checks.py``; then it asks which parameters
+never had a gradient. A resumed run is audited again: another machine may do otherwise.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Audit:
         self._whole = False  # every update is judged
         self._hidden: dict[str, float] = {}  # sampled, but not to be judged below this rate
         self._some_hidden, self._judging_lr = True, 0.0  # of any rank
-        self._checked = False
+        self._checked = self._graphs_checked = False
         self._result: dict[str, Any] = {
             "steps": [], "checks": [], "not_exercised": [], "kernels": {}, "started": {},
             "judged": {},
@@ -120,9 +120,10 @@ class Audit:
             faults = [*self._owners(), *self._holders(), *self._shards(), *hash_tables(self._model)]
             with nullcontext() if self._compiled is None else self._compiled.eager():
                 _refuse(self._engine, [*faults, *isolation(self._engine)])
-            if self._compiled is not None:
-                _refuse(self._engine, isolation_of_graphs(self._engine, step))
             self._checked = True
+        if self._compiled is not None and not self._graphs_checked:
+            _refuse(self._engine, isolation_of_graphs(self._engine, step))
+            self._graphs_checked = True
         observer = _Observer(self._evidence(step, rows), self._engine, self._samples)
         observer.before_step()
         if self._compiled is None:
@@ -170,6 +171,7 @@ class Audit:
 
     def _enter_stage(self, step: StepPlan) -> None:
         self._stage, self._steps = step.stage, 0
+        self._graphs_checked = False  # rows and objective are others, and so are the graphs
         self._gradients, self._loads, self._longest = {}, {}, 0
         self._targets_K = [0.0] * (1 + self._run.model.num_nextn_predict_layers)
         trained, weights = self._trained(step), self._engine.weights()

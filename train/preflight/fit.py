@@ -68,7 +68,8 @@ class Memory:
         activations: kept from the forward for the backward pass.
         temporary: the largest that is alive beside the rest: logits of a chunk, whole gradients of
             a layer, or the workspace of Newton-Schulz where it exceeds activations.
-        audit: samples of the weights before each of the first steps, and comparing them.
+        audit: samples of the weights before each of the first steps, and comparing them; on a CPU
+            a second set of gradients, where blocks are graphs.
         runtime: interpreter, libraries, CUDA context.
     """
 
@@ -116,7 +117,8 @@ def check(run: RunConfig, plan: StagePlan, world: World) -> None:
 
 def _check_host(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: World) -> None:
     """Refuse what would rest in more host memory, or on a smaller drive, than there is."""
-    rest, path = Needs(run, plan).resting(layout), run.engine.nvme_path
+    needs, path = Needs(run, plan), run.engine.nvme_path
+    rest = needs.resting(layout)
     if rest.disk and Path(path).is_dir():
         free = shutil.disk_usage(path).free // launched_here()
         if rest.disk > free:
@@ -127,14 +129,26 @@ def _check_host(run: RunConfig, plan: StagePlan, layout: ParallelConfig, world: 
             )
     if world.device == "cpu":  # its memory is the device's own
         return
-    host, has = rest.host, machine_memory() // launched_here()
-    if host > has:
+    host = rest.host + needs.audited_gradients(layout)
+    if host > (has := machine_memory() // launched_here()):
         raise DoesNotFitError(
-            f"parallel.offload={run.parallel.offload} (engine.offload_optimizer="
-            f"{run.engine.offload_optimizer.value}) keeps {gb(host)} of model.name="
-            f"{run.model.name} in host memory, which has {gb(has)} a rank",
+            f"{', '.join(_on_host(run))}: {gb(host)} of model.name={run.model.name} in host memory,"
+            f" which has {gb(has)} a rank",
             table=report(run, plan, layout, world),
         )
+
+
+def _on_host(run: RunConfig) -> Iterator[str]:
+    """The keys that keep something in host memory, with their values."""
+    if run.parallel.offload != "none":
+        yield f"parallel.offload={run.parallel.offload}"
+    if run.parallel.offload_activations:
+        yield "parallel.offload_activations=true"
+    for key in ("offload_optimizer", "offload_parameters"):
+        if (where := getattr(run.engine, key)) is not OffloadTo.none:
+            yield f"engine.{key}={where.value}"
+    if run.train.compile:
+        yield "train.compile=true"
 
 
 def smallest_layouts(
@@ -296,6 +310,15 @@ class Needs:
             (self._resting(layout, part) for part in range(layout.pp)), key=lambda rest: rest.host
         )
 
+    def audited_gradients(self, layout: ParallelConfig, part: int = 0) -> int:
+        """Bytes of gradients that audited steps keep on the host, to compare those of graphs with.
+
+        Args:
+            layout: resolved degrees.
+            part: of the pipeline; graphs go with one.
+        """
+        return round(4 * self._elements(layout, part)) if self.run.train.compile else 0
+
     def _resting(self, layout: ParallelConfig, part: int) -> Resting:
         engine = self.run.engine
         if engine.name is EngineName.deepspeed:
@@ -343,7 +366,8 @@ class Needs:
             gathered=round(self._gathered(layout, [*here, *copies])),
             activations=round(activations),
             temporary=round(temporary),
-            audit=self._audit(weights, device, here),
+            audit=self._audit(weights, device, here)
+            + (self.audited_gradients(layout, part) if device == "cpu" else 0),
             runtime=round(RUNTIME[device]),
         )
         if run.engine.name is EngineName.deepspeed:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import train.preflight.fit as fit_module
 import train.preflight.world as world_module
 from model.activation_memory import gathered_entry_bytes
 from model.flops import parameter_counts
@@ -80,6 +81,31 @@ def test_blocks_that_are_graphs_are_gathered_in_fp32():
     assert 1.2 * plain < compiled <= 2 * plain  # some is fp32 anyway
     alone = [needs(*words).peak(ONE, "cuda").gathered for words in (NANO, graphs)]
     assert alone[0] == alone[1]
+
+
+def test_gradients_kept_beside_those_of_graphs_count_where_they_rest(monkeypatch):
+    """Of a CPU in its memory, of a GPU in the host's, which may have no room for them."""
+    graphs = (*NANO, "model.kernels=reference", "train.compile=true")
+    plain, compiled = (needs(*words) for words in (NANO, graphs))
+    weights = plain.peak(ONE, "cpu").weights
+    assert compiled.peak(ONE, "cpu").audit == plain.peak(ONE, "cpu").audit + weights
+    assert compiled.peak(ONE, "cuda").audit == plain.peak(ONE, "cuda").audit
+    world = World(1, "cuda", 80 * 10**9)
+    monkeypatch.setattr(fit_module, "machine_memory", lambda: weights)
+    check(compiled.run, resolve(compiled.run), world)
+    monkeypatch.setattr(fit_module, "machine_memory", lambda: weights - 1)
+    check(plain.run, resolve(plain.run), world)
+    with pytest.raises(DoesNotFitError, match=r"^train\.compile=true: .* in host memory, which"):
+        check(compiled.run, resolve(compiled.run), world)
+
+
+def test_keys_that_rest_too_much_on_the_host_are_named(monkeypatch):
+    words = (*NANO, "parallel.offload=optimizer", "parallel.offload_activations=true")
+    run = compose_run([*words, "train.device=cuda"])
+    monkeypatch.setattr(fit_module, "machine_memory", lambda: 10**6)
+    named = "^parallel.offload=optimizer, parallel.offload_activations=true: "
+    with pytest.raises(DoesNotFitError, match=named):
+        check(run, resolve(run), World(1, "cuda", 80 * 10**9))
 
 
 @pytest.mark.parametrize("card", [8, 12, 16, 24, 80])
