@@ -20,9 +20,10 @@ from urllib.request import Request, getproxies, proxy_bypass, urlopen
 from huggingface_hub import constants, get_token
 
 SECONDS = 5.0  # of waiting for a connection, and for an answer
-_MOST = 1 << 24  # bytes of an answer that are read
+_MOST = 1 << 16  # bytes of an answer that are read: whole a small one, of another its beginning
 logger = logging.getLogger(__name__)
 _PORTS = {"http": 80, "https": 443}
+_away: dict[str, str] = {}  # by hub: why this process no longer asks it
 
 
 def unreachable(url: str, seconds: float = SECONDS) -> str:
@@ -51,7 +52,7 @@ class Answer:
     Attributes:
         status: of HTTP; 0: there was no such answer.
         said: status and its name, or why there was none.
-        body: of an answer without error.
+        body: of an answer without error; the beginning of a long one.
     """
 
     status: int
@@ -66,6 +67,11 @@ class Answer:
         except (ValueError, RecursionError):
             return None
         return content if isinstance(content, dict) else None
+
+    @property
+    def begins_record(self) -> bool:
+        """Whether it looks like a JSON object as far as it was read: a hub's may be of any size."""
+        return self.body.lstrip().startswith(b"{")
 
 
 def ask(
@@ -112,20 +118,23 @@ class HubAnswer:
 
 
 def ask_hub(kind: str, name: str) -> HubAnswer:
-    """Ask the hub for a repository, once in the life of a process.
+    """Ask the hub for a repository, once in the life of a process; never one that was away.
 
     Args:
         kind: dataset or model.
         name: OWNER/NAME.
     """
-    return (
-        HubAnswer() if constants.HF_HUB_OFFLINE else _answer_of_hub(constants.ENDPOINT, kind, name)
-    )
+    hub = constants.ENDPOINT
+    if constants.HF_HUB_OFFLINE:
+        return HubAnswer(_away.get(hub, ""))
+    return _answer_of_hub(hub, kind, name)
 
 
 def go_offline(away: str) -> None:
-    """Let the libraries look into their cache alone from now on; a line says why."""
-    logger.warning("data: %s: only its cache is read", away)
+    """Let the libraries look into their cache alone from now on; a line says why, once."""
+    if not constants.HF_HUB_OFFLINE:
+        logger.warning("data: %s: only its cache is read from now on", away)
+    _away[constants.ENDPOINT] = away
     constants.HF_HUB_OFFLINE = True
     if (library := sys.modules.get("datasets")) is not None:
         library.config.HF_HUB_OFFLINE = True  # pyright: ignore[reportAttributeAccessIssue]
@@ -152,6 +161,6 @@ def _answer_of_hub(hub: str, kind: str, name: str) -> HubAnswer:
         )
     if answer.status != HTTPStatus.OK:
         return HubAnswer(f"{hub} does not answer as a hub ({answer.said})")
-    if answer.record is None:
+    if not answer.begins_record:
         return HubAnswer(f"{hub} does not answer as a hub (no JSON record)")
     return HubAnswer()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
@@ -32,8 +33,15 @@ def forget_absent_backend() -> None:
     matplotlib could not be imported otherwise, and figures are written to files by none.
     """
     module = os.environ.get("MPLBACKEND", "").removeprefix("module://").partition(".")[0]
-    if os.environ.get("MPLBACKEND", "").startswith("module://") and find_spec(module) is None:
+    if os.environ.get("MPLBACKEND", "").startswith("module://") and not _is_here(module):
         del os.environ["MPLBACKEND"]
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ValueError:  # no name at all, or a module that nothing on disk describes
+        return module in sys.modules
 
 
 def launched_here() -> int:

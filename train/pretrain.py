@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import hydra
@@ -58,6 +59,7 @@ from train.config.sweep import (
     folder_of_sweep,
     forget_refused,
     in_own_folder,
+    jobs_run_here,
     refuse_jobs,
     sweep_folders,
 )
@@ -168,14 +170,16 @@ def _told_if_full(folder: Path) -> Iterator[None]:
 
 
 def _dry_run(run: RunConfig) -> int:
-    """All that a start checks and tells before it makes a model; on rank 0 alone."""
-    if launched_rank():
-        return ExitCode.finished
-    from train.build import build_checkpoints, build_data, foretell  # noqa: PLC0415
+    """All that a start checks and tells before it makes a model.
+
+    All ranks look at the folder together; the rest is told by rank 0 alone.
+    """
+    from train.build import build_checkpoints, build_data, foretell, join_ranks  # noqa: PLC0415
     from train.run_folder.finished import is_finished  # noqa: PLC0415
 
+    join_ranks(run)
     plan, asked = resolve(run), replace(run, dry_run=False)
-    if is_finished(asked, plan, build_checkpoints(run)):
+    if is_finished(asked, plan, build_checkpoints(run)) or launched_rank():
         return ExitCode.finished
     foretell(run, plan, build_data(run))
     log.info("dry_run=true: nothing was trained; what was read of the text is kept in its cache")
@@ -267,12 +271,12 @@ def _check_alone(words: Sequence[str]) -> None:
     _check_composed(composed(words))
 
 
-def _check_composed(cfg: DictConfig) -> None:
+def _check_composed(cfg: DictConfig, here: bool = True) -> None:
     from train.preflight.checks import check_run  # noqa: PLC0415  torch takes seconds
 
     run = parse(cfg)
     with untouched_if_refused(run.run_dir, always=True):
-        check_run(run, alone=True)
+        check_run(run, alone=True, here=here)
 
 
 def _check_sweep(args: Sequence[str]) -> None:
@@ -288,7 +292,7 @@ def _check_sweep(args: Sequence[str]) -> None:
             f"run_dir={folder} is a run's own folder (it holds {CONFIG}): name another one for the"
             " runs of a sweep"
         )
-    refuse_jobs(args, folder, _check_composed)
+    refuse_jobs(args, folder, partial(_check_composed, here=jobs_run_here(args)))
 
 
 def _tell_ranking(folders: Sequence[Path]) -> None:
@@ -322,7 +326,7 @@ def _own_folders(in_job: Callable[[], bool]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if in_job() or isinstance(error, HydraException):
+        if in_job() or isinstance(error, HydraException | BrokenPipeError):
             raise
         raise UserError(f"hydra.run.dir or hydra.sweep.dir: {one_line(error)}") from error
 

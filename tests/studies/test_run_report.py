@@ -5,6 +5,7 @@ Runs are folders as the trainer leaves them, with losses that are known.
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,9 +14,18 @@ from scripts import report
 from scripts.studies.plots import draw_groups, lines
 from tests.helpers import small_config
 from tests.studies.folders import leave_run
+from train.config.command_line import compose_run
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.record.ranking import BITS, LOSS, find_runs, rank, ranking_lines, read_summary
+from train.record.ranking import (
+    BITS,
+    LOSS,
+    OTHER_TEXT,
+    find_runs,
+    rank,
+    ranking_lines,
+    read_summary,
+)
 
 
 def leave(folder, loss, lr=1e-3, seed=0, **more):
@@ -162,6 +172,30 @@ def test_an_old_run_without_the_texts_hash_is_known_by_the_rows_it_asked_for(tmp
     config = old / "config.yaml"
     config.write_text(config.read_text().replace("eval_tokens: 65536", "eval_tokens: 64"))
     assert "texts differ" in rank([read_summary(old), read_summary(new)]).unlike
+
+
+def test_an_old_evaluation_asked_for_the_rows_of_a_runs_last_one(tmp_path):
+    """``train.final_eval_tokens`` where it is given: the records of a run are of other rows."""
+
+    def asked(name, metrics, **tokens):
+        run = RunConfig(model=small_config())
+        run.train = replace(run.train, **tokens)
+        folder = leave_run(tmp_path / name, run, {10: 4.0})
+        receipt = json.loads((folder / "receipt.json").read_text())
+        (folder / "receipt.json").write_text(json.dumps(receipt | {"metrics": metrics}))
+        return read_summary(folder).text_asked
+
+    evaluation, both = {"val_loss": 4.0}, {"eval_tokens": 64, "final_eval_tokens": 128}
+    assert asked("a", evaluation, **both) == asked("b", None, eval_tokens=128)
+    assert asked("c", None, **both) == asked("d", None, eval_tokens=64)
+    assert asked("e", evaluation, eval_tokens=64) == asked("f", None, eval_tokens=64)
+
+
+def test_the_remedy_for_other_text_reads_the_whole_split():
+    words = [word for word in OTHER_TEXT.split() if word.startswith("train.")]
+    run = compose_run(["model=v4_nano", *words])
+    assert run.train.eval_only
+    assert run.train.final_eval_tokens == 0
 
 
 def test_losses_rank_where_a_run_has_nothing_else_and_they_compare(tmp_path):

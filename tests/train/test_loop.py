@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data.batch import IGNORE
+from data.loader import Loader
 from model.flops import training_flops
 from optim.muon import matmul_dtype
 from quant.apply import apply_quant
@@ -223,6 +224,17 @@ def test_evaluations_of_one_state_are_comparable(corpus, tmp_path):
         == trainer.recorder.final_evaluator.evaluate(trainer._last_step())["val_loss"]
     )
     assert cast["val_loss"] != final
+
+
+def test_the_text_of_evaluations_is_hashed_once(corpus, tmp_path, monkeypatch):
+    """For the rows of those between steps, and for those of the last one."""
+    hashed, real = [], Loader.validation_digest
+    monkeypatch.setattr(
+        Loader, "validation_digest", lambda *a, **k: hashed.append(a) or real(*a, **k)
+    )
+    run = small_run(tmp_path / "run", corpus, steps=3, eval_every=1, final_eval_tokens=8 * SEQ_LEN)
+    fit(run)
+    assert len(hashed) == 2
 
 
 def test_evaluation_is_in_the_state_of_the_last_step(corpus, tmp_path):

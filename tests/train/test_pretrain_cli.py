@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import (
 )
 
 import train.build
+from parallel.launch import forget_absent_backend
 from tests.studies.folders import leave_run
 from train.config.command_line import compose_run, normalise
 from train.config.sweep import folder_of_sweep, sweep_folders
@@ -127,6 +128,17 @@ def test_a_notebooks_backend_that_is_not_here_does_no_harm(forgotten):
     assert (done.returncode == 0) == forgotten, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("backend", "stays"),
+    [("module://", False), ("module://.x", False), ("module://none.x", False),
+     ("module://matplotlib.backends.backend_agg", True), ("agg", True)],
+)  # fmt: skip
+def test_only_a_backend_that_is_not_here_is_forgotten(backend, stays, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", backend)
+    forget_absent_backend()
+    assert os.environ.get("MPLBACKEND") == (backend if stays else None)
+
+
 def test_launcher_runs_the_same_entry(tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "1")
     done = start("+model=v4_flash", cwd=tmp_path, program=torchrun)
@@ -152,6 +164,17 @@ def test_cfg_shows_the_whole_config_and_runs_nothing(tmp_path, monkeypatch, caps
     assert cli(["+model=v4_tiny", "--cfg", "job"]) == 0
     assert "hidden_size: 64" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_is_gone_is_no_problem_of_a_folder(monkeypatch):
+    """As behind ``| head -1``: the command ends without a word."""
+
+    def write(_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sys.stdout, "write", write)
+    with pytest.raises(BrokenPipeError):
+        cli(["--cfg", "all"])
 
 
 class Stub:

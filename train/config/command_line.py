@@ -15,16 +15,17 @@ import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
@@ -92,9 +93,9 @@ def normalise(args: Sequence[str], conf: Path = CONF) -> list[str]:
     problems.lines += _check_flags(flags)
     own_conf = not any(flag.split("=")[0] in _FOREIGN for flag in flags)
     check = partial(_check_override, known=known, conf=conf if own_conf else None)
-    sweep = sweeps(flags)
+    sweep, ranges = sweeps(flags), has_own_sweeper(overrides)
     for override in overrides:
-        problems.of(partial(check, override, sweep=sweep))
+        problems.of(partial(check, override, sweep=sweep, ranges=ranges))
     problems.refuse()
     flags = ["--info=all" if flag in ("--info", "-i") else flag for flag in flags]
     gathered = _gather_items(overrides)
@@ -107,10 +108,10 @@ def acceptable(args: Sequence[str]) -> list[str]:
     Args:
         args: of which it refuses some.
     """
-    good, known, sweep = [], groups(), sweeps(args)
+    good, known, sweep, ranges = [], groups(), sweeps(args), has_own_sweeper(args)
     for arg in _split(args)[1]:
         with suppress(*USER_ERRORS):
-            _check_override(arg.lstrip("+"), known, CONF, sweep)
+            _check_override(arg.lstrip("+"), known, CONF, sweep, ranges)
             good.append(arg)
     return good
 
@@ -118,6 +119,12 @@ def acceptable(args: Sequence[str]) -> list[str]:
 def sweeps(args: Sequence[str]) -> bool:
     """Whether the command line asks for several jobs."""
     return "-m" in args or "--multirun" in args
+
+
+def has_own_sweeper(args: Sequence[str]) -> bool:
+    """Whether the command line names the sweeper, which may choose values out of ``interval()``."""
+    named = [arg.lstrip("+").partition("=") for arg in args]
+    return any(key == "hydra/sweeper" and value != "basic" for key, _, value in named)
 
 
 def shows_only(args: Sequence[str]) -> bool:
@@ -143,7 +150,14 @@ def parse(overrides: Sequence[str]) -> list[Override]:
     Args:
         overrides: as :func:`normalise` returned them; flags are passed over.
     """
-    return OverridesParser.create().parse_overrides(_split(overrides)[1])
+    return OverridesParser.create(_options_loader()).parse_overrides(_split(overrides)[1])
+
+
+@cache
+def _options_loader() -> ConfigLoader:
+    """Knows the options of each group, among which ``glob(...)`` chooses."""
+    with _hydra_aside(), initialize_config_dir(str(CONF), version_base=None):
+        return GlobalHydra.instance().config_loader()
 
 
 def compose_run(
@@ -297,6 +311,8 @@ def _gather_items(overrides: Sequence[str]) -> list[str]:
 def _choices(override: str, value: str) -> list[str]:
     """Values of an item's key, each as Hydra's grammar writes it."""
     parsed = OverridesParser.create().parse_override(override)
+    if parsed.is_sweep_override() and not parsed.is_discrete_sweep():
+        raise UserError(f"{override}: a key of a named item takes values, no range to choose from")
     return list(parsed.sweep_string_iterator()) if parsed.is_sweep_override() else [value]
 
 
@@ -309,8 +325,10 @@ def _item_depth(parts: Sequence[str]) -> int | None:
     return None
 
 
-def _check_override(arg: str, known: Sequence[str], conf: Path | None, sweep: bool) -> None:
-    override = _read(arg, known, conf)
+def _check_override(
+    arg: str, known: Sequence[str], conf: Path | None, sweep: bool, ranges: bool = False
+) -> None:
+    override = _read(arg, known, conf, ranges)
     key = override.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":
         if key == "hydra":
@@ -339,7 +357,7 @@ def _check_override(arg: str, known: Sequence[str], conf: Path | None, sweep: bo
         _check_key(arg, key, override, known)
 
 
-def _read(arg: str, known: Sequence[str], conf: Path | None) -> Override:
+def _read(arg: str, known: Sequence[str], conf: Path | None, ranges: bool) -> Override:
     """An argument as Hydra reads it.
 
     Raises:
@@ -355,7 +373,7 @@ def _read(arg: str, known: Sequence[str], conf: Path | None) -> Override:
         raise UserError(f"cannot read the argument {shown(repr(arg))}: {hint}") from error
     if not override.key_or_group:
         raise UserError(f"cannot read the argument {arg!r}: give GROUP=OPTION or KEY=VALUE")
-    if override.is_sweep_override() and not override.is_discrete_sweep():
+    if override.is_sweep_override() and not override.is_discrete_sweep() and not ranges:
         raise UserError(f"{arg}: no list of values; give VALUE,VALUE or range(FIRST,END,STEP)")
     found = override.value()
     if isinstance(found, int | float) and str(found) != arg.partition("=")[2]:
@@ -391,6 +409,10 @@ def _values(arg: str, override: Override) -> Iterator[tuple[str, Any]]:
     if not override.is_sweep_override():
         yield arg, override.value()
         return
+    if isinstance(override.value(), Glob):
+        raise UserError(f"{arg}: glob() chooses among the files of a group, and this is a key")
+    if not override.is_discrete_sweep():
+        return  # which values, its sweeper says, and each job is checked
     for text in override.sweep_string_iterator():
         one = f"{override.key_or_group}={text}"
         yield one, OverridesParser.create().parse_override(one).value()

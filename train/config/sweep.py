@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _LONGEST = 200  # bytes of a folder's name, of the 255 that file systems take
 _RECORD = "multirun.yaml"  # Hydra's own record of a sweep
+_HERE = ("basic", "joblib")  # Hydra's launchers whose jobs run on this machine
 
 
 def in_own_folder(cfg: DictConfig, args: Sequence[str]) -> DictConfig:
@@ -67,6 +68,8 @@ def jobs(args: Sequence[str]) -> list[list[str]]:
         (batch,) = BasicSweeper.split_arguments(overrides, None)
     except HydraException as error:
         raise UserError(f"-m: {one_line(error)}") from error
+    empty = (o for o in overrides if o.is_sweep_override() and not list(o.sweep_string_iterator()))
+    refuse(UserError, (f"{o.input_line}: there is no such value, so no job" for o in empty))
     return batch
 
 
@@ -147,10 +150,19 @@ def sweep_folders(args: Sequence[str]) -> list[Path]:
 
 def folder_of_sweep(args: Sequence[str]) -> Path:
     """Where the jobs of a sweep have their folders: ``run_dir`` if named, else its name_sweep."""
+    return Path(_composed_with_hydra(args).hydra.sweep.dir)
+
+
+def jobs_run_here(args: Sequence[str]) -> bool:
+    """Whether the jobs of a sweep run on this machine; else their launcher chooses another."""
+    return _composed_with_hydra(args).hydra.runtime.choices["hydra/launcher"] in _HERE
+
+
+def _composed_with_hydra(args: Sequence[str]) -> DictConfig:
+    """What a sweep's jobs have in common, with Hydra's own section."""
     given = [o.input_line for o in parse(args) if o.input_line and not o.is_sweep_override()]
     with initialize_config_dir(str(CONF), version_base=None), composition_errors():
-        cfg = compose("config", [*given, *sweep_folder(given)], return_hydra_config=True)
-    return Path(cfg.hydra.sweep.dir)
+        return compose("config", [*given, *sweep_folder(given)], return_hydra_config=True)
 
 
 def _differing(text: str, override: Override, asked: Override) -> list[str]:

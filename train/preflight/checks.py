@@ -35,6 +35,7 @@ def check_run(
     measure: Measure | None = None,
     files: bool = True,
     alone: bool = False,
+    here: bool = True,
 ) -> tuple[RunConfig, PrecisionChoice | None]:
     """Make every check of a run. Collective over the ranks, unless ``alone``.
 
@@ -44,6 +45,7 @@ def check_run(
         files: whether to look at the files and servers that the config names too, and to make the
             run's folder.
         alone: this rank asks for itself, and no precision is measured.
+        here: whether it is this machine and these ranks that run it; else nothing is asked of them.
 
     Returns:
         The run, its precision settled, and why it computes in it; None where that was asked for.
@@ -65,14 +67,15 @@ def check_run(
     from train.preflight.precision import assumed, settle  # noqa: PLC0415
     from train.preflight.world import poorest, this_world  # noqa: PLC0415
 
-    world, choice = problems.of(lambda: this_world(run.train.device)), None
+    world = problems.of(lambda: this_world(run.train.device)) if here else None
+    choice = None
     if world is not None and not alone:
         world = poorest(world)
     if problems or alone or world is None:
         run = problems.of(lambda: assumed(run)) or run
     else:
         run, choice = settle(run, world, measure)
-    _check_world(run, plan, world, problems, bool(wrong))
+    _check_world(run, plan, world, problems, uneven=bool(wrong), here=here)
     if files:
         problems.of(lambda: check_run_folder(run, tell=False))
     problems.refuse()
@@ -80,16 +83,22 @@ def check_run(
 
 
 def _check_world(
-    run: RunConfig, plan: StagePlan | None, world: World | None, problems: Problems, uneven: bool
+    run: RunConfig,
+    plan: StagePlan | None,
+    world: World | None,
+    problems: Problems,
+    uneven: bool,
+    here: bool,
 ) -> None:
     """Whether this machine, and this many ranks, can do it.
 
     Args:
         run: its precision settled, or assumed.
         plan: None where it cannot be counted.
-        world: None where it is refused.
+        world: None where it is refused, or another.
         problems: of which there may be some.
         uneven: something is wrong with the plan's rows or lengths.
+        here: see :func:`check_run`.
     """
     from model.kernels.select import check_kernels  # noqa: PLC0415
     from parallel.mesh import check_layout  # noqa: PLC0415
@@ -106,7 +115,7 @@ def _check_world(
         problems.of(lambda: fit.check(run, plan, world))
         problems.of(lambda: check_engine(run, plan, world.device))
     problems.of(lambda: check_reach(run, plan))
-    if problems.misfit is not None:  # on another machine the layout is another
+    if problems.misfit is not None or not here:  # on another machine the layout is another
         return
     layout = problems.of(lambda: run.parallel.resolve(launched_world_size()))
     if layout is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import netrc
+from functools import cache
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
@@ -26,20 +27,25 @@ def check_services(run: RunConfig) -> None:
     import wandb  # noqa: PLC0415  a second to import, and most runs never use it
 
     settings = wandb.setup().settings
+    key = settings.api_key or _in_netrc(settings.base_url)
     offline = "wandb.mode=offline keeps all for a later wandb sync"
-    if not settings.api_key and not _in_netrc(settings.base_url):
+    if not key:
         raise UserError(
             f"wandb.mode=online: there is no key for {settings.base_url}; wandb login, or the"
             f" environment variable WANDB_API_KEY, gives one; {offline}"
         )
-    reason = unreachable(settings.base_url) or _refusal(settings.base_url, settings.api_key)
-    if reason:
+    if reason := _refusal(settings.base_url, key):
         raise UserError(f"wandb.mode=online: {reason}; {offline}")
 
 
-def _refusal(url: str, key: str | None) -> str:
-    """Why the server does not take a key; empty: it does, or only the library can tell."""
-    key = key or _in_netrc(url)
+@cache
+def _refusal(url: str, key: str) -> str:
+    """Why the server does not take a key; empty: it does, or only the library can tell.
+
+    Asked once in the life of a process: the jobs of a sweep share the answer.
+    """
+    if reason := unreachable(url):
+        return reason
     coded = base64.b64encode(f"api:{key}".encode()).decode()
     headers = {"Authorization": f"Basic {coded}", "Content-Type": "application/json"}
     answer = ask(f"{url.rstrip('/')}/graphql", headers, _WHO)

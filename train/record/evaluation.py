@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from functools import cache, partial
 
 import torch
 
@@ -33,6 +34,7 @@ class Evaluator:
     ) -> None:
         self._engine, self._loader, self._num_tokens = engine, loader, num_tokens
         self._average = average
+        self._digest = cache(partial(loader.validation_digest, num_tokens=num_tokens))
 
     def has_text(self, seq_len: int) -> bool:
         """Whether anything is held out."""
@@ -55,7 +57,7 @@ class Evaluator:
             "val_loss": loss,
             "val_bits_per_byte": bits,
             "val_bytes": sum(batch.target_bytes for batch in batches),
-            "val_text": self._loader.validation_digest(step.stage.seq_len, self._num_tokens),
+            "val_text": self._digest(step.stage.seq_len),
         }
         if self._average is not None:
             with self._average.in_place():

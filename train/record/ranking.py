@@ -36,7 +36,8 @@ _SEED_IN_NAME = tuple(f"{key}=" for key in _SEEDS)  # of a sweep's folder
 _OF_A_RUN = (IDENTITY, METRICS, RECEIPT, EVALUATION)  # beside its config: one of them
 OTHER_TEXT = (
     "evaluated on other text, so not ranked with those above; the whole split is the same for all:"
-    " init_from=RUN train.eval_only=true train.eval_tokens=0 run_dir=NEW, and the rest as it was"
+    " init_from=RUN train.eval_only=true train.final_eval_tokens=0 run_dir=NEW, and the rest as it"
+    " was"
 )
 _MOST_KEYS = 4  # in a label
 # of a receipt: what is read as a record of more
@@ -120,8 +121,12 @@ class RunSummary:
         """Equal where the same rows of held-out tokens are asked for."""
         sources = self.aspect("data").get("sources") or {}
         held = {name: (s or {}).get("validation") for name, s in sources.items()}
-        keys = ("train.eval_tokens", "train.seq_len", "data.validation.bytes")
-        asked = [held, self.tokenizer, *map(self.config.get, keys)]
+        tokens = self.config.get("train.eval_tokens")
+        if self.receipt.get("metrics"):  # an evaluation: on the rows of a run's last one
+            final = self.config.get("train.final_eval_tokens")
+            tokens = tokens if final is None else final
+        keys = ("train.seq_len", "data.validation.bytes")
+        asked = [held, self.tokenizer, tokens, *map(self.config.get, keys)]
         return json.dumps(asked, default=str, allow_nan=False)
 
     @property

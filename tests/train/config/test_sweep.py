@@ -4,10 +4,13 @@ import os
 import re
 
 import pytest
+from hydra.core.config_store import ConfigStore
 
+from train.config import sweep
 from train.config.command_line import normalise, parse
 from train.config.sweep import folder_name, swept
-from train.pretrain import cli
+from train.errors import UserError
+from train.pretrain import _check_sweep, cli
 
 
 def jobs(args):
@@ -45,6 +48,12 @@ def test_long_names_are_cut_and_stay_apart():
         (["--config-dir", "/nope"], "--config-dir /nope: there is no such folder"),
         (["--config-path", "/nope"], "--config-path: there is no such folder"),
         (["-m", "seed=interval(0,3)"], "seed=interval.0,3.: no list of values"),
+        (["-m", "model=glob(none_*)"], r"model=glob\(none_\*\): there is no such value"),
+        (["-m", "optim.lr=glob(v4_*)"], r"optim.lr=glob\(v4_\*\): .* files of a group"),
+        (
+            ["-m", "hydra/sweeper=own", "data.sources.x.weight=interval(0,1)"],
+            r"data.sources.x.weight=interval\(0,1\): .* no range",
+        ),
     ],
 )
 def test_what_hydra_cannot_read_is_one_line_in_our_words(
@@ -80,6 +89,32 @@ def test_every_job_is_checked_before_the_first_trains(tmp_path, monkeypatch, cap
     assert any(line.startswith("error: data.sources.text.path=here.txt") for line in lines)
     assert any("job 1 (seed=0, train.micro_batch_size=3) and 1 more" in line for line in lines)
     assert os.listdir(tmp_path) == []
+
+
+def test_glob_means_the_files_of_a_group():
+    args = normalise(["-m", "model=glob(v4_m*,exclude=v4_medium)", "seed=0"])
+    assert sweep.jobs(args) == [["model=v4_micro", "seed=0"], ["model=v4_mini", "seed=0"]]
+
+
+def test_a_range_is_left_to_a_sweeper_that_is_named():
+    args = ["-m", "hydra/sweeper=own", "optim.lr=interval(1e-4,1e-2)"]
+    assert normalise(args)[-1] == args[-1]
+    assert sweep.jobs(normalise(args)) == []
+
+
+def test_jobs_of_another_machine_are_not_measured_by_this_one(tmp_path, monkeypatch):
+    """A login node: no CUDA device, and less memory than the nodes. What is wrong anywhere is."""
+    monkeypatch.chdir(tmp_path)
+    own = {"_target_": "hydra._internal.core_plugins.basic_launcher.BasicLauncher"}
+    ConfigStore.instance().store(group="hydra/launcher", name="elsewhere", node=own)
+    monkeypatch.setattr("train.preflight.world.torch.cuda.is_available", lambda: False)
+    words = ["-m", "model=v4_tiny", "train.device=cuda", "seed=0,1", "run_dir=study"]
+    with pytest.raises(UserError, match=r"train\.device=cuda"):
+        _check_sweep(normalise(words))
+    elsewhere = normalise([*words, "hydra/launcher=elsewhere"])
+    _check_sweep(elsewhere)
+    with pytest.raises(UserError, match="profile_start"):
+        _check_sweep([*elsewhere, "train.profile_steps=1", "train.profile_start=1000000"])
 
 
 def test_refused_sweep_leaves_nothing(tmp_path, monkeypatch, capsys):

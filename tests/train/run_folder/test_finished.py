@@ -1,14 +1,17 @@
 """A finished run that is started again says so at once, and names what would let it go on."""
 
 import logging
+import os
 import re
 import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 from omegaconf import OmegaConf
 
 import train.build
+from tests.helpers import run_distributed
 from tests.integration.small_run import final_tensors, small_run, write_corpus
 from train.config.load import dump
 from train.config.schema import StageConfig
@@ -60,6 +63,19 @@ def test_a_dry_run_of_a_finished_run_says_so(start, tmp_path):
     assert not made
     assert "is finished" not in said
     assert "dry_run=true: nothing was trained" in said
+
+
+def _dry_run(rank, world_size, text):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    assert main(OmegaConf.create(text)) == ExitCode.finished
+    # One that took no part would meet the collectives of the others here.
+    dist.barrier()
+
+
+def test_all_ranks_take_part_in_a_dry_run(start, tmp_path):
+    run = small_run(tmp_path / "run", tmp_path / "corpus.jsonl", steps=2)
+    run.dry_run, run.parallel.dp_shard = True, 2
+    run_distributed(_dry_run, 2, dump(run))
 
 
 def test_the_key_that_it_names_goes_on(start, tmp_path):
