@@ -33,7 +33,7 @@ PLACE = os.environ["PLACE"]
 RANKS = os.environ["FULL"].split()
 
 def full(*_, **__):
-    print("planted at", time.time(), flush=True)
+    os.write(1, f"planted at {{time.time()}}\\n".encode())  # whole: both ranks may write
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 def in_backward(_, __, out):
