@@ -11,6 +11,7 @@ import argparse
 import logging
 import math
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from train.errors import UserError, one_line
 from train.record.receipt import HARNESS, RECEIPT, read_receipt
 from train.record.receipt import write_json as write_receipt
 
+_MODEL = "train.exchange.harness"
 EPILOG = """examples:
   v4 eval runs/v4_nano --tasks lambada_openai,arc_easy --limit 200
   v4 eval exported/nano --tasks mine --include-path tasks --out mine.json
@@ -86,6 +88,8 @@ def evaluate(options: argparse.Namespace) -> None:
         UserError: model or tasks cannot be read, or do not fit together.
     """
     names = [name for name in options.tasks.split(",") if name]
+    if not names:
+        raise UserError(f"--tasks {options.tasks!r} names no task")
     tasks = _tasks(names, options.include_path)
     model, tokenizer, source = open_model_source(options)
     if tokenizer is None:
@@ -156,14 +160,24 @@ def _run(
             limit=options.limit, bootstrap_iters=0, fewshot_random_seed=options.seed,
             log_samples=False,
         )  # fmt: skip
-    except (OSError, ValueError) as error:  # datasets: no file, no network, no such data set
-        raise UserError(f"--tasks {options.tasks}: {one_line(error)}") from error
+    except Exception as error:
+        if _in_our_model(error):
+            raise
+        # Of the task: no file, no network, a line or a template that cannot be, ...
+        told = one_line(error) or "no text"
+        raise UserError(f"--tasks {options.tasks}: {type(error).__name__}: {told}") from error
     return {
         "harness_version": lm_eval.__version__,
         "versions": {name: found["versions"].get(name) for name in found["results"]},
         "documents": {name: n["effective"] for name, n in found["n-samples"].items()},
         "results": {name: dict(_numbers(values)) for name, values in found["results"].items()},
     }
+
+
+def _in_our_model(error: BaseException) -> bool:
+    """Whether an error came out of the model, and not out of the harness's reading of a task."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(frame.f_globals.get("__name__") == _MODEL for frame, _ in frames)
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -79,7 +79,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
 
 def _check_machine(options: argparse.Namespace) -> None:
     """Find the card that is named, and whether it is known how much a GPU holds."""
-    options.named = card(options.card) if options.card else None
+    options.named = card(options.card) if options.card is not None else None
     given = (options.gpus, options.memory, options.tflops, options.card)
     if any(given) and not (options.memory or options.named or "memory" in options.refused):
         raise UserError("another machine needs --memory GB or --card NAME: how much a GPU holds")

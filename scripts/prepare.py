@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import glob
 import logging
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from data.tokenise import SHARD_BYTES, StoreJob, write_store
 from data.tokenizer import Tokenizer
 from scripts.cli.command import command
 from scripts.cli.parser import CommandParser, real, whole
-from train.errors import UserError
+from train.errors import UserError, one_line
 
 EPILOG = """examples:
   v4 prepare books/                                to stores/books: text, JSON lines or Parquet
@@ -39,6 +40,8 @@ EPILOG = """examples:
 then train on it:
   v4 pretrain data=store data.sources.store.path=stores/books
 """
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @command(logging.INFO)
@@ -115,7 +118,7 @@ def _settle(options: argparse.Namespace) -> None:
     if not (path or options.kind or options.verify):
         return
     kind = SourceKind(options.kind) if options.kind else _kind_of(path)
-    if kind is SourceKind.hub and not options.kind and "/" not in path:
+    if kind is SourceKind.hub and not options.kind and not _HUB_NAME.fullmatch(path):
         raise UserError(
             f"{path}: there is no such file, folder or pattern, and a dataset of the hub is called"
             f" OWNER/NAME (--kind hub takes {path} for one all the same)"
@@ -197,8 +200,11 @@ def prepare(options: argparse.Namespace) -> tuple[Corpus, TokenStore, Tokenizer]
 
 def _kind_of(path: str) -> SourceKind:
     """By what is there; of a glob pattern by its first file."""
-    found = sorted(glob.glob(path, recursive=True))
-    return kind_of(Path(found[0] if found and not Path(path).exists() else path).expanduser())
+    try:
+        found = sorted(glob.glob(path, recursive=True))
+        return kind_of(Path(found[0] if found and not Path(path).exists() else path).expanduser())
+    except (OSError, RuntimeError) as error:  # a name too long, no home of that user
+        raise UserError(f"{path[:60]}: {one_line(error)}"[:300]) from error
 
 
 def report(store: TokenStore) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ def check_output(option: str, path: Path, mark: str) -> None:
         content = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be read: {one_line(error)}") from error
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"{option}: {path} cannot be written: {above} is no folder, or read-only")
     if content and mark.encode() not in content:
         raise UserError(f"{option}: {path} holds something else than an earlier result of this"
                         " command: name a new file")  # fmt: skip

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from conf.ranges import Range
 from train.errors import Problems, UserError
 
+_LONGEST_NAME = 255  # bytes of one part of a path, on every file system
 _KINDS = {int: "must be a whole number", float: "must be a number"}
 # What argparse says, and how we say it; what it says otherwise is passed on.
 _SAID = (
@@ -189,7 +192,12 @@ class CommandParser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         try:
-            return super()._get_value(action, arg_string)
+            value = super()._get_value(action, arg_string)
+            parts = value.parts if isinstance(value, Path) else ()
+            if any(len(os.fsencode(part)) > _LONGEST_NAME for part in parts):
+                arg_string = f"{arg_string[:40]}..."
+                raise argparse.ArgumentError(action, "is no path: it has a name of over 255 bytes")
+            return value
         except argparse.ArgumentError as error:
             kind: Any = action.type
             self._wrong[f"{_name(action)} {arg_string}"] = _KINDS.get(kind, error.message)

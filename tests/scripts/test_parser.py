@@ -2,6 +2,7 @@
 
 import re
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,15 @@ def test_each_problem_is_a_line_of_our_own(words, problems):
     with pytest.raises(UserError) as told:
         parser().parse_args(words.split())
     assert list(told.value.args) == problems
+
+
+def test_a_text_in_a_paths_place_is_told_and_not_looked_up():
+    p = CommandParser(prog="v4 paint")
+    p.add_argument("wall", type=Path)
+    long = "Once upon a time, " * 20
+    with pytest.raises(UserError, match=r"wall Once upon .* is no path: it has a name of over 255"):
+        p.parse_args([long])
+    assert p.parse_args([f"a/{long[:200]}"]).wall == Path(f"a/{long[:200]}")
 
 
 def test_what_is_right_is_read():

@@ -171,6 +171,7 @@ def test_command_adds_results_to_the_receipt(run, tasks, tmp_path, capsys, answe
         (["--tasks", "endigns", "--include-path", "{tasks}"], "did you mean endings?"),
         (["--tasks", "endings", "--include-path", "{tasks}/nothing"], "is no folder"),
         (["--tasks", "endings", "--limit", "0"], "--limit 0 must be 1 or more"),
+        (["--tasks", ",", "--include-path", "{tasks}"], "--tasks ',' names no task"),
     ],
 )
 def test_what_cannot_be_is_one_line(words, told, run, tasks, capsys):
@@ -178,6 +179,38 @@ def test_what_cannot_be_is_one_line(words, told, run, tasks, capsys):
     error = capsys.readouterr().err
     assert told in error
     assert error.strip().startswith("error:") or error.count("error:") == 1
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"doc_to_text": "{{nothing}}"}, {"doc_to_text": "{{text"}, {"doc_to_target": 9},
+        {"metric_list": [{"metric": "beauty"}]}, {"test_split": "exam"}, {"colour": "red"},
+        {"lines": '{"text": "a"'}, {"lines": ""},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_task_that_cannot_be_read_is_one_line(fault, run, tasks, tmp_path, capsys):
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(fault.get("lines", (tasks / "lines.jsonl").read_text()))
+    data = {"data_files": {"test": str(lines)}, "cache_dir": str(tmp_path / "c")}
+    task = {"task": "mine", **COMMON, "dataset_kwargs": data, **TASKS["endings"]}
+    task |= {key: value for key, value in fault.items() if key != "lines"}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task))
+    before = (run / "receipt.json").read_bytes()
+    assert command.main([str(run), "--tasks", "mine", "--include-path", str(tmp_path)]) == 2
+    [error] = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error:")]
+    assert "--tasks mine" in error
+    assert (run / "receipt.json").read_bytes() == before
+
+
+def test_a_fault_of_our_model_is_none_of_the_task(run, tasks, monkeypatch):
+    def broken(*_, **__):
+        raise ValueError("ours")
+
+    monkeypatch.setattr("train.exchange.harness.score_continuation", broken)
+    with pytest.raises(ValueError, match="ours"):
+        command.main([str(run), "--tasks", "endings", "--include-path", str(tasks)])
 
 
 def test_a_continuation_beyond_the_model_is_refused(pair):
