@@ -6,7 +6,9 @@ reference kernel's probabilities, formed once more from its scores.
 """
 
 import json
+import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -15,12 +17,13 @@ import torch
 
 from data.synthetic import answer, question
 from data.tokenizer import ByteTokenizer, train_bpe
+from model.config import IndexerPhase
 from model.init import init_weights
 from model.transformer import DeepSeekV4
 from scripts.__main__ import main as v4
 from scripts.cli.model_yaml import load_model_config
 from train.exchange.open import load_model
-from train.probes.attention import attention_by_distance
+from train.probes.attention import attention_by_distance, watching
 from train.probes.measures import edges, loss_by_position, needles, retrieval, tail_losses
 from train.probes.reader import CacheReader, TokenScores
 from train.probes.tasks import (
@@ -160,18 +163,62 @@ def test_tails_are_read_whole_and_cut(model):
     assert tail_losses(reader, documents, 140, {"window": 300}, 30)["documents"] == 0
 
 
+def by_the_formula(attn, args, distances):
+    """Shares of window, sink and entries, and the recall, of one query and head after another."""
+    q_BTHK, kv_BTK, sink_H, start_BT, window, entries = args
+    T, H = q_BTHK.shape[1:3]
+    queries = [*range(T // 2, T)]
+    parts = Counter()
+    best, found = Counter(), Counter()
+    for t in queries:
+        near = kv_BTK[0, max(int(start_BT[0, t]), t - window + 1) : t + 1].double()
+        visible = range(int(entries.first_BT[0, t]), int(entries.stop_BT[0, t])) if entries else ()
+        chosen = list(visible)
+        if entries and entries.index_BTN is not None:
+            chosen = [int(e) for e in entries.index_BTN[0, t] if e >= 0]
+        full = Counter()
+        bucket = {e: max(d for d in distances if d <= t - ((e + 1) * attn.ratio - 1))
+                  for e in visible}  # fmt: skip
+        for h in range(H):
+            q = q_BTHK[0, t, h].double() * q_BTHK.shape[-1] ** -0.5
+            own = float((near @ q).exp().sum())
+            far = (entries.kv_BEK[0].double() @ q).exp().tolist() if entries else []
+            sink = math.exp(float(sink_H[h]))
+            share = 1 / (sink + own + sum(far[e] for e in chosen)) / H
+            parts["sink"] += sink * share / len(queries)
+            parts["window"] += own * share / len(queries)
+            for e in visible:
+                full[e] += far[e] * share
+                if e in chosen:
+                    parts[bucket[e]] += far[e] * share / len(queries)
+        if len(full) > len(chosen):
+            for e, _ in full.most_common(len(chosen)):
+                best[bucket[e]] += 1
+                found[bucket[e]] += e in chosen
+    return parts, {str(d): found[d] / n for d, n in best.items()}
+
+
 def test_attention_is_that_of_the_formula(model):
-    """By the one layer whose scores are formed here from its own inputs: csa with a choice."""
-    ids = torch.from_numpy(filler_document(BYTES, 200, 1))
-    layers = attention_by_distance(model, ids, [0, 16, 64])
+    ids = torch.from_numpy(filler_document(BYTES, 90, 1))
+    distances = [0, 8, 16, 40]
+    layers = attention_by_distance(model, ids, distances)
     assert [row["layer"] for row in layers] == [f"layers.{i}.attn" for i in model.layers]
-    for row in layers:
-        held = row["window"] + row["sink"] + sum(row["entries"].values())
-        assert held == pytest.approx(1, abs=1e-4)
+    given = []
+    context = model.context(torch.zeros(1, len(ids), dtype=torch.int64))
+    context.phase = IndexerPhase.sparse
+    with torch.no_grad(), watching(model, lambda attn, args, _: given.append((attn, args))):
+        model.trunk(model.streams(ids[None]), ids[None], context)
+    recalls = []
+    for row, (attn, args) in zip(layers, given, strict=True):
+        parts, recall = by_the_formula(attn, args, distances)
+        mine = {"window": row["window"], "sink": row["sink"]}
+        mine |= {int(begin): share for begin, share in row["entries"].items() if share}
+        assert mine == pytest.approx({k: v for k, v in parts.items() if v}, abs=1e-5)
         assert bool(row["entries"]) == (row["kind"] != "swa")
-    csa = next(row for row in layers if row["kind"] == "csa")
-    assert csa["recall_queries"] == 64
-    assert 0 <= min(csa["recall"].values()) <= max(csa["recall"].values()) <= 1
+        if row["kind"] == "csa":
+            assert row["recall"] == pytest.approx(recall)
+            recalls += recall.values()
+    assert 0 < min(recalls) < max(recalls) <= 1  # an untrained indexer's choice is neither
 
 
 def test_an_indexer_that_knows_attention_has_full_recall(model, monkeypatch):
