@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -31,11 +32,20 @@ def check_output(option: str, path: Path, mark: str) -> None:
     except OSError as error:
         raise UserError(f"{option}: {path} cannot be read: {one_line(error)}") from error
     above = next(parent for parent in path.absolute().parents if parent.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)):
-        raise UserError(f"{option}: {path} cannot be written: {above} is no folder, or read-only")
+    if reason := _unwritable(above):
+        raise UserError(f"{option}: {path} cannot be written: {above}: {os.strerror(reason)}")
     if content and mark.encode() not in content:
         raise UserError(f"{option}: {path} holds something else than an earlier result of this"
                         " command: name a new file")  # fmt: skip
+
+
+def _unwritable(folder: Path) -> int:
+    """Number of the error that a file in it would meet; 0: none that is known before."""
+    if not folder.is_dir():
+        return errno.ENOTDIR
+    if os.access(folder, os.W_OK):
+        return 0
+    return errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
 
 
 def write_text(path: Path, text: str) -> None:

@@ -79,7 +79,7 @@ KEYS = {
     "pretrain, its folder": "run_dir=",
     "pretrain, its cache": "data.cache_dir: ",
     "pretrain, a look": "run_dir=",
-    "report": "out cannot be written: ",
+    "report": "out/report.html cannot be written: ",
     "prepare": "--out",
 }
 

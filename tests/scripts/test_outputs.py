@@ -56,7 +56,7 @@ def test_an_earlier_result_is_replaced(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         check_output("--json", tmp_path, "twins")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written: .*file is no folder"):
+    with pytest.raises(UserError, match=r"cannot be written: .*file: Not a directory"):
         check_output("--json", tmp_path / "file" / "x", "twins")
     with pytest.raises(UserError, match="cannot be written"):
         write_json(tmp_path / "file" / "x", {})
