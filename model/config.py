@@ -321,7 +321,7 @@ class ModelConfig:
             value = getattr(self, key)
             need(
                 value == only,
-                f"{p}.{key}={value} is not part of DeepSeek-V4, which has {key}={only}",
+                f"{p}.{key}={value!s:.80} is not part of DeepSeek-V4, which has {key}={only}",
             )
 
 
