@@ -16,6 +16,7 @@ claims below, so that equal arms get one in at most 5 % of studies.
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,15 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 from scripts.cli.command import command
 from scripts.cli.outputs import PNG, check_output, write_json
 from scripts.cli.parser import CommandParser, whole
-from scripts.studies.statistics import Paired, holm, paired, spread
+from scripts.studies.statistics import Paired, holm, paired
 from train.errors import ROOT, UserError
 from train.exchange.output_files import make_folder
+from train.probes.pictures import draw_map
 
 LEVEL = 0.05  # of all claims together
 PAGE = ROOT / "docs" / "bench" / "recall"
@@ -237,7 +238,7 @@ def _claim_line(name: str, test: Paired, p: float) -> str:
 
 
 def _mean(by_seed: Mapping[int, float]) -> str:
-    return f"{spread(list(by_seed.values()), LEVEL).mean:.3f}"
+    return f"{statistics.fmean(by_seed.values()):.3f}"
 
 
 def draw(task: str, runs: _Runs, path: Path) -> None:
@@ -253,21 +254,12 @@ def draw(task: str, runs: _Runs, path: Path) -> None:
         if not cells:
             axes.set_axis_off()
             continue
-        lengths, depths = (sorted({c[key] for c in cells}) for key in ("length", "depth"))
-        correct = np.full((len(depths), len(lengths)), np.nan)
-        for cell in cells:
-            at = depths.index(cell["depth"]), lengths.index(cell["length"])
-            correct[at] = cell["correct"]
-            mark = f"{cell['correct']:.2f}" if cell["beyond"] else f"({cell['correct']:.2f})"
-            axes.text(at[1], at[0], mark, ha="center", va="center", fontsize=6)
-        axes.imshow(correct, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [str(n) for n in lengths], fontsize=7)
-        axes.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths], fontsize=7)
+        draw_map(axes, cells)
         axes.set_title(f"{arm}, seed {seed}", fontsize=8)
     figure.supxlabel("tokens of the document", fontsize=8)
     figure.supylabel("depth of what is asked for", fontsize=8)
     figure.suptitle(
-        f"{task}: answers that are right (in brackets: within reach of windows)", fontsize=9
+        f"{task}: answers that are right (hatched: beyond the stacked windows)", fontsize=9
     )
     make_folder(path.parent)
     figure.savefig(path, dpi=90)

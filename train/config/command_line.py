@@ -193,11 +193,19 @@ def composed(args: Sequence[str] = (), conf: Path = CONF) -> DictConfig:
     return composed_as_hydra_reads(normalise(args, conf), conf)
 
 
-def composed_as_hydra_reads(words: Sequence[str], conf: Path = CONF) -> DictConfig:
-    """The same for overrides as :func:`normalise` returned them, without flags."""
+def composed_as_hydra_reads(
+    words: Sequence[str], conf: Path = CONF, with_hydra: bool = False
+) -> DictConfig:
+    """The same for overrides as :func:`normalise` returned them, without flags.
+
+    Args:
+        words: the overrides.
+        conf: folder of the config.
+        with_hydra: with Hydra's own section.
+    """
     with _hydra_aside(), initialize_config_dir(str(conf), version_base=None):
         with composition_errors():
-            return compose("config", list(words))
+            return compose("config", list(words), return_hydra_config=with_hydra)
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
@@ -19,9 +18,7 @@ from omegaconf import DictConfig
 
 from conf.problems import refuse
 from train.config.command_line import (
-    CONF,
     composed_as_hydra_reads,
-    composition_errors,
     parse,
     sweep_folder,
 )
@@ -161,8 +158,7 @@ def jobs_run_here(args: Sequence[str]) -> bool:
 def _composed_with_hydra(args: Sequence[str]) -> DictConfig:
     """What a sweep's jobs have in common, with Hydra's own section."""
     given = [o.input_line for o in parse(args) if o.input_line and not o.is_sweep_override()]
-    with initialize_config_dir(str(CONF), version_base=None), composition_errors():
-        return compose("config", [*given, *sweep_folder(given)], return_hydra_config=True)
+    return composed_as_hydra_reads([*given, *sweep_folder(given)], with_hydra=True)
 
 
 def _differing(text: str, override: Override, asked: Override) -> list[str]:

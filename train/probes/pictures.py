@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
@@ -22,23 +23,32 @@ def draw_needles(cells: Sequence[dict[str, Any]], path: Path, title: str) -> Non
     figure = Figure(figsize=(4.2 * len(kinds), 4), layout="constrained")
     maps = figure.subplots(1, len(kinds), squeeze=False)[0]
     for axes, kind in zip(maps, kinds, strict=True):
-        mine = [cell for cell in cells if cell["task"] == kind]
-        lengths = sorted({cell["length"] for cell in mine})
-        depths = sorted({cell["depth"] for cell in mine})
-        correct = np.full((len(depths), len(lengths)), np.nan)
-        for cell in mine:
-            at = depths.index(cell["depth"]), lengths.index(cell["length"])
-            correct[at] = cell["correct"]
-            axes.text(at[1], at[0], f"{cell['correct']:.2f}", ha="center", va="center", fontsize=7)
-            if cell["beyond"]:
-                box = [at[1] - 0.5, at[1] + 0.5], at[0] - 0.5, at[0] + 0.5
-                axes.fill_between(*box, facecolor="none", edgecolor="k", hatch="//", alpha=0.25)
-        axes.imshow(correct, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
-        axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
-        axes.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths])
+        draw_map(axes, [cell for cell in cells if cell["task"] == kind])
         axes.set(xlabel="tokens of the document", ylabel="depth of the needle", title=kind)
     figure.suptitle(f"{title}: answers that are right\n(hatched: beyond the stacked windows)")
     figure.savefig(path, dpi=100)
+
+
+def draw_map(axes: Axes, cells: Sequence[dict[str, Any]]) -> None:
+    """One heat map of right answers, depth x length; hatched where no window alone can reach.
+
+    Args:
+        axes: to draw on.
+        cells: of one task, as in ``probe.json``.
+    """
+    lengths = sorted({cell["length"] for cell in cells})
+    depths = sorted({cell["depth"] for cell in cells})
+    correct = np.full((len(depths), len(lengths)), np.nan)
+    for cell in cells:
+        at = depths.index(cell["depth"]), lengths.index(cell["length"])
+        correct[at] = cell["correct"]
+        axes.text(at[1], at[0], f"{cell['correct']:.2f}", ha="center", va="center", fontsize=7)
+        if cell["beyond"]:
+            box = [at[1] - 0.5, at[1] + 0.5], at[0] - 0.5, at[0] + 0.5
+            axes.fill_between(*box, facecolor="none", edgecolor="k", hatch="//", alpha=0.25)
+    axes.imshow(correct, vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    axes.set_xticks(range(len(lengths)), [str(n) for n in lengths])
+    axes.set_yticks(range(len(depths)), [f"{d:.2f}" for d in depths])
 
 
 def draw_positions(found: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
