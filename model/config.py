@@ -124,6 +124,10 @@ class ModelConfig:
     hc_gamma: bool = False
     # Diagonal added to the comb base at initialisation; 0 = uniform start.
     hc_identity_base: float = number(0.0)
+    # Deviation of fn at initialisation times sqrt(hc_mult * hidden_size): the spread of a token's
+    # mixes, the same at every width (docs/studies/mhc_init). 0 = fn by initializer_range, whose
+    # spread grows with sqrt(hidden_size).
+    hc_fn_gain: float = number(0.0, least=0)
     rms_norm_eps: float = number(1e-6, above=0, most=0.1)
     rope_theta: float = number(10000.0, above=1)
     compress_rope_theta: float = number(160000.0, above=1)

@@ -10,6 +10,7 @@ the CPU in fp32, then copied.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +32,12 @@ def _constant(value: float) -> Draw:
     return lambda shape, config, generator: torch.full(shape, value)
 
 
+def _mixing(shape: tuple[int, ...], config: ModelConfig, generator: torch.Generator) -> Tensor:
+    """Normal; with ``hc_fn_gain`` a mix of any width spreads by it (the input's RMS is 1)."""
+    deviation = config.hc_fn_gain / math.sqrt(shape[-1]) or config.initializer_range
+    return torch.empty(shape).normal_(0.0, deviation, generator=generator)
+
+
 def _mixing_base(shape: tuple[int, ...], config: ModelConfig, _: torch.Generator) -> Tensor:
     """Zeros, plus ``hc_identity_base`` on the diagonal of comb: a residual-like start."""
     base = torch.zeros(shape)
@@ -49,7 +56,7 @@ TABLE: tuple[tuple[str, Draw], ...] = (
     (r"(.*\.)?(norm|\w+_norm|enorm|hnorm)\.weight", _constant(1.0)),
     (r".*\.ape", _constant(0.0)),
     (r".*\.attn_sink", _constant(0.0)),
-    (r"(.*\.)?hc_(attn|ffn|head)\.fn", _normal),
+    (r"(.*\.)?hc_(attn|ffn|head)\.fn", _mixing),
     (r".*\.hc_(attn|ffn)\.base", _mixing_base),
     (r"(.*\.)?hc_head\.base", _constant(0.0)),
     (r"(.*\.)?hc_(attn|ffn|head)\.scale", _constant(0.01)),

@@ -87,6 +87,17 @@ def test_identity_base_sits_on_the_diagonal_of_comb():
     assert torch.equal(base[6:].view(3, 3), 8.0 * torch.eye(3))
 
 
+def test_gain_spreads_mixes_alike_at_every_width():
+    """A mix of an input of RMS 1 is normal with the deviation of fn times the input's norm."""
+    for width in (16, 64, 256):
+        config = ModelConfig(hidden_size=width, hc_fn_gain=0.5)
+        fn_MC = initial_tensor("layers.0.hc_ffn.fn", (24, 4 * width), 3, config)
+        spread, n = float(fn_MC.double().std()) * math.sqrt(4 * width), fn_MC.numel()
+        assert abs(spread / 0.5 - 1) < 5 / math.sqrt(2 * n), width
+    other = initial_tensor("layers.0.ffn.gate.weight", (8, 64), 3, config)
+    assert float(other.std()) == pytest.approx(config.initializer_range, rel=5 / 32)
+
+
 @pytest.mark.core
 def test_same_seed_same_bits_other_seed_name_or_expert_others():
     def draw(fqn: str, seed: int) -> torch.Tensor:

@@ -89,6 +89,7 @@ TABLE = tuple(UseRule(*row) for row in (
     ("model.loss_chunk_tokens",      SAY, ANY, ANY, ANY, _NO),
     ("model.initializer_range",      _NO, ANY, ANY, ANY, _NO),
     ("model.hc_identity_base",       _NO, ANY, ANY, ANY, _NO),
+    ("model.hc_fn_gain",             _NO, ANY, ANY, ANY, _NO),
     ("model.max_position_embeddings", _NO, SAY, SAY, _NO, _NO),
     ("model.rope_scaling.*",         _NO, SAY, SAY, _NO, _NO),
     ("model.yarn_from_seq_len",      _NO, SAY, SAY, _NO, _NO),

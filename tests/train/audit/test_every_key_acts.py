@@ -171,6 +171,7 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "model.hc_eps": row(1e-2, step),
     "model.hc_gamma": row(True, params),
     "model.hc_identity_base": row(1.0, step),
+    "model.hc_fn_gain": row(1.0, step),
     "model.rms_norm_eps": row(1e-3, step),
     "model.rope_theta": row(100.0, step),
     "model.compress_rope_theta": row(100.0, step),
