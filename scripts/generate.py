@@ -16,7 +16,7 @@ if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data.tokenizer import Tokenizer
-from model.flops import kv_cache_bytes
+from model.decoding_costs import kv_cache_bytes
 from model.generate import OnToken, Sampling, generate
 from model.transformer import DeepSeekV4
 from quant.apply import apply_quant

@@ -64,7 +64,8 @@ from scripts.layout_trials.asked import (
     parse,
     write_corpus,
 )  # fmt: skip
-from scripts.layout_trials.trials import Reference, last_loss, reference, trials
+from scripts.layout_trials.reference import Reference, reference
+from scripts.layout_trials.trials import last_loss, trials
 from train.build import build_layout
 from train.errors import UserError
 from train.record.receipt import source_hash

@@ -17,7 +17,7 @@ if not __package__:  # run as a file
 
 import torch
 
-from model.flops import parameter_counts
+from model.parameter_counts import parameter_counts
 from parallel.config import ParallelConfig
 from parallel.errors import ConfigError
 from scripts.cli.command import command
@@ -26,16 +26,10 @@ from train.config.command_line import compose_run
 from train.config.schema import Device, Precision, RunConfig
 from train.errors import UserError
 from train.preflight.cards import CARDS, Card, card
-from train.preflight.fit import (
-    Memory,
-    Needs,
-    layout_flags,
-    layouts_on,
-    memory_table,
-    smallest_layouts,
-)
+from train.preflight.fit import layout_flags, layouts_on, memory_table, smallest_layouts
 from train.preflight.forecast import duration, flops_per_token, quantity, run_flops, stretches
 from train.preflight.matmul_rate import measured_matmul_rate
+from train.preflight.needs import Memory, Needs
 from train.preflight.world import GB, World, this_world
 from train.stages import StagePlan, resolve
 

@@ -20,7 +20,8 @@ if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from model.config import Attention, ModelConfig, Residual, Router
-from model.flops import parameter_counts, training_flops
+from model.flops import training_flops
+from model.parameter_counts import parameter_counts
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import check_output, write_json

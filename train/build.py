@@ -15,9 +15,9 @@ from data.content import library_versions
 from data.epochs import planned_uses
 from data.loader import Loader, build_loader
 from data.prepare import build_tokenizer
-from model.flops import parameter_shapes
 from model.init import init_weights
 from model.kernels.select import select
+from model.parameter_counts import parameter_shapes
 from model.precision import HEAD_PRECISIONS
 from model.transformer import DeepSeekV4
 from optim.build import build_optimizer

@@ -19,16 +19,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from model.config import ModelConfig
-from model.flops import (
+from model.decoding_costs import (
     DecodingFlops,
     decoding_flops,
     gqa8_kv_cache_bytes,
     kv_cache_bytes,
-    parameter_counts,
-    training_flops,
     v32_decoding_flops,
     v32_kv_cache_bytes,
 )
+from model.flops import training_flops
+from model.parameter_counts import parameter_counts
 from scripts.cli.command import command
 from scripts.cli.model_yaml import load_model_config
 from scripts.cli.outputs import PNG, check_output, write_json

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.config import ModelConfig
-from model.flops import TrainingFlops, parameter_counts, training_flops
+from model.flops import TrainingFlops, training_flops
 from model.init import init_weights
 from model.loss import Objective
+from model.parameter_counts import parameter_counts
 from model.transformer import DeepSeekV4
 from parallel.activation_checkpoint import checkpoint_blocks
 from train.errors import UserError

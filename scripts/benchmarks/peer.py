@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 
 from model.config import LayerKind, ModelConfig, Residual, Router
-from model.flops import parameter_counts, training_flops
+from model.flops import training_flops
 from model.init import init_weights
+from model.parameter_counts import parameter_counts
 from model.state_dict import to_transformers
 from model.transformer import DeepSeekV4
 from scripts.benchmarks.models import Contestant

@@ -38,8 +38,8 @@ from scripts.gpu.gpu_report import table_of
 from train.config.command_line import compose_run
 from train.errors import ROOT, UserError
 from train.preflight.cards import Card
-from train.preflight.fit import Needs
 from train.preflight.matmul_rate import measured_matmul_rate
+from train.preflight.needs import Needs
 from train.record.metrics import read_metrics
 from train.stages import resolve
 

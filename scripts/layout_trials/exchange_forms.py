@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from model.config import LayerKind, Router
-from model.flops import parameter_shapes
+from model.parameter_counts import parameter_shapes
 from model.precision import precision_of
 from optim.groups import Owner, ParamRecord, build_table
 from optim.muon import CHUNK_ELEMENTS, expand

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from model.flops import parameter_shapes
+from model.parameter_counts import parameter_shapes
 from optim.build import Optimizer, build_optimizer
 from optim.muon_distributed import ShardedMuon
 from parallel.mesh import Mesh, build_mesh, check_layout
@@ -46,7 +46,7 @@ from scripts.cli.parser import CommandParser, whole
 from train.config.command_line import compose_run
 from train.config.schema import RunConfig
 from train.errors import UserError
-from train.preflight.fit import Memory, Needs
+from train.preflight.needs import Memory, Needs
 from train.stages import resolve
 
 META = torch.device("meta")

@@ -40,9 +40,9 @@ import model.transformer as transformer
 from data.batch import Batch
 from model.config import Kernels, ModelConfig
 from model.context import ForwardContext, build_context
-from model.flops import parameter_shapes
 from model.loss import Objective
 from model.moe.dispatch import Dispatched
+from model.parameter_counts import parameter_shapes
 from optim.build import build_optimizer
 from optim.config import MatmulDtype
 from parallel.distributed import DistributedEngine
@@ -60,7 +60,7 @@ from scripts.layout_trials.exchanges import ExchangeWatch, Key
 from train.config.command_line import compose_run
 from train.config.schema import Precision, RunConfig
 from train.errors import UserError
-from train.preflight.fit import Needs
+from train.preflight.needs import Needs
 from train.stages import Stage, resolve
 from train.step import loss_weights
 

@@ -45,7 +45,7 @@ from scripts.layout_trials.asked import (
     parse,
     write_corpus,
 )
-from scripts.layout_trials.trials import build_bench, steps
+from scripts.layout_trials.steps import build_bench, steps
 
 PARTS = ("compute", "gather", "dispatch", "reduction", "optimizer", "exchange", "idle")
 STEP, OPTIMIZER = "step_parts:step", "step_parts:optimizer"

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from model.flops import parameter_counts
+from model.parameter_counts import parameter_counts
 from scripts.studies.config import AGAIN, StudyConfig
 from scripts.studies.estimate import flops_per_token
 from scripts.studies.law import Law, Prediction, fit_law, predict_last

@@ -123,7 +123,7 @@ class SignDescent:
 ''', "    Owner.muon: _build_muon,\n"),
 ]  # fmt: skip
 CHECK = [
-    Edit("train/audit/checks.py", '''
+    Edit("train/audit/updates.py", '''
 
 def _sign_form(e: Evidence, name: str, sample: Sample, after: Tensor) -> Iterator[str]:
     decay = 1 - e.step.lr * e.records[name].weight_decay
@@ -131,7 +131,7 @@ def _sign_form(e: Evidence, name: str, sample: Sample, after: Tensor) -> Iterato
     if not float((update.abs() - 1).clamp(min=0).max()) <= 1e-3:
         yield f"{name}: sign was asked for, but an element moved by more than the rate"
 ''', "    return energy, float(root_sum_square(off)) ** 2 / max(energy, 1e-30)\n"),
-    Edit("train/audit/checks.py",
+    Edit("train/audit/updates.py",
          "    Owner.sign: KnownUpdate(_sign_form, lambda e, name: 1.0, lambda e, name: 1.0),\n",
          "UPDATES: dict[Owner, KnownUpdate] = {\n"),
 ]  # fmt: skip
@@ -271,7 +271,7 @@ def test_one_run_trains_with_every_addition(run):
     [
         (("optim/groups.py", "optim/build.py", "train/audit"), "optim/groups.py has no owner sign"),
         (("Owner.sign: config", "optim/build.py", "train/audit"), "no weight decay"),
-        (("train/audit",), "UPDATES of train/audit/checks.py"),
+        (("train/audit",), "UPDATES of train/audit/updates.py"),
         (("optim/build.py",), "no engine of sign in ENGINES"),
     ],
 )

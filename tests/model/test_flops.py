@@ -15,18 +15,20 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import Attention, IndexerPhase, Kernels, LayerKind, ModelConfig, Residual
-from model.flops import (
-    Keys,
+from model.decoding_costs import (
     decoding_flops,
     gqa8_kv_cache_bytes,
     kv_cache_bytes,
+    v32_decoding_flops,
+    v32_kv_cache_bytes,
+)
+from model.flops import (
+    Keys,
     mean_entries,
     mean_keys,
     mean_min,
     training_flops,
     training_flops_by_block,
-    v32_decoding_flops,
-    v32_kv_cache_bytes,
 )
 from model.init import init_weights
 from model.loss import Objective

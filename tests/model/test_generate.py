@@ -16,7 +16,7 @@ import torch
 
 from model.cache import CacheFormats, PlainRows
 from model.config import LayerKind
-from model.flops import kv_cache_bytes
+from model.decoding_costs import kv_cache_bytes
 from model.generate import Decoder, Sampling, choose, generate
 from model.state_dict import load_official
 from model.transformer import DeepSeekV4

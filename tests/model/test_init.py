@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from model.config import LayerKind, ModelConfig
-from model.flops import buffer_shapes, parameter_shapes
 from model.init import TABLE, Region, _fill, distribution_of, init_weights, stream_seed, whole
+from model.parameter_counts import buffer_shapes, parameter_shapes
 from model.transformer import DeepSeekV4
 from tests.helpers import table_load
 

@@ -1,4 +1,4 @@
-"""Names, shapes and totals: the closed forms of model/flops.py against the real modules.
+"""Names, shapes and totals: the closed forms of model/parameter_counts.py against the real modules.
 
 The real modules are built on the meta device. Published totals (reference A.3) count the selection
 biases, which are buffers here, and leave out the hash tables.
@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from model.config import LayerKind, ModelConfig, Residual, Router
-from model.flops import buffer_shapes, kind_of, parameter_counts, parameter_shapes
+from model.parameter_counts import buffer_shapes, kind_of, parameter_counts, parameter_shapes
 from model.transformer import DeepSeekV4
 
 CONF = Path(__file__).parents[2] / "conf" / "model"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.config import ModelConfig
-from model.flops import parameter_shapes
+from model.parameter_counts import parameter_shapes
 from model.precision import TABLE, precision_of
 
 pytestmark = pytest.mark.core

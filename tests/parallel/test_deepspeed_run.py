@@ -28,7 +28,7 @@ from tests.integration.small_run import (
     small_run,
     write_corpus,
 )
-from train.audit.audit import AuditError
+from train.audit.faults import AuditError
 from train.build import build
 from train.checkpoint.own_folder import OWN
 from train.errors import ExitCode

@@ -16,7 +16,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import train.build
 from tests.integration.small_run import KillAfter
 from train import pretrain
-from train.audit.audit import AuditError
+from train.audit.faults import AuditError
 
 class Fail(KillAfter):
     def show(self, record):

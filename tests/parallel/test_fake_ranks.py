@@ -1,6 +1,7 @@
 """Large layouts are built by one process: placements, and bytes per rank against the fit table.
 
-Bound: 1 % of ``train/preflight/fit.py``'s weights and optimizer states, which count shards as even.
+Bound: 1 % of the weights and optimizer states of ``train/preflight/needs.py``, which counts shards
+as even.
 """
 
 import csv

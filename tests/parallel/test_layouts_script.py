@@ -9,9 +9,10 @@ import torch
 from parallel.config import SCHEDULES
 from scripts import layouts
 from scripts.layout_trials.asked import parse
+from scripts.layout_trials.reference import Reference
 from scripts.layout_trials.step_parts import PARTS, Collective, Trace, TraceEvent, parts_of
 from scripts.layout_trials.step_parts import main as step_parts
-from scripts.layout_trials.trials import Reference, set_gradients
+from scripts.layout_trials.whole_tensors import set_gradients
 from scripts.layouts import BOUNDS, failures, main
 from tests.parallel.ranks import alone
 from tests.parallel.torchrun import SMALL_MODEL

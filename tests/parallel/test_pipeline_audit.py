@@ -16,7 +16,7 @@ from parallel.config import ParallelConfig
 from quant.config import QuantConfig, Recipe
 from tests.helpers import run_distributed
 from tests.integration.small_run import small_run, write_corpus
-from train.audit.audit import AuditError
+from train.audit.faults import AuditError
 from train.build import build
 from train.config.schema import ActivationCheckpoint
 

@@ -7,8 +7,8 @@ import pytest
 from scripts.plan import main
 from train.config.command_line import compose_run
 from train.preflight.cards import CARDS, card
-from train.preflight.fit import Needs
 from train.preflight.forecast import duration, run_flops
+from train.preflight.needs import Needs
 from train.preflight.world import GB
 from train.stages import resolve
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from model.config import Kernels
-from model.flops import block_flops, parameter_counts, training_flops
+from model.flops import block_flops, training_flops
+from model.parameter_counts import parameter_counts
 from scripts.benchmarks.launches import kinds, trace_block
 from scripts.cli.model_yaml import load_model_config
 from scripts.gpu.roofline import called, estimate, main, whole_pass
@@ -19,8 +20,8 @@ from scripts.gpu.traffic import Operation, Traffic, block_traffic, op_flops
 from tests.helpers import ROOT, small_config, small_model
 from train.config.command_line import compose_run
 from train.preflight.cards import CARDS, Card, card
-from train.preflight.fit import Needs
 from train.preflight.forecast import duration, quantity
+from train.preflight.needs import Needs
 from train.preflight.world import GB
 from train.stages import resolve
 

@@ -22,7 +22,7 @@ from parallel.compiled_blocks import CompiledBlocks
 from parallel.config import ParallelConfig
 from tests.helpers import relative, small_config
 from tests.integration.small_run import ROWS, SEQ_LEN, final_tensors, small_run, write_corpus
-from train.audit.audit import AuditError
+from train.audit.faults import AuditError
 from train.build import build
 from train.config.command_line import compose_run
 from train.config.schema import ActivationCheckpoint, Precision, StageConfig

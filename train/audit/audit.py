@@ -10,40 +10,41 @@ never had a gradient. A resumed run is audited again: another machine may do oth
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from data.batch import IGNORE, Batch
-from model.config import LayerKind, Router
-from model.flops import parameter_shapes
+from model.config import Router
 from model.kernels.ran import Ran, recorded
-from model.loss import Objective
 from model.moe.router import Gate
+from model.parameter_counts import parameter_shapes
 from model.transformer import DeepSeekV4
 from optim.groups import build_table
 from parallel.collectives import local
 from parallel.compiled_blocks import CompiledBlocks
-from parallel.deepspeed_engine import DeepSpeedEngine
-from parallel.engine import Engine, Shares, Update
-from parallel.pieces import fingerprints, norms_of
+from parallel.engine import Engine, Shares
 from parallel.pipeline_engine import PipelineEngine
-from train.audit.by_operations import streams_moved
-from train.audit.checks import (
-    AFTER_UPDATE,
-    BEFORE_UPDATE,
-    Check,
-    Evidence,
-    lr_to_judge,
+from train.audit.before_first_step import (
+    hash_tables,
+    holders,
+    isolation,
+    isolation_of_graphs,
+    owners,
+    shards,
 )
+from train.audit.by_operations import streams_moved
+from train.audit.checks import AFTER_UPDATE, BEFORE_UPDATE
+from train.audit.evidence import Evidence
+from train.audit.faults import faults_of, refuse
+from train.audit.missing_gradient import GradientsSeen
+from train.audit.observer import Observer
 from train.audit.samples import SAMPLE_SIZES, AuditSample, chosen, take
 from train.audit.seam_watch import watch_seams
+from train.audit.updates import lr_to_judge
 from train.config.schema import RunConfig
 from train.stages import Stage, StagePlan, trains
 from train.step import StepObserver, StepPlan, StepRows, microbatches, objective_of
@@ -51,15 +52,7 @@ from train.step import StepObserver, StepPlan, StepRows, microbatches, objective
 log = logging.getLogger(__name__)
 
 AUDITED_STEPS = 3  # at the beginning of every stage and of every start
-_NEXT_TO_NOTHING = 1e-30  # weight of a side loss that is to be formed and not to matter
-_FEW_TOKENS = 16  # an expert that got fewer may have met none whose loss reaches it
-
-
 _OTHER_CHECKS = ("isolation", "hash_table", "sharding", "gradient")
-
-
-class AuditError(RuntimeError):
-    """The run does not do what it was asked to; one line a fault, each with the check's name."""
 
 
 class Audit:
@@ -85,10 +78,7 @@ class Audit:
         self._records = {record.name: record for record in table if record.name in here}
         self._stage: Stage | None = None
         self._steps = 0
-        self._gradients: dict[str, Tensor] = {}
-        self._loads: dict[str, Tensor] = {}
-        self._longest = 0
-        self._targets_K: list[float] = []
+        self._gradients = GradientsSeen(run.model)
         self._size = SAMPLE_SIZES[engine.device.type]
         self._whole = False  # every update is judged
         self._hidden: dict[str, float] = {}  # sampled, but not to be judged below this rate
@@ -117,14 +107,19 @@ class Audit:
             yield None
             return
         if not self._checked:
-            faults = [*self._owners(), *self._holders(), *self._shards(), *hash_tables(self._model)]
+            faults = [
+                *owners(self._engine, self._records),
+                *holders(self._engine, self._records, self._run.model),
+                *shards(self._engine, self._run),
+                *hash_tables(self._model),
+            ]
             with nullcontext() if self._compiled is None else self._compiled.eager():
-                _refuse(self._engine, [*faults, *isolation(self._engine)])
+                refuse(self._engine, [*faults, *isolation(self._engine)])
             self._checked = True
         if self._compiled is not None and not self._graphs_checked:
-            _refuse(self._engine, isolation_of_graphs(self._engine, step))
+            refuse(self._engine, isolation_of_graphs(self._engine, step))
             self._graphs_checked = True
-        observer = _Observer(self._evidence(step, rows), self._engine, self._samples)
+        observer = Observer(self._evidence(step, rows), self._engine, self._samples)
         observer.before_step()
         if self._compiled is None:
             with self._seen(observer.evidence):
@@ -172,8 +167,7 @@ class Audit:
     def _enter_stage(self, step: StepPlan) -> None:
         self._stage, self._steps = step.stage, 0
         self._graphs_checked = False  # rows and objective are others, and so are the graphs
-        self._gradients, self._loads, self._longest = {}, {}, 0
-        self._targets_K = [0.0] * (1 + self._run.model.num_nextn_predict_layers)
+        self._gradients = GradientsSeen(self._run.model)
         trained, weights = self._trained(step), self._engine.weights()
         held = self._engine.largest(sum(local(weights[name]).nbytes for name in trained))
         self._whole, self._hidden = held <= self._size.whole_bytes, {}
@@ -220,19 +214,14 @@ class Audit:
         return samples
 
     def _judge(self, e: Evidence) -> None:
-        _refuse(self._engine, _faults(AFTER_UPDATE, e))
+        refuse(self._engine, faults_of(AFTER_UPDATE, e))
         if not e.update.applied:
             return  # nothing moved; the next step will show
         self._steps += 1
         self._result["steps"].append(e.step.number)
         self._result["checks"] = [*BEFORE_UPDATE, *AFTER_UPDATE, *_OTHER_CHECKS]
-        for name, norms in e.grad_norms.items():
-            self._gradients[name] = self._gradients.get(name, torch.zeros_like(norms)) + norms
-        for name, load_E in e.shares.expert_load.items():
-            self._loads[name] = self._loads.get(name, torch.zeros_like(load_E)) + load_E
+        self._gradients.add(e)
         self._note_kernels(e.ran)
-        self._longest = max(self._longest, e.longest_document)
-        self._targets_K = [a + b for a, b in zip(self._targets_K, e.targets_K, strict=True)]
         for name in e.samples:
             self._hidden.pop(name, None)
             if (lr := lr_to_judge(e, name)) > e.step.lr:
@@ -264,12 +253,12 @@ class Audit:
     def _end_window(self, e: Evidence) -> None:
         faults: list[str] = []
         for name in sorted(e.trained):
-            problem, excuse = self._missing_gradient(name)
+            problem, excuse = self._gradients.missing(name)
             if problem and not excuse:
                 faults.append(f"gradient: {name} {problem} in {self._steps} step(s)")
             elif problem:
                 self._result["not_exercised"].append(f"{name}: {excuse}")
-        _refuse(self._engine, faults)
+        refuse(self._engine, faults)
         log.info(
             "audit: stage %s is as asked for (%d parameters, %d checks, steps %s)",
             e.step.stage.name,
@@ -278,177 +267,6 @@ class Audit:
             self._result["steps"],
         )
 
-    def _missing_gradient(self, name: str) -> tuple[str, str]:
-        """What is wrong with a parameter's gradient so far, and what excuses it; empty: nothing."""
-        norms = self._gradients.get(name)
-        if ".ffn.experts." in name:
-            load_E = self._loads[f"{name.partition('.experts.')[0]}.gate"]
-            labelled_E = load_E - self._unlabelled(name, load_E)
-            silent = torch.ones_like(load_E) if norms is None else (norms == 0)
-            for expert in silent.nonzero().flatten().tolist():
-                if labelled_E[expert] >= _FEW_TOKENS:
-                    return f"had no gradient for expert {expert}, which got tokens", ""
-            count = int(silent.sum())
-            few = f"{count} experts got, for sure, fewer than {_FEW_TOKENS} tokens with a label"
-            return ("had no gradient", few) if count else ("", "")
-        if norms is not None and bool((norms > 0).any()):
-            return "", ""
-        least = self._least_document(name)
-        if self._longest < least:
-            return "had no gradient", f"no document of {least} tokens (longest {self._longest})"
-        if self._weighs_one_entry(name):
-            return "had no gradient", "windows of one token: there is nothing to weigh"
-        return "received no gradient", ""
-
-    def _unlabelled(self, name: str, load_E: Tensor) -> float:
-        """Tokens among those of a gate that no loss is taken of: the ends of documents.
-
-        In the trunk a token without a next one, in the MTP block of depth k one without a token
-        2 + k places ahead. Nothing reads such a token, since attention is causal.
-        """
-        depth = 1 + int(name.split(".")[1]) if name.startswith("mtp.") else 0
-        tokens = float(load_E.sum()) / self._run.model.num_experts_per_tok
-        return tokens - self._targets_K[depth]
-
-    def _weighs_one_entry(self, name: str) -> bool:
-        """Whether a parameter weighs the tokens of a compressed entry that has but one."""
-        if not name.startswith("layers.") or ".attn.compressor." not in name:
-            return False
-        layer, model = int(name.split(".")[1]), self._run.model
-        alone = model.kind(layer) is LayerKind.hca and model.ratio(layer) == 1
-        return alone and name.endswith((".ape", ".wgate.weight"))
-
-    def _least_document(self, name: str) -> int:
-        """Tokens that a document needs before a parameter can matter to a loss."""
-        parts = name.split(".")
-        if parts[0] == "mtp":
-            return 3 + int(parts[1])
-        if parts[0] != "layers":
-            return 2
-        ratio = self._run.model.ratio(int(parts[1]))
-        if ".indexer." in name:
-            return 2 * ratio + 1
-        return ratio + 2 if ".compressor." in name else 2
-
-    def _owners(self) -> list[str]:
-        """Every parameter stands in the optimizer's table once, under the owner asked for."""
-        table = Counter(record.name for record in self._engine.optimizer.table)
-        owners = {record.name: record.owner for record in self._engine.optimizer.table}
-        faults = []
-        for name, record in self._records.items():
-            if table[name] != 1:
-                faults.append(f"owner: {name} stands in the optimizer's table {table[name]} times")
-            elif owners[name] is not record.owner:
-                faults.append(
-                    f"owner: {name} belongs to {owners[name].value}, {record.owner.value} was asked"
-                )
-        unknown = sorted(set(table) - set(self._records))
-        return faults + [f"owner: {name} is no parameter of the model" for name in unknown]
-
-    def _holders(self) -> list[str]:
-        """Every parameter of the model lives on exactly one pipeline stage."""
-        engine = self._engine
-        place = engine.data_rank, engine.shard.index
-        ranks = engine.gather((place, list(self._records)))
-        held = Counter(name for where, names in ranks if where == (0, 0) for name in names)
-        return [
-            f"owner: {name} lives on {held[name]} pipeline stages"
-            for name in parameter_shapes(self._run.model)
-            if held[name] != 1
-        ]
-
-    def _shards(self) -> list[str]:
-        """Every parameter is in FSDP's hands, and its shards make as many copies as asked for."""
-        if not self._engine.sharded or isinstance(self._engine, DeepSpeedEngine):
-            return []  # what DeepSpeed reduces it checks itself, at every step
-        shapes, faults = parameter_shapes(self._run.model), []
-        here = dict(self._model.named_parameters())
-        ranks = self._engine.gather({name: local(p).numel() for name, p in here.items()})
-        layout = self._run.parallel.resolve(len(ranks))
-        in_ep = layout.ep // math.gcd(layout.ep, layout.shard_degree)  # replicas that share experts
-        for name, parameter in here.items():
-            copies = layout.dp_replicate // (in_ep if ".ffn.experts." in name else 1)
-            held = sum(sizes.get(name, 0) for sizes in ranks) / math.prod(shapes[name])
-            if not isinstance(parameter, DTensor):
-                faults.append(f"sharding: {name} is left out: its gradient is not reduced")
-            elif held != copies:
-                faults.append(
-                    f"sharding: {name} is held {held:g} times, {layout} asks for {copies}"
-                )
-        return faults
-
-
-class _Observer:
-    """Collects the evidence of one step."""
-
-    def __init__(
-        self,
-        evidence: Evidence,
-        engine: Engine,
-        samples: Callable[[Evidence], dict[str, AuditSample]],
-    ) -> None:
-        self.evidence, self._engine, self._samples = evidence, engine, samples
-        self._weights: dict[str, tuple[int, int]] = {}
-        self._states: dict[str, tuple[int, int]] = {}
-
-    def before_step(self) -> None:
-        """Note the bits of what may move and of what must not."""
-        self._weights, self._states = self._bits()
-
-    def after_backward(self, shares: Shares) -> None:
-        """Note gradients and losses, and judge them before anything moves.
-
-        Losses that are not finite are not judged: ``train.recovery`` says what becomes of such a
-        step, in an audited step as in any other. Where the operations of a compiled block give
-        finite ones, its graph is the fault.
-        """
-        e = self.evidence
-        e.shares = shares
-        for name, parameter in e.model.named_parameters():
-            if parameter.requires_grad:
-                e.requires_grad.add(name)
-        for name, gradient in self._engine.gradients():
-            e.grad_norms[name] = norms_of(gradient, ".ffn.experts." in name)
-        if e.compiled is not None:
-            e.by_operations.distances = e.by_operations.compare(self._engine.gradients())
-            e.by_operations.gradients.clear()
-        e.seams.settle()
-        e.early = self._changed(self._weights, fingerprints(self._engine.weights()))
-        e.samples = self._samples(e)
-        assert shares.total is not None
-        if math.isfinite(float(shares.total)):
-            _refuse(self._engine, _faults(BEFORE_UPDATE, e))
-        elif e.compiled is not None and math.isfinite(float(e.by_operations.shares.total or 0.0)):
-            _refuse(self._engine, _faults({"compiled": BEFORE_UPDATE["compiled"]}, e))
-
-    def after_update(self, update: Update) -> None:
-        """Note what moved; frozen parameters keep their state objects, so both are compared."""
-        e = self.evidence
-        e.update = update
-        e.optimizer_after = self._engine.optimizer.state_dict()
-        e.moved = dict(self._engine.optimizer.moved)
-        e.weights = dict(self._engine.weights())
-        e.stale = self._engine.stale()
-        weights, states = self._bits()
-        e.changed = self._changed(self._weights, weights)
-        e.changed_states = self._changed(self._states, states)
-
-    def _bits(self) -> tuple[dict[str, tuple[int, int]], dict[str, tuple[int, int]]]:
-        states = {
-            f"{name}.{key}": tensor
-            for name, tensors in self._engine.optimizer.state_dict().items()
-            if name not in self.evidence.trained
-            for key, tensor in tensors.items()
-        }
-        return fingerprints(self._engine.weights()), fingerprints(states)
-
-    def _changed(
-        self, before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]
-    ) -> set[str]:
-        """Names that changed on any rank."""
-        mine = [name for name, bits in before.items() if after[name] != bits]
-        return {name for names in self._engine.gather(mine) for name in names}
-
 
 def _gates(model: DeepSeekV4) -> Iterator[tuple[str, Gate]]:
     return (
@@ -456,115 +274,6 @@ def _gates(model: DeepSeekV4) -> Iterator[tuple[str, Gate]]:
         for name, module in model.named_modules()
         if isinstance(module, Gate) and module.router is Router.learned
     )
-
-
-def _faults(checks: dict[str, Check], e: Evidence) -> list[str]:
-    return [f"{name}: {line}" for name, check in checks.items() for line in check(e)]
-
-
-def _refuse(engine: Engine, faults: list[str]) -> None:
-    """Every rank raises what any has found, and names which where not all have."""
-    ranks = engine.gather(faults)
-    found = {
-        line: [r for r, lines in enumerate(ranks) if line in lines] for f in ranks for line in f
-    }
-    if not found:
-        return
-    told = [
-        line if len(holders) == len(ranks) else f"{line} (rank {', '.join(map(str, holders))})"
-        for line, holders in found.items()
-    ]
-    shown = told[:20] + ([f"... and {len(told) - 20} more"] if len(told) > 20 else [])
-    raise AuditError(
-        "the run does not do what it was asked to:\n" + "\n".join(f"  {f}" for f in shown)
-    )
-
-
-# ---- before the first step ----------------------------------------------------------------------
-def hash_tables(model: DeepSeekV4) -> list[str]:
-    """Faults of hash-routed layers: a constant table, or a row that names an expert twice."""
-    faults = []
-    for name, table_VK in model.named_buffers():
-        if not name.endswith(".tid2eid"):
-            continue
-        config = model.config
-        if config.n_routed_experts == config.num_experts_per_tok:
-            continue  # there is nothing to choose
-        if bool((table_VK == table_VK[0]).all()):
-            faults.append(f"hash_table: {name} is constant: every token goes to the same experts")
-        elif table_VK.shape[1] > 1 and bool((table_VK.sort(dim=1).values.diff(dim=1) == 0).any()):
-            faults.append(f"hash_table: {name} names an expert twice for one token")
-        elif len(table_VK.unique()) < min(config.n_routed_experts, table_VK.numel()):
-            faults.append(f"hash_table: {name} leaves experts out")
-    return faults
-
-
-def isolation(engine: Engine) -> list[str]:
-    """Faults of packing: the gradient of one document's loss with respect to another's embeddings.
-
-    It must be exactly zero whatever the precision. Values would only be equal up to rounding, since
-    the experts' products depend on how many rows each gets.
-    """
-    assert isinstance(engine.model, DeepSeekV4)
-    config = engine.model.config
-    cp = engine.shard.count
-    length = -(-(2 * max((1, *config.ratios)) + 2) // cp) * cp
-    depths = 1 + config.num_nextn_predict_layers
-    objective = Objective((1.0,) * depths, 1.0, 1.0, indexer_weight=0.0, balance_weight=0.0)
-    return [f"isolation: {line}" for line in _leaks(engine, 1, 2 * length, objective, 0.0)]
-
-
-def isolation_of_graphs(engine: Engine, step: StepPlan) -> list[str]:
-    """The same of the graphs that train (``train.compile``).
-
-    They are asked for rows like the step's and for what its objective asks of the blocks, or they
-    would be others. Side losses are of all tokens: they are weighed by so little that their
-    gradient cannot pass for a leak.
-    """
-    assert isinstance(engine.model, DeepSeekV4)
-    weights, depths = step.weights, 1 + engine.model.config.num_nextn_predict_layers
-    objective = Objective(
-        (1.0,) * depths, 1.0, float(weights.mtp != 0), _NEXT_TO_NOTHING * (weights.indexer != 0),
-        _NEXT_TO_NOTHING * (weights.balance != 0), step.stage.indexer_phase, step.monitors,
-    )  # fmt: skip
-    rows, length = step.stage.micro_batch_size, step.stage.seq_len
-    if length < 4:
-        return []  # half a row has nothing to predict
-    found = _leaks(engine, rows, length, objective, math.sqrt(_NEXT_TO_NOTHING))
-    return [f"isolation: train.compile=true: by the graphs {line}" for line in found]
-
-
-def _leaks(
-    engine: Engine, rows: int, length: int, objective: Objective, least: float
-) -> Iterator[str]:
-    """Two documents a row, of which the second has labels.
-
-    Args:
-        engine: runs the model.
-        rows: of the batch.
-        length: of a row.
-        objective: of the second documents.
-        least: share of the second's gradient above which the first's is a leak.
-    """
-    assert isinstance(engine.model, DeepSeekV4)
-    config, half = engine.model.config, length // 2
-    generator = torch.Generator().manual_seed(0)
-    ids_BT = torch.randint(config.vocab_size, (rows, length), generator=generator)
-    documents_BT = torch.arange(length).ge(half).long().expand(rows, -1)
-    depths = 1 + config.num_nextn_predict_layers
-    labels_BTK = torch.full((rows, length, depths), IGNORE)
-    for k in range(depths):
-        labels_BTK[:, half : length - 1 - k, k] = ids_BT[:, half + 1 + k :]
-    grad_BTD = engine.embedding_gradient(Batch(ids_BT, documents_BT, labels_BTK), objective)
-    if grad_BTD is None:
-        return  # another pipeline stage holds the embedding, and judges
-    if not bool(grad_BTD.isfinite().all()):
-        return  # says nothing of isolation; train.recovery judges steps that are not finite
-    leak, own = float(grad_BTD[:, :half].abs().max()), float(grad_BTD[:, half:].abs().max())
-    if leak > least * own:
-        yield f"a document's loss reaches the one before it (gradient {leak:.2g})"
-    elif own == 0:
-        yield "a document's loss does not reach its own tokens"
 
 
 def longest_document(document_ids_BT: Tensor) -> int:

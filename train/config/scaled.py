@@ -20,7 +20,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from model.config import ModelConfig
-from model.flops import parameter_counts, training_flops
+from model.flops import training_flops
+from model.parameter_counts import parameter_counts
 from model.scaled import LARGEST, between, power_between, scaled_shape
 
 TOKENS_PER_PARAMETER = 20

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from model.config import ModelConfig
-from model.flops import parameter_counts
+from model.parameter_counts import parameter_counts
 
 CARD = "README.md"
 UNKNOWN_LICENCE = "unknown"

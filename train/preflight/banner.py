@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from typing import IO
 
 from data.epochs import SourceUse
-from model.flops import parameter_counts
+from model.parameter_counts import parameter_counts
 from parallel.config import ParallelConfig
 from parallel.launch import launched_rank, launched_world_size
 from train.config.schema import RunConfig
-from train.preflight.fit import Memory, Needs
 from train.preflight.forecast import flops_per_token, quantity, run_flops
+from train.preflight.needs import Memory, Needs
 from train.preflight.reach import data_warnings
 from train.preflight.world import GB
 from train.stages import StagePlan

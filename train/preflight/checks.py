@@ -102,7 +102,7 @@ def _check_world(
     """
     from model.kernels.select import check_kernels  # noqa: PLC0415
     from parallel.mesh import check_layout  # noqa: PLC0415
-    from train.audit.checks import check_audited  # noqa: PLC0415
+    from train.audit.updates import check_audited  # noqa: PLC0415
     from train.preflight import fit  # noqa: PLC0415
     from train.preflight.engine import check_engine  # noqa: PLC0415
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from conf.problems import refuse
-from model.flops import parameter_shapes
+from model.parameter_counts import parameter_shapes
 from optim.config import ScheduleKind
 from parallel.config import EngineName, OffloadTo
 from parallel.deepspeed_load import load_deepspeed, need_nvme

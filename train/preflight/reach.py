@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from conf.problems import refuse
 from data.epochs import SourceUse
 from model.config import IndexerPhase
-from model.flops import parameter_counts
+from model.parameter_counts import parameter_counts
 from optim.config import ScheduleKind
 from optim.schedule import check_run_length, decay_start
 from parallel.launch import launched_rank

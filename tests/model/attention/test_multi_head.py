@@ -13,8 +13,8 @@ from model.attention.multi_head import MultiHeadAttention, visible
 from model.config import LayerKind, Residual
 from model.context import build_context
 from model.errors import ConfigError
-from model.flops import parameter_shapes
 from model.generate import Decoder
+from model.parameter_counts import parameter_shapes
 from model.transformer import DeepSeekV4
 from tests.parity.configs import tiny_config
 from train.config.command_line import compose_run

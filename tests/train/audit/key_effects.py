@@ -26,8 +26,8 @@ import torch
 from data.epochs import planned_uses
 from data.loader import build_loader
 from data.prepare import build_tokenizer
-from model.flops import parameter_shapes
 from model.linear import GroupedLinear
+from model.parameter_counts import parameter_shapes
 from optim.groups import build_table
 from parallel.config import ParallelConfig
 from parallel.zero_config import deepspeed_config

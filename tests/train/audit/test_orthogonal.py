@@ -6,8 +6,8 @@ import torch
 from optim.config import MuonConfig, NewtonSchulzIterations
 from optim.muon import expand
 from optim.newton_schulz import newton_schulz
-from train.audit.checks import _LOUD
 from train.audit.orthogonal import largest_singular_value, most_asked_for
+from train.audit.updates import _LOUD
 
 FIVE = MuonConfig(newton_schulz=[NewtonSchulzIterations(5, 3.4445, -4.7750, 2.0315)])
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from model.config import LayerKind, ModelConfig
-from model.flops import parameter_counts
+from model.parameter_counts import parameter_counts
 from model.scaled import LARGEST, SMALLEST, scaled_shape
 from train.config.command_line import compose_run
 from train.config.scaled import scaled_cost, scaled_line, scaled_recipe

@@ -9,7 +9,7 @@ import yaml
 from transformers import AutoTokenizer, GenerationConfig
 
 from data.tokenizer import ByteTokenizer, train_bpe
-from model.flops import parameter_counts
+from model.parameter_counts import parameter_counts
 from scripts import export_hf, score
 from tests.train.exchange.exchange_models import CONFIG_TINY, write_run
 from train.exchange.export import ExportFormat, ExportJob, export_folder

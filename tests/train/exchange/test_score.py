@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data.tokenizer import ByteTokenizer
-from model.flops import kv_cache_bytes
+from model.decoding_costs import kv_cache_bytes
 from model.generate import Sampling
 from model.generate import generate as continue_prompts
 from quant.apply import apply_quant

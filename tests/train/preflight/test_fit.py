@@ -6,8 +6,8 @@ import torch
 import train.preflight.fit as fit_module
 import train.preflight.world as world_module
 from model.activation_memory import gathered_entry_bytes
-from model.flops import parameter_counts
 from model.init import init_weights
+from model.parameter_counts import parameter_counts
 from model.transformer import DeepSeekV4
 from optim.build import build_optimizer
 from parallel.config import ParallelConfig
@@ -15,7 +15,8 @@ from train.build import build_offload
 from train.config.command_line import compose_run
 from train.config.schema import Device
 from train.errors import DoesNotFitError
-from train.preflight.fit import Needs, check, report, smallest_layouts
+from train.preflight.fit import check, report, smallest_layouts
+from train.preflight.needs import Needs
 from train.preflight.world import GB, World, poorest, this_world
 from train.stages import resolve
 

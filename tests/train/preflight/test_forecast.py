@@ -15,13 +15,14 @@ import termios
 import pytest
 
 from data.epochs import most_epochs, planned_uses, uses
-from model.flops import parameter_counts, training_flops
+from model.flops import training_flops
+from model.parameter_counts import parameter_counts
 from parallel.config import ParallelConfig
 from tests.helpers import ROOT
 from train.config.command_line import compose_run, options
 from train.preflight.banner import MOST_LINES, announce, banner, columns
-from train.preflight.fit import Needs
 from train.preflight.forecast import duration, quantity, run_flops
+from train.preflight.needs import Needs
 from train.preflight.pace import DAY, Pace, long_run
 from train.preflight.reach import MOST_EPOCHS, data_warnings
 from train.stages import resolve
