@@ -27,10 +27,7 @@ if not __package__:  # run as a file
 
 from scripts.cli.command import command
 from scripts.cli.parser import CommandParser
-from scripts.studies.archive import open_archive
-from scripts.studies.config import load_study
-from scripts.studies.differences import RunDifference, differences, explain
-from scripts.studies.document import (
+from scripts.reports.document import (
     HTML,
     HTML_SUFFIX,
     Picture,
@@ -39,9 +36,13 @@ from scripts.studies.document import (
     check_page,
     check_report,
 )
-from scripts.studies.plots import draw_groups
-from scripts.studies.protocol import Protocol, from_root
-from scripts.studies.report import write_study_report
+from scripts.reports.plots import draw_groups
+from scripts.reports.study_report import write_study_report
+from scripts.studies.archive import open_archive
+from scripts.studies.cells import from_root
+from scripts.studies.config import load_study
+from scripts.studies.differences import RunDifference, differences, explain
+from scripts.studies.protocol import Protocol
 from scripts.studies.store import ARCHIVED, Store, read_run
 from train.errors import ROOT, UserError
 from train.exchange.output_files import file_errors

@@ -40,12 +40,13 @@ if not __package__:  # run as a file
 
 from scripts.cli.command import command
 from scripts.cli.parser import CommandParser, real
-from scripts.studies.answer import lead, power_line
+from scripts.reports.answer import lead, power_line
+from scripts.reports.study_report import write_study_report
 from scripts.studies.archive import archive_of, pack
+from scripts.studies.cells import Sweep, from_root
 from scripts.studies.config import AGAIN, StudyConfig, load_study, study_names
 from scripts.studies.estimate import Cost, Estimate
-from scripts.studies.protocol import Protocol, Sweep, from_root
-from scripts.studies.report import write_study_report
+from scripts.studies.protocol import Protocol
 from scripts.studies.results import gather
 from scripts.studies.statistics import paired
 from scripts.studies.store import Store

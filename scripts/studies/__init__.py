@@ -1,1 +1,1 @@
-"""Studies: what is asked, which runs answer it, the statistics, the report."""
+"""Studies: what is asked, which runs answer it, the statistics."""

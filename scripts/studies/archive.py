@@ -17,8 +17,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from scripts.studies.cells import Cell
 from scripts.studies.config import StudyConfig
-from scripts.studies.protocol import Cell, Protocol
+from scripts.studies.protocol import Protocol
 from scripts.studies.store import ARCHIVED, FinishedRun, Store, parse_run, read_archive
 from train.errors import UserError
 from train.exchange.output_files import replacing

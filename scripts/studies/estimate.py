@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from model.flops import training_flops
-from scripts.studies.protocol import Cell, Protocol
+from scripts.studies.cells import Cell
+from scripts.studies.protocol import Protocol
 from scripts.studies.store import FinishedRun
 from train.config.schema import RunConfig
 from train.preflight.matmul_rate import measured_matmul_rate

@@ -8,168 +8,19 @@ folders. The folder is the same whether one or several runs of a batch are left 
 
 from __future__ import annotations
 
-import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-import numpy as np
-
-from scripts.studies.config import AGAIN, ArmConfig, StudyConfig
-from scripts.studies.sequential import Design, Standing, design, take_look
-from scripts.studies.store import FinishedRun, Store, identity_of
-from train.config.command_line import compose_run
-from train.config.schema import Precision, RunConfig
-from train.errors import ROOT, UserError
-
-AGAIN_OFFSET = 1_000_003  # init_seed_offset of the A/A arm
+from scripts.studies.cells import Cell, StudyRuns, Sweep, from_root
+from scripts.studies.config import AGAIN, ArmConfig
+from scripts.studies.looks import ArmStanding, others, standings
+from scripts.studies.search import Choice, Tuning, choose
+from scripts.studies.store import FinishedRun
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One run of a study.
-
-    Attributes:
-        arm: it belongs to.
-        steps: optimizer steps.
-        lr: learning rate.
-        seed: of data order and initialisation.
-        source: folder of the weights that it evaluates; empty: it trains.
-        settings: overrides that the search tries, or has chosen.
-    """
-
-    arm: str
-    steps: int
-    lr: float
-    seed: int
-    source: str = ""
-    settings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Sweep:
-    """Runs of one arm that differ in one thing: one call of ``train/pretrain.py``.
-
-    Attributes:
-        title: for the plan.
-        cells: the runs.
-        swept: ``seed`` or ``optim.lr``.
-    """
-
-    title: str
-    cells: tuple[Cell, ...]
-    swept: str
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What the search found for an arm.
-
-    Attributes:
-        tried: learning rate -> validation loss of the search's run, ascending; only finished ones.
-        missing: learning rates still to run, given what is known.
-        best: the chosen one; None while runs are missing or where there is no answer.
-        reason: why there is no answer.
-    """
-
-    tried: Mapping[float, float]
-    missing: tuple[float, ...] = ()
-    best: float | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """What the search found behind the learning rate.
-
-    Attributes:
-        settings: the best overrides so far.
-        tried: overrides -> validation loss of the search's run.
-        missing: runs to do next; later keys depend on them.
-    """
-
-    settings: tuple[str, ...] = ()
-    tried: Mapping[tuple[str, ...], float] = field(default_factory=dict)
-    missing: tuple[Cell, ...] = ()
-
-
-@dataclass(frozen=True)
-class ArmStanding:
-    """What is decided of an arm so far.
-
-    Attributes:
-        wanted: seeds it is to have by now.
-        judged: seeds of the last look that is complete; 0: none yet.
-        critical: |t| that was needed there.
-        sign: +1 above the baseline, -1 below, 0 no verdict.
-        end: why it gets no more seeds; empty while it is open.
-    """
-
-    wanted: int
-    judged: int = 0
-    critical: float = math.inf
-    sign: int = 0
-    end: str = ""
-
-
-def from_root(path: Path) -> str:
-    """A path as a config holds it: from the repository's root where it lies below it."""
-    absolute = path.resolve()
-    return str(absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute)
-
-
-def choose(
-    grid: Sequence[float], loss_of: Mapping[float, float], factor: float, extensions: int
-) -> Choice:
-    """Choose a learning rate that lies between others, extending the grid where the edge is best.
-
-    Args:
-        grid: ascending.
-        loss_of: validation loss of what has been run; infinite for a run that diverged.
-        factor: between a new learning rate and the edge.
-        extensions: how many may be added.
-    """
-    rates = list(grid)
-    while True:
-        tried = {rate: loss_of[rate] for rate in rates if rate in loss_of}
-        missing = tuple(rate for rate in rates if rate not in loss_of)
-        if missing:
-            return Choice(tried, missing)
-        best = min(rates, key=lambda rate: loss_of[rate])
-        if not math.isfinite(loss_of[best]):
-            return Choice(tried, reason="every run of the search diverged")
-        if best not in (rates[0], rates[-1]):
-            return Choice(tried, best=best)
-        if len(rates) - len(grid) >= extensions:
-            side = "lowest" if best == rates[0] else "highest"
-            return Choice(
-                tried,
-                reason=f"the best learning rate, {best:g}, is the {side} of {len(rates)} tried"
-                f" ({rates[0]:g} to {rates[-1]:g})",
-            )
-        new = best / factor if best == rates[0] else best * factor
-        rates = sorted([*rates, float(f"{new:.6g}")])
-
-
-@dataclass
-class Protocol:
-    """The runs of one study.
-
-    Args:
-        study: the config.
-        store: finished runs.
-        out: folder below which runs are made.
-        recorded: which run was which cell's when the study was archived; None: runs are found by
-            the configs that today's defaults give.
-    """
-
-    study: StudyConfig
-    store: Store
-    out: Path
-    recorded: Mapping[Cell, FinishedRun] | None = None
-    _configs: dict[tuple[str, tuple[str, ...]], RunConfig] = field(default_factory=dict)
-    _identities: dict[Cell, str] = field(default_factory=dict)
+class Protocol(StudyRuns):
+    """The runs of one study, in order: which are wanted now, and what has been decided."""
 
     # ---- what to run -------------------------------------------------------------------------
     @property
@@ -295,56 +146,9 @@ class Protocol:
             return []
         return [Cell(arm, steps, rate, seed, settings=tuning.settings) for seed in seeds]
 
-    # ---- looks -------------------------------------------------------------------------------
-    @property
-    def others(self) -> list[str]:
-        """Arms that are compared with the baseline."""
-        return [name for name in self.study.arms if name != self.study.baseline]
-
-    @property
-    def bounds(self) -> Design:
-        """Looks and critical values."""
-        study, asked = self.study, self.study.sequential
-        return design(study.looks, study.level, len(self.others), asked.spending, asked.futility)
-
     def standings(self) -> dict[str, ArmStanding]:
         """Where the comparison of each arm stands, from the finished runs alone."""
-        study, bounds = self.study, self.bounds
-        standing = Standing.fresh(1, len(self.others))
-        for look, n in enumerate(bounds.looks):
-            if not standing.open_RA.any() or (found := self._losses(n, standing)) is None:
-                break
-            take_look(bounds, look, standing, *found)
-        done = int(standing.seeds_RA.max(initial=0))
-        coming = next((n for n in bounds.looks if n > done), len(study.seeds))
-        return {
-            arm: ArmStanding(
-                coming if standing.open_RA[0, i] else int(standing.seeds_RA[0, i]),
-                int(standing.seeds_RA[0, i]), float(standing.needed_RA[0, i]),
-                int(standing.sign_RA[0, i]), _end(standing, i, len(study.seeds)),
-            )
-            for i, arm in enumerate(self.others)
-        }  # fmt: skip
-
-    def _losses(self, n: int, standing: Standing) -> tuple[np.ndarray, np.ndarray | None] | None:
-        """Differences of the open arms and of the A/A pair on the first n seeds; None: not yet."""
-        study = self.study
-        seeds = study.seeds[:n]
-        wanted = [study.baseline, *([AGAIN] if study.again else [])]
-        wanted += [
-            arm for arm, is_open in zip(self.others, standing.open_RA[0], strict=True) if is_open
-        ]
-        losses: dict[str, np.ndarray] = {}
-        for arm in wanted:
-            runs = self._found(arm, self.steps_of(arm), seeds)
-            if len(runs) < n:
-                return None
-            losses[arm] = np.array([runs[seed].val_loss for seed in seeds])
-        base_N, nothing = losses[study.baseline], np.zeros(n)
-        with np.errstate(invalid="ignore"):
-            x_AN = np.stack([losses[a] - base_N if a in losses else nothing for a in self.others])
-            again_N = losses[AGAIN] - base_N if study.again else None
-        return x_AN[None], None if again_N is None else again_N[None]
+        return standings(self.study, lambda arm, seeds: self._found(arm, self.steps_of(arm), seeds))
 
     def _search_cell(self, arm: str, rate: float, settings: tuple[str, ...] = ()) -> Cell:
         steps = max(1, round(self.steps_of(arm) * self.study.search.fraction))
@@ -374,11 +178,11 @@ class Protocol:
             for arm, standing in self.standings().items():
                 ended = standing.end or not at_most
                 wanted[arm] = standing.wanted if ended else len(study.seeds)
-            for arm in self.others:  # what it evaluates must have been trained
+            for arm in others(study):  # what it evaluates must have been trained
                 source = study.arms[arm].evaluates
                 if source and source != study.baseline:
                     wanted[source] = max(wanted[source], wanted[arm])
-            wanted[study.baseline] = max(wanted[arm] for arm in self.others)
+            wanted[study.baseline] = max(wanted[arm] for arm in others(study))
             wanted[AGAIN] = wanted[study.baseline]
         found = [((arm, self.steps_of(arm)), wanted[arm]) for arm in self.trained_arms]
         if study.again:
@@ -387,7 +191,7 @@ class Protocol:
             both = min(wanted[ask.arm], wanted[ask.to])
             found += [((ask.arm, self.shortened(f)), both) for f in ask.fractions]
         found += [
-            ((arm, self.steps_of(arm)), wanted[arm]) for arm in study.arms if self._evaluates(arm)
+            ((arm, self.steps_of(arm)), wanted[arm]) for arm in study.arms if self.evaluates(arm)
         ]
         return [(key, study.seeds[:n]) for key, n in found]
 
@@ -409,7 +213,7 @@ class Protocol:
 
     def _seeds(self) -> Iterator[Sweep]:
         for (arm, steps), seeds in self._wanted_seeds():
-            if self._evaluates(arm):
+            if self.evaluates(arm):
                 continue
             cells = [c for c in self._seed_cells(arm, steps, seeds) if not self._is_done(c)]
             if cells:
@@ -462,83 +266,3 @@ class Protocol:
     def shortened(self, fraction: float) -> int:
         """Steps of a run that takes this fraction of the study's."""
         return max(1, round(self.study.steps * fraction))
-
-    # ---- a run's config ----------------------------------------------------------------------
-    def find(self, cell: Cell) -> FinishedRun | None:
-        """The finished run of a cell, or None."""
-        if self.recorded is not None:
-            return self.recorded.get(replace(cell, source=""))
-        cell = replace(cell, source="")
-        if cell not in self._identities:
-            self._identities[cell] = identity_of(self.config(cell), self._evaluates(cell.arm))
-        return self.store.runs.get(self._identities[cell])
-
-    def config(self, cell: Cell) -> RunConfig:
-        """The config of a cell, up to its folder."""
-        key = cell.arm, cell.settings
-        if key not in self._configs:
-            run = self._configs[key] = compose_run(self.overrides(cell))
-            if Precision.auto in (run.train.precision, run.train.head_precision):
-                raise UserError(
-                    f"base: train.precision={run.train.precision.value},"
-                    f" train.head_precision={run.train.head_precision.value} depend on the machine;"
-                    " a study compares runs in one precision: give fp32 or bf16"
-                )
-        run = self._configs[key]
-        train = replace(run.train, steps=cell.steps, eval_every=self._eval_every(cell))
-        return replace(run, seed=cell.seed, optim=replace(run.optim, lr=cell.lr), train=train)
-
-    def _eval_every(self, cell: Cell) -> int:
-        return math.ceil(cell.steps / min(cell.steps, self.study.evaluations))
-
-    def overrides(self, cell: Cell) -> list[str]:
-        """Everything that the command line of a cell says but its folder."""
-        study = self.study
-        again = cell.arm == AGAIN
-        arm = study.arms[study.baseline if again else cell.arm]
-        own = [*study.base, *study.overrides_of(study.baseline if again else cell.arm)]
-        own += cell.settings
-        own += [f"train.steps={cell.steps}", f"train.eval_every={self._eval_every(cell)}"]
-        own += [f"optim.lr={cell.lr!r}", f"seed={cell.seed}"]
-        own += [f"init_seed_offset={AGAIN_OFFSET}"] if again else []
-        # on the rows of the others' last evaluation
-        own += ["train.eval_only=true", "train.final_eval_tokens=null"] if arm.evaluates else []
-        own += [f"init_from='{cell.source}'"] if cell.source else []
-        return own
-
-    def command(self, batch: Sweep, launcher: Sequence[str] = ()) -> list[str]:
-        """Arguments of ``train/pretrain.py`` for what a batch lacks.
-
-        Args:
-            batch: its runs.
-            launcher: overrides that choose Hydra's launcher; empty: in turn.
-        """
-        first, swept = batch.cells[0], batch.swept
-        fixed = [word for word in self.overrides(first) if not word.startswith(f"{swept}=")]
-        stem = self._stem(first, swept)
-        values = [repr(cell.lr if swept == "optim.lr" else cell.seed) for cell in batch.cells]
-        if len(values) == 1:
-            return [*fixed, f"{swept}={values[0]}", f"run_dir='{stem}/{swept}={values[0]}'"]
-        return ["-m", *launcher, *fixed, f"{swept}={','.join(values)}", f"run_dir='{stem}'"]
-
-    def _stem(self, cell: Cell, swept: str) -> Path:
-        """Folder of a batch, named by what its runs share."""
-        shared = replace(self.config(cell), seed=0)
-        shared = replace(shared, optim=replace(shared.optim, lr=1.0))
-        name = f"{cell.arm}_{cell.steps}_{identity_of(shared, self._evaluates(cell.arm))}"
-        fixed = f"seed{cell.seed}" if swept == "optim.lr" else f"lr{cell.lr!r}"
-        return self.out / name / fixed
-
-    def _evaluates(self, arm: str) -> bool:
-        return arm != AGAIN and bool(self.study.arms[arm].evaluates)
-
-
-def _end(standing: Standing, arm: int, seeds: int) -> str:
-    """Why an arm of one study gets no more seeds."""
-    if standing.open_RA[0, arm]:
-        return ""
-    if standing.lost_RA[0, arm]:
-        return "a run diverged"
-    if standing.sign_RA[0, arm]:
-        return "verdict"
-    return "all seeds" if standing.seeds_RA[0, arm] == seeds else "hardly a verdict to come"

@@ -11,7 +11,9 @@ from model.parameter_counts import parameter_counts
 from scripts.studies.config import AGAIN, StudyConfig
 from scripts.studies.estimate import flops_per_token
 from scripts.studies.law import Law, Prediction, fit_law, predict_last
-from scripts.studies.protocol import ArmStanding, Choice, Protocol, Tuning
+from scripts.studies.looks import ArmStanding
+from scripts.studies.protocol import Protocol
+from scripts.studies.search import Choice, Tuning
 from scripts.studies.statistics import (
     Crossing,
     Finding,

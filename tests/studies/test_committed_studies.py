@@ -11,8 +11,8 @@ import pytest
 
 from docs.studies.default_run import table as search
 from scripts import report
+from scripts.reports.study_report import study_document
 from scripts.studies.archive import open_archive, pack
-from scripts.studies.report import study_document
 from scripts.studies.results import gather
 from scripts.studies.store import ARCHIVED, Store, read_archive
 from tests.helpers import ROOT
@@ -39,7 +39,7 @@ def test_report_is_what_its_runs_say(path):
 
 def test_report_of_an_archive_does_not_ask_for_todays_defaults(monkeypatch, tmp_path, capsys):
     """Composing a config of today is an error here, so nothing can come from one."""
-    monkeypatch.setattr("scripts.studies.protocol.compose_run", None)
+    monkeypatch.setattr("scripts.studies.cells.compose_run", None)
     path = DOCS / "archives" / f"mhc_vs_plain{ARCHIVED}"
     assert report.main([str(path), "--out", str(tmp_path)]) == 0
     assert "plain has a higher loss than mhc" in capsys.readouterr().out

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from scripts import report
-from scripts.studies.plots import draw_groups, lines
+from scripts.reports.plots import draw_groups, lines
 from tests.helpers import small_config
 from tests.studies.folders import leave_run
 from train.config.command_line import compose_run

@@ -9,10 +9,10 @@ import re
 
 import pytest
 
+from scripts.reports.study_report import study_document
 from scripts.studies.archive import open_archive, pack
 from scripts.studies.config import load_study
 from scripts.studies.protocol import Protocol
-from scripts.studies.report import study_document
 from scripts.studies.results import gather
 from scripts.studies.statistics import extrapolate
 from scripts.studies.store import Store

@@ -7,10 +7,10 @@ is four below.
 import numpy as np
 import pytest
 
+from scripts.reports.study_report import study_document
 from scripts.studies.config import AGAIN, load_study
 from scripts.studies.law import fit_law, predict_last
 from scripts.studies.protocol import Protocol
-from scripts.studies.report import study_document
 from scripts.studies.results import gather
 from scripts.studies.store import Store
 from tests.studies.folders import CODE, leave_run

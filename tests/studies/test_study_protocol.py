@@ -15,9 +15,11 @@ import pytest
 from optim.groups import build_table
 from scripts import study
 from scripts.studies.archive import archive_of, open_archive, pack
+from scripts.studies.cells import Cell
 from scripts.studies.config import AGAIN, load_study, study_names
 from scripts.studies.estimate import flops_per_token
-from scripts.studies.protocol import Cell, Protocol, choose
+from scripts.studies.protocol import Protocol
+from scripts.studies.search import choose
 from scripts.studies.store import Store, identity_of, read_run
 from tests.studies.folders import CODE, leave_run
 from train.errors import ExitCode, UserError

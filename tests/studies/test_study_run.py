@@ -17,8 +17,8 @@ from importlib.util import find_spec
 import pytest
 
 from scripts import study
+from scripts.reports.study_report import MEASURED
 from scripts.studies.archive import open_archive
-from scripts.studies.report import MEASURED
 from tests.helpers import ROOT
 from tests.integration.small_run import write_corpus
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from scripts import study
+from scripts.reports.study_report import study_document
+from scripts.studies.cells import Cell
 from scripts.studies.config import AGAIN, load_study
-from scripts.studies.protocol import Cell, Protocol
-from scripts.studies.report import study_document
+from scripts.studies.protocol import Protocol
 from scripts.studies.results import gather
 from scripts.studies.sequential import (
     Standing,

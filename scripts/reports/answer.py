@@ -8,7 +8,7 @@ from typing import Any
 
 from scripts.studies.config import StudyConfig
 from scripts.studies.law import Estimated
-from scripts.studies.protocol import ArmStanding
+from scripts.studies.looks import ArmStanding
 from scripts.studies.results import Comparison, StudyResults
 from scripts.studies.sequential import effect_found
 from scripts.studies.statistics import Crossing, Finding, Paired, Spread, spread

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from scripts.studies.answer import (
+from scripts.reports.answer import (
     WORDS,
     estimated,
     lead,
@@ -25,8 +25,8 @@ from scripts.studies.answer import (
     ratios_of,
     signed,
 )
-from scripts.studies.document import Picture, ReportDocument, Table
-from scripts.studies.plots import (
+from scripts.reports.document import Picture, ReportDocument, Table
+from scripts.reports.plots import (
     draw_catch_up,
     draw_curves,
     draw_differences,

@@ -1,0 +1,1 @@
+"""Reports: a study, or runs side by side, in words, tables and pictures."""
