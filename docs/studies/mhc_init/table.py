@@ -112,8 +112,11 @@ def _figures(
     moved = 2 * (((by + STEP) * post).sigmoid() - (by * post).sigmoid())
     assert module.scale.grad is not None
     assert module.base.grad is not None
-    grads = module.scale.grad[1].abs(), module.base.grad[written].square().mean().sqrt()
-    return float(mix_BTM.std()), float(moved.square().mean().sqrt()), *map(float, grads)
+    static = module.base.grad[written].square().mean().sqrt()
+    return (
+        float(mix_BTM.std()), float(moved.square().mean().sqrt()),
+        float(module.scale.grad[1].abs()), float(static),
+    )  # fmt: skip
 
 
 def at_width(width: int, gain: float) -> ModelConfig:
