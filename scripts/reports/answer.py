@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from scripts.reports.transfer import transfer_line
 from scripts.studies.config import StudyConfig
 from scripts.studies.law import Estimated
 from scripts.studies.looks import ArmStanding
@@ -26,6 +27,8 @@ def lead(results: StudyResults) -> str:
         parts = [_ladder_line(results)]
     if results.study.law.arms:  # its arms differ in size, so their losses must
         parts = [_law_line(results)]
+    if results.study.transfer.along:
+        parts = [line] if (line := transfer_line(results)) else []
     if not parts and results.again_test is not None:
         test = results.again_test
         said = "differs from" if test.p < results.study.level else "no verdict, as it must be:"
@@ -135,6 +138,8 @@ def power_line(study: StudyConfig, again: Paired | None) -> str:
         again: the A/A pairs, where there are any, whose spread gives nats.
     """
     others, asked = len(study.arms) - 1, study.sequential
+    if study.transfer.along:
+        return "best rates are estimated, each with an interval; no two arms are held to a test"
     if not others:
         return "A/A alone: there is no effect to find"
     # without looks each comparison is tested at the whole level; Holm's p stands beside it

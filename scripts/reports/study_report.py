@@ -34,6 +34,7 @@ from scripts.reports.plots import (
     draw_law,
     draw_search,
 )
+from scripts.reports.transfer import transfer_section
 from scripts.studies.protocol import Protocol
 from scripts.studies.results import (
     ACTS,
@@ -70,11 +71,15 @@ def study_document(results: StudyResults) -> ReportDocument:
         document.add("The law", *_law(results))
     if results.study.ladder.arms:
         document.add("The ladder", *_ladder(results))
-    document.add("Comparisons", *_comparisons(results))
+    if results.study.transfer.along:
+        document.add("The best rates", *transfer_section(results))
+    else:
+        document.add("Comparisons", *_comparisons(results))
     if results.catch_up is not None:
         document.add("Steps to the other arm's loss", *_catch_up(results, results.catch_up))
     document.add("Curves", _picture("curves", "validation loss of each arm", results))
-    document.add("Learning rates", _search_table(results), _search_picture(results))
+    picture = None if results.study.transfer.along else _search_picture(results)
+    document.add("Learning rates", _search_table(results), picture)
     document.add("Arms", _arms(results), _acts(results))
     document.add("What the protocol can find", _protocol(results))
     document.add("Limits", _limits(results))
@@ -90,6 +95,12 @@ def _design(results: StudyResults) -> str:
     study = results.study
     run = next((r.run for r in results.runs), None)
     tokens = f" of {run.train.global_batch_tokens:,} tokens" if run is not None else ""
+    if study.transfer.along:
+        return (
+            f"Each arm: {study.steps} steps{tokens} at every rate of its grid on seeds"
+            f" {listed(study.seeds)}; a grid grows by a factor of {study.search.factor:g} while its"
+            " edge is best."
+        )
     length = "the same length" if results.search_steps == study.steps else "a shorter length"
     return (
         f"Each arm: {study.steps} steps{tokens}, seeds {listed(study.seeds)}; a seed fixes data"
@@ -342,7 +353,10 @@ def _acts(results: StudyResults) -> Table | None:
 
 def _protocol(results: StudyResults) -> str:
     study, test = results.study, results.again_test
-    parts = [f"By simulation of the whole protocol: {power_line(study, test)}."]
+    said = power_line(study, test)
+    parts = [
+        f"{said}." if study.transfer.along else f"By simulation of the whole protocol: {said}."
+    ]
     if test is not None:
         parts.append(
             f"The A/A pair, equal arms by construction, differs by {signed(test.mean)} +-"
@@ -361,6 +375,14 @@ def _limits(results: StudyResults) -> str:
         return (
             "The law is fitted over the sizes and lengths of its points; beyond them it is a guess."
             " One corpus, one tokenizer and one held-out text; rates were chosen on one seed."
+        )
+    if results.study.transfer.along:
+        tokens = [arm.tokens for arm in results.arms.values()]
+        return (
+            f"Runs of {min(tokens) / 1e6:.2f} to {max(tokens) / 1e6:.2f} M tokens; a rate that is"
+            " best there need not be for longer, nor does a ratio reach beyond these sizes. One"
+            " corpus, one tokenizer and one held-out text; weight decay, warm-up and batch are the"
+            " same in every arm."
         )
     parts = [
         f"One size ({base.parameters:,} parameters, {base.active:,} active) and"
@@ -389,10 +411,10 @@ def _receipts(results: StudyResults) -> list[Table | str]:
     arms = [[arm.name, " ".join(f"`{word}`" for word in arm.overrides)]
             for arm in results.arms.values()]  # fmt: skip
     rows = [
-        [arm.name, str(seed), f"{run.run.optim.lr:g}", f"`{run.name}`", f"`{run.code[:12]}`",
-         loss_text(run.val_loss)]
+        [arm.name, str(run.run.seed), f"{run.run.optim.lr:g}", f"`{run.name}`",
+         f"`{run.code[:12]}`", loss_text(run.val_loss)]
         for arm in [*results.arms.values(), *([results.again] if results.again else [])]
-        for seed, run in arm.runs.items()
+        for run in arm.every_run
     ]  # fmt: skip
     codes = {run.code for run in results.runs}
     data = {_data_hash(run.receipt) for run in results.runs}

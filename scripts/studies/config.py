@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -21,6 +22,7 @@ from train.config.load import describe
 from train.errors import UserError, one_line
 
 STUDIES = CONF / "study"
+GRID_STEP = 1.42  # of rates whose optimum is asked for: a square root of 2, rounded up
 AGAIN = "again"  # the arm that repeats the baseline from another initialisation (A/A)
 
 
@@ -109,6 +111,21 @@ class LadderConfig:
 
 
 @dataclass
+class TransferConfig:
+    """Whether the best learning rate stays while a model grows (``scripts/reports/transfer.py``).
+
+    Every rate of an arm's grid trains on every seed, and a grid grows while its edge is best.
+
+    Attributes:
+        along: what grows -> arms by size, the first held against the last; empty: not asked.
+        factor: within which their best rates must lie.
+    """
+
+    along: dict[str, list[str]] = field(default_factory=dict)
+    factor: float = 1.5
+
+
+@dataclass
 class SequentialConfig:
     """Verdicts before all seeds are spent (``scripts/studies/sequential.py``).
 
@@ -142,6 +159,7 @@ class StudyConfig:
         catch_up: steps to another arm's loss.
         law: of the loss over FLOPs.
         ladder: steps to another kind of arm's loss, at several lengths.
+        transfer: of the best learning rate from size to size.
         again: also run the baseline from other initial weights (A/A, the noise floor).
         level: of the two-sided test, a fraction.
         sequential: verdicts before all seeds are spent.
@@ -158,6 +176,7 @@ class StudyConfig:
     catch_up: CatchUpConfig = field(default_factory=CatchUpConfig)
     law: LawConfig = field(default_factory=LawConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
+    transfer: TransferConfig = field(default_factory=TransferConfig)
     again: bool = True
     level: float = 0.05
     sequential: SequentialConfig = field(default_factory=SequentialConfig)
@@ -171,6 +190,7 @@ class StudyConfig:
         for ok, message in (
             *self._basic_checks(), *self._arm_checks(), *self._catch_up_checks(),
             *self._sequential_checks(), *self._law_checks(), *self._ladder_checks(),
+            *self._transfer_checks(),
         ):  # fmt: skip
             if not ok:
                 raise UserError(message)
@@ -296,6 +316,42 @@ class StudyConfig:
                 f"ladder: arms must be tuned by equally many trials, not {trials}",
             ),
         ]
+
+    def _transfer_checks(self) -> list[tuple[bool, str]]:
+        ask, names = self.transfer, list(self.arms)
+        if not ask.along:
+            return []
+        checks = [
+            (ask.factor > 1, f"transfer.factor={ask.factor} must be above 1"),
+            (
+                self.search.fraction == 1 and not self.again and not self.is_sequential,
+                "transfer takes its runs as they are searched: search.fraction="
+                f"{self.search.fraction}, again={str(self.again).lower()} and"
+                f" sequential.looks={self.sequential.looks} must be 1, false and []",
+            ),
+            (
+                not any(arm.evaluates or arm.tune or arm.seconds_of for arm in self.arms.values()),
+                "transfer: arms differ in size; evaluates, tune and seconds_of have no place there",
+            ),
+        ]
+        for what, arms in ask.along.items():
+            checks.append(
+                (
+                    len({*arms}) == len(arms) >= 2 and {*arms} <= {*names},
+                    f"transfer.along.{what}={arms} must be 2 or more of arms={names}, each once",
+                )
+            )
+        for name in names:
+            grid = self.grid(name)
+            steps = [after / before for before, after in pairwise(grid)]
+            checks.append(
+                (
+                    max([self.search.factor, *steps]) <= GRID_STEP,
+                    f"arms.{name}.lr={grid} and search.factor={self.search.factor} must step by"
+                    f" {GRID_STEP:g} at most",
+                )
+            )
+        return checks
 
     def trials(self, arm: str) -> int:
         """Runs of an arm's search, if its first grid holds the best learning rate."""

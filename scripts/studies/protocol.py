@@ -51,8 +51,7 @@ class Protocol(StudyRuns):
         choice = self.choice(arm)
         if choice.missing:
             return 0.0
-        cells = [self._search_cell(arm, rate) for rate in choice.tried]
-        runs = [run for cell in cells if (run := self.find(cell)) is not None]
+        runs = [run for rate in choice.tried for run in self.searched(arm, rate).values()]
         return statistics.median(run.step_seconds for run in runs) if runs else 0.0
 
     @property
@@ -69,14 +68,26 @@ class Protocol(StudyRuns):
         grid = self.study.grid(arm)
         while True:
             choice = choose(grid, losses, search.factor, search.extensions)
-            found = {
-                rate: run
-                for rate in choice.missing
-                if (run := self.find(self._search_cell(arm, rate))) is not None
-            }
-            if not found:
+            found = {rate: self.searched(arm, rate) for rate in choice.missing}
+            whole = {rate: runs for rate, runs in found.items() if len(runs) == len(self.searchers)}
+            if not whole:
                 return choice
-            losses |= {rate: run.val_loss for rate, run in found.items()}
+            losses |= {
+                rate: statistics.fmean(run.val_loss for run in runs.values())
+                for rate, runs in whole.items()
+            }
+
+    @property
+    def searchers(self) -> list[int]:
+        """Seeds of a search: one of its own, or all where the best rate itself is asked for."""
+        study = self.study
+        return list(study.seeds) if study.transfer.along else [study.search.seed]
+
+    def searched(self, arm: str, rate: float) -> dict[int, FinishedRun]:
+        """Seed -> finished run of an arm's search at a learning rate."""
+        cells = self._search_cells(arm, rate)
+        found = {cell.seed: self.find(cell) for cell in cells}
+        return {seed: run for seed, run in found.items() if run is not None}
 
     def tuning(self, arm: str) -> Tuning:
         """Where the search of an arm's other keys stands; nothing before the learning rate."""
@@ -154,15 +165,23 @@ class Protocol(StudyRuns):
         steps = max(1, round(self.steps_of(arm) * self.study.search.fraction))
         return Cell(arm, steps, rate, self.study.search.seed, settings=settings)
 
+    def _search_cells(self, arm: str, rate: float) -> list[Cell]:
+        cell = self._search_cell(arm, rate)
+        return [replace(cell, seed=seed) for seed in self.searchers]
+
     def _search(self) -> Iterator[Sweep]:
         for arm in self.trained_arms:
             timed = self.study.arms[arm]
             if timed.seconds_of and not self._steps_in_time(timed):
                 continue  # its length depends on searches that are not done
             missing = self.choice(arm).missing
-            cells = tuple(self._search_cell(arm, rate) for rate in missing)
-            if cells:
-                yield Sweep(f"search, {arm}", cells, "optim.lr")
+            if self.study.transfer.along:
+                for rate in missing:
+                    cells = [c for c in self._search_cells(arm, rate) if self.find(c) is None]
+                    yield Sweep(f"rates, {arm}, {rate:g}", tuple(cells), "seed")
+            elif missing:
+                cells = [self._search_cell(arm, rate) for rate in missing]
+                yield Sweep(f"search, {arm}", tuple(cells), "optim.lr")
 
     def _wanted_seeds(self, at_most: bool = False) -> list[tuple[tuple[str, int], list[int]]]:
         """(arm, steps) of everything that has the study's seeds, in order, and which seeds by now.
@@ -198,9 +217,10 @@ class Protocol(StudyRuns):
     def finished(self) -> dict[Cell, FinishedRun]:
         """Every run that the study's answer rests on, the search's too."""
         cells = [
-            self._search_cell(arm, rate)
+            cell
             for arm in self.trained_arms
             for rate in self.choice(arm).tried
+            for cell in self._search_cells(arm, rate)
         ]
         for arm in self.trained_arms:
             rate = self.choice(arm).best
@@ -245,11 +265,15 @@ class Protocol(StudyRuns):
             choice, grid = self.choice(arm), study.grid(arm)
             wanted = len(choice.tried) + len(choice.missing)
             example = self._search_cell(arm, grid[len(grid) // 2])
+            if study.transfer.along:
+                done = [self.searched(arm, rate) for rate in (*choice.tried, *choice.missing)]
+                yield f"rates, {arm}", example, wanted * len(study.seeds), sum(map(len, done))
+                continue
             yield f"search, {arm}", example, wanted, len(choice.tried)
             if tuned := study.tune_of(arm):
                 wanted = sum(len(values) for values in tuned.values())
                 yield f"tuning, {arm}", example, wanted, len(self.tuning(arm).tried)
-        for (arm, steps), seeds in self._wanted_seeds(at_most):
+        for (arm, steps), seeds in [] if study.transfer.along else self._wanted_seeds(at_most):
             grid = study.grid(study.baseline if arm == AGAIN else arm)
             rate = self.choice(arm).best or grid[len(grid) // 2]
             done = len(self._found(arm, steps, seeds))

@@ -51,6 +51,7 @@ class ArmResult:
         tokens: that one run trains on.
         steps: of one run.
         tuning: of its other keys.
+        searched: learning rate -> seed -> finished run, where every seed searches.
     """
 
     name: str
@@ -63,11 +64,18 @@ class ArmResult:
     tokens: int
     steps: int
     tuning: Tuning
+    searched: Mapping[float, Mapping[int, FinishedRun]] = field(default_factory=dict)
 
     @property
     def run_flops(self) -> float:
         """Training FLOPs of one run."""
         return self.flops * self.tokens
+
+    @property
+    def every_run(self) -> list[FinishedRun]:
+        """Those of the chosen rate; where every seed searches, of all rates."""
+        searched = [run for by_seed in self.searched.values() for run in by_seed.values()]
+        return searched or list(self.runs.values())
 
     @property
     def losses(self) -> dict[int, float]:
@@ -218,7 +226,7 @@ class StudyResults:
     def runs(self) -> list[FinishedRun]:
         """All finished runs of the seeds."""
         arms = [*self.arms.values(), *([self.again] if self.again else [])]
-        return [run for arm in arms for run in arm.runs.values()]
+        return [run for arm in arms for run in arm.every_run]
 
 
 def gather(name: str, protocol: Protocol) -> StudyResults:
@@ -300,10 +308,12 @@ def _arm(protocol: Protocol, name: str) -> ArmResult:
     run = next((found.run for found in runs.values()), None) or protocol.config(example)
     counts = parameter_counts(run.model)
     overrides = [*study.overrides_of(base), *(["other initial weights"] if name == AGAIN else [])]
+    choice = protocol.choice(name)
+    searched = {rate: protocol.searched(name, rate) for rate in choice.tried}
     return ArmResult(
-        name, overrides, protocol.choice(name), runs, counts.total, counts.active,
+        name, overrides, choice, runs, counts.total, counts.active,
         flops_per_token(run), run.train.steps * run.train.global_batch_tokens,
-        run.train.steps, protocol.tuning(name),
+        run.train.steps, protocol.tuning(name), searched if study.transfer.along else {},
     )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ class Choice:
     """What the search found for an arm.
 
     Attributes:
-        tried: learning rate -> validation loss of the search's run, ascending; only finished ones.
+        tried: learning rate -> validation loss of the search's run (the mean, where every seed
+            searches), ascending; only finished ones.
         missing: learning rates still to run, given what is known.
         best: the chosen one; None while runs are missing or where there is no answer.
         reason: why there is no answer.

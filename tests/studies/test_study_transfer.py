@@ -1,0 +1,170 @@
+"""Best learning rates of planted losses: found where they are, held together or told apart.
+
+Losses are parabolas in log2(rate) with the noise of seeds. Coverage: 95 % intervals of 60 synthetic
+arms; a true 95 % has a standard error of 2.8 %, so 84 % is four below.
+"""
+
+import math
+import re
+
+import numpy as np
+import pytest
+
+from scripts import study
+from scripts.reports.study_report import study_document
+from scripts.reports.transfer import Transfer, find_optimum, verdict_of
+from scripts.studies.archive import open_archive, pack
+from scripts.studies.config import load_study
+from scripts.studies.estimate import Estimate
+from scripts.studies.law import Estimated
+from scripts.studies.protocol import Protocol
+from scripts.studies.results import gather
+from scripts.studies.store import Store
+from tests.studies.folders import CODE, leave_run
+from train.errors import UserError
+
+GRID = [4e-3, 5.66e-3, 8e-3, 1.13e-2, 1.6e-2, 2.26e-2]
+
+
+def losses(generator, best, sigma, curvature=0.03, seeds=3):
+    """Rate -> seed -> loss; a seed has a level of its own, ten times the noise."""
+    levels = 10 * sigma * generator.standard_normal(seeds)
+    return {
+        rate: {
+            seed: 4 + curvature * math.log2(rate / best) ** 2 + levels[seed]
+            + sigma * generator.standard_normal()
+            for seed in range(seeds)
+        }
+        for rate in GRID
+    }  # fmt: skip
+
+
+# ---- one arm -------------------------------------------------------------------------------------
+@pytest.mark.core
+def test_a_planted_optimum_without_noise_is_found():
+    found = find_optimum(losses(np.random.default_rng(0), 9.3e-3, 0.0), 0.05)
+    assert found is not None
+    assert found.rate.value == pytest.approx(9.3e-3, rel=1e-6)
+    assert found.rate.low == pytest.approx(found.rate.high, rel=1e-5)
+    assert found.curvature == pytest.approx(0.03, rel=1e-6)
+    assert found.fitted == tuple(GRID[:5]), "within a factor of 2 of the lowest, 8e-3"
+
+
+def test_intervals_cover_the_planted_optimum():
+    generator = np.random.default_rng(1)
+    best = [7e-3 * 2 ** generator.uniform(0, 0.7) for _ in range(60)]
+    found = [find_optimum(losses(generator, b, 0.004), 0.05, draws=500) for b in best]
+    inside = [f.rate.low <= b <= f.rate.high for f, b in zip(found, best, strict=True)]
+    assert np.mean(inside) >= 0.84
+    assert np.median([f.rate.high / f.rate.low for f in found]) < 1.4, "and they say something"
+
+
+def test_flat_losses_say_nothing():
+    """Most of the time: chance makes a valley of them now and then."""
+    generator = np.random.default_rng(2)
+    found = [
+        find_optimum(losses(generator, 8e-3, 0.01, curvature=0.0), 0.05, draws=500).rate
+        for _ in range(40)
+    ]
+    assert np.mean([rate.high / rate.low > 2.25 for rate in found]) > 0.8
+
+
+def test_a_rate_that_diverged_is_left_out_and_two_rates_are_no_valley():
+    points = losses(np.random.default_rng(3), 9e-3, 0.001)
+    points[1.6e-2] |= {1: math.inf}
+    assert 1.6e-2 not in find_optimum(points, 0.05).fitted
+    assert find_optimum({rate: points[rate] for rate in GRID[:2]}, 0.05) is None
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [
+        (0.7, 1.45, Transfer.holds), (0.6, 1.2, Transfer.open), (1.4, 1.6, Transfer.open),
+        (1.51, 2.0, Transfer.refused), (0.3, 0.66, Transfer.refused),
+    ],
+)  # fmt: skip
+def test_the_whole_interval_decides(low, high, verdict):
+    assert verdict_of(Estimated(1.0, low, high), 1.5) is verdict
+
+
+# ---- a study -------------------------------------------------------------------------------------
+BEST = {"w64": 1.13e-2, "w128": 8e-3, "w256": 3.4e-3, "d8": 8e-3}
+SIZE = {"w64": 0.3, "w128": 0.0, "w256": -0.3, "d8": -0.2}
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """The study of ``conf`` where width shifts the best rate and depth does not; cells as run."""
+    folder, asked = tmp_path_factory.mktemp("transfer"), []
+    plan = Protocol(load_study("lr_transfer", ["seeds=[1,2]"]), Store([folder], CODE), folder)
+    generator = np.random.default_rng(4)
+    while (batch := next(plan.batches(), None)) is not None:
+        for cell in batch.cells:
+            asked.append((cell.arm, cell.lr, cell.seed))
+            loss = 4 + SIZE[cell.arm] + 0.03 * math.log2(cell.lr / BEST[cell.arm]) ** 2
+            loss += 0.02 * cell.seed + 0.001 * generator.standard_normal()
+            leave_run(folder / str(len(asked)), plan.config(cell), {cell.steps: loss})
+        plan.store.scan()
+    return plan, asked
+
+
+def test_every_rate_runs_once_on_every_seed(planted):
+    plan, asked = planted
+    assert len(set(asked)) == len(asked)
+    by_rate = {}
+    for arm, rate, seed in asked:
+        by_rate.setdefault((arm, rate), []).append(seed)
+    assert {tuple(seeds) for seeds in by_rate.values()} == {(1, 2)}
+    assert len(asked) == sum(wanted for *_, wanted, _ in plan.plan())
+    assert Estimate(plan).left().runs == gather("lr_transfer", plan).missing == 0
+
+
+def test_a_shifted_optimum_is_refused_and_a_shared_one_found(planted):
+    text = study_document(gather("lr_transfer", planted[0])).markdown()
+    lead = text.splitlines()[2]
+    assert re.search(r"over width \(w64 to w256\) the best rates have the ratio 3\.[123]\d* ", lead)
+    assert "not within a factor of 1.5; over depth (w128 to d8)" in lead
+    assert lead.endswith("within a factor of 1.5.**")
+    assert "| depth | w128, d8 | 1" in text
+    assert "minus w128" not in text
+
+
+def test_a_grid_grows_until_its_best_rate_lies_inside(planted):
+    tried = {arm: [*planted[0].choice(arm).tried] for arm in BEST}
+    assert tried["w256"] == pytest.approx([2.837e-3, *GRID[:5]], rel=1e-3)
+    assert tried["d8"] == GRID[:5]
+
+
+def test_report_is_made_again_from_its_archive(planted, tmp_path):
+    path = tmp_path / "lr_transfer.tar.xz"
+    pack(planted[0], path)
+    before, after = (
+        study_document(gather("lr_transfer", plan)).markdown()
+        for plan in (planted[0], open_archive(path))
+    )
+    assert after == before
+
+
+def test_dry_run_tells_the_hours_of_the_grids(capsys, tmp_path):
+    words = ["study=lr_transfer", "--dry-run", "--out", str(tmp_path), "--archive", str(tmp_path)]
+    assert study.main(words) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"rates, w256 +15 +0 +100 ", told)
+    assert re.search(r"left: 60 runs, 12\.29 M tokens, \d\.\d\d hours", told)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("arms.w128.lr=[4e-3,8e-3,1.6e-2]", "must step by 1.42 at most"),
+        ("search.factor=2", "must step by 1.42 at most"),
+        ("search.fraction=0.5", "search.fraction=0.5, again=false"),
+        ("again=true", "must be 1, false and []"),
+        ("transfer.along.width=[w64]", "must be 2 or more of arms"),
+        ("transfer.factor=1", "transfer.factor=1.0 must be above 1"),
+        ("arms.w64.evaluates=w128", "have no place there"),
+    ],
+)
+def test_what_cannot_answer_is_refused(word, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_study("lr_transfer", [word])
