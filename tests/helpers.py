@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import tempfile
@@ -161,6 +162,7 @@ def _rank(
     environment: dict[str, str],
     args: tuple[Any, ...],
 ) -> None:
+    faulthandler.enable()  # a crash of native code says where Python was
     os.environ.clear()  # that of the process they are forked from is the first test's
     os.environ.update(environment)
     torch.set_num_threads(1)

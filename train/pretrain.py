@@ -7,6 +7,7 @@ and resumable, 1 anything else.
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ if __name__ == "__main__":  # run as a file: the repository root, not train/, mu
     from train.recovery.stop import leave_on_signal
 
     leave_on_signal()  # a signal during the imports below is answered too
+    faulthandler.enable()  # a crash of native code says where Python was
 
 import logging
 import os

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import faulthandler
 import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -67,6 +68,7 @@ def run_command(
         sys.stderr.write(f"error: {_unknown(prog, commands, moved, name, meant)}\n")
         return ExitCode.user_error
     leave_on_signal()  # a signal during the imports below is answered too
+    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash of native code says where
     try:
         module, _, function = commands[name].partition(":")
         sys.argv = [f"{prog} {name}", *words]

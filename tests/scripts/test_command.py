@@ -3,13 +3,14 @@
 import errno
 import os
 import signal
+import subprocess
 import sys
 
 import pytest
 
 from data.errors import ConfigError, DiskError
 from scripts.cli.command import command
-from train.errors import TrainingFailedError, UserError
+from train.errors import ROOT, TrainingFailedError, UserError
 from train.exchange.output_files import file_errors, write_bytes
 
 pytestmark = pytest.mark.core
@@ -105,3 +106,18 @@ def test_a_write_that_fails_is_named(monkeypatch, tmp_path):
     (tmp_path / "link").symlink_to("/dev/full")
     with pytest.raises(DiskError, match="x cannot be written: No space left on device"):
         write_bytes(tmp_path / "x", b"0" * 10**6)
+
+
+def test_crash_of_native_code_says_where_python_was(tmp_path):
+    (tmp_path / "crashing.py").write_text("import os\n\ndef main(words):\n    os.abort()\n")
+    call = (
+        "from scripts.cli.group import run_command\n"
+        "run_command('v4', {'crash': 'crashing'}, {}, 'crash', [])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", call], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in done.stderr
+    assert "crashing.py" in done.stderr
