@@ -142,6 +142,9 @@ class ModelConfig:
     attention: Attention = Attention.hybrid
     residual: Residual = Residual.mhc
     kernels: Kernels = Kernels.auto
+    # Triton's backward passes sum what queries give to the entries they chose in one order; false:
+    # they add it atomically, in whatever order comes: less memory and fewer launches.
+    deterministic: bool = True
     loss_chunk_tokens: int = number(2048, least=1)  # tokens of logits alive at once in the loss
 
     # ---- derived ---------------------------------------------------------------------------------
@@ -252,6 +255,8 @@ class ModelConfig:
         self._family(p, need)
         self._divisibility(p, need)
         self._released_only(p, need)
+        if not (self.deterministic or out):
+            self._atomics(p, need)
         return out
 
     def _layers(self, p: str, need: Any) -> None:
@@ -288,6 +293,20 @@ class ModelConfig:
                 f"{p}.scale={self.scale} is a place in the family model=v4_scaled, where"
                 f" {p}.{key}={shape.get(key)}, but {p}.{key}={getattr(self, key)}",
             )
+
+    def _atomics(self, p: str, need: Any) -> None:
+        """Sums in no order are Triton's, of entries that an indexer chooses."""
+        kernels, asked = Kernels(self.kernels), f"{p}.deterministic=false"
+        need(
+            kernels is Kernels.triton,
+            f"{asked} is for {p}.kernels=triton, not for {p}.kernels={kernels.value}: say"
+            f" {p}.kernels=triton, or {p}.deterministic=true",
+        )
+        need(
+            self.num_indexers > 0,
+            f"{asked} acts where entries are chosen, and {p} has no csa layer: say"
+            f" {p}.deterministic=true",
+        )
 
     def _divisibility(self, p: str, need: Any) -> None:
         heads, groups = self.num_attention_heads, self.o_groups

@@ -18,8 +18,8 @@ from model.errors import ConfigError
 
 # Ours alone: how the model is computed or starts, not what it is.
 _OURS = {
-    "scale", "kernels", "loss_chunk_tokens", "attention", "hc_gamma", "hc_identity_base",
-    "hc_fn_gain",
+    "scale", "kernels", "deterministic", "loss_chunk_tokens", "attention", "hc_gamma",
+    "hc_identity_base", "hc_fn_gain",
 }  # fmt: skip
 # Of the rest, what a released file does not say (layers follow from ratios and num_hash_layers) or
 # what does not touch a finished model.

@@ -5,10 +5,11 @@ reached any more says nothing: the others wait for it in a collective. How long 
 ``parallel.timeout_seconds``, in force from the first step on. Before it, one rank may prepare data
 for hours while the others wait.
 
-A rank that runs out of memory, as others may not, says so in the store that all share: the first to
-do so tells its line, and the others leave without another. They look there once a second, by a
-thread: some collectives, gloo's reduce-scatter among them, do not notice that a partner was gone
-before they began. Without torchrun the store is in rank 0's process, which stays until they looked.
+A rank that meets an error which others may not meet, as when it runs out of memory, says so in the
+store that all share: the first to do so tells its line, and the others leave without another. They
+look there once a second, by a thread: some collectives, gloo's reduce-scatter among them, do not
+notice that a partner was gone before they began. Without torchrun the store is in rank 0's process,
+which stays until they looked.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from torch.distributed import distributed_c10d
 from parallel.last_word import tell_launcher
 
 _TELLER = "told by rank"  # in the store
+_MET = "errors met"  # in the store: by any rank, those of earlier jobs of a sweep included
+_TOGETHER = 10.0  # seconds between the first rank and the last that meet an error of all
 _LOOK = 1.0  # seconds between two looks for it
 _PATIENCE = 3.0  # seconds; torchrun looks after its ranks every 0.1 s unless told otherwise
 # What gloo says of a rank that is gone; NCCL's and the store's errors have types of their own.
@@ -82,6 +85,22 @@ def lost_rank_ends_the_job(timeout_seconds: float) -> Iterator[None]:
         watch.join(_LOOK + _PATIENCE)
 
 
+def all_meet_an_error() -> bool:
+    """Whether every rank has met an error, as where all refuse the same; waits a while for them."""
+    world = dist.get_world_size()
+    try:
+        store = distributed_c10d._get_default_store()
+        all_of_them = -(-store.add(_MET, 1) // world) * world
+        end = time.monotonic() + _TOGETHER
+        while store.add(_MET, 0) < all_of_them:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.1)
+    except RuntimeError:  # the store is gone, and with it the rank that held it
+        return False
+    return True
+
+
 def leave_by_own_error(lines: Sequence[str], code: int) -> NoReturn:
     """Tell an error that other ranks may not have, unless one has told its own, and leave.
 
@@ -91,9 +110,14 @@ def leave_by_own_error(lines: Sequence[str], code: int) -> NoReturn:
         lines: of the error.
         code: with which every rank leaves.
     """
-    rank, store = dist.get_rank(), distributed_c10d._get_default_store()
+    rank = dist.get_rank()
     mine = f"{rank} {code}"
-    if store.compare_set(_TELLER, "", mine) == mine.encode():
+    try:
+        store = distributed_c10d._get_default_store()
+        first = store.compare_set(_TELLER, "", mine) == mine.encode()
+    except RuntimeError:  # the store is gone: whether another has told cannot be known
+        first = True
+    if first:
         text = "".join(f"error: rank {rank}: {line}\n" for line in lines)
         sys.stderr.write(text)
         sys.stderr.flush()

@@ -92,7 +92,7 @@ def build(run: RunConfig, precision: PrecisionChoice | None = None) -> Trainer:
     all_ready(run.parallel.timeout_seconds)
     asked = identify(run, loader)
     agree_on_ranks(asked)
-    with told_out_of_memory(run, None, compute_device(run.train.device)):
+    with told_out_of_memory(run, lambda: None, compute_device(run.train.device)):
         rate = foretell(run, plan, loader)
         compiled = build_compiled(run)
         engine = build_engine(run, build_model(run, loader, mesh, compiled), mesh)

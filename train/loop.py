@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -63,6 +62,7 @@ class Trainer:
     stop: StopRequest
     pace: Pace
     _told_next: dict[str, Any] = field(default_factory=dict)  # fields of the next line of metrics
+    _running: StepPlan | None = None  # the step that is at work, or was last
 
     def fit(self) -> int:
         """Train to the end of the plan, or until asked to stop.
@@ -70,11 +70,11 @@ class Trainer:
         Returns:
             An :class:`ExitCode`: finished or resumable.
         """
-        with self.stop, self.checkpoints, self.recorder:
+        memory = told_out_of_memory(self.run, self._step_at_work, self.engine.device)
+        with self.stop, self.checkpoints, self.recorder, memory:
             if self.run.train.eval_only:
                 self.phase.enter(self._last_step())
-                with self._told_out_of_memory(self._last_step()):
-                    self.recorder.evaluate_only(self._last_step())
+                self.recorder.evaluate_only(self._last_step())
                 return ExitCode.finished
             self.checkpoints.saved_step = self.state.progress.step
             while self.state.progress.step < self.plan.steps:
@@ -83,20 +83,19 @@ class Trainer:
                 early = self.engine.agree(bool(self.stop.reason))
                 if early and self.state.progress.step < self.plan.steps:
                     return self._leave_early()
-            with self._told_out_of_memory(self._last_step()):
-                self._save_last()
-                self.phase.enter(self._last_step())
-                self.recorder.close(self.audit.result(), self._last_step())
+            self._save_last()
+            self.phase.enter(self._last_step())
+            self.recorder.close(self.audit.result(), self._last_step())
             return ExitCode.finished
 
     def _next_step(self) -> None:
         done = self.state.progress
         step = plan_step(done.step + 1, done.tokens, self.plan, self.run.train, self.run.optim)
-        with self._told_out_of_memory(step):
-            self._run_step(step)
+        self._running = step
+        self._run_step(step)
 
-    def _told_out_of_memory(self, step: StepPlan) -> AbstractContextManager[None]:
-        return told_out_of_memory(self.run, step, self.engine.device)
+    def _step_at_work(self) -> StepPlan:
+        return self._running or self._last_step()
 
     def _run_step(self, step: StepPlan) -> None:
         run, state, recorder = self.run, self.state, self.recorder
@@ -195,8 +194,7 @@ class Trainer:
 
     def _leave_early(self) -> int:
         self.stop.ask("another rank was asked to stop")
-        with self._told_out_of_memory(self._last_step()):
-            self._save_last()
+        self._save_last()
         log.info(
             "%s: stopped after step %d of %d; the same command continues",
             self.stop.reason,

@@ -147,16 +147,20 @@ def _train(run: RunConfig, precision: PrecisionChoice | None) -> int:
 
 @contextmanager
 def _told_by_the_rank_it_meets() -> Iterator[None]:
-    """Out of memory of one rank ends the job: the others wait for it in a collective."""
-    from parallel.lost_rank import leave_by_own_error  # noqa: PLC0415
+    """An error that not all ranks meet ends the job: the others wait in a collective."""
+    import torch.distributed as dist  # noqa: PLC0415
+
+    from parallel.lost_rank import all_meet_an_error, leave_by_own_error  # noqa: PLC0415
     from train.recovery.memory import OutOfMemoryError  # noqa: PLC0415
 
     try:
         yield
-    except OutOfMemoryError as error:
-        if launched_world_size() == 1:
+    except (*USER_ERRORS, *FAILURES) as error:
+        if launched_world_size() == 1 or not dist.is_initialized():
             raise
-        leave_by_own_error(lines_of(error), ExitCode.user_error)
+        if not isinstance(error, OutOfMemoryError) and all_meet_an_error():
+            raise
+        leave_by_own_error(*_told(error))
 
 
 @contextmanager
@@ -355,15 +359,11 @@ def _guarded(body: Callable[[], int], untold: list[str]) -> int:
 
     Rank 0 prints them; another rank adds them to ``untold``.
     """
-    code, before = ExitCode.user_error, ""
     try:
         return int(body())
-    except DoesNotFitError as error:
-        lines, before = lines_of(error), error.table
-    except FAILURES as error:
-        lines, code = [one_line(error)], ExitCode.failure
-    except USER_ERRORS as error:
-        lines = lines_of(error)
+    except (*USER_ERRORS, *FAILURES) as error:
+        lines, code = _told(error)
+        before = error.table if isinstance(error, DoesNotFitError) else ""
     except Stopped:
         raise
     except SystemExit as left:  # Hydra's help and its parser of flags
@@ -377,6 +377,13 @@ def _guarded(body: Callable[[], int], untold: list[str]) -> int:
     else:
         untold += lines
     return code
+
+
+def _told(error: Exception) -> tuple[list[str], ExitCode]:
+    """Lines and exit code of an error that needs no traceback."""
+    if isinstance(error, FAILURES):
+        return [one_line(error)], ExitCode.failure
+    return lines_of(error), ExitCode.user_error
 
 
 def _print(lines: Sequence[str], before: str = "") -> None:

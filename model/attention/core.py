@@ -50,7 +50,7 @@ class WindowAttention(nn.Module):
             select("block_linear", config.kernels),
         )
         self.wo_b = Linear(self.groups * config.o_lora_rank, D)
-        self._attention = select("attention", config.kernels)
+        self._attention = select("attention", config.kernels, config.deterministic)
         self._norm_rope = select("norm_rope", config.kernels)
         self._rope_back = select("rope_back", config.kernels)
 

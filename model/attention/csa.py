@@ -31,7 +31,7 @@ class CompressedSparseAttention(WindowAttention):
         self.compressor = Compressor(config, ratio, config.head_dim, overlap=True)
         self.indexer = LightningIndexer(config, ratio)
         self._index_topk = select("index_topk", config.kernels)
-        self._indexer_loss = select("indexer_loss", config.kernels)
+        self._indexer_loss = select("indexer_loss", config.kernels, config.deterministic)
 
     def rope(self, context: ForwardContext) -> RopeTable:
         """The compressed layers' table."""

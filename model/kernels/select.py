@@ -50,12 +50,14 @@ class Implementations(NamedTuple):
         torch: plain torch operations, on any device.
         compiled: C++ on CPU tensors that it can serve, else ``torch``; None: there is none.
         triton: ``file:function`` in ``model/kernels/triton``, imported when it is asked for.
+        atomics: whether that function takes ``deterministic=False``.
     """
 
     reference: Op
     torch: Op
     compiled: Op | None
     triton: str | None
+    atomics: bool = False
 
 
 def _rope_back(kind: Kernels, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -82,6 +84,7 @@ _OPS: dict[str, Implementations] = {
         attention_fast.attention_chunked,
         attention_cpu.attention_cpu,
         "attention:attention",
+        atomics=True,
     ),
     "index_topk": Implementations(
         indexer.index_topk_reference,
@@ -94,6 +97,7 @@ _OPS: dict[str, Implementations] = {
         attention_fast.indexer_loss_chunked,
         indexer_cpu.indexer_loss_cpu,
         "indexer:indexer_loss",
+        atomics=True,
     ),
     "grouped_linear": Implementations(
         grouped_linear_reference, grouped_linear_op, None, "grouped:grouped_linear"
@@ -220,10 +224,15 @@ def interprets() -> bool:
     return bool(import_module("triton").knobs.runtime.interpret)
 
 
-def select(op_name: str, kernels: Kernels) -> Op:
+def select(op_name: str, kernels: Kernels, deterministic: bool = True) -> Op:
     """Return the implementation of ``op_name`` that ``kernels`` asks for.
 
     ``auto`` decides by the device of the first tensor of a call.
+
+    Args:
+        op_name: of the table.
+        kernels: as ``model.kernels``.
+        deterministic: as ``model.deterministic``: not so, Triton's ops may sum in no order.
 
     Raises:
         ValueError: no such op, or no such choice of kernels.
@@ -238,8 +247,10 @@ def select(op_name: str, kernels: Kernels) -> Op:
         return functools.update_wrapper(op, _OPS[op_name].torch)
     kind = _kind(_OPS[op_name], kernels, "cpu" if kernels is Kernels.compiled else "cuda")
     found = _implementation(op_name, kind)
-    op = functools.partial(_serve, op_name, kind, found)
-    return functools.update_wrapper(op, getattr(found, "__wrapped__", found))
+    plain = getattr(found, "__wrapped__", found)
+    if kind is Kernels.triton and _OPS[op_name].atomics and not deterministic:
+        found = functools.partial(found, deterministic=False)
+    return functools.update_wrapper(functools.partial(_serve, op_name, kind, found), plain)
 
 
 def _by_device(op_name: str, *args: Any, **named: Any) -> Any:

@@ -7,10 +7,12 @@ A pass is traced on meta tensors of the real shapes with the kernels that a GPU 
 ``model/flops.py`` counts for it), its bytes (every operand read once, every result written once:
 caches and repeated reads are left out), and its launches. It takes the longest of FLOPs at the
 card's peak rate, bytes at its bandwidth, and launches at a fixed time; operations follow one
-another. What is recomputed, the optimizer and the data are not in it.
+another. What is recomputed, the optimizer and the data are not in it. Then: what the sums over the
+queries that chose an entry cost in one order, and added atomically (``model.deterministic``).
 """
 
-# Legend: B rows, T tokens, S streams, D hidden, V vocabulary, K prediction depths
+# Legend: B rows, T tokens, S streams, D hidden, V vocabulary, K prediction depths, P pairs of a
+# query and an entry that it chose, C channels
 from __future__ import annotations
 
 import argparse
@@ -22,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from model.config import Kernels, ModelConfig
+from model.config import Kernels, LayerKind, ModelConfig
 from model.flops import block_flops
 from scripts.benchmarks.launches import kinds
 from scripts.cli.command import command
@@ -141,6 +143,7 @@ def main(words: Sequence[str] | None = None) -> None:
         config = replace(load_model_config(name), kernels=Kernels.triton)
         lines += [f"## {name}", "", *_blocks(config, args, cards), ""]
         lines += [*_operations(config, args, cards), "", *_model(config, args, cards), ""]
+        lines += [*_sums(config, args, cards), ""]
     document = "\n".join(lines)
     print(document)
     if args.markdown:
@@ -227,6 +230,77 @@ def _model(config: ModelConfig, args: argparse.Namespace, cards: Sequence[Card])
         " had room on one card.",
         "",
         *_table(rows),
+    ]
+
+
+@dataclass(frozen=True)
+class PairSums:
+    """The backward pass of an op that sums what queries give to the entries they chose.
+
+    Attributes:
+        met: ``list`` of entries, or ``bits``: a mask over all, where there is nothing to sum.
+        launches: of the whole op.
+        workspace: bytes that are written and read again: a fp32 row of a pair, its owner and
+            place before and after sorting.
+        added: bytes of fp32 that are added atomically.
+    """
+
+    met: str
+    launches: int
+    workspace: int
+    added: int
+
+
+def pair_sums(config: ModelConfig, layer: int, rows: int, seq_len: int) -> dict[str, PairSums]:
+    """How a block's two ops sum over pairs, by what it starts.
+
+    Args:
+        config: the model, its kernels those of a GPU.
+        layer: number of a block that chooses entries.
+        rows: of the microbatch.
+        seq_len: tokens of a row.
+    """
+    found = block_traffic(config, layer, rows, seq_len)
+    masked = any(o.name == "v4::triton_pack_bits" for o in found.forward)
+    chosen = min(config.index_topk, seq_len // config.ratio(layer))
+    sums = {}
+    for op, channels, bits in (
+        ("attention", config.head_dim, masked), ("indexer_loss", config.index_head_dim, False),
+    ):  # fmt: skip
+        name = f"v4::triton_{op}_backward"
+        launches = sum(o.calls * o.launches for o in found.backward if o.name == name)
+        pairs = 0 if bits else rows * seq_len * chosen
+        kept, added = (_PAIR + 8 * channels, 0) if config.deterministic else (0, 4 * channels)
+        sums[op] = PairSums("bits" if bits else "list", launches, pairs * kept, pairs * added)
+    return sums
+
+
+# int32 owner written and read; owner and int64 place of the sorted ones written and read.
+_PAIR = 2 * 4 + 2 * (4 + 8)
+
+
+def _sums(config: ModelConfig, args: argparse.Namespace, cards: Sequence[Card]) -> list[str]:
+    """In one order and atomically, at the rows' length and at four times as much."""
+    layer = next((i for i in kinds(config).values() if config.kind(i) is LayerKind.csa), None)
+    if layer is None:
+        return []
+    heads = "order", "tokens", "op", "met as", "launches", "workspace, MB", "added, MB"
+    lines: list[tuple[str, ...]] = [(*heads, *(f"{c.name}, us" for c in cards))]
+    for tokens in (args.tokens, 4 * args.tokens):
+        for order in (True, False):
+            asked = replace(config, deterministic=order)
+            for op, s in pair_sums(asked, layer, args.rows, tokens).items():
+                sizes = f"{s.workspace / 1e6:,.0f}", f"{s.added / 1e6:,.0f}"
+                times = (f"{(s.workspace + s.added) / c.bandwidth_gb / 1e3:,.0f}" for c in cards)
+                how = "one" if order else "none"
+                lines.append((how, f"{tokens:,}", op, s.met, f"{s.launches}", *sizes, *times))
+    return [
+        "Sums over the queries that chose an entry, backward pass of a csa block: in one order, or"
+        " in none (`model.deterministic=false`). Launches are of the whole op; times are those of"
+        " the bytes at the card's bandwidth, atomic ones too, which a cache may serve faster and"
+        " meetings at one entry slow down.",
+        "",
+        *_table(lines),
     ]
 
 

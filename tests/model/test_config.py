@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.config import LayerKind, ModelConfig
+from model.config import Attention, Kernels, LayerKind, ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,11 @@ def test_attention_switch_turns_every_compressed_layer(attention, expected):
         ({"hidden_size": 0}, ["hidden_size=0"]),
         ({"tie_word_embeddings": True}, ["tie_word_embeddings=True", "False"]),
         ({"scoring_func": "softmax"}, ["scoring_func=softmax", "sqrtsoftplus"]),
+        ({"deterministic": False}, ["deterministic=false", "kernels=auto"]),
+        (
+            {"deterministic": False, "kernels": Kernels.triton, "attention": Attention.hca},
+            ["deterministic=false", "no csa layer"],
+        ),
     ],
 )
 def test_impossible_config_names_key_and_values(changes, named):

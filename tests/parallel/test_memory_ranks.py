@@ -1,4 +1,4 @@
-"""One of two ranks finds no memory: the job ends soon, with one line that names what helps.
+"""One of two ranks meets an error that the other does not: the job ends soon, with one line.
 
 The real launcher and entry; planted where an allocator raises it. The other rank is in a collective
 by then, or comes to one: 30 s is the promise, the configured timeout is 10 minutes.
@@ -8,13 +8,14 @@ import os
 import subprocess
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from parallel import lost_rank
-from parallel.lost_rank import leave_by_own_error, lost_rank_ends_the_job
+from parallel.lost_rank import all_meet_an_error, leave_by_own_error, lost_rank_ends_the_job
 from parallel.mesh import init_process_group, leave_process_group
 from scripts.layout_trials.asked import free_port
 from tests.helpers import ROOT, warm_context
@@ -26,15 +27,23 @@ ENTRY = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import torch
+import parallel.errors
 import train.build
+from data.errors import DiskError
 from train import pretrain
 
 PLACE = os.environ["PLACE"]
 RANKS = os.environ["FULL"].split()
 
+ERRORS = {{
+    "memory": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "refusal": parallel.errors.ConfigError("planted: this cannot be"),
+    "disk": DiskError("planted: the disk is full"),
+}}
+
 def full(*_, **__):
     os.write(1, f"planted at {{time.time()}}\\n".encode())  # whole: both ranks may write
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    raise ERRORS[os.environ["ERROR"]]
 
 def in_backward(_, __, out):
     out[0].register_hook(full)
@@ -106,6 +115,32 @@ def test_the_first_rank_tells_and_all_know_its_code(leaves, capsys):
     assert lost_rank._code_of_another() == 2
 
 
+class GoneStore:
+    """As rank 0, which held it, has left."""
+
+    def __getattr__(self, _):
+        raise dist.DistStoreError("connection reset by peer")
+
+
+def test_a_rank_without_a_store_tells_its_error_and_leaves(leaves, monkeypatch, capsys):
+    monkeypatch.setattr(lost_rank.distributed_c10d, "_get_default_store", GoneStore)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    assert not all_meet_an_error()
+    assert lost_rank._code_of_another() == 0
+    assert leaves(1, ["a"], 2) == 2
+    assert capsys.readouterr().err == "error: rank 1: a\n"
+
+
+def test_an_error_that_all_ranks_meet_is_none_of_one_rank(leaves, monkeypatch):
+    """Two jobs of a sweep, both refused by both ranks; in a third one rank alone refuses."""
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    with ThreadPoolExecutor(2) as ranks:
+        for _ in range(2):
+            assert all(ranks.map(lambda _: all_meet_an_error(), range(2)))
+    monkeypatch.setattr(lost_rank, "_TOGETHER", 0.2)
+    assert not all_meet_an_error()
+
+
 def test_a_rank_leaves_when_another_has_told(leaves, monkeypatch):
     """Whatever the rank itself is at; here its process lives on."""
     codes, ended = [], threading.Event()
@@ -173,22 +208,15 @@ def test_a_rank_that_holds_the_store_leaves_when_the_others_know(tmp_path):
     assert [(tmp_path / str(r)).read_text() for r in range(2)] == ["error: rank 0: no memory\n", ""]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("place", "ranks"),
-    [
-        ("forward", "1"), ("forward", "0"), ("forward", "0 1"), ("backward", "1"),
-        ("optimizer", "1"), ("checkpoint", "1"), ("build", "1"),
-    ],
-)  # fmt: skip
-def test_a_rank_without_memory_ends_the_job_in_one_line(tmp_path, place, ranks):
-    entry, folder = tmp_path / "entry.py", tmp_path / "run"
+def planted_job(folder, place, ranks, error):
+    """What a job prints above and below torchrun's report, and seconds from a fault to its end."""
+    entry = folder / "entry.py"
     entry.write_text(ENTRY)
-    args = [*words(write_corpus(tmp_path), 5), "train.micro_batch_size=2", f"run_dir={folder}",
+    args = [*words(write_corpus(folder), 5), "train.micro_batch_size=2", f"run_dir={folder}/run",
             "train.checkpoint_every=2", "train.eval_every=0"]  # fmt: skip
     job = subprocess.Popen(
         command(2, args, entry=entry), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**ONE_THREAD, "PLACE": place, "FULL": ranks},
+        env={**ONE_THREAD, "PLACE": place, "FULL": ranks, "ERROR": error},
     )  # fmt: skip
     try:
         printed, _ = job.communicate(timeout=250)
@@ -200,13 +228,50 @@ def test_a_rank_without_memory_ends_the_job_in_one_line(tmp_path, place, ranks):
     assert ended - planted < 30, printed[-3000:]
     above, _, below = printed.partition("torch.distributed.elastic")  # what torchrun says
     [line] = [line for line in above.splitlines() if line.startswith("error: ")]
+    assert printed.rstrip().endswith(line)  # and once more below all that torchrun says
+    with owned(folder / "run"):  # nobody holds it
+        pass
+    return line, below, printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "ranks", "error", "code"),
+    [
+        ("checkpoint", "1", "refusal", 2), ("checkpoint", "0", "disk", 1),
+        ("backward", "1", "disk", 1), ("build", "0", "refusal", 2),
+    ],
+)  # fmt: skip
+def test_an_error_of_one_rank_ends_the_job_in_one_line(tmp_path, place, ranks, error, code):
+    line, below, printed = planted_job(tmp_path, place, ranks, error)
+    said = {"refusal": "planted: this cannot be", "disk": "planted: the disk is full"}[error]
+    assert line == f"error: rank {ranks}: {said}"
+    assert f"exitcode  : {code}" in below
+    assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+def test_an_error_of_all_ranks_is_told_by_rank_0(tmp_path):
+    line, below, printed = planted_job(tmp_path, "checkpoint", "0 1", "refusal")
+    assert line == "error: planted: this cannot be"
+    assert "exitcode  : 2" in below
+    assert "Traceback" not in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("place", "ranks"),
+    [
+        ("forward", "1"), ("forward", "0"), ("forward", "0 1"), ("backward", "1"),
+        ("optimizer", "1"), ("checkpoint", "1"), ("build", "1"),
+    ],
+)  # fmt: skip
+def test_a_rank_without_memory_ends_the_job_in_one_line(tmp_path, place, ranks):
+    line, below, printed = planted_job(tmp_path, place, ranks, "memory")
     when = "before the first step" if place == "build" else "in step 2"
     assert f"out of memory on cpu {when} (CUDA out of memory): give" in line
     assert line.removeprefix("error: ").startswith(tuple(f"rank {r}: " for r in ranks.split()))
     if place != "build":
         assert "give train.micro_batch_size=1 instead of 2" in line
     assert "exitcode  : 2" in below
-    assert printed.rstrip().endswith(line)  # and once more below all that torchrun says
     assert "OutOfMemoryError" not in printed
-    with owned(folder):  # nobody holds it
-        pass

@@ -5,17 +5,20 @@ Two ways to the same number: shapes that a trace shows, and ``model/flops.py`` f
 
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 
-from model.config import Kernels
+from model.config import Kernels, LayerKind
 from model.flops import block_flops, training_flops
+from model.kernels.triton import entries
+from model.kernels.triton.launch import launch
 from model.parameter_counts import parameter_counts
 from scripts.benchmarks.launches import kinds, trace_block
 from scripts.cli.model_yaml import load_model_config
-from scripts.gpu.roofline import called, estimate, main, whole_pass
+from scripts.gpu.roofline import called, estimate, main, pair_sums, whole_pass
 from scripts.gpu.traffic import Operation, Traffic, block_traffic, op_flops
 from tests.helpers import ROOT, small_config, small_model
 from train.config.command_line import compose_run
@@ -122,6 +125,34 @@ def test_the_command_writes_what_it_computed(tmp_path, capsys):
         took = seconds[one.name]
         assert f"| {one.name} | {took * 1e3:,.1f} | {2048 / took:,.0f} |" in text
     assert main(["--cards", "rtx9999"]) == 2
+
+
+@pytest.mark.parametrize("tokens", [1024, 16384])
+def test_sums_over_pairs_are_of_the_rows_that_are_written_and_read(monkeypatch, tokens):
+    """The workspace is the one that kernels are handed; the mask of short rows needs none."""
+    layer = next(i for i in kinds(SMALL).values() if SMALL.kind(i) is LayerKind.csa)
+    handed = Counter()
+
+    def seen(kernel, grid, *args, **constants):
+        if kernel.fn.__name__ == "segment_sum":
+            handed[args[0].shape[-1]] += args[0].numel() * 4
+        launch(kernel, grid, *args, **constants)
+
+    monkeypatch.setattr(entries, "launch", seen)
+    ordered = pair_sums(SMALL, layer, 2, tokens)
+    channels = {"attention": SMALL.head_dim, "indexer_loss": SMALL.index_head_dim}
+    pairs = 2 * tokens * min(SMALL.index_topk, tokens // SMALL.ratio(layer))
+    assert ordered["attention"].met == ("bits" if tokens == 1024 else "list")
+    for op, sums in ordered.items():
+        rows = handed[channels[op]]
+        assert sums.workspace == (2 * rows + 32 * pairs if rows else 0), op
+    handed.clear()
+    atomic = pair_sums(replace(SMALL, deterministic=False), layer, 2, tokens)
+    assert not handed
+    for op, sums in atomic.items():
+        assert sums.workspace == 0
+        assert sums.added == (4 * channels[op] * pairs if sums.met == "list" else 0)
+        assert sums.launches < ordered[op].launches or ordered[op].met == "bits"
 
 
 PRESETS = {  # preset -> the card that the guide's time is for

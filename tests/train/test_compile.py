@@ -132,14 +132,16 @@ def test_masters_on_the_host_go_with_graphs(tmp_path, corpus):
 
 
 @pytest.mark.slow
-def test_a_stopped_compiled_run_goes_on_as_if_it_had_not_been(tmp_path, corpus):
-    whole, _ = trained(run_of(tmp_path / "whole", corpus, steps=4, checkpoint_every=2))
+@pytest.mark.filterwarnings("ignore")  # of inductor, as it is imported and compiles
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_stopped_compiled_run_goes_on_as_if_it_had_not_been(tmp_path, corpus, backend):
+    whole, _ = trained(run_of(tmp_path / "whole", corpus, steps=4, checkpoint_every=2), backend)
     run = run_of(tmp_path / "stopped", corpus, steps=4, checkpoint_every=2)
-    with compiled_by("aot_eager"):
+    with compiled_by(backend):
         trainer = build(run)
         trainer.stop.ask("the test")
         assert trainer.fit() == 75
-    resumed, _ = trained(run)
+    resumed, _ = trained(run, backend)
     assert farthest(resumed, whole) == 0.0
 
 
@@ -341,6 +343,7 @@ def test_a_block_that_is_no_whole_graph_is_an_error(tmp_path, corpus):
         (["parallel.cp=2"], "parallel.cp=2 exchanges between ranks"),
         (["engine=deepspeed"], "engine.name=deepspeed does not go with train.compile=true"),
         (["parallel.offload_activations=true"], "parallel.offload_activations=true takes what"),
+        (["model.kernels=triton", "model.deterministic=false"], "model.deterministic=false does"),
         (["quant=fp4_qat"], "quant.recipe=fp4_qat is not built for train.compile=true"),
         (["train.recovery.anticipatory=always", "train.checkpoint_every=1"],
          "train.recovery.anticipatory=always is not built for"),

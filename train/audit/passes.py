@@ -14,7 +14,7 @@ from model.attention.core import WindowAttention
 from model.block import Block
 from model.config import IndexerPhase, Kernels
 from model.hyper_connections import HyperConnection
-from model.kernels.ran import KERNELS_OF_OWN
+from model.kernels.ran import KERNELS_OF_OWN, Ran
 from model.kernels.select import active_kernels
 from model.moe.experts import Experts
 from model.precision import precision_of
@@ -56,6 +56,20 @@ def kernels(e: Evidence) -> Iterator[str]:
                 f"model.kernels={asked.value}: {op} was served {served} times by the table,"
                 f" {least} or more were to be: something else runs in its place"
             )
+    yield from order_of_sums(e.run.model.deterministic, e.ran)
+
+
+def order_of_sums(deterministic: bool, ran: Ran) -> Iterator[str]:
+    """Sums over the queries of an entry keep an order, or none, in every pass.
+
+    Args:
+        deterministic: as ``model.deterministic``.
+        ran: what ran.
+    """
+    for kernel in ran.kernels:
+        if kernel.endswith("_atomic") if deterministic else kernel == "segment_sum":
+            asked = str(deterministic).lower()
+            yield f"model.deterministic={asked}: {kernel} was started, which sums the other way"
 
 
 def _left_to_torch(e: Evidence, op: str, kind: Kernels) -> bool:

@@ -59,6 +59,11 @@ def _compile_checks(run: RunConfig) -> Iterator[tuple[bool, str]]:
         f"{asked} makes whole graphs of model.kernels=triton or reference, not of"
         f" {Kernels(kernels).value}: say model.kernels=triton",
     )
+    yield (
+        run.model.deterministic,
+        f"model.deterministic=false does not go with {asked}, whose graphs are judged by gradients"
+        " that have the same bits each time: say model.deterministic=true",
+    )
     checkpoint = run.train.activation_checkpoint
     yield (
         checkpoint is not ActivationCheckpoint.selective,

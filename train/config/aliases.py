@@ -62,6 +62,8 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "run_dir of the run: the same command goes on by itself": (
         "resume", "train.resume", "resume_from", "resume_from_checkpoint", "continue"),
     "model.kernels": ("kernels", "flash_attention"),
+    "model.deterministic": ("deterministic", "train.deterministic", "deterministic_mode",
+                            "use_deterministic_algorithms", "cudnn_deterministic"),
     "train.compile": ("compile", "torch_compile", "model.compile"),
     "dry_run=true": ("train.dry_run", "dryrun", "plan"),
 }  # fmt: skip

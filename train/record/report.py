@@ -89,6 +89,7 @@ class RunReport:
             # What optim.muon.dtype=auto became on this device.
             "muon_dtype": str(matmul_dtype(run.optim.muon.dtype, engine.device)).split(".")[1],
             "kernels_selected": active_kernels(run.model.kernels, engine.device),
+            "kernels_deterministic": run.model.deterministic,
         }
         if precision is not None:
             self._facts["precision"] = plain(precision)

@@ -8,7 +8,7 @@ ranks may fail alone: it tells, and the others leave with it (``parallel/lost_ra
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -36,13 +36,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def told_out_of_memory(
-    run: RunConfig, step: StepPlan | None, device: torch.device
+    run: RunConfig, running: Callable[[], StepPlan | None], device: torch.device
 ) -> Iterator[None]:
     """Turn a failed allocation into one line.
 
     Args:
         run: what is trained.
-        step: what runs while this is open; None: the model and its optimizer are made.
+        running: gives the step that is at work; None: the model and its optimizer are made.
         device: where.
 
     Raises:
@@ -53,7 +53,7 @@ def told_out_of_memory(
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        said = one_line(error).split(". ")[0]
+        said, step = one_line(error).split(". ")[0], running()
         when = f"in step {step.number}" if step else "before the first step"
         raise OutOfMemoryError(
             f"out of memory on {device} {when} ({said}): give"

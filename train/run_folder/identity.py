@@ -86,6 +86,7 @@ TABLE = tuple(UseRule(*row) for row in (
     ("model.name",                   _NO, ANY, ANY, ANY, _NO),
     ("model.scale",                  _NO, ANY, ANY, ANY, _NO),
     ("model.kernels",                SAY, ANY, ANY, ANY, _NO),
+    ("model.deterministic",          SAY, ANY, ANY, ANY, _NO),
     ("model.loss_chunk_tokens",      SAY, ANY, ANY, ANY, _NO),
     ("model.initializer_range",      _NO, ANY, ANY, ANY, _NO),
     ("model.hc_identity_base",       _NO, ANY, ANY, ANY, _NO),

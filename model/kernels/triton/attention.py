@@ -3,7 +3,8 @@
 Scores are formed in tiles and never stored; the backward pass forms them again from the saved log
 denominators. A choice of entries is met as a list or, while a row has few entries for each chosen
 one, as a mask of bits over all of them (:func:`masks_choice`). Sums over queries keep an order:
-the backward pass gives equal bits each time.
+the backward pass gives equal bits each time, unless a list's pairs are asked to be added atomically
+(``model.deterministic=false``).
 """
 
 # Legend: B rows, T tokens, U window keys, H heads, K head dim, E entries, N chosen entries, W words
@@ -24,6 +25,7 @@ from model.kernels.triton.attention_kernels import (
     attention_forward,
     attention_grad_keys,
     attention_grad_pairs,
+    attention_grad_pairs_atomic,
     attention_grad_queries,
     attention_mass,
 )
@@ -51,20 +53,24 @@ _PROGRAMS = 256
 _QUERIES = {INTERPRETER: 16}
 
 
-def masks_choice(heads: int, entries: int, chosen: int, architecture: str) -> bool:
+def masks_choice(
+    heads: int, entries: int, chosen: int, architecture: str, deterministic: bool = True
+) -> bool:
     """Whether a choice is met as a mask over all visible entries.
 
-    A pair of the list costs the backward pass 8 K bytes, an entry that is visible and not chosen
-    costs 18 H K FLOPs; on average half of a row's entries are visible.
+    A pair of the list costs the backward pass 8 K bytes, which are written and read again, or 4 K
+    that are added atomically (at the rate of memory; a cache may be faster); an entry that is
+    visible and not chosen costs 18 H K FLOPs. On average half of a row's entries are visible.
 
     Args:
         heads: of attention.
         entries: of a row.
         chosen: entries of a query's list.
         architecture: as ``architecture_of`` names it.
+        deterministic: the pairs of a list are summed in order.
     """
-    balance = _FLOPS_PER_BYTE.get(architecture, 164)
-    return entries / 2 <= chosen * (1 + 0.44 * balance / heads)
+    balance = _FLOPS_PER_BYTE.get(architecture, 164) * (0.44 if deterministic else 0.22)
+    return entries / 2 <= chosen * (1 + balance / heads)
 
 
 def _mode(entries: Tensor | None, index: Tensor | None, bits: Tensor | None) -> str:
@@ -162,6 +168,7 @@ def _backward(
     o: Tensor,
     lse: Tensor,
     grad: Tensor,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, T, H, K = q.shape
     mode = _mode(entries, index, bits)
@@ -206,6 +213,13 @@ def _backward(
     del pair_setting["HEADS"]
     N = index.shape[-1]
     grid_N = blocks(N, pair_setting["BN"]) * (K // pair_setting["CHANNELS"])
+    if not deterministic:
+        total = entries.new_zeros(entries.shape, dtype=torch.float32)
+        launch(
+            attention_grad_pairs_atomic, (B * T, grid_N), q, entries, index, lse, delta, grad,
+            total, T, entries.shape[1], N, *_scales(scale), **pair_setting,
+        )  # fmt: skip
+        return grad_q, grad_kv, grad_sink, total.to(entries.dtype)
 
     def write(begin: int, rows: int, pairs: Tensor) -> None:
         launch(
@@ -223,7 +237,7 @@ _INPUTS = (
 )
 define(f"triton_attention({_INPUTS}) -> (Tensor, Tensor)", _forward)
 define(
-    f"triton_attention_backward({_INPUTS}, Tensor o, Tensor lse, Tensor grad)"
+    f"triton_attention_backward({_INPUTS}, Tensor o, Tensor lse, Tensor grad, bool deterministic)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
 )
@@ -246,11 +260,12 @@ class _Attention(torch.autograd.Function):
         window: int,
         scale: float,
         uses: tuple[Tensor | None, ...],
+        deterministic: bool,
     ) -> tuple[Tensor, Tensor]:
         inputs = (q_BTHK, kv_BTK, sink_H, start_BT, window, scale, entries_BEK, *uses)
         o_BTHK, lse_BTH = OPS.triton_attention(*inputs)
         ctx.save_for_backward(q_BTHK, kv_BTK, sink_H, start_BT, entries_BEK, *uses, o_BTHK, lse_BTH)
-        ctx.numbers = (window, scale)
+        ctx.numbers, ctx.deterministic = (window, scale), deterministic
         ctx.mark_non_differentiable(lse_BTH)
         return o_BTHK, lse_BTH
 
@@ -260,10 +275,10 @@ class _Attention(torch.autograd.Function):
         q, kv, sink, start, entries, *rest = ctx.saved_tensors
         grad = grad_o_BTHK.to(q.dtype).contiguous()
         grad_q, grad_kv, grad_sink, grad_entries = OPS.triton_attention_backward(
-            q, kv, sink, start, *ctx.numbers, entries, *rest, grad
+            q, kv, sink, start, *ctx.numbers, entries, *rest, grad, ctx.deterministic
         )
         grad_entries = None if entries is None else grad_entries
-        return grad_q, grad_kv, grad_sink, grad_entries, None, None, None, None
+        return grad_q, grad_kv, grad_sink, grad_entries, *[None] * 5
 
 
 def padded(x: Tensor) -> Tensor:
@@ -284,12 +299,16 @@ def attention(
     start_BT: Tensor,
     window: int,
     entries: EntrySet | None,
+    deterministic: bool = True,
 ) -> AttentionResult:
-    """:func:`model.kernels.attention.attention_reference` in Triton; gives the mass as well."""
+    """:func:`model.kernels.attention.attention_reference` in Triton; gives the mass as well.
+
+    Not ``deterministic``, the gradient of the entries of a list has a sum in no order.
+    """
     before = kv_BUK.shape[1] - q_BTHK.shape[1]
     if before:
         asked = _with_blind_queries(q_BTHK, start_BT, entries, before)
-        o, lse, _ = attention(asked[0], kv_BUK, sink_H, asked[1], window, asked[2])
+        o, lse, _ = attention(asked[0], kv_BUK, sink_H, asked[1], window, asked[2], deterministic)
         o, lse = o[:, before:], lse[:, before:]
         if entries is None or entries.index_BTN is None:
             return AttentionResult(o, lse, None)
@@ -300,13 +319,14 @@ def attention(
     if entries is not None:
         table, index, bits = padded(entries.kv_BEK.to(dtype)), ints(entries.index_BTN), None
         E, place = table.shape[1], architecture_of(q.device)
-        if index is not None and masks_choice(q.shape[2], E, index.shape[-1], place):
+        if index is not None and masks_choice(q.shape[2], E, index.shape[-1], place, deterministic):
             index, bits = None, OPS.triton_pack_bits(index, E)
         stop = ints(entries.stop_BT) if index is None else OPS.triton_list_lengths(index)
         uses = (ints(entries.first_BT), stop, index, bits)
     o, lse = _Attention.apply(
-        q, kv, sink_H.float().contiguous(), table, ints(start_BT), window, scale, uses
-    )
+        q, kv, sink_H.float().contiguous(), table, ints(start_BT), window, scale, uses,
+        deterministic,
+    )  # fmt: skip
     mass = None
     if entries is not None and entries.index_BTN is not None:
         mass = mass_of(q_BTHK, lse, entries)

@@ -365,22 +365,16 @@ def attention_grad_keys(
 
 
 @triton.jit
-def attention_grad_pairs(
-    Q, ENTRIES, INDEX, LSE, DELTA, DO, PAIRS, first_row, T, E, N, scale2, scale,
+def pairs_of(
+    Q, ENTRIES, LSE, DELTA, DO, row, e, c, scale2, scale,
     H: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHANNELS: tl.constexpr,
     BN: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """What a query's heads give to each entry it chose. Grid (rows, blocks of N * parts of K)."""
-    PARTS: tl.constexpr = K // CHANNELS
-    row = (first_row + tl.program_id(0)).to(tl.int64)
+    """[BN, CHANNELS] fp32: what a query's heads give to channels c of its chosen entries e."""
     k = tl.arange(0, K)
-    c = tl.program_id(1) % PARTS * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.program_id(1) // PARTS * BN + tl.arange(0, BN)
-    e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
+    acc = tl.zeros([BN, CHANNELS], tl.float32)
     if tl.max(e) >= 0:
-        ENTRIES += row // T * E * K
         keys = tl.load(ENTRIES + e[:, None] * K + k[None, :], mask=(e >= 0)[:, None], other=0.0)
-        acc = tl.zeros([BN, CHANNELS], tl.float32)
         for h0 in range(0, H, ROWS):
             h = h0 + tl.arange(0, ROWS)
             lse2 = tl.load(LSE + row * H + h, mask=h < H, other=0.0) * LOG2E
@@ -389,5 +383,45 @@ def attention_grad_pairs(
                 keys, Q, DO, row * H + h0, 1, H - h0, (h < H)[None, :], lse2, delta, acc, scale2,
                 scale, k, c, H, ROWS, ROWS, K, CHANNELS, BN, TURNED, UPCAST,
             )  # fmt: skip
-        PAIRS += tl.program_id(0).to(tl.int64) * N * K
-        tl.store(PAIRS + n[:, None] * K + c[None, :], acc, mask=(e >= 0)[:, None])
+    return acc
+
+
+@triton.jit
+def attention_grad_pairs(
+    Q, ENTRIES, INDEX, LSE, DELTA, DO, PAIRS, first_row, T, E, N, scale2, scale,
+    H: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHANNELS: tl.constexpr,
+    BN: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A row of PAIRS for each entry that a query chose. Grid (rows, blocks of N * parts of K)."""
+    PARTS: tl.constexpr = K // CHANNELS
+    row = (first_row + tl.program_id(0)).to(tl.int64)
+    c = tl.program_id(1) % PARTS * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.program_id(1) // PARTS * BN + tl.arange(0, BN)
+    e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
+    acc = pairs_of(
+        Q, ENTRIES + row // T * E * K, LSE, DELTA, DO, row, e, c, scale2, scale, H, ROWS, K,
+        CHANNELS, BN, TURNED, UPCAST,
+    )  # fmt: skip
+    PAIRS += tl.program_id(0).to(tl.int64) * N * K
+    tl.store(PAIRS + n[:, None] * K + c[None, :], acc, mask=(e >= 0)[:, None])
+
+
+@triton.jit
+def attention_grad_pairs_atomic(
+    Q, ENTRIES, INDEX, LSE, DELTA, DO, SUM, T, E, N, scale2, scale,
+    H: tl.constexpr, ROWS: tl.constexpr, K: tl.constexpr, CHANNELS: tl.constexpr,
+    BN: tl.constexpr, TURNED: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The same for all rows, added to SUM [B, E, K], which begins as zeros, in no order."""
+    PARTS: tl.constexpr = K // CHANNELS
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) % PARTS * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.program_id(1) // PARTS * BN + tl.arange(0, BN)
+    e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
+    of_row = row // T * E * K
+    acc = pairs_of(
+        Q, ENTRIES + of_row, LSE, DELTA, DO, row, e, c, scale2, scale, H, ROWS, K, CHANNELS, BN,
+        TURNED, UPCAST,
+    )  # fmt: skip
+    at = e[:, None] * K + c[None, :]
+    tl.atomic_add(SUM + of_row + at, acc, mask=(e >= 0)[:, None], sem="relaxed")

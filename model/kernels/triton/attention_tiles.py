@@ -121,7 +121,7 @@ def tiles_of(kernel: str, mode: str, head_dim: int) -> Tiles:
     """The tiles of a kernel; what is not a list has the tiles of a range.
 
     Args:
-        kernel: ``forward``, ``mass``, ``queries``, ``keys`` or ``pairs``.
+        kernel: ``forward``, ``mass``, ``queries``, ``keys``, ``pairs`` or ``pairs atomic``.
         mode: of the kernels.
         head_dim: a power of two.
 
@@ -129,7 +129,7 @@ def tiles_of(kernel: str, mode: str, head_dim: int) -> Tiles:
         ConfigError: no tile holds such a head dim.
     """
     shared = kernel in ("forward", "queries", "keys") and mode != "list"
-    classes = TILES[kernel, "range" if shared else "list"]
+    classes = TILES[kernel.removesuffix(" atomic"), "range" if shared else "list"]
     fitting = [limit for limit in classes if head_dim <= limit]
     if not fitting:
         raise ConfigError(
@@ -166,6 +166,7 @@ _TYPES: dict[str, dict[str, str]] = {
     "queries": {"KV": "*bf16", "START": "*i32", **_BACK},
     "keys": {"KEYS": "*bf16", "START": "*i32", "BITS": "*i64", "PARTS_": "*fp32", **_BACK},
     "pairs": {"INDEX": "*i32", **_BACK},
+    "pairs atomic": {"INDEX": "*i32", "SUM": "*fp32", **_BACK},
 }
 KERNELS = {
     "forward": kernels.attention_forward,
@@ -173,6 +174,7 @@ KERNELS = {
     "queries": kernels.attention_grad_queries,
     "keys": kernels.attention_grad_keys,
     "pairs": kernels.attention_grad_pairs,
+    "pairs atomic": kernels.attention_grad_pairs_atomic,
 }
 
 
@@ -202,7 +204,8 @@ _SHAPES = ((64, 512), (12, 128), (6, 64))  # heads, head dim: V4-Flash, v4_small
 _USES = (
     ("forward", "list"), ("forward", "range"), ("forward", "bits"), ("forward", "none"),
     ("queries", "list"), ("queries", "range"), ("queries", "bits"), ("keys", "none"),
-    ("keys", "range"), ("keys", "bits"), ("pairs", "list"), ("mass", "list"), ("mass", "range"),
+    ("keys", "range"), ("keys", "bits"), ("pairs", "list"), ("pairs atomic", "list"),
+    ("mass", "list"), ("mass", "range"),
 )  # fmt: skip
 _DELTA_TYPES = {
     "O": "*bf16", "DO": "*bf16", "rows": "i32", "H": "i32",

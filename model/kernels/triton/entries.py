@@ -3,7 +3,8 @@
 A list of chosen entries serves queries. The gradient of an entry needs the queries that chose it:
 either every query of the visible range, masked by one bit an entry (:func:`pack_bits`: short rows),
 or one fp32 row for each pair (query, chosen entry), summed in the order of queries
-(:func:`sum_pairs`: long rows). Both give equal bits each time; nothing is added atomically.
+(:func:`sum_pairs`: long rows). Both give equal bits each time. ``model.deterministic=false`` adds
+the pairs atomically instead, without a workspace and a sort.
 """
 
 # Legend: B rows, T tokens, E entries, N chosen entries, W words of 64 entries, P pairs of a query

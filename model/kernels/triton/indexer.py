@@ -24,6 +24,7 @@ from model.kernels.triton.indexer_kernels import (
     divergence,
     index_scores,
     list_grad_pairs,
+    list_grad_pairs_atomic,
     list_grad_queries,
     list_scores,
     range_grad_keys,
@@ -189,6 +190,7 @@ def _loss_backward(
     index: Tensor | None,
     grad_scores: Tensor,
     grad: Tensor,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, T, J, L = q.shape
     E = keys.shape[1]
@@ -215,6 +217,13 @@ def _loss_backward(
         E, N, **_setting(_LIST[_heads(q.shape[2])], q),
     )  # fmt: skip
     setting = _setting(_PAIRS[_heads(q.shape[2])], q)
+    if not deterministic:
+        total = keys.new_zeros(keys.shape, dtype=torch.float32)
+        launch(
+            list_grad_pairs_atomic, (B * T, blocks(N, setting["BN"])), q, keys, weight, index,
+            grad_scores, total, T, E, N, **setting,
+        )  # fmt: skip
+        return grad_q, _scaled(total, grad, keys), grad_w
 
     def write(begin: int, rows: int, pairs: Tensor) -> None:
         launch(
@@ -238,8 +247,8 @@ define(
     _loss,
 )
 define(
-    f"triton_indexer_loss_backward({_INPUTS}, Tensor? index, Tensor grad_scores, Tensor grad)"
-    " -> (Tensor, Tensor, Tensor)",
+    f"triton_indexer_loss_backward({_INPUTS}, Tensor? index, Tensor grad_scores, Tensor grad,"
+    " bool deterministic) -> (Tensor, Tensor, Tensor)",
     _loss_backward,
 )
 
@@ -269,17 +278,20 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q_BTJL: Tensor, k_BEL: Tensor, w_BTJ: Tensor, sets: tuple[Any, ...],
-        teacher: tuple[Any, ...],
+        teacher: tuple[Any, ...], deterministic: bool,
     ) -> Tensor:  # fmt: skip
         loss, grad_scores = OPS.triton_indexer_loss(q_BTJL, k_BEL, w_BTJ, *sets, *teacher)
         ctx.save_for_backward(q_BTJL, k_BEL, w_BTJ, *sets, grad_scores)
+        ctx.deterministic = deterministic
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grads = OPS.triton_indexer_loss_backward(*ctx.saved_tensors, grad.float())
-        return *grads, None, None
+        grads = OPS.triton_indexer_loss_backward(
+            *ctx.saved_tensors, grad.float(), ctx.deterministic
+        )
+        return *grads, None, None, None
 
 
 def indexer_loss(
@@ -288,21 +300,25 @@ def indexer_loss(
     lse_BTH: Tensor,
     entries: EntrySet,
     mass_BTN: Tensor | None = None,
+    deterministic: bool = True,
 ) -> Tensor:
-    """:func:`model.kernels.indexer.indexer_loss_reference` in Triton."""
+    """:func:`model.kernels.indexer.indexer_loss_reference` in Triton.
+
+    Not ``deterministic``, the gradient of the keys of a list has a sum in no order.
+    """
     sets = (ints(entries.first_BT), ints(entries.stop_BT), ints(entries.index_BTN))
     teacher = (
         padded(q_BTHK.detach()), padded(entries.kv_BEK.detach().to(q_BTHK.dtype)),
         lse_BTH.detach().contiguous(), q_BTHK.shape[-1] ** -0.5,
         None if mass_BTN is None else mass_BTN.contiguous(),
     )  # fmt: skip
-    return _Loss.apply(*_inputs(indexer), sets, teacher)
+    return _Loss.apply(*_inputs(indexer), sets, teacher, deterministic)
 
 
 def _shipped(heads: int, dim: int) -> tuple[Shipped, ...]:
     types = {
         **dict.fromkeys(("Q", "KEYS", "DQ"), "*bf16"),
-        **dict.fromkeys(("WEIGHT", "DS", "GRAD", "DW", "PAIRS", "PARTS"), "*fp32"),
+        **dict.fromkeys(("WEIGHT", "DS", "GRAD", "DW", "PAIRS", "PARTS", "SUM"), "*fp32"),
         **dict.fromkeys(("FIRST", "STOP", "INDEX"), "*i32"),
         **dict.fromkeys(("t_first", "chunk", "first_row", "T", "E", "N"), "i32"),
     }
@@ -324,6 +340,7 @@ def _shipped(heads: int, dim: int) -> tuple[Shipped, ...]:
         one("list scores", list_scores, _LIST[_heads(heads)]),
         one("list dq", list_grad_queries, _LIST[_heads(heads)]),
         one("list dk", list_grad_pairs, _PAIRS[_heads(heads)]),
+        one("list dk atomic", list_grad_pairs_atomic, _PAIRS[_heads(heads)]),
         one("dq", range_grad_queries, _QUERIES_RANGE),
         one("dk", range_grad_keys, _KEYS_RANGE),
     )

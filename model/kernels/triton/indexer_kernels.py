@@ -185,18 +185,15 @@ def list_grad_queries(
 
 
 @triton.jit
-def list_grad_pairs(
-    Q, KEYS, WEIGHT, INDEX, DS, PAIRS, first_row, T, E, N,
+def key_pairs(
+    Q, KEYS, WEIGHT, DS, row, n, e, N,
     J: tl.constexpr, HEADS: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """What a query gives to the key of each entry it chose. Grid (rows, blocks of N)."""
-    row = (first_row + tl.program_id(0)).to(tl.int64)
-    j = tl.arange(0, HEADS)
-    c = tl.arange(0, L)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
+    """[BN, L] fp32: what a query gives to the keys of entries e, the n-th of its list."""
+    dk = tl.zeros([BN, L], tl.float32)
     if tl.max(e) >= 0:
-        KEYS += row // T * E * L
+        j = tl.arange(0, HEADS)
+        c = tl.arange(0, L)
         at = row * J * L + j[:, None] * L + c[None, :]
         q = tl.load(Q + at, mask=(j < J)[:, None], other=0.0)
         w = tl.load(WEIGHT + row * J + j, mask=j < J, other=0.0)
@@ -205,8 +202,39 @@ def list_grad_pairs(
         s = dot(keys, tl.trans(q), None, UPCAST)
         g = tl.where(s <= 0, 0.0, w[None, :] * ds[:, None])
         dk = dot(g.to(q.dtype), q, None, UPCAST)
-        PAIRS += tl.program_id(0).to(tl.int64) * N * L
-        tl.store(PAIRS + n[:, None] * L + c[None, :], dk, mask=(e >= 0)[:, None])
+    return dk
+
+
+@triton.jit
+def list_grad_pairs(
+    Q, KEYS, WEIGHT, INDEX, DS, PAIRS, first_row, T, E, N,
+    J: tl.constexpr, HEADS: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """A row of PAIRS for the key of each entry that a query chose. Grid (rows, blocks of N)."""
+    row = (first_row + tl.program_id(0)).to(tl.int64)
+    c = tl.arange(0, L)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
+    KEYS += row // T * E * L
+    dk = key_pairs(Q, KEYS, WEIGHT, DS, row, n, e, N, J, HEADS, L, BN, UPCAST)
+    PAIRS += tl.program_id(0).to(tl.int64) * N * L
+    tl.store(PAIRS + n[:, None] * L + c[None, :], dk, mask=(e >= 0)[:, None])
+
+
+@triton.jit
+def list_grad_pairs_atomic(
+    Q, KEYS, WEIGHT, INDEX, DS, SUM, T, E, N,
+    J: tl.constexpr, HEADS: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """The same for all rows, added to SUM [B, E, L], which begins as zeros, in no order."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, L)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
+    of_row = row // T * E * L
+    dk = key_pairs(Q, KEYS + of_row, WEIGHT, DS, row, n, e, N, J, HEADS, L, BN, UPCAST)
+    at = e[:, None] * L + c[None, :]
+    tl.atomic_add(SUM + of_row + at, dk, mask=(e >= 0)[:, None], sem="relaxed")
 
 
 @triton.jit

@@ -26,11 +26,13 @@ import torch
 from data.epochs import planned_uses
 from data.loader import build_loader
 from data.prepare import build_tokenizer
+from model.config import LayerKind
 from model.linear import GroupedLinear
 from model.parameter_counts import parameter_shapes
 from optim.groups import build_table
 from parallel.config import ParallelConfig
 from parallel.zero_config import deepspeed_config
+from scripts.benchmarks.launches import block_pass
 from tests.helpers import random_rows
 from train import build
 from train.config.recovery import Remedy
@@ -97,6 +99,13 @@ def step(run: RunConfig, _: Path, count: int = 1) -> Any:
 
 
 two_steps = partial(step, count=2)
+
+
+def launches(run: RunConfig, _: Path) -> Any:
+    """What one block that chooses entries starts on a GPU, forward and backward."""
+    chooses = [run.model.kind(i) for i in range(run.model.num_hidden_layers)].index(LayerKind.csa)
+    found = block_pass(run.model, chooses, 64)
+    return found.forward, found.backward
 
 
 def data(run: RunConfig, _: Path) -> Any:

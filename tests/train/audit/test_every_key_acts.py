@@ -36,6 +36,7 @@ from tests.train.audit.key_effects import (
     device,
     foretold,
     handed,
+    launches,
     memory,
     or_refused,
     outcome,
@@ -188,6 +189,7 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "model.attention": row(Attention.hca, params),
     "model.residual": row(Residual.plain, params),
     "model.kernels": row(Kernels.reference, step),
+    "model.deterministic": row(False, launches, model__kernels=Kernels.triton),
     "model.loss_chunk_tokens": row(1, called("model.loss.project")),
     # ---- data
     "data.tokenizer": row("bpe", data, data__vocab_size=512),

@@ -6,6 +6,7 @@ run has one step, so that the audit's window ends with it.
 
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -16,12 +17,16 @@ from model.config import Kernels
 from model.context import build_context
 from model.kernels import elementwise
 from model.kernels.attention import attention_reference
+from model.kernels.ran import recorded
+from model.kernels.select import select
 from optim.build import build_optimizer
 from optim.config import OptimConfig, OptimizerName
 from quant.config import ExpertFormat
 from tests.helpers import small_config
+from tests.model.kernels.op_cases import indexer_loss, run
 from tests.train.audit.audited import BF16, QAT, RECOMPUTED, WARMUP, one_step, sampled, step
 from train.audit.faults import AuditError
+from train.audit.passes import order_of_sums
 from train.build import build
 from train.config.schema import HeadPrecision
 
@@ -292,6 +297,19 @@ def test_op_that_only_says_it_is_triton_is_refused_by_name(tmp_path, corpus):
     assert result["kernels"].pop("block_linear") == "torch"  # one batched product of torch's
     assert set(result["kernels"].values()) == {"triton"}
     assert {"swiglu_forward", "swiglu_backward"} <= result["started"].keys()
+
+
+def test_sums_in_another_order_than_asked_for_are_refused_by_name():
+    """Planted where the ops are taken from the table; ``kernels`` asks this of every step."""
+    case, runs = indexer_loss(True), {}
+    for order in (True, False):
+        with recorded() as runs[order]:
+            run(case, partial(select, kernels=Kernels.triton, deterministic=order), case.inputs)
+        assert [*order_of_sums(order, runs[order])] == []
+    [line] = order_of_sums(True, runs[False])
+    assert line.startswith("model.deterministic=true: list_grad_pairs_atomic was started")
+    [line] = order_of_sums(False, runs[True])
+    assert line.startswith("model.deterministic=false: segment_sum was started")
 
 
 def test_op_that_only_says_it_is_compiled_is_refused_by_name(tmp_path, corpus):

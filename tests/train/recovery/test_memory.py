@@ -3,6 +3,7 @@
 Planted where a device's allocator raises it: in a block's forward pass.
 """
 
+import functools
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -67,11 +68,51 @@ def test_host_memory_counts_and_other_errors_do_not(tmp_path, error):
     run = small_run(tmp_path, tmp_path / "none")
     step = plan_step(1, 0, resolve(run), run.train, run.optim)
     with pytest.raises(UserError, match=r"give train\.micro_batch_size=1"):
-        with told_out_of_memory(run, step, CPU):
+        with told_out_of_memory(run, lambda: step, CPU):
             raise error
     with pytest.raises(RuntimeError, match="shape"):
-        with told_out_of_memory(run, step, CPU):
+        with told_out_of_memory(run, lambda: step, CPU):
             raise RuntimeError("shape")
+
+
+# Where a run that stops after its second step of two, or before, or evaluates alone, can fail.
+PLACES = {
+    "phase": ("trainer.phase.enter", 0),
+    "evaluation": ("trainer.recorder.evaluator.evaluate", 1),
+    "last evaluation": ("trainer.recorder.final_evaluator.evaluate", 2),
+    "report": ("trainer.recorder.report.write", 2),
+    "checkpoint": ("trainer.state.tensors", 1),
+    "leaving": ("trainer.recorder.close", 1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_part_of_a_run_is_told(tmp_path, place):
+    target, done = PLACES[place]
+    run = small_run(
+        tmp_path / "run", write_corpus(tmp_path), steps=2, checkpoint_every=1, eval_every=1
+    )
+    trainer = build(run)
+    if place == "leaving":
+        trainer.stop.ask("the test")
+    *path, name = target.split(".")[1:]
+    owner = functools.reduce(getattr, path, trainer)
+    with patch.object(owner, name, side_effect=torch.OutOfMemoryError(SAID)):
+        with pytest.raises(UserError, match=rf"^out of memory on cpu in step {max(done, 1)} \("):
+            trainer.fit()
+    assert trainer.state.progress.step == done
+
+
+@pytest.mark.parametrize("place", ["phase", "last evaluation"])
+def test_an_evaluation_alone_is_told(tmp_path, place):
+    run = small_run(tmp_path / "run", write_corpus(tmp_path), steps=1, checkpoint_every=1)
+    assert build(run).fit() == 0
+    trainer = build(replace(run, train=replace(run.train, eval_only=True)))
+    *path, name = PLACES[place][0].split(".")[1:]
+    owner = functools.reduce(getattr, path, trainer)
+    with patch.object(owner, name, side_effect=torch.OutOfMemoryError(SAID)):
+        with pytest.raises(UserError, match=r"^out of memory on cpu in step 1 \("):
+            trainer.fit()
 
 
 def test_only_what_still_helps_is_named(tmp_path):

@@ -115,8 +115,8 @@ FREE = (
     "wandb.mode", "sample.tokens", "train.eval_every", "train.keep_checkpoints",
 )  # fmt: skip
 TOLD = (
-    "parallel.ep", "model.kernels", "train.steps", "train.micro_batch_size", "train.device",
-    "code.source_sha256", "libraries.numpy", "layout.ep", "train.recovery.window",
+    "parallel.ep", "model.kernels", "model.deterministic", "train.steps", "train.micro_batch_size",
+    "train.device", "code.source_sha256", "libraries.numpy", "layout.ep", "train.recovery.window",
 )  # fmt: skip
 REFUSED = (
     "seed", "optim.lr", "optim.name", "model.hidden_size", "model.attention", "quant.recipe",

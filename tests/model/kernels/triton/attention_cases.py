@@ -12,6 +12,7 @@ from model.kernels.attention import EntrySet
 from model.sequence_plan import build_sequence_plan
 
 MODES = ("none", "range", "list", "bits")
+ATOMIC = "atomic"  # a list whose pairs are added in no order
 
 
 class Rows(NamedTuple):

@@ -30,11 +30,15 @@ from model.kernels.triton import (  # noqa: F401  registered by their import
     symmetric,
 )
 from model.kernels.triton.launch import IMPLEMENTATIONS
+from tests.model.kernels.triton.attention_cases import ATOMIC
 
 # Family -> beginnings of its operators' names.
 FAMILIES = {
     "attention": ("attention", "pack_bits", "list_lengths"),
     "indexer_loss": ("indexer_loss",),
+    # model.deterministic=false: of these two operators, sums over the pairs of lists.
+    "attention, atomic": (),
+    "indexer_loss, atomic": (),
     "index_topk": ("index_topk",),
     "mhc": ("mhc_",),
     "grouped": ("grouped", "blocks"),
@@ -80,6 +84,9 @@ TOKENS = "-- takes rows, and knows no documents"
 MADE_FP32 = "-- its inputs are fp32 in every precision"
 F16, BF16 = torch.float16, torch.bfloat16
 ATTENTION, SHAPES = "test_attention_is_the_reference", "test_shapes"
+NOTHING = "test_queries_that_choose_nothing"
+BF16_KEYS = "test_bf16_keys_beside_an_fp32_sink_keep_their_dtypes"
+BF16_LOSS = "test_bf16_beside_fp32_weights_keeps_its_dtypes"
 LOSS, LOSS_SHAPES = "test_loss_is_the_reference", "test_loss_of_shapes"
 CHOICE, MHC = "test_choice_is_the_reference", "test_mhc_is_the_reference"
 GROUPED, MOVES = "test_grouped_linear_is_the_definition", "test_moves_are_the_references"
@@ -108,6 +115,8 @@ COVERED = {
         "order": with_(ORDER, N=37, E=5),
         "balance": does(BALANCE, "[0] * 31 + [1] * 50 + [-1] * 15"),
         "symmetric": with_(SYMMETRIC, rows=37, cols=21),
+        "attention, atomic": with_(SHAPES, mode=ATOMIC, documents=(7, 5)),
+        "indexer_loss, atomic": with_(LOSS_SHAPES, mode=ATOMIC, documents=(3, 2)),
     },
     "one token": {
         "attention": with_(SHAPES, documents=(1,)),
@@ -126,6 +135,8 @@ COVERED = {
         "order": with_(ORDER, N=1),
         "balance": does("test_balance_of_one_token", "torch.tensor([[0]])"),
         "symmetric": with_(SYMMETRIC, count=1, rows=1),
+        "attention, atomic": with_(SHAPES, mode=ATOMIC, documents=(1,)),
+        "indexer_loss, atomic": with_(LOSS_SHAPES, mode=ATOMIC, documents=(1,)),
     },
     "packed documents of odd lengths": {
         "attention": does(ATTENTION, "packed(3, 6, -1)"),
@@ -144,12 +155,16 @@ COVERED = {
         "order": TOKENS,
         "balance": does(BALANCE, "[2] * 95 + [3]"),
         "symmetric": "-- takes matrices",
+        "attention, atomic": with_(ATTENTION, mode=ATOMIC),
+        "indexer_loss, atomic": with_(LOSS, mode=ATOMIC),
     },
     "rows without entries": {
         "attention": with_(SHAPES, mode="none"),
         "indexer_loss": does("test_queries_without_entries_give_zero", "packed(4, -2, ratio=5)"),
         "index_topk": does(CHOICE, "packed(11, 9, -2, ...)"),  # first tokens, and padding
         "pool": does("test_tokens_that_serve_no_entry_have_no_gradient", "grad[0, 9:12]"),
+        "attention, atomic": with_(NOTHING, mode=ATOMIC),
+        "indexer_loss, atomic": with_("test_queries_without_entries_give_zero", mode=ATOMIC),
     },
     "-1 indices": {
         "attention": does("test_queries_that_choose_nothing", "rows.index_BTN.fill_(-1)"),
@@ -157,11 +172,15 @@ COVERED = {
         "index_topk": does("test_scores_that_are_not_finite_are_ranked_as_by_the_reference",
                            "[0, 1, -1, -1, -1, -1]"),
         "cross_entropy": does(CROSS_ENTROPY, "torch.randint(-1, V, (N,))"),
+        "attention, atomic": with_(NOTHING, mode=ATOMIC),
+        "indexer_loss, atomic": with_(LOSS, mode=ATOMIC),
     },
     "top-k above and below the entries": {
         "attention": with_(SHAPES, documents=(2, 1), more={"batch": 2, "chosen": 5, "ratio": 1}),
         "indexer_loss": with_(LOSS_SHAPES, documents=(3,), more={"ratio": 1, "chosen": 5}),
         "index_topk": with_(CHOICE, topk=99),
+        "attention, atomic": with_(SHAPES, mode=ATOMIC, more={"batch": 2, "chosen": 5, "ratio": 1}),
+        "indexer_loss, atomic": with_(LOSS_SHAPES, mode=ATOMIC, more={"ratio": 1, "chosen": 5}),
     },
     "saturated clamp": {
         "swiglu": does("test_clamped_elements_have_no_gradient_and_nan_stays",
@@ -171,30 +190,40 @@ COVERED = {
     "head dim 32": {
         "attention": with_(SHAPES, K=32),
         "indexer_loss": with_(LOSS_SHAPES, L=32),
+        "attention, atomic": with_(SHAPES, mode=ATOMIC, K=32),
+        "indexer_loss, atomic": with_(LOSS_SHAPES, mode=ATOMIC, L=32),
     },
     "head dim 64": {
         "attention": with_(SHAPES, K=64),
         "indexer_loss": with_(LOSS_SHAPES, L=64),
         "rope": with_(ROPE, K=64),
+        "attention, atomic": with_(SHAPES, mode=ATOMIC, K=64),
     },
     "head dim 128": {
         "attention": with_(SHAPES, K=128),
         "indexer_loss": with_(LOSS_SHAPES, L=128),
+        "attention, atomic": with_(SHAPES, mode=ATOMIC, K=128),
+        "indexer_loss, atomic": with_(LOSS_SHAPES, mode=ATOMIC, L=128),
     },
     "head dim 512": {
         "attention": with_(SHAPES, K=512),
         "indexer_loss": "-- the indexer's heads have 128 dims at most in V4",
         "rope": with_(ROPE, K=512),
+        "attention, atomic": with_(SHAPES, mode=ATOMIC, K=512),
     },
     "one head": {
         "attention": with_(SHAPES, heads=1),
         "indexer_loss": with_(LOSS_SHAPES, J=1),
         "index_topk": does("test_equal_scores_go_to_the_lower_entry", "torch.ones(1, 8, 1, 16)"),
+        "attention, atomic": with_(SHAPES, mode=ATOMIC, heads=1),
+        "indexer_loss, atomic": with_(LOSS_SHAPES, mode=ATOMIC, J=1),
     },
     "128 heads": {
         "attention": with_(SHAPES, heads=128),
         "indexer_loss": with_(LOSS_SHAPES, J=128),
         "rope": with_(ROPE, lead=(1, 3, 128)),
+        "attention, atomic": with_(SHAPES, mode=ATOMIC, heads=128),
+        "indexer_loss, atomic": with_(LOSS_SHAPES, mode=ATOMIC, J=128),
     },
     "trained scale": {
         "attention": with_("test_small_and_large_activations", size=3.0),
@@ -207,6 +236,8 @@ COVERED = {
         "fake_quant": does(QUANT, "hard(shape)"),
         "pool": does(POOL, "torch.randn(2, 29, C) * 3"),
         "gate": does(GATE, "torch.randn(N, E) * 4"),
+        "attention, atomic": with_("test_small_and_large_activations", mode=ATOMIC, size=3.0),
+        "indexer_loss, atomic": with_(LOSS_SHAPES, mode=ATOMIC, size=3.0),
     },
     "tiny": {
         "attention": with_("test_small_and_large_activations", size=1e-4),
@@ -218,6 +249,8 @@ COVERED = {
         "cross_entropy": with_(CROSS_ENTROPY, size=1e-3),
         "fake_quant": does(QUANT, "hard(shape)"),
         "pool": does(ONE_POOL, "torch.randn(1, 1, 12) * 0.0001"),
+        "attention, atomic": with_("test_small_and_large_activations", mode=ATOMIC, size=1e-4),
+        "indexer_loss, atomic": with_(LOSS_SHAPES, mode=ATOMIC, size=1e-3),
     },
     "fp16": {
         "attention": with_(ATTENTION, dtype=F16),
@@ -236,12 +269,12 @@ COVERED = {
         "order": "-- takes indices",
         "balance": MADE_FP32,
         "symmetric": with_(SYMMETRIC, dtype=F16),
+        "attention, atomic": with_(ATTENTION, mode=ATOMIC, dtype=F16),
+        "indexer_loss, atomic": with_(LOSS, mode=ATOMIC, dtype=F16),
     },
     "mixed dtype": {
-        "attention": does("test_bf16_keys_beside_an_fp32_sink_keep_their_dtypes",
-                          "inputs(rows, 2, 16, torch.bfloat16)"),
-        "indexer_loss": does("test_bf16_beside_fp32_weights_keeps_its_dtypes",
-                             "indexer_inputs(rows, 3, 16, torch.bfloat16)"),
+        "attention": does(BF16_KEYS, "inputs(rows, 2, 16, torch.bfloat16)"),
+        "indexer_loss": does(BF16_LOSS, "indexer_inputs(rows, 3, 16, torch.bfloat16)"),
         "mhc": does("test_bf16_streams_keep_their_dtype_and_the_fp32_of_parameters", "BF16"),
         "grouped": does("test_fp32_masters_get_gradients_that_are_rounded_once",
                         "torch.randn(17, 24).half()"),
@@ -258,6 +291,8 @@ COVERED = {
         "order": "-- takes indices",
         "balance": MADE_FP32,
         "symmetric": "-- one operand, of one dtype",
+        "attention, atomic": with_(BF16_KEYS, mode=ATOMIC),
+        "indexer_loss, atomic": with_(BF16_LOSS, mode=ATOMIC),
     },
     "outputs that start as NaN, programs in any order": {
         "attention": does(ATTENTION, "hold(...)"),
@@ -276,6 +311,8 @@ COVERED = {
         "order": does(ORDER, *BY_HAND),
         "balance": does(BALANCE, *BY_CHECK),
         "symmetric": does(SYMMETRIC, *BY_HAND),
+        "attention, atomic": does(ATTENTION, "hold(...)"),
+        "indexer_loss, atomic": does(LOSS, "hold(...)"),
     },
 }  # fmt: skip
 # Cases that every family meets, or says why it cannot; the others are of those that have them.
@@ -284,6 +321,7 @@ ALL = (
     "outputs that start as NaN, programs in any order",
 )  # fmt: skip
 FILES = {
+    "attention, atomic": "attention", "indexer_loss, atomic": "indexer",
     "index_topk": "indexer", "indexer_loss": "indexer", "moves": "grouped", "rms_norm": "norm_rope",
     "rope": "norm_rope", "gate": "routing", "order": "routing", "balance": "routing",
 }  # fmt: skip

@@ -19,7 +19,7 @@ from tests.helpers import relative
 from tests.model.kernels.op_cases import indexer_loss as nonfinite_case
 from tests.model.kernels.op_cases import reference, run
 from tests.model.kernels.test_nonfinite import compare, planted
-from tests.model.kernels.triton.attention_cases import mutant, packed
+from tests.model.kernels.triton.attention_cases import ATOMIC, mutant, packed
 from tests.model.kernels.triton.checks import (
     check,
     distance,
@@ -57,7 +57,7 @@ def losses(rows, mode, with_mass=False):
     mass = attention.mass_of(q, lse, used) if with_mass else None
 
     def ours(*inputs):
-        return indexer.indexer_loss(inputs, q, lse, used, mass)
+        return indexer.indexer_loss(inputs, q, lse, used, mass, deterministic=mode != ATOMIC)
 
     def plain(*inputs):
         dtype = inputs[2].dtype  # float64 in the oracle
@@ -69,13 +69,13 @@ def losses(rows, mode, with_mass=False):
 
 def hold(rows, mode, inputs, with_mass=False):
     ours, plain = losses(rows, mode, with_mass)
-    check(ours, plain, inputs, [torch.tensor(0.7)])
+    check(ours, plain, inputs, [torch.tensor(0.7)], ordered=mode != ATOMIC)
 
 
 @pytest.mark.parametrize(
     ("mode", "dtype"),
     [("range", torch.float32), ("range", torch.float16), ("list", torch.float32),
-     ("list", torch.float16)],
+     ("list", torch.float16), (ATOMIC, torch.float32), (ATOMIC, torch.float16)],
 )  # fmt: skip
 def test_loss_is_the_reference(mode, dtype):
     rows = packed(4, 3, -1, ratio=2)
@@ -91,6 +91,10 @@ def test_loss_is_the_reference(mode, dtype):
         ("list", (3,), 64, 128, 1.0, {"ratio": 1, "chosen": 5}),
         ("list", (2,), 128, 16, 1.0, {"ratio": 1}),
         ("list", (3, 2), 16, 20, 1e-3, {"batch": 2, "ratio": 1}),
+        (ATOMIC, (1,), 1, 32, 1.0, {}),
+        (ATOMIC, (3,), 64, 128, 3.0, {"ratio": 1, "chosen": 5}),
+        (ATOMIC, (2,), 128, 16, 1.0, {"ratio": 1}),
+        (ATOMIC, (3, 2), 16, 20, 1e-3, {"batch": 2, "ratio": 1}),
     ],
 )
 def test_loss_of_shapes(mode, documents, J, L, size, more):
@@ -99,7 +103,7 @@ def test_loss_of_shapes(mode, documents, J, L, size, more):
     hold(rows, mode, indexer_inputs(rows, J, L, size=size))
 
 
-@pytest.mark.parametrize("mode", ["range", "list"])
+@pytest.mark.parametrize("mode", ["range", "list", ATOMIC])
 def test_bf16_beside_fp32_weights_keeps_its_dtypes(mode):
     """The logic alone: the interpreter's bf16 gives no tolerance."""
     rows = packed(4, 3, ratio=2)
@@ -113,18 +117,18 @@ def test_bf16_beside_fp32_weights_keeps_its_dtypes(mode):
         assert relative(a, b) < 0.1
 
 
-@pytest.mark.parametrize("mode", ["range", "list"])
+@pytest.mark.parametrize("mode", ["range", "list", ATOMIC])
 def test_splits_and_chunks_are_the_reference(monkeypatch, mode):
     monkeypatch.setattr(indexer, "CHUNK_BYTES", 500)
     monkeypatch.setattr(entries, "PAIR_BYTES", 300)
     monkeypatch.setattr(indexer, "_QUERIES", {INTERPRETER: 4})
     small = {INTERPRETER: Tile({"BT": 16, "BE": 16}, 1, 1)}
     monkeypatch.setattr(indexer, "_KEYS_RANGE", small)
-    rows = packed(3, 2, ratio=1) if mode == "list" else packed(18, ratio=1)
+    rows = packed(18, ratio=1) if mode == "range" else packed(3, 2, ratio=1)
     hold(rows, mode, indexer_inputs(rows, 2, 16))
 
 
-@pytest.mark.parametrize("mode", ["range", "list"])
+@pytest.mark.parametrize("mode", ["range", "list", ATOMIC])
 def test_queries_without_entries_give_zero(mode):
     rows = packed(4, -2, ratio=5)
     inputs = [x.requires_grad_() for x in indexer_inputs(rows, 2, 16)]
@@ -208,7 +212,7 @@ def traced(rows, mode, inputs, teacher):
     used = rows.entry_set(table, mode)
     with counted() as launches:
         outputs, found = gradients(
-            lambda *x: indexer.indexer_loss(x, q, lse, used),
+            lambda *x: indexer.indexer_loss(x, q, lse, used, deterministic=mode != ATOMIC),
             inputs,
             [torch.ones_like(lse[0, 0, 0])],
         )
@@ -216,7 +220,7 @@ def traced(rows, mode, inputs, teacher):
     return [(x.shape, x.dtype) for x in (*outputs, *found, index)], dict(launches)
 
 
-@pytest.mark.parametrize("mode", ["range", "list"])
+@pytest.mark.parametrize("mode", ["range", "list", ATOMIC])
 def test_a_trace_has_the_shapes_and_launches_of_a_run(mode):
     rows = packed(3, 2, ratio=1)
     inputs = indexer_inputs(rows, 2, 16, torch.float16)
@@ -242,7 +246,7 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(OPS.triton_index_topk.default, (*inputs, 2), test_utils=tests)
     arguments = (*inputs, index, teacher, used.kv_BEK, lse, 0.2, None)
     torch.library.opcheck(OPS.triton_indexer_loss.default, arguments, test_utils=tests)
-    back = (*inputs, index, torch.rand(index.shape), torch.tensor(1.0))
+    back = (*inputs, index, torch.rand(index.shape), torch.tensor(1.0), True)
     torch.library.opcheck(OPS.triton_indexer_loss_backward.default, back, test_utils=tests)
 
 
@@ -252,6 +256,7 @@ FAULTS = (
     ("divergence", "range", "tl.exp(log_p) * taught - teacher", "tl.exp(log_p) - 2 * teacher"),
     ("list_grad_queries", "list", "dq * grad", "dq"),
     ("list_grad_pairs", "list", "w[None, :] * ds[:, None]", "ds[:, None]"),
+    ("list_grad_pairs_atomic", ATOMIC, "SUM + of_row + at", "SUM + of_row + at % L"),
     ("range_grad_queries", "range", "dw * grad, mask=ok", "dw, mask=ok"),
     ("range_grad_keys", "range", "tl.cdiv(tl.maximum(high - low, 0), BT) * J", "J - 1"),
 )

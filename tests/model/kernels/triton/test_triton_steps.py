@@ -58,6 +58,22 @@ def test_two_steps_are_those_of_the_reference():
             assert (ours[name] - change).norm() < 1e-3 * change.norm() + slack, name
 
 
+def test_a_step_whose_pairs_are_added_atomically_is_that_of_the_reference(monkeypatch):
+    monkeypatch.setattr("model.kernels.triton.attention.masks_choice", lambda *_: False)
+    want, moved = descent(IndexerPhase.sparse, 1, Kernels.reference, **ONE_LAYER)
+    with counted() as launches:
+        got, ours = descent(
+            IndexerPhase.sparse, 1, Kernels.triton, deterministic=False, **ONE_LAYER
+        )
+    pairs = {name for name in launches if "pairs" in name}
+    assert pairs == {"attention_grad_pairs_atomic", "list_grad_pairs_atomic"}
+    assert "segment_sum" not in launches
+    for a, b in zip(got, want, strict=True):
+        assert abs(a - b) <= 1e-5 * abs(b)
+    flat = [torch.cat([x.flatten() for x in changes.values()]) for changes in (ours, moved)]
+    assert relative(*flat) < 1e-5
+
+
 def test_every_op_has_its_kernel():
     cuda = torch.device("cuda")
     assert set(active_kernels(Kernels.triton, cuda).values()) == {"triton"}
