@@ -63,7 +63,7 @@ class QuantOp:
         """
         check_master(self.name, w)
         self.probe.saw(self.name)
-        self.probe.measure(self.part, w, self.weight.fmt, weight=True)
+        self.probe.measure(self.part, w, self.weight.fmt, weight=self.name)
         if self.activations:
             self.probe.measure(f"{self.part}_input", x, FP8_ACTIVATION)
         y = _QuantMatmul.apply(x.reshape(-1, x.shape[-1]), w, offsets, self)

@@ -30,6 +30,7 @@ class QuantProbe:
         self.monitors = False
         self.ran: Counter[str] = Counter()
         self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
 
     def begin_step(self, monitors: bool = False) -> None:
         """Forget the last step.
@@ -40,6 +41,7 @@ class QuantProbe:
         self.monitors = monitors
         self.ran.clear()
         self._sums.clear()
+        self._weights.clear()
 
     def silent(self, names: Iterable[str]) -> list[str]:
         """Those of ``names`` that did not run since the step began."""
@@ -56,25 +58,33 @@ class QuantProbe:
         """
         return dict(self._sums)
 
+    def weight_errors(self) -> dict[str, Tensor]:
+        """Squared error and norm of each weight, as ``<module>.sum`` and ``<module>.count``."""
+        return dict(self._weights)
+
     def saw(self, name: str) -> None:
         """Note that the cast of module ``name`` ran."""
         self.ran[name] += 1
 
     @torch.no_grad()
-    def measure(self, part: str, x: Tensor, fmt: BlockFormat, weight: bool = False) -> None:
+    def measure(self, part: str, x: Tensor, fmt: BlockFormat, weight: str = "") -> None:
         """In measured steps, note what a cast does to ``x``.
 
         Args:
             part: part of the config that asked for the cast.
             x: what is cast.
             fmt: its format.
-            weight: a matrix whose FP4 groups have to fit in FP8 blocks.
+            weight: of which module ``x`` is the weight, a matrix whose FP4 groups have to fit in
+                FP8 blocks; empty: it is none.
         """
         if not self.monitors or x.numel() == 0:
             return
         x_q, scale_bytes = fake_quant_with_scales(x, fmt, torch.float32)
         x = x.float()
-        self._add(f"quant_error_{part}", (x_q - x).square().sum(), x.square().sum())
+        lost, held = (x_q - x).square().sum(), x.square().sum()
+        self._add(f"quant_error_{part}", lost, held)
+        if weight:
+            _add(self._weights, weight, lost, held)
         self._add(f"quant_zeroed_{part}", ((x_q == 0) & (x != 0)).sum(), x.numel())
         top = _per_element(scale_value(scale_bytes) * fmt.largest, x.shape, fmt)
         self._add(f"quant_saturated_{part}", (x_q.abs() == top).sum(), x.numel())
@@ -84,9 +94,13 @@ class QuantProbe:
             self._add(f"quant_lossy_{part}", (spread > LOSSLESS_LOG2).sum(), spread.numel())
 
     def _add(self, name: str, value: Tensor, count: Tensor | int) -> None:
-        for key, term in ((f"{name}.sum", value), (f"{name}.count", count)):
-            amount = torch.as_tensor(term, dtype=torch.float32, device=value.device)
-            self._sums[key] = self._sums[key] + amount if key in self._sums else amount
+        _add(self._sums, name, value, count)
+
+
+def _add(sums: dict[str, Tensor], name: str, value: Tensor, count: Tensor | int) -> None:
+    for key, term in ((f"{name}.sum", value), (f"{name}.count", count)):
+        amount = torch.as_tensor(term, dtype=torch.float32, device=value.device)
+        sums[key] = sums[key] + amount if key in sums else amount
 
 
 def _per_element(blocks: Tensor, shape: torch.Size, fmt: BlockFormat) -> Tensor:

@@ -96,7 +96,7 @@ class TransformerEngineOp:
         """``w``'s matrices as FP8 tensors that pass for ``dtype``; gradients go to the master."""
         check_master(self.op.name, w)
         self.op.probe.saw(self.op.name)
-        self.op.probe.measure(self.op.part, w, self.op.weight.fmt, weight=True)
+        self.op.probe.measure(self.op.part, w, self.op.weight.fmt, weight=self.op.name)
         out_features, in_features = w.shape[-2:]
         whole, first = (w, 0) if self.op.owner is None else _within(self.op.owner.weight, w)
         matrices = self.op.weight.once(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,8 @@ def study_document(results: StudyResults) -> ReportDocument:
     picture = None if results.study.transfer.along else _search_picture(results)
     document.add("Learning rates", _search_table(results), picture)
     document.add("Arms", _arms(results), _acts(results))
+    if errors := _weight_errors(results):
+        document.add("What rounding takes from each weight", *errors)
     document.add("What the protocol can find", _protocol(results))
     document.add("Limits", _limits(results))
     if others := _others(results.name):
@@ -349,6 +352,32 @@ def _acts(results: StudyResults) -> Table | None:
         if arm.trained
     ]
     return Table(["share of", *(ACTS[key] for key in keys)], rows)
+
+
+def _weight_errors(results: StudyResults) -> list[Table | str]:
+    """Squared error of every rounded weight beside what all of it costs in loss."""
+    arms = {
+        arm.name: [errors for run in arm.runs.values() if (errors := run.weight_errors)]
+        for arm in results.arms.values()
+    }
+    arms = {name: seeds for name, seeds in arms.items() if seeds}
+    if not arms:
+        return []
+    weights = dict.fromkeys(weight for seeds in arms.values() for one in seeds for weight in one)
+    rows = [[weight, *(_mean_of(weight, seeds) for seeds in arms.values())] for weight in weights]
+    tests = {found.arm: found.test for found in results.comparisons}
+    said = [signed(test.mean) if (test := tests.get(name)) is not None else "" for name in arms]
+    rows.append([f"all: loss minus {results.study.baseline} (nats)", *said])
+    return [
+        "Squared error over squared norm, mean over seeds. Where it is alike in all weights, what a"
+        " loss is due to is how much of the model passes through them.",
+        Table(["weight", *arms], rows),
+    ]
+
+
+def _mean_of(weight: str, seeds: Sequence[Mapping[str, float]]) -> str:
+    values = [errors[weight] for errors in seeds if weight in errors]
+    return f"{statistics.fmean(values):.5f}" if values else ""
 
 
 def _protocol(results: StudyResults) -> str:

@@ -96,6 +96,11 @@ class FinishedRun:
         return statistics.median(record[key] for record in self.records)
 
     @property
+    def weight_errors(self) -> dict[str, float]:
+        """Of an evaluation: quantised weight -> squared error over squared norm."""
+        return dict(self.receipt.get("quantised", {}))
+
+    @property
     def rows_evaluated(self) -> float | None:
         """Tokens per byte of the text behind ``val_loss``: equal where the rows were the same."""
         bits = self.bits_per_byte

@@ -82,10 +82,10 @@ def test_probe_measures_what_the_reference_counts():
     x = torch.randn(130, 64) * torch.logspace(0, 4, 130)[:, None]
     x[0, :32] = 0.0
     probe = QuantProbe()
-    probe.measure("experts", x, MXFP4, weight=True)
+    probe.measure("experts", x, MXFP4, weight="w")
     assert probe.metrics() == {}  # not a measured step
     probe.begin_step(monitors=True)
-    probe.measure("experts", x, MXFP4, weight=True)
+    probe.measure("experts", x, MXFP4, weight="w")
     got = probe.metrics()
     codes, scales, values = reference.quantise_blocks(
         x, reference.e2m1_magnitudes(), MXFP4.amax_floor, 1, 32
@@ -111,9 +111,9 @@ def test_probe_counts_blocks_beyond_the_lossless_bound():
     x[1] = 2.0**-15
     probe = QuantProbe()
     probe.begin_step(monitors=True)
-    probe.measure("experts", x, MXFP4, weight=True)
+    probe.measure("experts", x, MXFP4, weight="w")
     assert int(probe.metrics()["quant_lossy_experts.sum"]) == 1
     probe.begin_step(monitors=True)
     x[1] = 2.0**-14
-    probe.measure("experts", x, MXFP4, weight=True)
+    probe.measure("experts", x, MXFP4, weight="w")
     assert int(probe.metrics()["quant_lossy_experts.sum"]) == 0

@@ -67,6 +67,38 @@ def planted(tmp_path_factory):
     return write_study_report("muon_vs_adamw", fill(folder, 0.5), folder / "docs")
 
 
+def leave_evaluation(folder, run, loss, quantised):
+    """What ``eval_only`` leaves of quantised weights."""
+    leave_run(folder, run, {1: loss})
+    (folder / "metrics.jsonl").unlink()
+    receipt = json.loads((folder / "receipt.json").read_text())
+    (folder / "receipt.json").unlink()
+    found = {**receipt, "metrics": receipt["final_metrics"], "quantised": quantised}
+    (folder / "evaluation.json").write_text(json.dumps(found))
+
+
+def test_what_rounding_takes_from_each_weight_stands_beside_the_loss(tmp_path):
+    """Means over seeds of what the evaluations say; other arms have none."""
+    words = ["steps=10", "seeds=[1,2]", "evaluations=2", "again=false"]
+    plan = protocol(tmp_path, *words, name="fp4_qat")
+    while (batch := next(plan.batches(), None)) is not None:
+        for cell in batch.cells:
+            folder = tmp_path / "runs" / f"{cell.arm}_{cell.lr}_{cell.seed}"
+            loss = 4 + abs(math.log2(cell.lr / 1.6e-2)) + 0.1 * cell.seed
+            if cell.source:
+                lost = {"layers.0.ffn.experts.w1": 0.013 + 0.001 * cell.seed}
+                leave_evaluation(folder, plan.config(cell), loss + 0.01 + cell.seed / 1e3, lost)
+            else:
+                leave_run(folder, plan.config(cell), {5: loss + 1, 10: loss})
+                (folder / "checkpoints" / "step_00000010").mkdir(parents=True)
+        plan.store.scan()
+    text = study_document(gather("fp4_qat", plan)).markdown()
+    section = text.partition("## What rounding takes from each weight")[2].partition("## ")[0]
+    assert "| weight | post_training |" in section
+    assert "| layers.0.ffn.experts.w1 | 0.01450 |" in section
+    assert "| all: loss minus none (nats) | +0.0115 |" in section
+
+
 def test_report_finds_a_planted_effect_and_its_price_in_steps(planted):
     """Muon falls by a nat with each doubling: it needs 100 / 2^0.5 = 70.7 steps for that loss."""
     path = planted

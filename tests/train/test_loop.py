@@ -21,6 +21,7 @@ from model.flops import training_flops
 from optim.muon import matmul_dtype
 from quant.apply import apply_quant
 from quant.config import QuantConfig, Recipe
+from quant.formats import MXFP4, fake_quant
 from quant.probe import QuantProbe
 from tests.integration.small_run import (
     ROWS,
@@ -218,6 +219,18 @@ def test_evaluations_of_one_state_are_comparable(corpus, tmp_path):
     assert plain["val_bits_per_byte"] == receipt["validation"]["bits_per_byte"]
     quant = QuantConfig(recipe=Recipe.fp4_qat)
     cast = evaluation(replace(later, run_dir=str(tmp_path / "cast"), quant=quant))
+    lost = json.loads((tmp_path / "cast" / "evaluation.json").read_text())["quantised"]
+    assert "quantised" not in json.loads((tmp_path / "plain" / "evaluation.json").read_text())
+    experts = {
+        name: weight.detach()
+        for name, weight in trainer.engine.model.named_parameters()
+        if ".ffn.experts.w" in name and name.startswith("layers.")
+    }
+    assert {f"{module}.weight" for module in lost} == experts.keys()
+    for name, weight in experts.items():
+        error = (fake_quant(weight, MXFP4) - weight).double().square().sum()
+        share = float(error / weight.double().square().sum())
+        assert lost[name.removesuffix(".weight")] == pytest.approx(share, rel=1e-4), name
     apply_quant(trainer.engine.model, quant, QuantProbe())
     assert (
         cast["val_loss"]

@@ -276,16 +276,17 @@ def monitor_values(monitors: Mapping[str, Tensor]) -> Record:
     Raises:
         KeyError: a monitor that has no line in :data:`METRICS`.
     """
-    values: Record = {}
-    for key, total in monitors.items():
-        name, _, part = key.rpartition(".")
-        if part != "sum":
-            continue
+    values = shares_of(monitors)
+    for name in values:
         assert metric_of(name).reduction is Reduction.mean, name
-        count = float(monitors[f"{name}.count"])
-        if count:
-            values[name] = float(total) / count
-    return values
+    return dict(values)
+
+
+def shares_of(sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """Each ``<name>.sum`` over its ``<name>.count``; names with a count of 0 are left out."""
+    totals = {key.removesuffix(".sum"): sums[key] for key in sums if key.endswith(".sum")}
+    counts = {name: float(sums[f"{name}.count"]) for name in totals}
+    return {name: float(totals[name]) / count for name, count in counts.items() if count}
 
 
 def load_values(expert_load: Mapping[str, Tensor]) -> Record:

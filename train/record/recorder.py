@@ -26,6 +26,7 @@ from train.record.metrics import (
     load_values,
     monitor_values,
     peak_memory_bytes,
+    shares_of,
     told_value,
 )
 from train.record.probing import Prober
@@ -225,14 +226,18 @@ class Recorder:
     def evaluate_only(self, step: StepPlan) -> None:
         """Evaluate on the rows of the final evaluation, so that the two can be compared.
 
+        Where weights are quantised, what each loses stands beside it.
+
         Raises:
             TrainingFailedError: it is not finite.
         """
+        self.probe.begin_step(monitors=True)
         done, values = self.state.progress, self.final_evaluator.evaluate(step)
         values = {"step": done.step, "tokens": done.tokens, **values}
         _refuse_not_finite("the evaluation", values)
+        lost = self.state.engine.add_up(self.probe.weight_errors())
         if self.state.engine.rank == 0:
-            self.report.write_evaluation(values)
+            self.report.write_evaluation(values, shares_of(lost))
 
 
 @dataclass

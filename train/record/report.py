@@ -131,9 +131,18 @@ class RunReport:
             receipt[HARNESS] = harness  # of this or of an earlier step
         write_json(self._folder / RECEIPT, receipt)
 
-    def write_evaluation(self, values: Mapping[str, Any]) -> None:
-        """Write what an evaluation without training gave, and of which weights."""
+    def write_evaluation(
+        self, values: Mapping[str, Any], quantised: Mapping[str, float] | None = None
+    ) -> None:
+        """Write what an evaluation without training gave, and of which weights.
+
+        Args:
+            values: metrics.
+            quantised: of each quantised weight, squared error over squared norm.
+        """
         found = {**self._facts, "weights": self._weights, "metrics": dict(values)}
+        if quantised:
+            found["quantised"] = dict(quantised)
         write_json(self._folder / EVALUATION, found)
         shown = " ".join(f"{name} {told_value(value)}" for name, value in values.items())
         log.info("evaluation (%s weights): %s", self._weights, shown)
