@@ -101,8 +101,8 @@ def _design(results: StudyResults) -> str:
     if study.transfer.along:
         return (
             f"Each arm: {study.steps} steps{tokens} at every rate of its grid on seeds"
-            f" {listed(study.seeds)}; a grid grows by a factor of {study.search.factor:g} while its"
-            " edge is best."
+            f" {listed(study.seeds)}; a grid grows by a factor of {study.search.factor:g} until two"
+            " rates lie on each side of the best."
         )
     length = "the same length" if results.search_steps == study.steps else "a shorter length"
     return (

@@ -114,7 +114,8 @@ class LadderConfig:
 class TransferConfig:
     """Whether the best learning rate stays while a model grows (``scripts/reports/transfer.py``).
 
-    Every rate of an arm's grid trains on every seed, and a grid grows while its edge is best.
+    Every rate of an arm's grid trains on every seed; a grid grows until two rates lie on each side
+    of the best.
 
     Attributes:
         along: what grows -> arms by size, the first held against the last; empty: not asked.

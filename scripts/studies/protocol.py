@@ -67,7 +67,8 @@ class Protocol(StudyRuns):
         losses = {}
         grid = self.study.grid(arm)
         while True:
-            choice = choose(grid, losses, search.factor, search.extensions)
+            beside = 2 if self.study.transfer.along else 1  # what a parabola is fitted to
+            choice = choose(grid, losses, search.factor, search.extensions, beside)
             found = {rate: self.searched(arm, rate) for rate in choice.missing}
             whole = {rate: runs for rate, runs in found.items() if len(runs) == len(self.searchers)}
             if not whole:

@@ -43,7 +43,11 @@ class Tuning:
 
 
 def choose(
-    grid: Sequence[float], loss_of: Mapping[float, float], factor: float, extensions: int
+    grid: Sequence[float],
+    loss_of: Mapping[float, float],
+    factor: float,
+    extensions: int,
+    beside: int = 1,
 ) -> Choice:
     """Choose a learning rate that lies between others, extending the grid where the edge is best.
 
@@ -52,6 +56,7 @@ def choose(
         loss_of: validation loss of what has been run; infinite for a run that diverged.
         factor: between a new learning rate and the edge.
         extensions: how many may be added.
+        beside: how many rates should lie on each side of the best; one must.
     """
     rates = list(grid)
     while True:
@@ -62,14 +67,16 @@ def choose(
         best = min(rates, key=lambda rate: loss_of[rate])
         if not math.isfinite(loss_of[best]):
             return Choice(tried, reason="every run of the search diverged")
-        if best not in (rates[0], rates[-1]):
+        below, above = rates.index(best), len(rates) - 1 - rates.index(best)
+        used_up = len(rates) - len(grid) >= extensions
+        if min(below, above) >= (1 if used_up else beside):
             return Choice(tried, best=best)
-        if len(rates) - len(grid) >= extensions:
+        if used_up:
             side = "lowest" if best == rates[0] else "highest"
             return Choice(
                 tried,
                 reason=f"the best learning rate, {best:g}, is the {side} of {len(rates)} tried"
                 f" ({rates[0]:g} to {rates[-1]:g})",
             )
-        new = best / factor if best == rates[0] else best * factor
+        new = rates[0] / factor if below < above else rates[-1] * factor
         rates = sorted([*rates, float(f"{new:.6g}")])

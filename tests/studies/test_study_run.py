@@ -89,6 +89,22 @@ def test_weights_are_rounded_after_training_without_training_again(corpus, tmp_p
 
 
 @pytest.mark.timeout(3000)
+def test_best_rates_come_from_every_rate_on_every_seed(corpus, tmp_path):
+    """Two widths of a tiny model, four steps: too few for a verdict, and no seed trains twice."""
+    sizes = ["~arms.w256", "~arms.d8", "~transfer.along.depth", "transfer.along.width=[w64,w128]"]
+    sizes += ["arms.w64.overrides=['model.hidden_size=16']", "steps=4", "search.fraction=1"]
+    sizes += ["seeds=[1,2]", "arms.w128.lr=[4.5e-2,6.3e-2,8.9e-2]"]
+    assert study.main(["study=lr_transfer", *words(tmp_path, corpus), *sizes]) == 0
+    runs = open_archive(tmp_path / "docs" / "archives" / "lr_transfer.tar.xz").recorded
+    assert runs is not None
+    rates = {arm: {cell.lr for cell in runs if cell.arm == arm} for arm in ("w64", "w128")}
+    assert len(runs) == 2 * sum(map(len, rates.values()))
+    assert len({run.name for run in runs.values()}) == len(runs)
+    text = reported(tmp_path, "lr_transfer")
+    assert "over width (w64 to w128) the best rates have the ratio" in text or "No answer" in text
+
+
+@pytest.mark.timeout(3000)
 @pytest.mark.skipif(find_spec("joblib") is None, reason="needs pip install -e .[sweep]")
 def test_runs_side_by_side_give_the_report_of_runs_in_turn(corpus, tmp_path):
     args = ["study=aa", "steps=4", "+arms={tenth:{fraction:0.5}}"]

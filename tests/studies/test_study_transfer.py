@@ -19,6 +19,7 @@ from scripts.studies.estimate import Estimate
 from scripts.studies.law import Estimated
 from scripts.studies.protocol import Protocol
 from scripts.studies.results import gather
+from scripts.studies.search import choose
 from scripts.studies.store import Store
 from tests.studies.folders import CODE, leave_run
 from train.errors import UserError
@@ -129,10 +130,17 @@ def test_a_shifted_optimum_is_refused_and_a_shared_one_found(planted):
     assert "minus w128" not in text
 
 
-def test_a_grid_grows_until_its_best_rate_lies_inside(planted):
+def test_a_grid_grows_until_two_rates_lie_on_each_side_of_the_best(planted):
     tried = {arm: [*planted[0].choice(arm).tried] for arm in BEST}
-    assert tried["w256"] == pytest.approx([2.837e-3, *GRID[:5]], rel=1e-3)
+    assert tried["w64"] == pytest.approx(GRID, rel=1e-2)
+    assert tried["w256"] == pytest.approx([2.012e-3, 2.837e-3, *GRID[:5]], rel=1e-3)
     assert tried["d8"] == GRID[:5]
+
+
+def test_a_grid_that_may_not_grow_further_takes_a_best_rate_beside_its_edge():
+    losses = {rate: abs(math.log2(rate / 1.13e-2)) for rate in GRID[:5]}
+    assert choose(GRID[:5], losses, 1.41, 0, beside=2).best == 1.13e-2
+    assert "highest of 4" in choose(GRID[:4], losses, 1.41, 0, beside=2).reason
 
 
 def test_report_is_made_again_from_its_archive(planted, tmp_path):
