@@ -11,7 +11,6 @@ sharded like it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,23 +18,7 @@ from torch.optim.adamw import adamw
 
 from optim.config import AdamWConfig
 from optim.offload import HOST, Arrival, Transfers, resting_zeros
-
-
-@dataclass(frozen=True)
-class AdamWEntry:
-    """A parameter that AdamW owns.
-
-    Attributes:
-        name: fully qualified.
-        parameter: whole, or a DTensor.
-        weight_decay: coefficient.
-        master: fp32 values in host memory, where the parameter is not its own master.
-    """
-
-    name: str
-    parameter: Tensor
-    weight_decay: float
-    master: Tensor | None = None
+from optim.owned import OwnedParameter
 
 
 class AdamW:
@@ -56,7 +39,7 @@ class AdamW:
 
     def __init__(
         self,
-        entries: Sequence[AdamWEntry],
+        entries: Sequence[OwnedParameter],
         config: AdamWConfig,
         state_dtype: torch.dtype,
         transfers: Transfers | None = None,

@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from optim.adamw import AdamW, AdamWEntry
+from optim.adamw import AdamW
 from optim.config import OptimConfig, StateDtype
 from optim.errors import ConfigError
 from optim.groups import Owner, ParamRecord, build_table
@@ -23,6 +23,7 @@ from optim.muon import Muon, MuonEntry
 from optim.muon_distributed import ShardedMuon
 from optim.newton_schulz import SymmetricProduct, whole_product
 from optim.offload import Offload
+from optim.owned import OwnedParameter
 
 State = dict[str, dict[str, Tensor]]
 
@@ -188,7 +189,13 @@ def _build_muon(
 ) -> GroupOptimizer:
     transfers, masters = (offload.transfers, offload.masters) if offload else (None, {})
     entries = [
-        MuonEntry(r.name, parameters[r.name], r.num_matrices, r.weight_decay, masters.get(r.name))
+        MuonEntry(
+            r.name,
+            parameters[r.name],
+            r.weight_decay,
+            masters.get(r.name),
+            num_matrices=r.num_matrices,
+        )
         for r in table
         if r.owner is Owner.muon
     ]
@@ -215,7 +222,7 @@ def _build_adamw(
 ) -> GroupOptimizer:
     transfers, masters = (offload.transfers, offload.masters) if offload else (None, {})
     entries = [
-        AdamWEntry(r.name, parameters[r.name], r.weight_decay, masters.get(r.name))
+        OwnedParameter(r.name, parameters[r.name], r.weight_decay, masters.get(r.name))
         for r in table
         if r.owner is Owner.adamw
     ]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from optim.newton_schulz import (
     whole_product,
 )
 from optim.offload import Transfers, resting_zeros, streamed
+from optim.owned import OwnedParameter
 
 # Elements orthogonalised in one call. On a CPU a chunk has to stay in cache through all
 # iterations; a GPU wants large batches and is bounded by the memory of the workspace.
@@ -36,22 +37,14 @@ CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 
 
 @dataclass(frozen=True)
-class MuonEntry:
-    """A parameter that Muon owns.
+class MuonEntry(OwnedParameter):
+    """A parameter that Muon owns; cut along its first dim into matrices.
 
     Attributes:
-        name: fully qualified.
-        parameter: whole, not sharded; cut along its first dim into ``num_matrices`` matrices.
         num_matrices: independent matrices in it.
-        weight_decay: coefficient.
-        master: fp32 values in host memory, where the parameter is not its own master.
     """
 
-    name: str
-    parameter: Tensor
-    num_matrices: int
-    weight_decay: float
-    master: Tensor | None = None
+    num_matrices: int = field(kw_only=True)
 
 
 class Muon:

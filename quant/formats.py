@@ -114,15 +114,8 @@ def fake_quant_with_scales(
 ) -> tuple[Tensor, Tensor]:
     """As :func:`fake_quant`, and the scale bytes as uint8, shape ``fmt.scale_shape(x.shape)``."""
     x_NC, rows = _as_rows(x, fmt)
-    out_NC = torch.empty_like(x_NC, dtype=dtype)
-    bytes_nc = x_NC.new_empty(
-        x_NC.shape[0] // fmt.rows, -(-x_NC.shape[1] // fmt.cols), dtype=torch.uint8
-    )
-    for at in _chunks(x_NC, fmt):
-        blocks = slice(at.start // fmt.rows, at.stop // fmt.rows)
-        tiles = _tiles(x_NC[at].float(), fmt)
-        bytes_nc[blocks] = scale_byte(_amax(tiles), fmt)
-        scale = _broadcast(scale_value(bytes_nc[blocks]))
+    out_NC, bytes_nc = torch.empty_like(x_NC, dtype=dtype), _empty_scales(x_NC, fmt)
+    for at, tiles, scale in _scaled(x_NC, fmt, bytes_nc):
         values = _round_to_elements_(tiles * scale.reciprocal(), tiles, fmt).mul_(scale)
         out_NC[at] = _untile(values, x_NC.shape[1])
     return _restore(out_NC, x.shape, rows), bytes_nc.view(fmt.scale_shape(x.shape))
@@ -140,15 +133,9 @@ def quantise(x: Tensor, fmt: BlockFormat) -> Quantised:
         )
     x_NC, rows = _as_rows(x, fmt)
     code_dtype = torch.uint8 if fmt.packed else torch.float8_e4m3fn
-    codes_NC = torch.empty_like(x_NC, dtype=code_dtype)
-    bytes_nc = x_NC.new_empty(
-        x_NC.shape[0] // fmt.rows, -(-x_NC.shape[1] // fmt.cols), dtype=torch.uint8
-    )
-    for at in _chunks(x_NC, fmt):
-        blocks = slice(at.start // fmt.rows, at.stop // fmt.rows)
-        tiles = _tiles(x_NC[at].float(), fmt)
-        bytes_nc[blocks] = scale_byte(_amax(tiles), fmt)
-        scaled = tiles * _broadcast(scale_value(bytes_nc[blocks])).reciprocal()
+    codes_NC, bytes_nc = torch.empty_like(x_NC, dtype=code_dtype), _empty_scales(x_NC, fmt)
+    for at, tiles, scale in _scaled(x_NC, fmt, bytes_nc):
+        scaled = tiles * scale.reciprocal()
         # torch's own FP8 cast rounds as _round_to_elements_ does, and never has to saturate here.
         elements = fp4_code(_round_to_elements_(scaled, tiles, fmt)) if fmt.packed else scaled
         codes_NC[at] = _untile(elements.to(code_dtype), x_NC.shape[1])
@@ -270,6 +257,23 @@ def _chunks(x_NC: Tensor, fmt: BlockFormat) -> Iterator[slice]:
         step = max(1, _CHUNK // max(1, cols * fmt.rows)) * fmt.rows
     for start in range(0, total, max(1, step)):
         yield slice(start, min(start + step, total))
+
+
+def _empty_scales(x_NC: Tensor, fmt: BlockFormat) -> Tensor:
+    """Room for the scale byte of every block."""
+    blocks = x_NC.shape[0] // fmt.rows, -(-x_NC.shape[1] // fmt.cols)
+    return x_NC.new_empty(blocks, dtype=torch.uint8)
+
+
+def _scaled(
+    x_NC: Tensor, fmt: BlockFormat, bytes_nc: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row ranges, their tiles in fp32 and the scales of these, whose bytes are written."""
+    for at in _chunks(x_NC, fmt):
+        blocks = slice(at.start // fmt.rows, at.stop // fmt.rows)
+        tiles = _tiles(x_NC[at].float(), fmt)
+        bytes_nc[blocks] = scale_byte(_amax(tiles), fmt)
+        yield at, tiles, _broadcast(scale_value(bytes_nc[blocks]))
 
 
 def _tiles(x_NC: Tensor, fmt: BlockFormat) -> Tensor:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from optim.adamw import AdamW, AdamWEntry
+from optim.adamw import AdamW
 from optim.config import AdamWConfig
+from optim.owned import OwnedParameter
 
 LR = 0.01
 
@@ -22,7 +23,7 @@ def oracle_steps(weight, grads, config, decay):
 
 
 def run(parameter, grads, decay=0.1, state_dtype=torch.float32, config=None):
-    adamw = AdamW([AdamWEntry("w", parameter, decay)], config or AdamWConfig(), state_dtype)
+    adamw = AdamW([OwnedParameter("w", parameter, decay)], config or AdamWConfig(), state_dtype)
     for grad in grads:
         parameter.grad = grad
         adamw.step(LR, ["w"])
@@ -72,7 +73,7 @@ def test_missing_gradient_counts_as_zero():
 def test_unnamed_parameters_stand_still():
     parameters = {n: Parameter(torch.randn(3)) for n in "ab"}
     adamw = AdamW(
-        [AdamWEntry(n, p, 0.1) for n, p in parameters.items()], AdamWConfig(), torch.float32
+        [OwnedParameter(n, p, 0.1) for n, p in parameters.items()], AdamWConfig(), torch.float32
     )
     for p in parameters.values():
         p.grad = torch.randn(3)
@@ -87,7 +88,7 @@ def test_bias_correction_counts_the_steps_of_the_parameter():
     # Thawed late, it starts like a fresh one.
     late, fresh = Parameter(torch.ones(5)), Parameter(torch.ones(5))
     other = Parameter(torch.ones(5))
-    entries = [AdamWEntry("late", late, 0.1), AdamWEntry("other", other, 0.1)]
+    entries = [OwnedParameter("late", late, 0.1), OwnedParameter("other", other, 0.1)]
     adamw = AdamW(entries, AdamWConfig(), torch.float32)
     grad = torch.randn(5)
     for p in (late, other):

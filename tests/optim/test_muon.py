@@ -53,7 +53,9 @@ def oracle_step(weight, momentum, grad, count, config, lr):
 
 def make(kinds=KINDS, config=None, state_dtype=torch.float32):
     parameters = {name: Parameter(torch.randn(shape)) for name, (shape, _) in kinds.items()}
-    entries = [MuonEntry(n, parameters[n], count, DECAY) for n, (_, count) in kinds.items()]
+    entries = [
+        MuonEntry(n, parameters[n], DECAY, num_matrices=count) for n, (_, count) in kinds.items()
+    ]
     return parameters, Muon(entries, config or fp32_config(), state_dtype)
 
 
@@ -127,7 +129,9 @@ def test_experts_move_as_if_they_were_alone():
     stack.grad[2] = 0  # no token was routed to it
     muon.step(LR, ["experts"])
     for expert, parameter in enumerate(alone):
-        single = Muon([MuonEntry("x", parameter, 1, DECAY)], fp32_config(), torch.float32)
+        single = Muon(
+            [MuonEntry("x", parameter, DECAY, num_matrices=1)], fp32_config(), torch.float32
+        )
         parameter.grad = stack.grad[expert].clone()
         single.step(LR, ["x"])
         assert relative(stack.detach()[expert], parameter.detach()) < 1e-6

@@ -104,7 +104,7 @@ def test_copies_run_beside_newton_schulz_on_a_gpu():
     """The offloaded step of large matrices takes less than copies and work one after the other."""
     device = torch.device("cuda")
     weights = [torch.nn.Parameter(torch.randn(4096, 4096, device=device)) for _ in range(8)]
-    entries = [muon.MuonEntry(str(i), w, 1, 0.1) for i, w in enumerate(weights)]
+    entries = [muon.MuonEntry(str(i), w, 0.1, num_matrices=1) for i, w in enumerate(weights)]
     for weight in weights:
         weight.grad = torch.randn_like(weight)
     transfers = Transfers(device)

@@ -9,11 +9,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from model.transformer import DeepSeekV4
-from optim.adamw import AdamW, AdamWEntry
+from optim.adamw import AdamW
 from optim.build import build_optimizer
 from optim.config import MatmulDtype, OptimConfig, OptimizerName, StateDtype
 from optim.groups import Owner
 from optim.muon import Muon, MuonEntry
+from optim.owned import OwnedParameter
 from tests.helpers import small_config
 
 LR = 3e-3
@@ -98,10 +99,10 @@ def test_each_parameter_is_moved_by_the_algorithm_that_owns_it():
         alone = torch.nn.Parameter(before[record.name].clone())
         alone.grad = grads[record.name]
         if record.owner is Owner.muon:
-            entry = MuonEntry("x", alone, record.num_matrices, record.weight_decay)
+            entry = MuonEntry("x", alone, record.weight_decay, num_matrices=record.num_matrices)
             Muon([entry], config.muon, torch.float32).step(LR, ["x"])
         else:
-            entry = AdamWEntry("x", alone, record.weight_decay)
+            entry = OwnedParameter("x", alone, record.weight_decay)
             AdamW([entry], config.adamw, torch.float32).step(LR, ["x"])
         # bf16 Newton-Schulz may round by batch: 2 % of an update of about lr.
         assert (alone - parameters[record.name]).abs().max() < 0.05 * LR, record.name

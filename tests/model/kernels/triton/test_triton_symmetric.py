@@ -87,7 +87,7 @@ def test_muon_forms_its_products_by_the_table():
             parameter.grad = torch.randn(
                 parameter.shape, generator=torch.Generator().manual_seed(n)
             )
-        entries = [MuonEntry(str(n), p, 2 - n, 0.1) for n, p in enumerate(parameters)]
+        entries = [MuonEntry(str(n), p, 0.1, num_matrices=2 - n) for n, p in enumerate(parameters)]
         product = select("symmetric_product", kernels)
         muon = Muon(entries, MuonConfig(dtype=MatmulDtype.fp32), torch.float32, product=product)
         with counted() as launches:
