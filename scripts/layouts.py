@@ -62,6 +62,7 @@ from scripts.layout_trials.asked import (
     free_port,
     join,
     parse,
+    start_ranks,
     write_corpus,
 )  # fmt: skip
 from scripts.layout_trials.reference import Reference, reference
@@ -127,7 +128,7 @@ def on_rank(
 def spawn(layout: TrialLayout, args: argparse.Namespace, corpus: str) -> dict[str, Any]:
     """Run a layout in processes of its own; one that dies says so in its result."""
     try:
-        mp.spawn(on_rank, (free_port(), layout, args, corpus), nprocs=layout.ranks)
+        start_ranks(on_rank, (free_port(), layout, args, corpus), layout.ranks)
     except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         print(error, file=sys.stderr)  # with the rank's traceback
         return {"ranks": layout.ranks, "died": str(error).strip().splitlines()[-1]}

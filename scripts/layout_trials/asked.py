@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.multiprocessing as mp
 
 from parallel.config import SCHEDULES
 from parallel.mesh import check_layout
@@ -125,6 +129,26 @@ def join(rank: int, port: int, ranks: int) -> None:
         "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port),
     }  # fmt: skip
     torch.set_num_threads(1)
+
+
+def warm_context() -> ForkServerContext:
+    """Starts processes as forks of one that has a run's imports: each would take seconds for them.
+
+    That one has touched no device and started no thread.
+    """
+    multiprocessing.set_forkserver_preload(["train.build"])
+    return multiprocessing.get_context("forkserver")
+
+
+def start_ranks(on_rank: Callable[..., None], args: tuple[Any, ...], ranks: int) -> None:
+    """Run ``on_rank(rank, *args)`` in a process for each rank, to their end.
+
+    Raises:
+        torch.multiprocessing.ProcessRaisedException: what a rank raised, with its traceback.
+        torch.multiprocessing.ProcessExitedException: a rank was ended from outside.
+    """
+    context = warm_context()
+    mp.start_processes(on_rank, args, nprocs=ranks, start_method=context.get_start_method())
 
 
 def free_port() -> int:

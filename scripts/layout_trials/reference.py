@@ -12,7 +12,6 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import repeat
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 from data.progress import end_with_parent
 from model.transformer import DeepSeekV4
 from quant.config import QuantConfig
+from scripts.layout_trials.asked import warm_context
 from scripts.layout_trials.choices import Choices, recording, replaying
 from scripts.layout_trials.steps import Bench, RowKey, Watch, build_bench, steps
 from scripts.layout_trials.whole_tensors import Tensors, gradients, set_gradients, weights
@@ -89,8 +89,7 @@ def reference(run: RunConfig, count: int, orders: int) -> Reference:
     )  # fmt: skip
     on_cpu = bench.engine.device.type == "cpu"
     workers = min(os.cpu_count() or 1, orders) if on_cpu else 1
-    context = get_context("spawn")
-    with ProcessPoolExecutor(max(1, workers), context, end_with_parent) as pool:
+    with ProcessPoolExecutor(max(1, workers), warm_context(), end_with_parent) as pool:
         for found in pool.map(_reordered, range(orders), *map(repeat, (run, count, out))):
             for name, values in out.noise.items():
                 values.append(found[name])

@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from parallel.mesh import leave_process_group
@@ -43,6 +42,7 @@ from scripts.layout_trials.asked import (
     free_port,
     join,
     parse,
+    start_ranks,
     write_corpus,
 )
 from scripts.layout_trials.steps import build_bench, steps
@@ -259,7 +259,7 @@ def main(words: Sequence[str] | None = None) -> int:
             layout = parse(text)
             out = Path(args.out, text.replace(" ", ","))
             out.mkdir(parents=True, exist_ok=True)
-            mp.spawn(on_rank, (free_port(), layout, args, corpus, str(out)), nprocs=layout.ranks)
+            start_ranks(on_rank, (free_port(), layout, args, corpus, str(out)), layout.ranks)
             measured[text] = parts_of(
                 [read_trace(out / f"rank{rank}.json") for rank in range(layout.ranks)]
             )

@@ -23,7 +23,6 @@ from pathlib import Path
 import matplotlib as mpl
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import yaml
 
 from data.batch import IGNORE, Batch
@@ -41,6 +40,7 @@ from parallel.sharded_model import build_sharded_model
 from scripts.cli.command import command
 from scripts.cli.outputs import PNG, check_output, write_text
 from scripts.cli.parser import CommandParser, whole
+from scripts.layout_trials.asked import start_ranks
 from train.errors import ROOT
 
 mpl.use("Agg")
@@ -123,7 +123,7 @@ def run(schedule: str, args: argparse.Namespace) -> Timeline:
     """Actions of one step by rank; seconds from the first of all."""
     layout_of(schedule, args)
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(on_rank, (schedule, folder, args), nprocs=args.pp)
+        start_ranks(on_rank, (schedule, folder, args), args.pp)
         ranks: Timeline = torch.load(f"{folder}/actions.pt", weights_only=False)
     zero = min(action.start for actions in ranks for action in actions)
     return [

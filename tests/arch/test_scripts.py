@@ -9,6 +9,7 @@ import pytest
 
 import scripts.__main__ as MAIN
 from scripts import bench
+from tests.forked import run_forked
 from train.errors import ROOT
 
 pytestmark = pytest.mark.core
@@ -83,8 +84,16 @@ def test_docstrings_begin_with_one_sentence_for_the_list():
     ],
 )
 def test_v4_runs_commands_by_name(words, code, told):
-    line = [sys.executable, str(ROOT / "scripts"), *words]
+    assert_told(run_forked(words), code, told)
+
+
+def test_v4_runs_as_a_folder_of_python():
+    line = [sys.executable, str(ROOT / "scripts"), "scores"]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert_told(done, 2, "did you mean score?")
+
+
+def assert_told(done, code, told):
     assert done.returncode == code, done.stderr
     assert told in done.stdout + done.stderr
     assert "Traceback" not in done.stderr

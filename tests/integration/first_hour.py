@@ -9,11 +9,8 @@ the transcript shows how each begins and how it ends.
 from __future__ import annotations
 
 import io
-import os
 import re
 import shlex
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,6 +18,7 @@ from importlib import import_module
 from pathlib import Path
 
 from scripts.__main__ import COMMANDS
+from tests.forked import run_forked
 from tests.helpers import ROOT
 
 DOCUMENT = ROOT / "docs" / "first_hour.md"
@@ -53,19 +51,16 @@ def run_in(folder: Path, more: Sequence[str] = ()) -> Iterator[tuple[str, list[s
         words = [word.replace("runs/", f"{folder}/") for word in words]
         if name == "report":
             words += ["--out", f"{folder}/comparison"]
-        printed = _pretrain([*words, *more], folder) if name == "pretrain" else _call(name, words)
+        if name == "pretrain":
+            printed = _pretrain([*words, *more, f"data.cache_dir={folder}/data"])
+        else:
+            printed = _call(name, words)
         yield command, [line.replace(f"{folder}/", "runs/") for line in printed.splitlines()]
 
 
-def _pretrain(words: list[str], folder: Path) -> str:
-    line = [
-        sys.executable,
-        str(ROOT / "train/pretrain.py"),
-        *words,
-        f"data.cache_dir={folder}/data",
-    ]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+def _pretrain(words: list[str]) -> str:
+    """A process of its own: what a run prints goes past Python's streams."""
+    done = run_forked(["pretrain", *words], OMP_NUM_THREADS="1")
     if done.returncode:
         raise RuntimeError(done.stdout + done.stderr)
     return done.stdout + done.stderr

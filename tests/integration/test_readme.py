@@ -2,7 +2,7 @@
 
 A command is a line of any block, however it is marked, that begins with a program. One that the
 table below does not know fails the test, as does a row whose command is gone. A torchrun line runs
-on as many processes as it says.
+on as many processes as it says, a ``v4`` line as a fork (``tests/forked.py``).
 The block on a user's own text is run by ``test_first_hour.py``.
 """
 
@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+from tests.forked import run_forked
 from tests.helpers import ROOT
 from tests.integration.first_hour import readme_commands
 
@@ -57,18 +58,26 @@ def test_readme_can_be_read_in_one_sitting():
 
 def in_folder(words, folder):
     """The command with its folder moved away from the user's runs."""
-    if words[0] == "pretrain":
-        words = ["train/pretrain.py", *words[1:]]
-    if "train/pretrain.py" not in words:
+    if not {"pretrain", "train/pretrain.py"} & {*words}:
         return words
     words = [w for w in words if not w.startswith("run_dir=")]
     return [*words, f"run_dir={folder}/run", "data.cache_dir=.cache/data"]
+
+
+def assert_ended(done, code, printed):
+    output = done.stdout + done.stderr
+    assert done.returncode == code, output[-3000:]
+    assert printed in output, output[-3000:]
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_readme_command_runs(command, tmp_path):
     added, code, printed = COMMANDS[command]
     words = shlex.split(command)
+    if words[0] == "v4":
+        done = run_forked([*in_folder(words[1:], tmp_path), *added], OMP_NUM_THREADS="1")
+        assert_ended(done, code, printed)
+        return
     if words[0] == "make":
         outside = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
         dry = ["make", "-n", *words[1:]]
@@ -81,7 +90,6 @@ def test_readme_command_runs(command, tmp_path):
         words = ["python", *shlex.split(recipe[-1])[1:]]
     launcher = {
         "python": [sys.executable],
-        "v4": [sys.executable] if words[1] == "pretrain" else [sys.executable, "scripts"],
         "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
     }[words[0]]
     line = [*launcher, *in_folder(words[1:], tmp_path), *added]
@@ -89,6 +97,8 @@ def test_readme_command_runs(command, tmp_path):
     done = subprocess.run(
         line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280, check=False
     )
-    output = done.stdout + done.stderr
-    assert done.returncode == code, output[-3000:]
-    assert printed in output, output[-3000:]
+    assert_ended(done, code, printed)
+    if "+model=v4_flash" in command:
+        assert done.stderr.splitlines()[-1].startswith("error: model.name=v4_flash needs")
+        assert "smallest layouts that would fit:" in done.stderr
+        assert "exitcode  : 2" in done.stderr  # that of the launcher is 1

@@ -1,18 +1,19 @@
-"""The recipes run as typed, one after the other, in a folder of their own; steps are fewer."""
+"""The recipes run as typed, one after the other, in a folder of their own; steps are fewer.
+
+Ranks are forked with the variables that torchrun sets: README's line runs under torchrun itself.
+"""
 
 import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from scripts.__main__ import main
+from tests.forked import run_ranks
 from tests.helpers import ROOT
-from tests.parallel.torchrun import ONE_THREAD
 
 GUIDE = ROOT / "docs" / "guide" / "recipes.md"
 SHORT = ["train.eval_tokens=512", "sample.tokens=0", "train.device=cpu"]
@@ -51,13 +52,10 @@ def place(tmp_path_factory):
             if program == "cp":
                 shutil.copytree(rest[1], rest[2])
             elif program == "torchrun":
-                at = rest.index("train/pretrain.py") + 1
-                line = ["-m", "torch.distributed.run", "--standalone", *rest[:at]]
-                done = subprocess.run(
-                    [sys.executable, *line, *shortened(rest[at:])],
-                    env=ONE_THREAD, capture_output=True, text=True, check=False, timeout=250,
-                )  # fmt: skip
-                assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+                option, ranks, entry, *rest = rest
+                assert (option, entry) == ("--nproc-per-node", "train/pretrain.py")
+                for done in run_ranks(["pretrain", *shortened(rest)], int(ranks), folder):
+                    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
             elif rest[0] == "pretrain":
                 assert main(["pretrain", *shortened(rest[1:])]) == 0, rest
             else:

@@ -9,8 +9,6 @@ import itertools
 import json
 import math
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,7 +20,8 @@ from parallel.collectives import whole
 from parallel.config import EngineConfig, EngineName, OffloadTo, ParallelConfig
 from parallel.deepspeed_engine import DeepSpeedEngine, DeepSpeedError
 from parallel.mesh import build_mesh
-from tests.helpers import ROOT, random_rows, relative, run_distributed, small_model, tiny_model
+from tests.forked import run_forked
+from tests.helpers import random_rows, relative, run_distributed, small_model, tiny_model
 from tests.parallel.ranks import CPU, OPTIM, SEQ_LEN, alone, forward_backward, worst_gradient
 from train.checkpoint.reader import load_each
 
@@ -180,14 +179,9 @@ def imported(folder):
         [str(folder / name) for name in (f"zero{stage}", f"zero{stage}.json", f"imported{stage}")]
         for stage in (2, 3)
     ]
-    lines = (
-        f"import sys\nfrom scripts.import_deepspeed import main\n"
-        f"sys.exit(any([main(c) for c in {commands}]))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", lines], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    for words in commands:
+        done = run_forked(["import_deepspeed", *words])
+        assert done.returncode == 0, done.stderr
     for stage in (2, 3):
         expected = torch.load(folder / f"zero{stage}.pt")
         checkpoint = next((folder / f"imported{stage}" / "checkpoints").iterdir())
