@@ -17,14 +17,18 @@ LEVELS = $(OFFLINE) $(BIN)/python -m tests.cpu_levels
 ARGS ?=
 WORKERS ?= 2
 
-.PHONY: pretrain test quick slow matrix gpu check format
+.PHONY: pretrain test suite levels quick slow matrix gpu check format
 
 pretrain: $(STAMP)
 	$(BIN)/python train/pretrain.py $(ARGS)
 
-test: $(STAMP_DEV)
+test: suite $(if $(ARGS),,levels)
+
+suite: $(STAMP_DEV)
 	$(PYTEST) -m "not slow" $(ARGS)
-	$(if $(ARGS),,$(LEVELS) --core --jobs $(WORKERS))
+
+levels: $(STAMP_DEV)
+	$(LEVELS) --core --jobs $(WORKERS)
 
 quick: $(STAMP_DEV)
 	$(PYTEST) -m "core and not slow" $(ARGS)

@@ -18,6 +18,7 @@ from data.prepare import build_tokenizer
 from data.summary import control_strings
 from data.token_store import TokenStore
 from scripts.prepare import main
+from tests.forked import run_forked
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "prepare.py"
 
@@ -27,7 +28,7 @@ def command(*arguments: str | Path) -> list[str]:
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    return run_forked(["prepare", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")

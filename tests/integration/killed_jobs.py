@@ -1,12 +1,11 @@
 """Starts the command again and again without paying for its imports each time.
 
-multiprocessing's fork server imports this module once; every start is a fork of it: a real process
-of its own that runs ``pretrain.cli`` and dies by a real SIGKILL from outside.
+Every start is a fork of a process that has made them (``tests/preloaded.py``): a real process of
+its own that runs ``pretrain.cli`` and dies by a real SIGKILL from outside.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -17,12 +16,10 @@ from pathlib import Path
 
 import torch
 
-import train.build  # noqa: F401  what a start would import
+from tests.helpers import warm_context
 from train import pretrain
 from train.errors import ExitCode
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload([__name__])
 _LOOK = 0.001  # seconds between two looks at the run folder
 
 
@@ -38,7 +35,7 @@ def run_command(words: list[str], log: Path) -> None:
 
 def start(words: list[str], log: Path) -> ForkServerProcess:
     """Start the command in the background."""
-    process = CONTEXT.Process(target=run_command, args=(words, log), daemon=True)
+    process = warm_context().Process(target=run_command, args=(words, log), daemon=True)
     process.start()
     return process
 

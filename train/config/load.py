@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -53,11 +54,17 @@ def parse(cfg: DictConfig) -> RunConfig:
     refuse(UserError, shape_problems(raw, RunConfig, ""))
     _refuse_bytes(raw, "")
     try:
-        run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(RunConfig), raw))
+        run = OmegaConf.to_object(OmegaConf.merge(_schema(), raw))
     except OmegaConfBaseException as error:
         raise UserError(describe(error)) from error
     assert isinstance(run, RunConfig)
     return run
+
+
+@cache
+def _schema() -> DictConfig:
+    """What a run's config may hold; a merge copies it."""
+    return OmegaConf.structured(RunConfig)
 
 
 def is_text(text: str) -> bool:

@@ -54,6 +54,7 @@ def asked(group, folder):
         "text": ["data.sources.text.unit=line"],
         "mixture": [f"data.sources.store.path={folder}/store", SMALL],
         "store": [f"data.sources.store.path={folder}/store"],
+        "recall": ["data.sources.pairs.documents=400"],
         "long_range": [
             "data.sources.packages.packages=[asyncio,json,email,http,xml]",
             "data.sources.synthetic.documents=40",
