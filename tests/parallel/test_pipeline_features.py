@@ -117,7 +117,6 @@ def spoil_gradient(engine):
 
 def skip_on_last_stage(rank, run):
     """A gradient of the last stage alone is not finite: no bit moves on any rank, then on."""
-    measured_matmul_rate.cache_clear()  # else all ranks have that of the process they are forks of
     trainer = build(on_stages(run, "1f1b"))
     rates = trainer.engine.gather(measured_matmul_rate(torch.device("cpu"), torch.float32))
     assert trainer.recorder.matmul_rate == pytest.approx(sum(rates)), "mfu is that of all ranks"
