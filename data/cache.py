@@ -2,7 +2,8 @@
 
 A builder works in ``NAME.partial`` under an exclusive file lock and the result appears by one
 rename. Processes that ask meanwhile wait for the lock and then find it done. A killed builder
-leaves its partial folder, which the next one continues or starts over.
+leaves its partial folder, which the next one continues or starts over. One that refuses its input
+leaves nothing of its own: input that is mended is another, and has another folder.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -66,15 +68,29 @@ def locked(target: Path, key: str) -> Iterator[None]:
         ConfigError: the folder cannot be written; names ``key``.
         DiskError: its disk is full.
     """
+    while True:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            lock = _lock_path(target).open("a")
+        except OSError as error:
+            raise_if_full(error, target.parent, key)
+            raise ConfigError(
+                f"{key}: cannot write to {target.parent}: {error.strerror}"
+            ) from error
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _is_at(lock, _lock_path(target)):
+                yield
+                return
+        # Its holder has removed the file meanwhile: whoever comes later locks another.
+
+
+def _is_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is still the one of a path."""
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        lock = _lock_path(target).open("a")
-    except OSError as error:
-        raise_if_full(error, target.parent, key)
-        raise ConfigError(f"{key}: cannot write to {target.parent}: {error.strerror}") from error
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def build_once(
@@ -103,15 +119,21 @@ def build_once(
         partial = target.with_name(target.name + ".partial")
         if partial.exists() and not resume:
             shutil.rmtree(partial)
+        own = not partial.exists()
         try:
             partial.mkdir(exist_ok=True)
             build(partial)
+            partial.rename(target)
+        except ConfigError:
+            if own:
+                shutil.rmtree(partial)
+            raise
         except OSError as error:
             raise_if_full(error, partial, key)
             raise
-        partial.rename(target)
-        # Whoever still waits for the lock, or makes a new one, finds the folder: none builds again.
-        _lock_path(target).unlink(missing_ok=True)
+        finally:
+            if not partial.exists():
+                _lock_path(target).unlink(missing_ok=True)
     return target
 
 

@@ -189,7 +189,7 @@ class DataConfig:
     """
 
     tokenizer: str = "bpe"
-    vocab_size: int = number(4096, least=1)
+    vocab_size: int = number(4096, least=1, most=1 << 20)  # its trainer's tables grow with it
     cache_dir: str = ".cache/data"
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     workers: int = number(1, least=1, most=1024)

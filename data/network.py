@@ -1,18 +1,23 @@
-"""Whether a server answers, and how, asked once before a library tries for minutes."""
+"""Whether a server answers, and how, asked before a library tries for minutes.
+
+An answer is kept for a minute: the sources of a run and the jobs of a sweep share it, a notebook
+that lives for days does not.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import socket
 import ssl
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from http import HTTPStatus
 from http.client import HTTPException
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import quote, urlsplit
 from urllib.request import Request, getproxies, proxy_bypass, urlopen
@@ -23,7 +28,40 @@ SECONDS = 5.0  # of waiting for a connection, and for an answer
 _MOST = 1 << 16  # bytes of an answer that are read: whole a small one, of another its beginning
 logger = logging.getLogger(__name__)
 _PORTS = {"http": 80, "https": 443}
-_away: dict[str, str] = {}  # by hub: why this process no longer asks it
+KEPT = 60.0  # seconds that an answer holds
+_away: dict[str, tuple[float, str]] = {}  # by hub: since when and why it is not asked
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Remembered(Generic[P, T]):
+    """A question whose answer is kept for a minute.
+
+    Args:
+        ask: the question; its arguments can be hashed.
+
+    Attributes:
+        asked: how often it was.
+    """
+
+    def __init__(self, ask: Callable[P, T]) -> None:
+        self._ask = ask
+        self._known: dict[Any, tuple[float, T]] = {}
+        self.asked = 0
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        """The answer."""
+        known = self._known.get(args)
+        if known is None or time.monotonic() - known[0] >= KEPT:
+            self.asked += 1
+            answer = self._ask(*args, **kwargs)
+            known = self._known[args] = (time.monotonic(), answer)
+        return known[1]
+
+    def forget(self) -> None:
+        """Know nothing."""
+        self._known.clear()
+        self.asked = 0
 
 
 def unreachable(url: str, seconds: float = SECONDS) -> str:
@@ -118,7 +156,7 @@ class HubAnswer:
 
 
 def ask_hub(kind: str, name: str) -> HubAnswer:
-    """Ask the hub for a repository, once in the life of a process; never one that was away.
+    """Ask the hub for a repository; none that was away less than a minute ago.
 
     Args:
         kind: dataset or model.
@@ -126,21 +164,28 @@ def ask_hub(kind: str, name: str) -> HubAnswer:
     """
     hub = constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:
-        return HubAnswer(_away.get(hub, ""))
+        since, why = _away.get(hub, (math.inf, ""))  # else by the user's own wish
+        if time.monotonic() - since < KEPT:
+            return HubAnswer(why)
+        _look_only_into_caches(False)
     return _answer_of_hub(hub, kind, name)
 
 
 def go_offline(away: str) -> None:
-    """Let the libraries look into their cache alone from now on; a line says why, once."""
+    """Let the libraries look into their cache alone for now; a line says why, once."""
     if not constants.HF_HUB_OFFLINE:
         logger.warning("data: %s: only its cache is read from now on", away)
-    _away[constants.ENDPOINT] = away
-    constants.HF_HUB_OFFLINE = True
+        _away[constants.ENDPOINT] = (time.monotonic(), away)
+    _look_only_into_caches(True)
+
+
+def _look_only_into_caches(only: bool) -> None:
+    constants.HF_HUB_OFFLINE = only
     if (library := sys.modules.get("datasets")) is not None:
-        library.config.HF_HUB_OFFLINE = True  # pyright: ignore[reportAttributeAccessIssue]
+        library.config.HF_HUB_OFFLINE = only  # pyright: ignore[reportAttributeAccessIssue]
 
 
-@cache
+@Remembered
 def _answer_of_hub(hub: str, kind: str, name: str) -> HubAnswer:
     if away := unreachable(hub):
         return HubAnswer(away)

@@ -8,6 +8,8 @@ need a network; tasks of one's own are a YAML and a JSONL file below --include-p
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import logging
 import math
 import sys
@@ -19,8 +21,6 @@ from typing import Any
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import difflib
-
 from scripts.cli.command import command
 from scripts.cli.model_options import add_model_options, open_model_source
 from scripts.cli.outputs import check_output, write_json
@@ -29,6 +29,7 @@ from train.errors import UserError, one_line
 from train.record.receipt import HARNESS, RECEIPT, read_receipt
 from train.record.receipt import write_json as write_receipt
 
+log = logging.getLogger(__name__)
 _MODEL = "train.exchange.harness"
 EPILOG = """examples:
   v4 eval runs/v4_nano --tasks lambada_openai,arc_easy --limit 200
@@ -155,11 +156,18 @@ def _run(
 
     evaluate: Any = lm_eval.simple_evaluate
     try:
+        loaded = tasks.load(list(names))
+        for name, task in loaded["tasks"].items():
+            _check_answers(name, task, options.limit)
+        inside = {child for children in loaded["group_map"].values() for child in children}
+        asked = [x for n, x in {**loaded["groups"], **loaded["tasks"]}.items() if n not in inside]
         found = evaluate(
-            model=model, tasks=list(names), task_manager=tasks, num_fewshot=options.fewshot,
+            model=model, tasks=asked, task_manager=tasks, num_fewshot=options.fewshot,
             limit=options.limit, bootstrap_iters=0, fewshot_random_seed=options.seed,
             log_samples=False,
         )  # fmt: skip
+    except UserError:
+        raise
     except Exception as error:
         if _in_our_model(error):
             raise
@@ -172,6 +180,53 @@ def _run(
         "documents": {name: n["effective"] for name, n in found["n-samples"].items()},
         "results": {name: dict(_numbers(values)) for name, values in found["results"].items()},
     }
+
+
+def _check_answers(name: str, task: Any, limit: int | None) -> None:
+    """Tell of what a task names and does not have: the harness takes such a word for a text.
+
+    Raises:
+        UserError: no document's answer is among its choices, so that all would count as wrong.
+    """
+    columns = getattr(task, "features", ())
+    for key in ("doc_to_text", "doc_to_target"):
+        word = getattr(task.config, key)
+        if isinstance(word, str) and word.isidentifier() and word not in columns:
+            near = difflib.get_close_matches(word, columns, 1)
+            hint = f" (did you mean {near[0]}?)" if near else ""
+            log.warning(
+                "--tasks %s: %s: %s is no column of it%s, so every document has this word there",
+                name, key, word, hint,
+            )  # fmt: skip
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    documents = list(itertools.islice(task.eval_docs, limit))
+    wrong = sum(not _is_answered(task, document) for document in documents)
+    key = "doc_to_text" if task.multiple_input else "doc_to_target"
+    said = f"--tasks {name}: {key}: {getattr(task.config, key)}"
+    if documents and wrong == len(documents):
+        raise UserError(
+            f"{said} gives {_answer(task, documents[0])!a} for the first document, and for none of"
+            f" {wrong} an answer among its choices {task.doc_to_choice(documents[0])!a}"[:600]
+        )
+    if wrong:
+        log.warning(
+            "%s gives for %d of %d documents no answer among their choices: they count as wrong",
+            said, wrong, len(documents),
+        )  # fmt: skip
+
+
+def _answer(task: Any, document: Any) -> Any:
+    """Of a multiple choice: a place, a text, or several of either."""
+    return (task.doc_to_text if task.multiple_input else task.doc_to_target)(document)
+
+
+def _is_answered(task: Any, document: Any) -> bool:
+    answer, choices = _answer(task, document), task.doc_to_choice(document)
+    answers = answer if isinstance(answer, list) else [answer]
+    return all(
+        0 <= one < len(choices) if isinstance(one, int) else one in choices for one in answers
+    )
 
 
 def _in_our_model(error: BaseException) -> bool:
@@ -200,9 +255,7 @@ def _add_to_receipt(path: Path, entry: Mapping[str, Any]) -> None:
     folder = path if (path / RECEIPT).is_file() else path.absolute().parents[1]
     receipt = read_receipt(folder)
     if not receipt:
-        logging.getLogger(__name__).warning(
-            "%s has left no %s yet: the results stand here alone", path, RECEIPT
-        )
+        log.warning("%s has left no %s yet: the results stand here alone", path, RECEIPT)
         return
     write_receipt(folder / RECEIPT, {**receipt, HARNESS: [*receipt.get(HARNESS, []), dict(entry)]})
     print(f"added to {folder / RECEIPT}")

@@ -13,7 +13,8 @@ import glob
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 if not __package__:  # run as a file
@@ -21,6 +22,7 @@ if not __package__:  # run as a file
 
 from data.cache import build_once
 from data.config import DataConfig, OnBadLine, SourceConfig, SourceKind, TextUnit, ValidationConfig
+from data.errors import DiskError
 from data.files import is_one_document, kind_of
 from data.prepare import Corpus, build_tokenizer
 from data.summary import summarise
@@ -29,7 +31,7 @@ from data.tokenise import SHARD_BYTES, StoreJob, write_store
 from data.tokenizer import Tokenizer
 from scripts.cli.command import command
 from scripts.cli.parser import CommandParser, real, whole
-from train.errors import UserError, one_line
+from train.errors import USER_ERRORS, UserError, lines_of, one_line
 
 EPILOG = """examples:
   v4 prepare books/                                to stores/books: text, JSON lines or Parquet
@@ -41,6 +43,23 @@ then train on it:
   v4 pretrain data=store data.sources.store.path=stores/books
 """
 
+# Keys of a run, in which the data's errors speak -> the option here; those of a source stand behind
+# data.sources.NAME.
+_SOURCE_OPTIONS = {
+    key: f"--{key.replace('_', '-')}"
+    for key in ("kind", "text_key", "unit", "on_bad_line", "subset", "split", "revision",
+                "packages")
+}  # fmt: skip
+_OPTIONS = {
+    "data.tokenizer": "--tokenizer",
+    "data.vocab_size": "--vocab-size",
+    "data.cache_dir": "--cache-dir",
+    "data.workers": "--workers",
+    "data.validation.bytes": "--validation-bytes",
+    "data.validation.max_fraction": "--validation-fraction",
+    "data.validation.seed": "--validation-seed",
+    "data.validation.max_overlap": "--max-overlap",
+}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -53,13 +72,48 @@ def main(words: Sequence[str] | None = None) -> None:
         store.verify()
         report(store)
         return
-    corpus, store, tokenizer = prepare(options)
-    report(store)
-    if options.summary:
-        (name,) = corpus.sources
-        print(
-            "\n".join(f"  {t}" for t in summarise(corpus.documents(name), store, tokenizer).lines())
-        )
+    with _told_in_options(options.cfg):
+        corpus, store, tokenizer = prepare(options)
+        report(store)
+        if options.summary:
+            (name,) = corpus.sources
+            told = summarise(corpus.documents(name), store, tokenizer).lines()
+            print("\n".join(f"  {line}" for line in told))
+
+
+@contextmanager
+def _told_in_options(cfg: DataConfig) -> Iterator[None]:
+    """Let errors and log lines name this command's options, not the keys of a run."""
+
+    def translate(record: logging.LogRecord) -> bool:
+        record.msg, record.args = _in_options(record.getMessage(), cfg), ()
+        return True
+
+    handlers = logging.getLogger().handlers
+    for handler in handlers:
+        handler.addFilter(translate)
+    try:
+        yield
+    except USER_ERRORS as error:
+        raise UserError(*(_in_options(line, cfg) for line in lines_of(error))) from error
+    except DiskError as error:
+        raise DiskError(_in_options(str(error), cfg)) from error
+    finally:
+        for handler in handlers:
+            handler.removeFilter(translate)
+
+
+def _in_options(text: str, cfg: DataConfig) -> str:
+    """A line about keys of a run, in the words of this command."""
+    ((name, source),) = cfg.sources.items()
+    own = f"data.sources.{name}"
+    text = text.replace(f"{own}.path=", "")
+    for key, option in {
+        **{f"{own}.{k}": option for k, option in _SOURCE_OPTIONS.items()}, **_OPTIONS,
+    }.items():  # fmt: skip
+        text = text.replace(f"{key}=", f"{option} ")
+        text = re.sub(rf"{re.escape(key)}(?![\w.])", option, text)
+    return text.replace(own, source.path or "--packages").replace("data.sources:", "--packages:")
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -90,13 +144,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--packages", nargs="+", default=SourceConfig().packages,
                         help="of the embedded corpus, or whose sources are taken")  # fmt: skip
     parser.add_argument("--tokenizer", default="bpe", help="as data.tokenizer (default: bpe)")
-    parser.add_argument("--vocab-size", type=whole(least=1), default=4096, help="of a trained bpe")
+    parser.add_argument("--vocab-size", type=whole(least=1, most=1 << 20),
+                        default=4096, help="of a trained bpe")  # fmt: skip
     parser.add_argument("--workers", type=whole(least=1), default=1, help="processes")
     parser.add_argument("--shard-bytes", type=whole(least=1), default=SHARD_BYTES,
                         help="text of a shard, the unit of work and of resuming")  # fmt: skip
     parser.add_argument("--cache-dir", default=".cache/data", help="as data.cache_dir")
     parser.add_argument("--validation-bytes", type=whole(least=0), default=v.bytes,
                         help="text held out")  # fmt: skip
+    parser.add_argument("--validation-fraction", type=real(least=0, most=1),
+                        default=v.max_fraction, help="of the text, held out at most")  # fmt: skip
     parser.add_argument("--validation-seed", type=whole(least=0), default=v.seed,
                         help="chooses the documents")  # fmt: skip
     parser.add_argument("--max-overlap", type=real(least=0, most=1), default=v.max_overlap,
@@ -144,12 +201,14 @@ def _settle(options: argparse.Namespace) -> None:
         workers=options.workers,
         validation=ValidationConfig(
             bytes=options.validation_bytes,
+            max_fraction=options.validation_fraction,
             seed=options.validation_seed,
             max_overlap=options.max_overlap,
         ),
     )
     if not options.verify:
-        options.cfg.validate()
+        with _told_in_options(options.cfg):
+            options.cfg.validate()
 
 
 def _check_folder(options: argparse.Namespace) -> None:

@@ -106,7 +106,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32", help="of matmuls")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_chunk_option(parser)
-    return parser.read(arguments, check, _check_names, _check_out)
+    return parser.read(arguments, check, _check_names, _check_out, _check_texts)
 
 
 def probe(options: argparse.Namespace) -> None:
@@ -158,6 +158,21 @@ def _check_names(options: argparse.Namespace) -> None:
     names = _names(options)
     if len(set(names)) < len(names):
         raise UserError(f"RUN: {', '.join(names)}: two models have one name")
+
+
+def _check_texts(options: argparse.Namespace) -> None:
+    for text in options.text:
+        _read_text(text)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--text {path} cannot be read: {one_line(error)}") from error
+    if not text.strip():
+        raise UserError(f"--text {path} has no text")
+    return text
 
 
 def _check_out(options: argparse.Namespace) -> None:
@@ -281,14 +296,8 @@ def foreign_kind(path: Path) -> str | None:
 
 def read_documents(path: Path, texts: Sequence[Path], tokenizer: Tokenizer) -> list[np.ndarray]:
     """Ids of the texts; without texts the longest held-out documents of a run."""
-    found = []
-    for text in texts:
-        try:
-            found.append(text.read_bytes().decode("utf-8-sig"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--text {text} cannot be read: {one_line(error)}") from error
-    if found:
-        return tokenizer.encode_batch(found)
+    if texts:
+        return tokenizer.encode_batch([_read_text(text) for text in texts])
     root = run_root(path)
     if root is None:
         return []
@@ -324,6 +333,9 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             lines.append(f"{name:20} {task:10} {near:>13} {far:>13} {chance:8.4f}")
         lines += _places(name, result.get("answers", []))
         tails = result.get("tails", {})
+        if tails.get("documents") == 0:
+            needed = f"a document of {tails['needs_tokens']} tokens (--text, --tail, --lengths)"
+            lines.append(f"{name:20} last tokens: not measured, it needs {needed}")
         if tails.get("documents"):
             parts = [p for p in ("whole", "window", "training_length") if p in tails]
             told = "  ".join(f"{part} {tails[part]:.4f}" for part in parts)

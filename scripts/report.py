@@ -59,6 +59,7 @@ from train.record.ranking import (
     run_names,
     summary_of,
 )
+from train.terminal import wrapped
 
 _MOST_COLUMNS = 6
 
@@ -90,7 +91,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--runs", type=Path, action="append", help="where a study's runs lie (may be repeated)"
     )
-    return parser.parse_intermixed_args(argv)
+    return parser.read(argv, _check_words, intermixed=True)
+
+
+def _check_words(args: argparse.Namespace) -> None:
+    if not all(word.strip() for word in args.what):
+        raise UserError("'' names no run: give folders of runs, an archive, or study=NAME")
 
 
 def _study(args: argparse.Namespace) -> Path:
@@ -119,11 +125,12 @@ def _runs(args: argparse.Namespace) -> Path:
     found = [run for word in args.what for run in _summaries(Path(word))]
     runs = list({run.folder.resolve(): run for run in found}.values())  # each run once
     if not args.out:
-        print(f"writing to {out}; --out takes another folder, or NAME.html for one file")
+        told = f"writing to {out}; --out takes another folder, or NAME.html for one file"
+        print(wrapped(told, sys.stdout))
     for line in ranking_lines(rank(runs)):
         print(line)
     if len(runs) > 1:
-        print(f"{explain(runs)}.")
+        print(wrapped(f"{explain(runs)}.", sys.stdout))
     document = comparison(runs)
     return document.page(out) if one_file else document.write(out)
 

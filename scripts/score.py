@@ -83,12 +83,17 @@ def score(options: argparse.Namespace) -> None:
     spans = documents(ids_N, options.eos_id)
     for begin, end in spans:
         check_document(ids_N[begin:end], model.config)
+    if all(end - begin < 2 for begin, end in spans):
+        raise UserError(
+            f"{options.file} has {len(ids_N)} tokens: of each document the first is not scored, so"
+            " nothing is left"
+        )
     parts = []
     with tqdm(total=len(ids_N), desc="scoring", unit="tok", disable=None) as bar:
         for begin, end in spans:
             part = token_nll(model, ids_N[begin:end], options.chunk_tokens, bar.update)
             parts.append(part)
-    nll_N = torch.cat(parts).numpy() if parts else np.zeros(0, np.float32)
+    nll_N = torch.cat(parts).numpy()
     if options.out is not None:
         arrays = {"ids": ids_N.numpy(), "nll": nll_N}
         if byte_ends_N is not None:

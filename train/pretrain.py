@@ -58,10 +58,9 @@ from train.config.gathered import all_problems
 from train.config.load import parse
 from train.config.schema import RunConfig
 from train.config.sweep import (
-    folder_of_sweep,
     forget_refused,
     in_own_folder,
-    jobs_run_here,
+    place_of_sweep,
     refuse_jobs,
     sweep_folders,
 )
@@ -84,6 +83,7 @@ from train.run_folder.folder import (
     untouched_if_refused,
 )
 from train.stages import resolve
+from train.terminal import log_to_stderr, wrapped
 
 if TYPE_CHECKING:
     from train.preflight.precision import PrecisionChoice
@@ -292,13 +292,14 @@ def _check_sweep(args: Sequence[str]) -> None:
     """
     if not sweeps(args) or shows_only(args):
         return
-    folder = folder_of_sweep(args)
+    place = place_of_sweep(args)
+    folder = place.folder
     if (folder / CONFIG).is_file():
         raise UserError(
             f"run_dir={folder} is a run's own folder (it holds {CONFIG}): name another one for the"
             " runs of a sweep"
         )
-    refuse_jobs(args, folder, partial(_check_composed, here=jobs_run_here(args)))
+    refuse_jobs(args, folder, partial(_check_composed, here=place.here))
 
 
 def _tell_ranking(folders: Sequence[Path]) -> None:
@@ -388,6 +389,7 @@ def _told(error: Exception) -> tuple[list[str], ExitCode]:
 
 def _print(lines: Sequence[str], before: str = "") -> None:
     text = "".join(f"error: {line}\n" for line in lines)
+    text = wrapped(text)
     sys.stderr.write(f"{before}\n\n{text}" if before else text)
     sys.stderr.flush()
     tell_launcher(text)
@@ -410,9 +412,7 @@ def _let_rank_0_tell(untold: list[str]) -> None:
 
 def command(words: Sequence[str]) -> int:
     """The whole command in this process: what ``v4 pretrain`` and this file, run, do."""
-    logging.basicConfig(
-        level=logging.INFO if launched_rank() == 0 else logging.WARNING, format="%(message)s"
-    )
+    log_to_stderr(logging.INFO if launched_rank() == 0 else logging.WARNING, "%(message)s")
     stop_with_launcher()
     forget_absent_backend()
     return ends_when_unread(lambda: cli(words))

@@ -21,6 +21,7 @@ from typing import ParamSpec
 from parallel.last_word import tell_launcher
 from parallel.launch import launched_rank
 from train.errors import FAILURES, USER_ERRORS, ExitCode, ends_when_unread, lines_of
+from train.terminal import log_to_stderr, wrapped
 
 P = ParamSpec("P")
 
@@ -38,7 +39,7 @@ def command(
         @functools.wraps(main)
         def run(*args: P.args, **kwargs: P.kwargs) -> int:
             told = "%(levelname)s: %(message)s" if log_level > logging.INFO else "%(message)s"
-            logging.basicConfig(level=log_level, format=told)
+            log_to_stderr(log_level, told)
             if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may know few characters
                 sys.stdout.reconfigure(errors="backslashreplace")
             with _sigterm_interrupts():
@@ -67,7 +68,7 @@ def _ended(work: Callable[[], int | None]) -> int:
 def tell(error: Exception, code: ExitCode) -> ExitCode:
     """Print an error, a line a problem, behind what was printed before; returns ``code``."""
     sys.stdout.flush()
-    text = "".join(f"error: {line}\n" for line in lines_of(error))
+    text = wrapped("".join(f"error: {line}\n" for line in lines_of(error)))
     sys.stderr.write(text)
     if launched_rank() == 0:
         tell_launcher(text)

@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from train.errors import ExitCode, UserError, ends_when_unread
 from train.recovery.stop import Stopped, leave_on_signal
+from train.terminal import wrapped
 
 
 def show_list(about: str | None, what: str, commands: Mapping[str, str]) -> int:
@@ -63,9 +64,13 @@ def run_command(
     Returns:
         The command's exit code; 2: there is none of that name.
     """
+    if name.startswith("-"):
+        told = f"{name} is no flag of {prog}: {prog} --help lists its commands"
+        sys.stderr.write(wrapped(f"error: {told}\n"))
+        return ExitCode.user_error
     name = name.replace("-", "_")
     if name not in commands:
-        sys.stderr.write(f"error: {_unknown(prog, commands, moved, name, meant)}\n")
+        sys.stderr.write(wrapped(f"error: {_unknown(prog, commands, moved, name, meant)}\n"))
         return ExitCode.user_error
     leave_on_signal()  # a signal during the imports below is answered too
     faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash of native code says where

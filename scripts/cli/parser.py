@@ -194,6 +194,9 @@ class CommandParser(argparse.ArgumentParser):
         try:
             value = super()._get_value(action, arg_string)
             parts = value.parts if isinstance(value, Path) else ()
+            if isinstance(value, Path) and not arg_string.strip():
+                arg_string = repr(arg_string)
+                raise argparse.ArgumentError(action, "names no file or folder")
             if any(len(os.fsencode(part)) > _LONGEST_NAME for part in parts):
                 arg_string = f"{arg_string[:40]}..."
                 raise argparse.ArgumentError(action, "is no path: it has a name of over 255 bytes")

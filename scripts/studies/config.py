@@ -13,13 +13,15 @@ from itertools import pairwise
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.config.command_line import CONF
 from train.config.load import describe
-from train.errors import UserError, one_line
+from train.config.values import shape_problems, shown, type_of, unknown_key
+from train.errors import Problems, UserError
 
 STUDIES = CONF / "study"
 GRID_STEP = 1.42  # of rates whose optimum is asked for: a square root of 2, rounded up
@@ -425,6 +427,7 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
     """
     if name not in study_names():
         raise UserError(f"study={name}: conf/study has {', '.join(study_names())}")
+    _check_overrides(name, overrides)
     try:
         with initialize_config_dir(str(STUDIES), version_base=None):
             cfg = compose(name, list(overrides))
@@ -433,11 +436,40 @@ def load_study(name: str, overrides: Sequence[str] = ()) -> StudyConfig:
         raise UserError(f"study={name}: {describe(error)}") from error
     except HydraException as error:
         cause = error.__cause__
-        text = one_line(cause) if cause is not None else str(error).splitlines()[0]
+        known = isinstance(cause, OmegaConfBaseException)
+        text = describe(cause) if known else str(error).splitlines()[0]
         raise UserError(f"study={name}: {text}") from error
     assert isinstance(study, StudyConfig)
     study.validate()
     return study
+
+
+def _check_overrides(name: str, overrides: Sequence[str]) -> None:
+    """Refuse keys that a study has not, and values that they cannot take."""
+    problems = Problems()
+    for arg in overrides:
+        try:
+            override = OverridesParser.create().parse_override(arg)
+        except HydraException:
+            problems.lines.append(f"study={name}: cannot read {shown(repr(arg))}: give KEY=VALUE")
+            continue
+        if override.is_sweep_override():
+            problems.lines.append(f"study={name}: {arg}: one value a key; a list stands in [ ]")
+            continue
+        if (STUDIES / override.key_or_group).is_dir():  # a group of files
+            continue
+        path, value = override.key_or_group.split("."), override.value()
+        if type_of(path) is not None and unknown_key(path, StudyConfig):
+            problems.lines.append(
+                f"study={name}: {arg} is a key of its runs: give base=[{arg}], with all of the base"
+                " that the study has, or an arm's overrides"
+            )
+            continue
+        for part in reversed(path):
+            value = {part: value}
+        lines = shape_problems(value, StudyConfig, "")
+        problems.lines += (f"study={name}: {line}" for line in lines)
+    problems.refuse()
 
 
 def _own(cfg: DictConfig) -> DictConfig:

@@ -1,12 +1,14 @@
 """The cache: complete or absent, built once by however many processes, also after a kill."""
 
 import os
+import threading
 import time
 
 import numpy as np
 import pytest
 
-from data.cache import build_once, save_array
+from data.cache import build_once, locked, save_array
+from data.errors import ConfigError
 from tests.helpers import warm_context
 
 pytestmark = pytest.mark.core
@@ -55,6 +57,49 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path):
     kept = build_once(tmp_path / "z", sees, resume=True)
     assert sorted(p.name for p in kept.iterdir()) == ["found", "old"]
     assert sorted(p.name for p in build_once(tmp_path / "x", sees).iterdir()) == ["found"]
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_build_that_is_refused_leaves_nothing_of_its_own(tmp_path, resume):
+    def refuses(folder):
+        (folder / "shard").write_text("1")
+        raise ConfigError("the text cannot be")
+
+    with pytest.raises(ConfigError, match="the text cannot be"):
+        build_once(tmp_path / "x", refuses, resume)
+    assert list(tmp_path.iterdir()) == []
+
+    begun = tmp_path / "x.partial"
+    begun.mkdir()
+    (begun / "earlier").write_text("hours of work")
+    with pytest.raises(ConfigError):
+        build_once(tmp_path / "x", refuses, resume)
+    assert begun.exists() == resume
+
+
+def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path):
+    """Of two that wait while a build is refused, the second must not hold another file."""
+    held = []
+    threads = []
+
+    def holds():
+        with locked(tmp_path / "x", "key"):
+            held.append(1)
+            assert sum(held) == 1
+            time.sleep(0.05)
+            held.append(-1)
+
+    with locked(tmp_path / "x", "key"):
+        threads.append(threading.Thread(target=holds))
+        threads[0].start()
+        time.sleep(0.1)  # it waits for the file that goes
+        (tmp_path / ".x.lock").unlink()
+        threads.append(threading.Thread(target=holds))
+        threads[1].start()
+        time.sleep(0.02)
+    for thread in threads:
+        thread.join()
+    assert held == [1, -1, 1, -1]
 
 
 def test_an_unwritable_folder_is_named(tmp_path):

@@ -1,6 +1,8 @@
 """scripts/prepare.py as a user runs it: several processes, killed and run again, verified."""
 
+import io
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -118,7 +120,7 @@ def test_help_and_bad_input(work):
     assert "--workers" in help_text.stdout
     missing = run("--out", work / "x", "--kind", "text", "--path", work / "none")
     assert missing.returncode == 2
-    assert missing.stderr.startswith("error: data.sources.x.path=")
+    assert missing.stderr == f"error: {work / 'none'}: no such file or folder\n"
     assert missing.stderr.count("\n") == 1
     foreign = run("--out", work, "--kind", "embedded")
     assert foreign.returncode == 2
@@ -186,3 +188,38 @@ def test_a_source_that_cannot_be_is_one_line(words, says, capsys, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["mine.jsonl", "--text-key", "body"],
+         "error: mine.jsonl: line 1: no string under 'body' (--on-bad-line skip leaves"),
+        (["mine.jsonl", "--unit", "line"], "error: --unit line has no effect: --kind jsonl"),
+        (["mine.jsonl", "--vocab-size", "9"], "error: --vocab-size 9 must be 260 or more for"),
+        (["mine.jsonl", "--validation-fraction", "1"],
+         "all are held out (--validation-fraction 1.0)"),
+        (["mine.jsonl", "--tokenizer", "nothing.json"],
+         "error: --tokenizer nothing.json: no such file or folder"),
+        (["mine.jsonl", "--cache-dir", "{here}/mine.jsonl"], "error: --cache-dir: cannot write to "),
+        (["--kind", "embedded", "--packages", "no_such"],
+         "error: --packages: package no_such is not installed here"),
+        (["mine.jsonl", "--vocab-size", "9000", "--validation-bytes", "0"],
+         "data: --vocab-size 9000, but the text has pairs for "),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_is_said_is_said_in_this_commands_options(words, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = [json.dumps({"text": f"one {n} two"}) for n in range(9)]
+    Path("mine.jsonl").write_text("\n".join(lines))
+    told = io.StringIO()
+    handler = logging.StreamHandler(told)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setattr(sys, "stderr", told)
+    own = [] if "--cache-dir" in words else ["--cache-dir", str(tmp_path / "cache")]
+    main([word.format(here=tmp_path) for word in (*words, *own, "--no-summary", "--out", "here")])
+    assert says in told.getvalue()
+    assert "data." not in told.getvalue().replace("data: ", "")
+    kept = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if ".partial" in p.name]
+    assert kept == []

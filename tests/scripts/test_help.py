@@ -94,3 +94,36 @@ def test_a_word_that_people_type_names_the_command(word, capsys):
     assert v4([word, "runs/x"]) == 2
     told = f"error: v4 has no command {word}: did you mean v4 {MEANT[word]}?\n"
     assert capsys.readouterr().err == told
+
+
+@pytest.mark.parametrize("words", [[], ["bench"], ["report"], ["pretrain"], ["study"]])
+@pytest.mark.parametrize("flag", ["--help=foo", "-h=3"])
+def test_a_flag_with_a_value_that_it_does_not_take_is_one_line(words, flag, capsys):
+    assert v4([*words, flag]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert "__help" not in told
+    assert flag.partition("=")[0] in told
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["report", ""], "'' names no run"),
+        (["watch", ""], "run '' names no file or folder"),
+        (["report", "study=aa", "lr=3"], "study=aa: unknown config key lr=3: the config has"),
+        (["report", "study=aa", "optim.lr=3"], "study=aa: optim.lr=3 is a key of its runs: give"),
+        (["report", "study=aa", "seeds=3"], "study=aa: seeds=3 must be a list"),
+        (["report", "study=aa", "steps=1,2"], "steps=1,2: one value a key"),
+        (["report", "study=aa", "step"], "study=aa: cannot read 'step': give KEY=VALUE"),
+        (["study", "study=aa", "stepz=3"], "study=aa: unknown config key stepz=3: did you mean"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_word_that_names_nothing_is_told_in_our_words(words, says, capsys):
+    assert v4(words) == 2
+    told = capsys.readouterr().err
+    assert says in told
+    assert told.count("\n") == 1
+    assert "object_type" not in told

@@ -120,6 +120,8 @@ REFUSED = {
     "train.precision=bf16 model.hidden_size=36": "model.hidden_size=36 must be a multiple of 8",
     "quant=deployed model.kernels=reference model.hidden_size=2": "for quant.experts",
     "model.vocab_size=257": "model.vocab_size=257 is smaller than the 260 ids of data.tokenizer",
+    "data.tokenizer=bpe data.vocab_size=5000": "data.vocab_size=5000 asks for more entries of the",
+    "data.vocab_size=9000000000": "data.vocab_size=9000000000 must lie in [1, 1048576]",
     "optim.muon.newton_schulz=[{steps:1,a:1.5,b:-0.5,c:0}]": "does not orthogonalise",
     "optim.lr=0.9 optim.adamw.weight_decay=2": "weight_decay=2.0 times optim.lr=0.9 must be below",
     "optim.grad_clip=1e-30": "optim.grad_clip=1e-30 must be 0 (off), or 1e-06 or more",

@@ -23,7 +23,7 @@ import train.build
 from parallel.launch import forget_absent_backend
 from tests.studies.folders import leave_run
 from train.config.command_line import compose_run, normalise
-from train.config.sweep import folder_of_sweep, sweep_folders
+from train.config.sweep import place_of_sweep, sweep_folders
 from train.errors import ROOT, USER_ERRORS, ExitCode
 from train.pretrain import _train, cli
 from train.recovery.stop import Stopped
@@ -74,9 +74,9 @@ def test_multirun_gives_each_job_its_own_folder(tmp_path, monkeypatch):
 def test_a_sweep_lies_in_the_folder_that_was_named(tmp_path, monkeypatch, capsys):
     """One that is not named has a folder beside that of a single run; a run's own is refused."""
     args = ["model=v4_tiny", "seed=0,1"]
-    assert folder_of_sweep(["-m", *args, "run_dir=study"]) == Path("study")
-    assert folder_of_sweep(["-m", *args, "run_dir=a,b"]) == Path("runs/v4_tiny_sweep")
-    assert folder_of_sweep(["-m", *args]) == Path("runs/v4_tiny_sweep")
+    assert place_of_sweep(["-m", *args, "run_dir=study"]).folder == Path("study")
+    assert place_of_sweep(["-m", *args, "run_dir=a,b"]).folder == Path("runs/v4_tiny_sweep")
+    assert place_of_sweep(["-m", *args]).folder == Path("runs/v4_tiny_sweep")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("seed: 0\n")
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,13 @@ def checks_across(run: RunConfig) -> Iterator[tuple[bool, str]]:
         f" optim.schedule.kind={run.optim.schedule.kind.value}",
     )
     yield from _width_checks(run)
+    yield (
+        bool(run.init_from)
+        or "vocab_size" in run.data.unused()
+        or run.data.vocab_size <= run.model.vocab_size,
+        f"data.vocab_size={run.data.vocab_size} asks for more entries of the tokenizer that is"
+        f" trained here than model.vocab_size={run.model.vocab_size} has rows: give both alike",
+    )
     kinds = [run.model.kind(layer) for layer in range(run.model.num_hidden_layers)]
     yield (
         LayerKind.mha not in kinds or not run.sample.tokens,

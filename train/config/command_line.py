@@ -33,6 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.files import kind_of
 from train.config.aliases import meant_by_flag, meant_by_key
 from train.config.gathered import all_problems
+from train.config.hydra_keys import check_hydra_key
 from train.config.load import describe, load
 from train.config.schema import RunConfig
 from train.config.values import holds_text, shape_problems, shown, type_of, unknown_key
@@ -59,7 +60,6 @@ _SAID = (
         r"unknown config key \1: Hydra's own section, which --cfg hydra shows, has no such key",
     ),
 )
-_HYDRA_GROUPS = ("launcher", "sweeper", "job_logging", "hydra_logging", "help", "hydra_help", "env")
 _SHOWING = {"--cfg", "-c", "--help", "-h", "--hydra-help", "--info", "-i", "--version"}
 _FOREIGN = ("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd")
 
@@ -273,6 +273,8 @@ def _check_flags(flags: Sequence[str]) -> Iterator[str]:
             meant = meant_by_flag(name)
             hint = f"give {meant}" if meant else _hint(name, list(_FLAGS), "see --help", 0.75)
             yield f"unknown flag {name}: {hint}"
+        elif _FLAGS[name].nargs == 0 and given:
+            yield f"{name} takes no value, got {shown(repr(value))}"
         elif _FLAGS[name].nargs is None:
             value = value if given else following
             choices = [str(choice) for choice in _FLAGS[name].choices or ()]
@@ -339,11 +341,7 @@ def _check_override(
     override = _read(arg, known, conf, ranges)
     key = override.key_or_group
     if key.split(".")[0].split("/")[0] == "hydra":
-        if key == "hydra":
-            raise UserError(f"{arg}: hydra is a section; give hydra.KEY=VALUE")
-        name = key.removeprefix("hydra.")
-        if name in _HYDRA_GROUPS and not isinstance(override.value(), dict):
-            raise UserError(f"{arg}: {key} is a section; give hydra/{name}=NAME, or keys of it")
+        check_hydra_key(arg, key, override.value())
         return
     found = override.value()
     if override.is_delete():

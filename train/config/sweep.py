@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def folder_name(differing: Sequence[str]) -> str:
 def forget_refused(args: Sequence[str]) -> None:
     """Remove the folder of a sweep none of whose jobs began: it holds Hydra's record alone."""
     with contextlib.suppress(Exception):
-        folder = folder_of_sweep(args)
+        folder = place_of_sweep(args).folder
         if folder.is_dir() and [path.name for path in folder.iterdir()] == [_RECORD]:
             (folder / _RECORD).unlink()
             folder.rmdir()
@@ -141,24 +142,28 @@ def forget_refused(args: Sequence[str]) -> None:
 
 def sweep_folders(args: Sequence[str]) -> list[Path]:
     """Folders in that of a sweep, whose jobs other processes ran (a launcher's)."""
-    folder = folder_of_sweep(args)
+    folder = place_of_sweep(args).folder
     return sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
 
 
-def folder_of_sweep(args: Sequence[str]) -> Path:
-    """Where the jobs of a sweep have their folders: ``run_dir`` if named, else its name_sweep."""
-    return Path(_composed_with_hydra(args).hydra.sweep.dir)
+@dataclass(frozen=True)
+class SweepPlace:
+    """Where the jobs of a sweep are.
+
+    Attributes:
+        folder: of their folders: ``run_dir`` if named, else its name_sweep.
+        here: they run on this machine; else their launcher chooses another.
+    """
+
+    folder: Path
+    here: bool
 
 
-def jobs_run_here(args: Sequence[str]) -> bool:
-    """Whether the jobs of a sweep run on this machine; else their launcher chooses another."""
-    return _composed_with_hydra(args).hydra.runtime.choices["hydra/launcher"] in _HERE
-
-
-def _composed_with_hydra(args: Sequence[str]) -> DictConfig:
-    """What a sweep's jobs have in common, with Hydra's own section."""
+def place_of_sweep(args: Sequence[str]) -> SweepPlace:
+    """Composed of what a sweep's jobs have in common, with Hydra's own section."""
     given = [o.input_line for o in parse(args) if o.input_line and not o.is_sweep_override()]
-    return composed_as_hydra_reads([*given, *sweep_folder(given)], with_hydra=True)
+    hydra = composed_as_hydra_reads([*given, *sweep_folder(given)], with_hydra=True).hydra
+    return SweepPlace(Path(hydra.sweep.dir), hydra.runtime.choices["hydra/launcher"] in _HERE)
 
 
 def _differing(text: str, override: Override, asked: Override) -> list[str]:

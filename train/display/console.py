@@ -8,7 +8,6 @@ In a notebook's cell and behind a pipe stderr is no terminal, so there are lines
 from __future__ import annotations
 
 import logging
-import os
 import statistics
 import sys
 import time
@@ -19,6 +18,8 @@ from typing import Any
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+from train.terminal import NARROWEST, columns
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ _TELLING = (
 )  # fmt: skip
 _HIDDEN_AT_ZERO = {"skipped_steps", "rollbacks", "loss_mtp", "loss_indexer"}
 _BAR = 10  # columns that the bar itself needs
-_NARROWEST = 40  # columns; below, lines are wrapped by the terminal
 _TIMES = ("step_seconds", "eval_seconds", "checkpoint_seconds")  # a step, and what is around it
 _NEWEST = 50  # steps by whose times the time left is told
 SLOW = 10.0  # seconds after which a step tells of its microbatches
@@ -129,10 +129,10 @@ class Console:
     def _draw(self, end: str) -> None:
         """The bar, what was seen last behind it; ``end`` is always there."""
         assert self._bar is not None
-        columns = _columns() - 1
-        room = columns - 2 * len(str(self.steps)) - 5 - _BAR - len(end)
+        across = _columns() - 1
+        room = across - 2 * len(str(self.steps)) - 5 - _BAR - len(end)
         told = " ".join([*_fitting(_fields(self._seen, _TELLING), room), end])
-        self._bar.ncols = columns
+        self._bar.ncols = across
         self._bar.set_description_str(told)
 
     def _left(self, record: Mapping[str, Any]) -> str:
@@ -145,11 +145,8 @@ class Console:
 
 def _columns() -> int:
     """Of the terminal behind stderr; 80 where it does not say."""
-    try:
-        columns = os.get_terminal_size(sys.stderr.fileno()).columns
-    except (OSError, ValueError):
-        columns = 0
-    return max(columns, _NARROWEST) if columns else 80
+    found = columns()
+    return max(found, NARROWEST) if found else 80
 
 
 def _fields(record: Mapping[str, Any], names: tuple[str, ...]) -> Iterator[str]:

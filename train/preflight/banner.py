@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import sys
 from collections.abc import Sequence
-from typing import IO
 
 from data.epochs import SourceUse
 from model.parameter_counts import parameter_counts
@@ -18,6 +15,7 @@ from train.preflight.needs import Memory, Needs
 from train.preflight.reach import data_warnings
 from train.preflight.world import GB
 from train.stages import StagePlan
+from train.terminal import columns
 
 log = logging.getLogger(__name__)
 MOST_LINES = 8
@@ -91,14 +89,6 @@ def announce(run: RunConfig, plan: StagePlan, uses: Sequence[SourceUse], device:
         log.info("%s", line)
     for line in data_warnings(uses):
         log.warning("%s", line)
-
-
-def columns(stream: IO[str] | None = None) -> int | None:
-    """Columns of the terminal that a stream (stderr) writes to; None: a file or a pipe."""
-    try:
-        return os.get_terminal_size((stream or sys.stderr).fileno()).columns or None
-    except (OSError, ValueError):
-        return None
 
 
 def _data(use: SourceUse) -> list[str]:

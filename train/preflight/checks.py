@@ -15,7 +15,7 @@ from conf.ranges import out_of_range
 from data.config import SourceConfig, SourceKind
 from data.files import find_files, is_one_document, shown
 from data.prepare import open_store
-from data.tokenizer import load_tokenizer
+from data.tokenizer import Tokenizer, load_tokenizer
 from parallel.launch import launched_rank, launched_world_size
 from train.checkpoint.retention import published
 from train.config.load import validate
@@ -156,12 +156,26 @@ def _check_named(run: RunConfig, problems: Problems, begun: bool) -> None:
         if source.kind in (SourceKind.text, SourceKind.jsonl, SourceKind.parquet) and source.path:
             problems.of(partial(_check_files, name, source, run.data.validation.bytes))
         elif source.kind is SourceKind.store and source.path:
-            problems.of(partial(open_store, name, source))
+            store = problems.of(partial(open_store, name, source))
+            if store is not None and run.data.tokenizer == "bpe":
+                key = f"data.sources.{name}.path={shown(source.path)}"
+                problems.of(partial(_check_ids, run, store.tokenizer, key))
     if run.data.tokenizer not in ("", "bpe"):
-        problems.of(lambda: load_tokenizer(run.data.tokenizer))
+        tokenizer = problems.of(lambda: load_tokenizer(run.data.tokenizer))
+        if tokenizer is not None:
+            problems.of(lambda: _check_ids(run, tokenizer, f"data.tokenizer={run.data.tokenizer}"))
     if run.init_from:
         problems.of(lambda: check_source(run.init_from))
         problems.of(lambda: check_tokenizer(run))
+
+
+def _check_ids(run: RunConfig, tokenizer: Tokenizer, key: str) -> None:
+    """Whether the model has a row for every id that the tokenizer which ``key`` names may give."""
+    if tokenizer.vocab_size > run.model.vocab_size:
+        raise UserError(
+            f"model.vocab_size={run.model.vocab_size} is smaller than the {tokenizer.vocab_size}"
+            f" ids of {key}: give {tokenizer.vocab_size} or more"
+        )
 
 
 def _check_files(name: str, source: SourceConfig, held_out: int) -> None:

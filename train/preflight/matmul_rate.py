@@ -3,37 +3,63 @@
 MFU here is useful FLOPs (``model/flops.py``, recomputation not counted) per second over the rate
 of a plain square matmul on the same device, threads and dtype, added up over ranks, which measure
 at the same time (they may share cores). A published peak would be unknown for most CPUs and out of
-reach on the rest.
+reach on the rest. Other work on the machine makes a product slower, never faster: the best one
+counts, and where it is far from the usual one a line says so.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
+import statistics
 import time
 from collections.abc import Sequence
 
 import torch
+
+from parallel.launch import launched_rank
+from train.preflight.forecast import quantity
+
+log = logging.getLogger(__name__)
+_BURSTS, _PAUSE = 6, 0.02  # of a measurement, and seconds between them
+_LOADED = 2.0  # times that the best product is faster than the usual one, where work is beside it
 
 
 @functools.cache
 def measured_matmul_rate(
     device: torch.device, dtype: torch.dtype, size: int = 0, seconds: float = 0.3
 ) -> float:
-    """FLOPs per second of the best of several ``[size, size] @ [size, size]`` products, kept.
+    """FLOPs per second of the best of many square products in short bursts, kept.
 
     Args:
         device: where the run computes.
         dtype: of the run's matmuls.
-        size: rows and columns; 0 takes 1024 on a CPU and 8192 on a GPU.
-        seconds: how long to measure; at least one product, after a small one that warms up.
+        size: rows and columns, and half of them: what is short is seldom interrupted; 0 takes 1024
+            on a CPU and 8192 on a GPU.
+        seconds: how long to measure; at least one product of each, after a small one that warms up.
     """
     size = size or (8192 if device.type == "cuda" else 1024)
     x = torch.ones(size, size, device=device, dtype=dtype)
+    half = x[: size // 2, : size // 2].contiguous()
     _timed(x[:64, :64], x[:64, :64])
-    times: list[float] = []
-    while not times or sum(times) < seconds:
-        times.append(_timed(x, x))
-    return 2 * size**3 / min(times)
+    rates: list[tuple[float, float]] = []
+    spent = resting = 0.0
+    while not rates or spent < seconds:
+        if spent > resting:
+            time.sleep(_PAUSE)  # who has slept is given the cores at once, and holds them for a bit
+            resting += seconds / _BURSTS
+        times = [_timed(x, x), _timed(half, half)]
+        rates.append((2 * size**3 / times[0], 2 * (size // 2) ** 3 / times[1]))
+        spent += sum(times)
+    best = max(map(max, rates))
+    usual = statistics.median(whole for whole, _ in rates)
+    if best > _LOADED * usual and not launched_rank():
+        log.warning(
+            "other work is on this machine: of %d matmuls the usual one made %sFLOP/s, the best one"
+            " %sFLOP/s, of which mfu is told",
+            2 * len(rates), quantity(usual), quantity(best),
+        )  # fmt: skip
+    return best
 
 
 def times_slower_than_fp32(device: torch.device, dtype: torch.dtype) -> float:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import base64
 import netrc
-from functools import cache
 from http import HTTPStatus
 from urllib.parse import urlsplit
 
-from data.network import ask, unreachable
+from data.network import Remembered, ask, unreachable
 from parallel.launch import launched_rank
 from train.config.schema import RunConfig, WandbMode
 from train.errors import UserError
@@ -38,12 +37,9 @@ def check_services(run: RunConfig) -> None:
         raise UserError(f"wandb.mode=online: {reason}; {offline}")
 
 
-@cache
+@Remembered
 def _refusal(url: str, key: str) -> str:
-    """Why the server does not take a key; empty: it does, or only the library can tell.
-
-    Asked once in the life of a process: the jobs of a sweep share the answer.
-    """
+    """Why the server does not take a key; empty: it does, or only the library can tell."""
     if reason := unreachable(url):
         return reason
     coded = base64.b64encode(f"api:{key}".encode()).decode()

@@ -32,6 +32,7 @@ from parallel.collectives import is_main, same_everywhere
 from train.checkpoint import file_lock
 from train.errors import UserError, one_line
 from train.run_folder.folder import LOCK, PROBE
+from train.terminal import wrapped
 
 log = logging.getLogger(__name__)
 
@@ -210,10 +211,10 @@ class FolderLock:
 
     def _leave(self, holder: dict[str, Any]) -> None:
         """End the process, of which nothing may be written any more."""
-        sys.stderr.write(
+        sys.stderr.write(wrapped(
             f"error: run_dir={self._folder} was taken over by {_name(holder)}, as this process gave"
             f" no sign of life for {_TIMEOUT:.0f} s; it ends here\n"
-        )
+        ))  # fmt: skip
         sys.stderr.flush()
         os._exit(1)
 

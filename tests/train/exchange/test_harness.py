@@ -204,6 +204,45 @@ def test_a_task_that_cannot_be_read_is_one_line(fault, run, tasks, tmp_path, cap
     assert (run / "receipt.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("changed", "code", "told"),
+    [
+        (
+            {"doc_to_target": "anwser"}, 2,
+            ["doc_to_target: anwser is no column of it (did you mean answer?), so",
+             "error: --tasks mine: doc_to_target: anwser gives 'anwser' for the first document, and"
+             " for none of 4 an answer among its choices ["],
+        ),
+        ({"doc_to_target": "no {{text}}"}, 2, ["for none of 4 an answer among its choices"]),
+        (
+            {"doc_to_target": "{{answer if text else 9}}"}, 0,
+            ["gives for 1 of 4 documents no answer among their choices: they count as wrong"],
+        ),
+        ({"doc_to_text": "txet"}, 0, ["doc_to_text: txet is no column of it (did you mean text?)"]),
+    ],
+)  # fmt: skip
+def test_what_a_task_names_and_has_not_is_told(
+    changed, code, told, run, tasks, tmp_path, capsys, caplog
+):
+    """The harness takes the word for a text: accuracy 0, and exit code 0."""
+    data = {"data_files": {"test": str(tasks / "lines.jsonl")}, "cache_dir": str(tmp_path / "c")}
+    task = {"task": "mine", **COMMON, "dataset_kwargs": data, **TASKS["endings"], **changed}
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(task))
+    receipt = (run / "receipt.json").read_bytes()
+    caplog.set_level("WARNING", logger="scripts.eval")
+    try:
+        words = [str(run), "--tasks", "mine", "--include-path", str(tmp_path)]
+        assert command.main(words) == code
+        ours = [r.getMessage() for r in caplog.records if r.name == "scripts.eval"]
+        lines = [*ours, *capsys.readouterr().err.splitlines()]
+        for part in told:
+            assert sum(part in line for line in lines) == 1
+        assert len(ours) == len(told) - (code and 1)
+        assert ((run / "receipt.json").read_bytes() == receipt) == (code != 0)
+    finally:
+        (run / "receipt.json").write_bytes(receipt)
+
+
 def test_a_fault_of_our_model_is_none_of_the_task(run, tasks, monkeypatch):
     def broken(*_, **__):
         raise ValueError("ours")

@@ -188,6 +188,9 @@ def test_a_character_is_streamed_whole(capsys):
         ),
         (score.main, ("{run}/run", "{run}/text.txt", "--chunk-tokens", "0"), "--chunk-tokens 0"),
         (score.main, ("{run}/run", "{run}/run/config.npy"), "config.npy cannot be read"),
+        (score.main, ("{run}/run", "{run}/blank.txt"), "blank.txt has 1 tokens: of each document"),
+        (score.main, ("{run}/run", ""), "file '' names no file or folder"),
+        (score.main, ("{run}/run", "{run}/text.txt", "--out", " "), "--out ' ' names no file or"),
         (generate.main, ("{run}/run",), "no prompt"),
         (generate.main, ("{run}/run", "--ids", "1,x"), "--ids 1,x"),
         (generate.main, ("{run}/run", "--ids", "1,999"), "id 999 is not one of the vocab_size=320"),
@@ -211,6 +214,7 @@ def test_a_character_is_streamed_whole(capsys):
 )
 def test_wrong_input_is_one_line_and_code_2(main, arguments, names, run, capsys):
     (run[0] / "run" / "config.npy").write_text("none")
+    (run[0] / "blank.txt").write_text("\n")
     assert called(main, *(a.format(run=run[0]) for a in arguments)) == 2
     told = capsys.readouterr()
     assert re.fullmatch(r"error: .*\n", told.err)

@@ -4,13 +4,8 @@ FLOPs of a run are held against the sum over its single steps, planned one after
 sums of integers times a float in another order: equal to 1e-9.
 """
 
-import fcntl
 import logging
-import os
-import pty
 import re
-import struct
-import termios
 
 import pytest
 
@@ -20,7 +15,7 @@ from model.parameter_counts import parameter_counts
 from parallel.config import ParallelConfig
 from tests.helpers import ROOT
 from train.config.command_line import compose_run, options
-from train.preflight.banner import MOST_LINES, announce, banner, columns
+from train.preflight.banner import MOST_LINES, announce, banner
 from train.preflight.forecast import duration, quantity, run_flops
 from train.preflight.needs import Needs
 from train.preflight.pace import DAY, Pace, long_run
@@ -82,16 +77,6 @@ def test_banner_has_room_at_any_width(model):
             assert "runs/of_mine" in text
         assert len(lines) == 5  # in a log nothing is left out
         assert all(use.name in text for use in found)
-
-
-def test_banner_takes_the_width_of_the_terminal(tmp_path):
-    master, slave = pty.openpty()
-    with os.fdopen(slave, "w") as terminal, (tmp_path / "log").open("w") as log:
-        for width in (60, 80, 200):
-            fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
-            assert columns(terminal) == width
-        assert columns(log) is None
-    os.close(master)
 
 
 def test_only_rank_0_tells(caplog, monkeypatch):

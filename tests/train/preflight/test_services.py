@@ -38,8 +38,8 @@ AWAY = "http://127.0.0.1:9"  # the discard service, which nothing runs
 @pytest.fixture(autouse=True)
 def _nothing_asked_yet():
     """Ports are used again: no answer of another test's server may be remembered."""
-    network._answer_of_hub.cache_clear()
-    services._refusal.cache_clear()
+    network._answer_of_hub.forget()
+    services._refusal.forget()
     network._away.clear()
 
 
@@ -222,8 +222,33 @@ def test_a_hub_that_failed_is_not_asked_again_and_every_source_is_told_why(
         says = f"data.tokenizer={name}: .*{re.escape(AWAY)} does not answer"
         with pytest.raises(USER_ERRORS, match=says):
             load_tokenizer(name)
-    assert network._answer_of_hub.cache_info().misses == 1
+    assert network._answer_of_hub.asked == 1
     assert sum("only its cache is read" in message for message in caplog.messages) == 1
+
+
+def test_answers_are_kept_for_a_minute_and_not_for_the_life_of_the_process(
+    no_proxy, monkeypatch, caplog
+):
+    monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    now = [1000.0]
+    monkeypatch.setattr(network.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(network.constants, "ENDPOINT", AWAY)
+    away = network.ask_hub("model", "a/b").away
+    network.go_offline(away)
+    assert datasets.config.HF_HUB_OFFLINE
+    with serving(_Answers, requests=[]) as made:
+        monkeypatch.setattr(network, "_away", {made.url: network._away[AWAY]})
+        monkeypatch.setattr(network.constants, "ENDPOINT", made.url)
+        for later, answer, asked in ((59, away, 0), (61, "", 1), (120, "", 1), (122, "", 2)):
+            now[0] = 1000.0 + later
+            assert network.ask_hub("model", "a/b") == network.HubAnswer(answer)
+            assert len(made.requests) == asked
+    assert not datasets.config.HF_HUB_OFFLINE
+    monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", True)  # as the user wishes
+    now[0] += 1000
+    assert network.ask_hub("model", "a/b") == network.HubAnswer("")
+    assert network.constants.HF_HUB_OFFLINE
 
 
 def test_a_long_record_is_a_record(no_proxy, monkeypatch):

@@ -313,8 +313,13 @@ def test_the_command_probes_runs_and_exports(run, tmp_path, capsys):
     (["--lengths", "x"], "--lengths x must be numbers"),
     (["--count", "0"], "--count 0 must be 1 or more"),
     (["--lengths", "100000000"], "exceeds the"),
+    (["--text", "{blank}"], "blank.txt has no text"),
+    (["--text", "{blank}.none"], "blank.txt.none cannot be read"),
 ])  # fmt: skip
 def test_bad_options_are_one_line(run, tmp_path, words, says, capsys):
+    blank = tmp_path / "blank.txt"
+    blank.write_text(" \n")
+    words = [word.format(blank=blank) for word in words]
     assert v4(["probe", str(run), "--out", str(tmp_path / "o"), *words]) == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 1

@@ -13,6 +13,7 @@ from tests.helpers import small_model
 from train import build
 from train.config.schema import Precision
 from train.display.console import Console
+from train.preflight import matmul_rate
 from train.preflight.matmul_rate import measured_matmul_rate
 from train.record.continuation import continue_text
 from train.recovery.stop import StopRequest
@@ -76,6 +77,24 @@ def test_sample_is_the_models_and_repeatable(temperature):
 
 def test_matmul_rate_is_positive():
     assert measured_matmul_rate(torch.device("cpu"), torch.float32, size=64, seconds=0.0) > 1e6
+
+
+@pytest.mark.parametrize(("free", "told"), [(1, True), (14, False)])
+def test_matmul_rate_is_that_of_the_idle_machine_and_load_shows(free, told, monkeypatch, caplog):
+    """Of 30 products on a machine of 100 GFLOP/s all but ``free`` share their cores with others."""
+    taken = iter(range(1000))
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+    def timed(x, _):
+        return 2 * len(x) ** 3 / 100e9 * (1 if next(taken) % 30 >= 30 - 2 * free else 3)
+
+    monkeypatch.setattr(matmul_rate, "_timed", timed)
+    flops = 2 * (128**3 + 64**3)
+    measure = measured_matmul_rate.__wrapped__  # without what was measured before
+    device = torch.device("cpu")
+    found = measure(device, torch.float32, 128, 0.999 * (3 * (15 - free) + free) * flops / 100e9)
+    assert found == pytest.approx(100e9)
+    assert ("the best one 100 GFLOP/s, of which mfu is told" in caplog.text) is told
 
 
 @pytest.mark.parametrize(("slower", "said"), [(187.0, True), (0.6, False)])
