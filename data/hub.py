@@ -16,7 +16,7 @@ from data.cache import digest, locked, raise_if_full
 from data.config import SourceConfig
 from data.errors import ConfigError
 from data.files import shown
-from data.network import HubAnswer, ask_hub, go_offline
+from data.network import HubAnswer, ask_hub, go_offline, reason_of
 
 log = logging.getLogger(__name__)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -87,7 +87,7 @@ class HubRows:
             raise
         except Exception as error:  # the library raises many kinds
             raise ConfigError(
-                f"{self._what}: cannot be read after {number} documents: {_reason(error)}"
+                f"{self._what}: cannot be read after {number} documents: {reason_of(error)}"
             ) from error
 
 
@@ -111,7 +111,7 @@ def hub_revision(source: SourceConfig) -> str | None:
     except Exception as error:  # offline, a mirror without this call, no permission
         log.info(
             "data: the hub does not tell the revision of %s, so it is not compared with an earlier"
-            " one (%s)", source.path, _reason(error)[:200],
+            " one (%s)", source.path, reason_of(error)[:200],
         )  # fmt: skip
         return None
     return info.sha
@@ -160,7 +160,7 @@ def _load(key: str, source: SourceConfig, **options: Any) -> Any:
         raise
     except Exception as error:  # the library raises many kinds, some bare
         raise_if_full(error, options.get("cache_dir", "the hub's cache"), "data.cache_dir")
-        reason = f"{away}, and its cache has no such data" if away else _reason(error)
+        reason = f"{away}, and its cache has no such data" if away else reason_of(error)
         raise ConfigError(
             f"{key}.path={shown(source.path)} cannot be read as hub: {reason}"
             f"{_how_to_fetch(key, source) if offline else ''}"
@@ -201,11 +201,6 @@ def _how_to_fetch(key: str, source: SourceConfig) -> str:
         " here data=store data.sources.store.path=STORE; of a copy of its files (hf download) give"
         f" {key}.path=FOLDER"
     )
-
-
-def _reason(error: Exception) -> str:
-    cause = error.__cause__ or error
-    return " ".join(str(cause).split())[:300] or type(cause).__name__
 
 
 def _check_columns(columns: list[str], column: str, key: str) -> None:

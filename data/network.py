@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import socket
 import ssl
 import sys
@@ -155,6 +156,37 @@ class HubAnswer:
     refused: str = ""
 
 
+class _OneLineOfRetries(logging.Filter):
+    """Of the library's lines about requests that it makes again, one a minute, in our words."""
+
+    told = -math.inf
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        failed = re.match(r"(.+?) thrown while requesting \S+ (\S+)", text)
+        if failed and time.monotonic() - self.told >= KEPT:
+            self.told = time.monotonic()
+            logger.warning(
+                "data: %s from %s: it is asked again, up to half a minute", *failed.groups()
+            )
+        return not failed and not text.startswith("Retrying in")
+
+
+_RETRIES = _OneLineOfRetries()
+
+
+def reason_of(error: BaseException) -> str:
+    """What a library's error comes from: the server's own answer, if there was one below it."""
+    below: BaseException | None = error
+    while below is not None:
+        answer = getattr(below, "response", None)
+        if answer is not None and answer.status_code >= HTTPStatus.BAD_REQUEST:
+            return f"{answer.status_code} {answer.reason_phrase} for {answer.url}"
+        below = below.__cause__ or below.__context__
+    cause = error.__cause__ or error
+    return " ".join(str(cause).split())[:300] or type(cause).__name__
+
+
 def ask_hub(kind: str, name: str) -> HubAnswer:
     """Ask the hub for a repository; none that was away less than a minute ago.
 
@@ -162,6 +194,8 @@ def ask_hub(kind: str, name: str) -> HubAnswer:
         kind: dataset or model.
         name: OWNER/NAME.
     """
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
+    logging.getLogger("huggingface_hub.utils._http").addFilter(_RETRIES)  # once: it is one object
     hub = constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:
         since, why = _away.get(hub, (math.inf, ""))  # else by the user's own wish

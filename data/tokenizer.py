@@ -23,7 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data.cache import raise_if_full
 from data.errors import ConfigError
-from data.network import ask_hub, go_offline
+from data.network import ask_hub, go_offline, reason_of
 from data.plain_text import PROBES, lost_characters, text_encoder, unknown_id
 
 logger = logging.getLogger(__name__)
@@ -362,7 +362,7 @@ def _from_hub(name: str) -> Path:
         path = Path(hf_hub_download(name, "tokenizer.json"))
     except Exception as error:  # many kinds: no network, no such name, offline and not cached
         raise_if_full(error, "the hub's cache", f"data.tokenizer={name}")
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = reason_of(error)
         if answer.away:
             reason = f"{answer.away}, and its cache has no such tokenizer"
         raise ConfigError(

@@ -1,7 +1,9 @@
 """Services that are away cost seconds and one line: a port nobody listens at is their double."""
 
 import http.server
+import json
 import logging
+import math
 import re
 import socket
 import struct
@@ -9,6 +11,7 @@ import threading
 from contextlib import contextmanager
 
 import datasets
+import huggingface_hub.utils._http
 import pytest
 
 from data import network
@@ -85,6 +88,32 @@ class _Answers(http.server.BaseHTTPRequestHandler):
         self.wfile.write(JSON)
 
     do_POST = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+class _FailsLater(http.server.BaseHTTPRequestHandler):
+    """A hub with a dataset and a model of one file each, which it does not give."""
+
+    def do_GET(self):
+        file = {"type": "file", "path": "x.jsonl", "size": 9, "oid": "b" * 40}
+        status, said = 200, {"id": "no/where", "sha": "a" * 40, "private": False, "tags": [],
+                             "siblings": [{"rfilename": "x.jsonl"}]}  # fmt: skip
+        if "/tree/" in self.path:
+            said = [file]
+        elif not self.path.startswith("/api/"):
+            status = 500 if self.path.endswith(("x.jsonl", "tokenizer.json")) else 404
+        body = json.dumps(said).encode()
+        self.send_response(status)
+        if status == 404:
+            self.send_header("X-Error-Code", "EntryNotFound")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_POST = do_HEAD = do_GET
 
     def log_message(self, *_):
         pass
@@ -197,6 +226,37 @@ def test_a_hub_that_fails_is_one_line_at_once(asked, failing, monkeypatch, capsy
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "no/where" in line
     assert re.search(says, line)
+
+
+@pytest.mark.parametrize("asked", ["data", "tokenizer"])
+def test_a_hub_that_fails_at_a_later_file_is_told_by_its_own_answer(
+    asked, no_proxy, monkeypatch, capsys, caplog, tmp_path
+):
+    """It knows the repository and lists its file, but answers 500 to whoever asks for that."""
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.setattr(network.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(network.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)
+    network._RETRIES.told = -math.inf
+    words = {"data": ["data=hub", "data.sources.hub.path=no/where"],
+             "tokenizer": ["data.tokenizer=no/where"]}[asked]  # fmt: skip
+    with serving(_FailsLater) as made:
+        monkeypatch.setattr(network.constants, "ENDPOINT", made.url)
+        monkeypatch.setattr(datasets.config, "HF_ENDPOINT", made.url)
+        addresses = made.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(network.constants, "HUGGINGFACE_CO_URL_TEMPLATE", addresses)
+        code = cli(["model=v4_tiny", *words, "train.device=cpu", f"run_dir={tmp_path}/run",
+                    f"data.cache_dir={tmp_path}/cache"])  # fmt: skip
+    told = capsys.readouterr().err
+    assert code == 2
+    (line,) = [line for line in told.splitlines() if line.startswith("error:")]
+    assert re.search(r"no/where.*500 Internal Server Error for http://127.0.0.1", line)
+    assert "Retrying" not in told + caplog.text
+    assert "HTTP Request" not in told + caplog.text
+    if asked == "data":  # the library asks for a file of rows again
+        assert caplog.text.count("it is asked again") == 1
+    assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
 def test_wandb_that_fails_is_one_line_at_once_and_leaves_nothing(
