@@ -113,28 +113,35 @@ def build_once(
     """
     if target.is_dir():
         return target
+    partial = target.with_name(target.name + ".partial")
     with locked(target, key):
-        if target.is_dir():
-            return target
-        partial = target.with_name(target.name + ".partial")
-        if partial.exists() and not resume:
-            shutil.rmtree(partial)
-        own = not partial.exists()
         try:
-            partial.mkdir(exist_ok=True)
-            build(partial)
-            partial.rename(target)
-        except ConfigError:
-            if own:
-                shutil.rmtree(partial)
-            raise
-        except OSError as error:
-            raise_if_full(error, partial, key)
-            raise
+            if not target.is_dir():
+                _build(target, partial, build, resume, key)
         finally:
             if not partial.exists():
                 _lock_path(target).unlink(missing_ok=True)
     return target
+
+
+def _build(
+    target: Path, partial: Path, build: Callable[[Path], None], resume: bool, key: str
+) -> None:
+    """Build a folder under its lock; arguments as of :func:`build_once`."""
+    if partial.exists() and not resume:
+        shutil.rmtree(partial)
+    own = not partial.exists()
+    try:
+        partial.mkdir(exist_ok=True)
+        build(partial)
+        partial.rename(target)
+    except ConfigError:
+        if own:
+            shutil.rmtree(partial)
+        raise
+    except OSError as error:
+        raise_if_full(error, partial, key)
+        raise
 
 
 def raise_if_full(

@@ -113,7 +113,10 @@ def _in_options(text: str, cfg: DataConfig) -> str:
     }.items():  # fmt: skip
         text = text.replace(f"{key}=", f"{option} ")
         text = re.sub(rf"{re.escape(key)}(?![\w.])", option, text)
-    return text.replace(own, source.path or "--packages").replace("data.sources:", "--packages:")
+    for key, said in ((own, source.path or "--packages"), ("data.sources:", "--packages:"),
+                      ("text_key=", "--text-key ")):  # fmt: skip
+        text = text.replace(key, said)
+    return text
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

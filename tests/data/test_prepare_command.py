@@ -194,9 +194,10 @@ def test_a_source_that_cannot_be_is_one_line(words, says, capsys, tmp_path, monk
     ("words", "says"),
     [
         (["mine.jsonl", "--text-key", "body"],
-         "error: mine.jsonl: line 1: no string under 'body' (--on-bad-line skip leaves"),
+         "error: mine.jsonl: mine.jsonl line 1: --text-key body is not among the keys text"
+         " (--on-bad-line skip leaves such a line out)"),
         (["mine.jsonl", "--unit", "line"], "error: --unit line has no effect: --kind jsonl"),
-        (["mine.jsonl", "--vocab-size", "9"], "error: --vocab-size 9 must be 260 or more for"),
+        (["mine.jsonl", "--vocab-size", "9"], "error: --vocab-size 9 must be 512 or more for"),
         (["mine.jsonl", "--validation-fraction", "1"],
          "all are held out (--validation-fraction 1.0)"),
         (["mine.jsonl", "--tokenizer", "nothing.json"],
@@ -210,8 +211,9 @@ def test_a_source_that_cannot_be_is_one_line(words, says, capsys, tmp_path, monk
     ],
     ids=str,
 )  # fmt: skip
-def test_what_is_said_is_said_in_this_commands_options(words, says, tmp_path, monkeypatch):
+def test_what_is_said_is_said_in_this_commands_options(words, says, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO)
     lines = [json.dumps({"text": f"one {n} two"}) for n in range(9)]
     Path("mine.jsonl").write_text("\n".join(lines))
     told = io.StringIO()

@@ -16,14 +16,14 @@ import termios
 import pytest
 
 from tests.helpers import warm_context
+from tests.parallel.torchrun import SMALL_MODEL
 from tests.train.record.terminal import screen
 
 COLUMNS, STEPS = 60, 6
 SMALL = f"""
-model=v4_tiny train.device=cpu model.compress_ratios=[0,4] model.num_hidden_layers=2
-model.num_nextn_predict_layers=0 model.num_hash_layers=1 model.hidden_size=32
-model.moe_intermediate_size=32 train.steps={STEPS} train.seq_len=32 train.global_batch_tokens=128
-train.micro_batch_size=2 train.eval_every=2 train.eval_tokens=128 train.async_checkpoint=false
+{" ".join(SMALL_MODEL)} train.device=cpu train.steps={STEPS} train.seq_len=32
+train.global_batch_tokens=128 train.micro_batch_size=2 train.eval_every=2 train.eval_tokens=128
+train.async_checkpoint=false
 sample.tokens=2 data.tokenizer=byte optim.schedule.warmup_steps=0 data.sources.text.kind=jsonl
 """.split()
 
