@@ -22,7 +22,7 @@ if not __package__:  # run as a file
 
 from data.cache import build_once
 from data.config import DataConfig, OnBadLine, SourceConfig, SourceKind, TextUnit, ValidationConfig
-from data.errors import DiskError
+from data.errors import ConfigError, DiskError
 from data.files import is_one_document, kind_of
 from data.prepare import Corpus, build_tokenizer
 from data.summary import summarise
@@ -31,7 +31,7 @@ from data.tokenise import SHARD_BYTES, StoreJob, write_store
 from data.tokenizer import Tokenizer
 from scripts.cli.command import command
 from scripts.cli.parser import CommandParser, real, whole
-from train.errors import USER_ERRORS, UserError, lines_of, one_line
+from train.errors import UserError, lines_of, one_line
 
 EPILOG = """examples:
   v4 prepare books/                                to stores/books: text, JSON lines or Parquet
@@ -94,7 +94,7 @@ def _told_in_options(cfg: DataConfig) -> Iterator[None]:
         handler.addFilter(translate)
     try:
         yield
-    except USER_ERRORS as error:
+    except (ConfigError, UserError) as error:
         raise UserError(*(_in_options(line, cfg) for line in lines_of(error))) from error
     except DiskError as error:
         raise DiskError(_in_options(str(error), cfg)) from error
