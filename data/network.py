@@ -198,9 +198,10 @@ def ask_hub(kind: str, name: str) -> HubAnswer:
     logging.getLogger("huggingface_hub.utils._http").addFilter(_RETRIES)  # once: it is one object
     hub = constants.ENDPOINT
     if constants.HF_HUB_OFFLINE:
-        since, why = _away.get(hub, (math.inf, ""))  # else by the user's own wish
+        since, why = _away.get(hub, (math.inf, ""))  # none: it is the user's own wish
         if time.monotonic() - since < KEPT:
             return HubAnswer(why)
+        del _away[hub]
         _look_only_into_caches(False)
     return _answer_of_hub(hub, kind, name)
 
