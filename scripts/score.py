@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 if not __package__:  # run as a file
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -95,7 +96,7 @@ def score(options: argparse.Namespace) -> None:
             parts.append(part)
     nll_N = torch.cat(parts).numpy()
     if options.out is not None:
-        arrays = {"ids": ids_N.numpy(), "nll": nll_N}
+        arrays: dict[str, Any] = {"ids": ids_N.numpy(), "nll": nll_N}
         if byte_ends_N is not None:
             arrays["byte_ends"] = byte_ends_N
         with replacing(options.out) as aside, aside.open("wb") as file:
