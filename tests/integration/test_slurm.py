@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -82,7 +83,7 @@ def guide_command():
 
 
 def notes_of(env):
-    return open(env["TEST_NOTES"]).read().splitlines()
+    return Path(env["TEST_NOTES"]).read_text().splitlines()
 
 
 def test_each_node_starts_one_launcher_that_meets_the_others(slurm):
