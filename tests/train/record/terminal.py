@@ -10,22 +10,15 @@ import struct
 import subprocess
 import termios
 from collections.abc import Sequence
-from pathlib import Path
 
 
-def recorded(
-    command: Sequence[str],
-    columns: int,
-    env: dict[str, str] | None = None,
-    cwd: Path | None = None,
-) -> str:
+def recorded(command: Sequence[str], columns: int, env: dict[str, str] | None = None) -> str:
     """Everything that a command writes to a terminal so wide, control characters included."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     child = subprocess.Popen(
-        command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd,
-        env={**os.environ, **(env or {})},
-    )  # fmt: skip
+        command, stdin=theirs, stdout=theirs, stderr=theirs, env={**os.environ, **(env or {})}
+    )
     os.close(theirs)
     parts = []
     while True:
