@@ -215,7 +215,7 @@ def test_a_task_that_cannot_be_read_is_one_line(fault, run, tasks, tmp_path, cap
         ),
         ({"doc_to_target": "no {{text}}"}, 2, ["for none of 4 an answer among its choices"]),
         (
-            {"doc_to_target": "{{answer if text else 9}}"}, 0,
+            {"doc_to_target": "{{9 if text|length > 45 else answer}}"}, 0,
             ["gives for 1 of 4 documents no answer among their choices: they count as wrong"],
         ),
         ({"doc_to_text": "txet"}, 0, ["doc_to_text: txet is no column of it (did you mean text?)"]),
