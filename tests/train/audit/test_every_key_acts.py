@@ -192,9 +192,9 @@ ROWS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "model.deterministic": row(False, launches, model__kernels=Kernels.triton),
     "model.loss_chunk_tokens": row(1, called("model.loss.project")),
     # ---- data
-    "data.tokenizer": row("bpe", data, data__vocab_size=512),
+    "data.tokenizer": row("bpe", data, data__vocab_size=512, model__vocab_size=513),
     "data.vocab_size": row(
-        513, data, data__tokenizer="bpe", data__vocab_size=512,
+        513, data, data__tokenizer="bpe", data__vocab_size=512, model__vocab_size=513,
         data__sources__t__path="varied.jsonl"),
     "data.cache_dir": row(
         "cache/other", handed("data.prepare.cache_root", lambda r: data(r, Path()))),
