@@ -12,7 +12,7 @@ passed over (same config, same code), runs that studies share are trained once. 
 each take a --share; a run is known by its receipt, wherever it was made (--also). The report lies
 in docs/studies/NAME, what it was made from in docs/studies/archives/NAME.tar.xz; runs are made
 below runs/studies. KEY=VALUE changes a key of conf/study/NAME.yaml (steps, seeds, search.fraction,
-arms.NAME.lr, ...): see scripts/studies/config.py.
+arms.NAME.lr, ...): see scripts/studies/sections.py.
 
 Exit codes: 0 all runs are finished, 2 input that cannot be, 75 stopped and resumable, 1 otherwise.
 """
@@ -46,6 +46,7 @@ from scripts.studies.archive import archive_of, pack
 from scripts.studies.cells import Sweep, from_root
 from scripts.studies.config import AGAIN, StudyConfig, load_study, study_names
 from scripts.studies.estimate import Cost, Estimate
+from scripts.studies.probed import probe_words, unasked
 from scripts.studies.protocol import Protocol
 from scripts.studies.results import gather
 from scripts.studies.statistics import paired
@@ -123,6 +124,8 @@ def _run(name: str, study: StudyConfig, args: argparse.Namespace) -> int:
 def _run_all(protocol: Protocol, args: argparse.Namespace, lock: int, name: str) -> ExitCode:
     """Start batch after batch; after each there is a report of what is known."""
     began, share = time.monotonic(), parse_share(args.share)
+    if (code := _ask(protocol, lock)) != ExitCode.finished:
+        return code
     while (batch := first_of_share(protocol, share)) is not None:
         left = args.time_limit - (time.monotonic() - began) if args.time_limit else math.inf
         batch = fitting(batch, left, Estimate(protocol)) if args.time_limit else batch
@@ -131,6 +134,8 @@ def _run_all(protocol: Protocol, args: argparse.Namespace, lock: int, name: str)
             return ExitCode.resumable
         code = _start(protocol, batch, args.launcher, lock)
         protocol.store.scan()
+        if code == ExitCode.finished:
+            code = _ask(protocol, lock)
         missing = sum(protocol.find(cell) is None for cell in batch.cells)
         pack(protocol, archive_of(name, args.archive / PACKED))
         write_study_report(name, protocol, args.archive)
@@ -252,7 +257,23 @@ def _start(protocol: Protocol, batch: Sweep, launcher: str, lock: int) -> ExitCo
     """Run a batch by the trainer's own entry; signals go on to it."""
     words = protocol.command(batch, [f"hydra/launcher={launcher}"] if launcher else [])
     print(f"\n== {batch.title}: python train/pretrain.py {' '.join(words)}", flush=True)
-    command = [sys.executable, str(ROOT / "train" / "pretrain.py"), *words]
+    return _child(["train/pretrain.py", *words], lock)
+
+
+def _ask(protocol: Protocol, lock: int) -> ExitCode:
+    """Let every run of the seeds answer the study's questions, where it has not."""
+    for run in unasked(protocol):
+        words = probe_words(run, protocol.study.probe)
+        print(f"\n== questions: python scripts/probe.py {' '.join(words)}", flush=True)
+        code = _child(["scripts/probe.py", *words], lock)
+        if code != ExitCode.finished:  # it has told why
+            return code
+    return ExitCode.finished
+
+
+def _child(words: Sequence[str], lock: int) -> ExitCode:
+    """Run a program of ours, a path from the root and its words, to its end."""
+    command = [sys.executable, *words]
     # The child holds the lock too, so that nobody writes to its folders should we be killed.
     process = subprocess.Popen(command, cwd=ROOT, pass_fds=[lock])
 

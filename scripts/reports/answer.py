@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from scripts.reports.far_answers import answers_line
 from scripts.reports.transfer import transfer_line
 from scripts.studies.config import StudyConfig
 from scripts.studies.law import Estimated
@@ -34,6 +35,8 @@ def lead(results: StudyResults) -> str:
         said = "differs from" if test.p < results.study.level else "no verdict, as it must be:"
         parts = [f"A/A: the repeated arm {said} itself ({signed(test.mean)} nats, p {test.p:.2g})"]
     if (text := _catch_up_line(results)) is not None:
+        parts.append(text)
+    if (text := answers_line(results)) is not None:
         parts.append(text)
     unfinished = f" {results.missing} runs are still to do." if results.missing else ""
     return f"{'; '.join(parts) or 'nothing is finished yet'}.{unfinished}"

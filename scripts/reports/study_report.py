@@ -27,6 +27,7 @@ from scripts.reports.answer import (
     signed,
 )
 from scripts.reports.document import Picture, ReportDocument, Table
+from scripts.reports.far_answers import answers_section
 from scripts.reports.plots import (
     draw_catch_up,
     draw_curves,
@@ -76,6 +77,8 @@ def study_document(results: StudyResults) -> ReportDocument:
         document.add("The best rates", *transfer_section(results))
     else:
         document.add("Comparisons", *_comparisons(results))
+    if results.answers is not None:
+        document.add("What lies far behind", *answers_section(results, results.answers))
     if results.catch_up is not None:
         document.add("Steps to the other arm's loss", *_catch_up(results, results.catch_up))
     document.add("Curves", _picture("curves", "validation loss of each arm", results))
@@ -510,6 +513,7 @@ def as_json(results: StudyResults) -> dict[str, Any]:
         "lead": lead(results),
         "missing": results.missing,
         "noise_floor": results.floor,
+        "answers": None if results.answers is None else plain(results.answers),
         "arms": {
             arm.name: {
                 "lr": arm.choice.best,

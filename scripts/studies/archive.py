@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from scripts.studies.cells import Cell
 from scripts.studies.config import StudyConfig
 from scripts.studies.protocol import Protocol
-from scripts.studies.store import ARCHIVED, FinishedRun, Store, parse_run, read_archive
+from scripts.studies.store import ARCHIVED, PROBE, FinishedRun, Store, parse_run, read_archive
 from train.errors import UserError
 from train.exchange.output_files import replacing
 from train.record.receipt import plain
@@ -73,11 +73,12 @@ def pack(protocol: Protocol, path: Path) -> None:
 
 
 def _files_of(run: FinishedRun) -> Mapping[str, bytes]:
+    files = run.files if run.probe is None else {**run.files, PROBE: run.probe}
     if not run.records:
-        return run.files
+        return files
     kept = [{key: record[key] for key in _KEPT if key in record} for record in run.records]
     lines = [json.dumps(record, allow_nan=False) + "\n" for record in kept]
-    return {**run.files, METRICS: "".join(lines).encode()}
+    return {**files, METRICS: "".join(lines).encode()}
 
 
 def open_archive(path: Path) -> Protocol:

@@ -12,6 +12,8 @@ from scripts.studies.store import FinishedRun, Store, identity_of
 from train.config.command_line import compose_run
 from train.config.schema import Precision, RunConfig
 from train.errors import ROOT, UserError
+from train.preflight.forecast import run_flops
+from train.stages import resolve
 
 AGAIN_OFFSET = 1_000_003  # init_seed_offset of the A/A arm
 
@@ -56,6 +58,12 @@ def from_root(path: Path) -> str:
     """A path as a config holds it: from the repository's root where it lies below it."""
     absolute = path.resolve()
     return str(absolute.relative_to(ROOT) if absolute.is_relative_to(ROOT) else absolute)
+
+
+def flops_per_token(run: RunConfig) -> float:
+    """Forward and backward, per trained token, over all stages of a run."""
+    plan = resolve(run)
+    return run_flops(run, plan) / plan.end_tokens
 
 
 @dataclass

@@ -18,132 +18,25 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from scripts.studies.sections import (
+    ArmConfig,
+    CatchUpConfig,
+    LadderConfig,
+    LawConfig,
+    ProbeConfig,
+    SearchConfig,
+    SequentialConfig,
+    TransferConfig,
+)
 from train.config.command_line import CONF
 from train.config.load import describe
 from train.config.values import shape_problems, shown, type_of, unknown_key
 from train.errors import Problems, UserError
+from train.probes.tasks import ALL_NEEDLES, LEAST_TOKENS
 
 STUDIES = CONF / "study"
 GRID_STEP = 1.42  # of rates whose optimum is asked for: a square root of 2, rounded up
 AGAIN = "again"  # the arm that repeats the baseline from another initialisation (A/A)
-
-
-@dataclass
-class ArmConfig:
-    """One side of a comparison.
-
-    Attributes:
-        overrides: of ``train/pretrain.py``, on top of the study's ``base``.
-        lr: learning rates that the search tries first, ascending; empty: those of the baseline.
-        evaluates: another arm, whose trained weights this arm evaluates and does not train.
-        fraction: of the study's steps that this arm trains for, with its own decay.
-        steps: of its runs instead; 0: ``fraction`` of the study's.
-        tune: other keys -> values that the search tries after the learning rate, key by key: what
-            is best so far stays unless a value lowers the loss.
-        like: another arm, whose overrides (grid, tune) it takes, its own behind them.
-        seconds_of: another arm whose time it takes: as many steps as the arm ``like`` makes in the
-            time that ``seconds_of`` runs, by the step times of both searches.
-    """
-
-    overrides: list[str] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
-    evaluates: str = ""
-    fraction: float = 1.0
-    steps: int = 0
-    tune: dict[str, list[str]] = field(default_factory=dict)
-    like: str = ""
-    seconds_of: str = ""
-
-
-@dataclass
-class SearchConfig:
-    """The choice of each arm's learning rate.
-
-    Attributes:
-        seed: of all its runs; must not be among the study's.
-        fraction: of the study's steps that a run of the search takes, with its own decay.
-        factor: between a new learning rate and the edge of the grid that was best.
-        extensions: how often a grid may grow before the study gives up.
-    """
-
-    seed: int = 0
-    fraction: float = 1.0
-    factor: float = 2.0
-    extensions: int = 3
-
-
-@dataclass
-class CatchUpConfig:
-    """How many steps one arm needs for another arm's final loss.
-
-    Attributes:
-        arm: that is also trained for fewer steps; empty: the question is not asked.
-        to: the arm whose final loss is to be reached.
-        fractions: of the study's steps, ascending, below 1; each run has its own whole decay.
-    """
-
-    arm: str = ""
-    to: str = ""
-    fractions: list[float] = field(default_factory=list)
-
-
-@dataclass
-class LawConfig:
-    """A law of the final loss over training FLOPs (``scripts/studies/law.py``).
-
-    Attributes:
-        arms: the points, by FLOPs; empty: the question is not asked. The last one is also
-            predicted from the others.
-    """
-
-    arms: list[str] = field(default_factory=list)
-
-
-@dataclass
-class LadderConfig:
-    """How many steps one kind of arm needs for another's loss, at several lengths.
-
-    Attributes:
-        arms: of one kind by ascending steps, each tuned at its own; empty: not asked.
-        to: of the other kind; the loss of each is to be reached. The last is also predicted.
-    """
-
-    arms: list[str] = field(default_factory=list)
-    to: list[str] = field(default_factory=list)
-
-
-@dataclass
-class TransferConfig:
-    """Whether the best learning rate stays while a model grows (``scripts/reports/transfer.py``).
-
-    Every rate of an arm's grid trains on every seed; a grid grows until two rates lie on each side
-    of the best.
-
-    Attributes:
-        along: what grows -> arms by size, the first held against the last; empty: not asked.
-        factor: within which their best rates must lie.
-    """
-
-    along: dict[str, list[str]] = field(default_factory=dict)
-    factor: float = 1.5
-
-
-@dataclass
-class SequentialConfig:
-    """Verdicts before all seeds are spent (``scripts/studies/sequential.py``).
-
-    Attributes:
-        looks: seeds after which open arms are judged, ascending; the last is all seeds. Empty: one
-            verdict, over all seeds.
-        spending: exponent; by n of N seeds ``level * (n / N) ** spending`` may be spent.
-        futility: an arm whose chance of a verdict from the seeds left is smaller is stopped.
-        power: for which the smallest effect is stated.
-    """
-
-    looks: list[int] = field(default_factory=list)
-    spending: float = 1.0
-    futility: float = 0.1
-    power: float = 0.8
 
 
 @dataclass
@@ -163,6 +56,7 @@ class StudyConfig:
         law: of the loss over FLOPs.
         ladder: steps to another kind of arm's loss, at several lengths.
         transfer: of the best learning rate from size to size.
+        probe: questions whose answers are told beside the loss.
         again: also run the baseline from other initial weights (A/A, the noise floor).
         level: of the two-sided test, a fraction.
         sequential: verdicts before all seeds are spent.
@@ -180,6 +74,7 @@ class StudyConfig:
     law: LawConfig = field(default_factory=LawConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
     again: bool = True
     level: float = 0.05
     sequential: SequentialConfig = field(default_factory=SequentialConfig)
@@ -194,6 +89,7 @@ class StudyConfig:
             *self._basic_checks(), *self._arm_checks(), *self._catch_up_checks(),
             *self._sequential_checks(), *self._law_checks(), *self._ladder_checks(),
             *self._transfer_checks(),
+            *self._probe_checks(),
         ):  # fmt: skip
             if not ok:
                 raise UserError(message)
@@ -244,21 +140,7 @@ class StudyConfig:
                     arm.like in ("", *names) and arm.like != name,
                     f"arms.{name}.like={arm.like} must be another of arms={names}",
                 ),
-                (
-                    not arm.seconds_of
-                    or (
-                        arm.seconds_of in names
-                        and bool(arm.like)
-                        and not arm.steps
-                        and not any(
-                            self.arms[other].seconds_of
-                            for other in (arm.like, arm.seconds_of)
-                            if other in names
-                        )
-                    ),
-                    f"arms.{name}.seconds_of={arm.seconds_of} must be one of arms={names} with"
-                    f" steps of its own, and needs arms.{name}.like={arm.like}, such an arm too",
-                ),
+                *self._pace_checks(name, arm),
                 (
                     bool(arm.evaluates) or len(self.grid(name)) >= 3,
                     f"arms.{name}.lr={self.grid(name)} needs 3 values: a best one between others",
@@ -268,6 +150,29 @@ class StudyConfig:
                     f"arms.{name}.lr={self.grid(name)} must ascend",
                 ),
             ]
+        return checks
+
+    def _pace_checks(self, name: str, arm: ArmConfig) -> list[tuple[bool, str]]:
+        """Of an arm whose steps follow from another's."""
+        names = list(self.arms)
+        asked = {"seconds_of": arm.seconds_of, "flops_of": arm.flops_of}
+        checks = [
+            (
+                not all(asked.values()),
+                f"arms.{name}.seconds_of={arm.seconds_of} and arms.{name}.flops_of={arm.flops_of}:"
+                " one of them fixes its steps",
+            )
+        ]
+        for key, other in asked.items():
+            paced = any(self.arms[a].paced_by for a in (arm.like, other) if a in names)
+            possible = other in names and bool(arm.like) and not arm.steps and not paced
+            checks.append(
+                (
+                    not other or possible,
+                    f"arms.{name}.{key}={other} must be one of arms={names} with steps of its own,"
+                    f" and needs arms.{name}.like={arm.like}, such an arm too",
+                )
+            )
         return checks
 
     def _catch_up_checks(self) -> list[tuple[bool, str]]:
@@ -333,8 +238,9 @@ class StudyConfig:
                 f" sequential.looks={self.sequential.looks} must be 1, false and []",
             ),
             (
-                not any(arm.evaluates or arm.tune or arm.seconds_of for arm in self.arms.values()),
-                "transfer: arms differ in size; evaluates, tune and seconds_of have no place there",
+                not any(arm.evaluates or arm.tune or arm.paced_by for arm in self.arms.values()),
+                "transfer: arms differ in size; evaluates, tune, seconds_of and flops_of have no"
+                " place there",
             ),
         ]
         for what, arms in ask.along.items():
@@ -355,6 +261,25 @@ class StudyConfig:
                 )
             )
         return checks
+
+    def _probe_checks(self) -> list[tuple[bool, str]]:
+        ask = self.probe
+        if not ask.needle:
+            return []
+        return [
+            (
+                ask.needle in ALL_NEEDLES,
+                f"probe.needle={ask.needle} must be one of {', '.join(ALL_NEEDLES)}",
+            ),
+            (
+                bool(ask.lengths) and min(ask.lengths) >= LEAST_TOKENS,
+                f"probe.lengths={ask.lengths} must be numbers of {LEAST_TOKENS} or more",
+            ),
+            (
+                ask.depths >= 1 and ask.count >= 1,
+                f"probe.depths={ask.depths} and probe.count={ask.count} must be 1 or more",
+            ),
+        ]
 
     def trials(self, arm: str) -> int:
         """Runs of an arm's search, if its first grid holds the best learning rate."""

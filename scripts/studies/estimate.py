@@ -7,11 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from model.flops import training_flops
-from scripts.studies.cells import Cell
+from scripts.studies.cells import Cell, flops_per_token
 from scripts.studies.protocol import Protocol
 from scripts.studies.store import FinishedRun
-from train.config.schema import RunConfig
 from train.preflight.matmul_rate import measured_matmul_rate
 
 START_SECONDS = 15.0  # imports, corpus, audit, evaluations
@@ -65,16 +63,6 @@ class Estimate:
             return START_SECONDS
         tokens = cell.steps * run.train.global_batch_tokens
         return START_SECONDS + tokens * flops_per_token(run) * self._per_flop
-
-
-def flops_per_token(run: RunConfig) -> float:
-    """Forward and backward, per position."""
-    train = run.train
-    sparse = train.indexer_phase.value
-    return training_flops(
-        run.model, train.seq_len, sparse,
-        indexer_loss=train.indexer_loss_weight > 0, mtp=train.mtp_loss_weight > 0,
-    ).total  # fmt: skip
 
 
 def _seconds_per_flop(protocol: Protocol, measured: list[FinishedRun]) -> tuple[float, str]:

@@ -12,10 +12,11 @@ import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from scripts.studies.cells import Cell, StudyRuns, Sweep, from_root
-from scripts.studies.config import AGAIN, ArmConfig
+from scripts.studies.cells import Cell, StudyRuns, Sweep, flops_per_token, from_root
+from scripts.studies.config import AGAIN
 from scripts.studies.looks import ArmStanding, others, standings
 from scripts.studies.search import Choice, Tuning, choose
+from scripts.studies.sections import ArmConfig
 from scripts.studies.store import FinishedRun
 
 
@@ -34,6 +35,9 @@ class Protocol(StudyRuns):
         trained = self.study.arms[config.evaluates] if config.evaluates else config
         if trained.seconds_of:
             return self._steps_in_time(trained) or self.study.steps
+        if trained.flops_of:
+            theirs, own = self._step_flops(trained.flops_of), self._step_flops(trained.like)
+            return max(1, round(self.steps_of(trained.flops_of) * theirs / own))
         return trained.steps or self.shortened(trained.fraction)
 
     def _steps_in_time(self, arm: ArmConfig) -> int:
@@ -42,6 +46,12 @@ class Protocol(StudyRuns):
         if not theirs or not own:
             return 0
         return max(1, round(self.steps_of(arm.seconds_of) * theirs / own))
+
+    def _step_flops(self, arm: str) -> float:
+        """Of an archived study as its runs were, whatever the defaults are today."""
+        archived = (run.run for cell, run in (self.recorded or {}).items() if cell.arm == arm)
+        run = next(archived, None) or self.config(Cell(arm, self.steps_of(arm), 1.0, 0))
+        return flops_per_token(run) * run.train.global_batch_tokens
 
     def _pace(self, arm: str) -> float:
         """Seconds a step in an arm's search, median of runs; 0 while it is not done.

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from model.parameter_counts import parameter_counts
+from scripts.studies.cells import flops_per_token
 from scripts.studies.config import AGAIN, StudyConfig
-from scripts.studies.estimate import flops_per_token
 from scripts.studies.law import Law, Prediction, fit_law, predict_last
 from scripts.studies.looks import ArmStanding
+from scripts.studies.probed import FarAnswers, far_answers
 from scripts.studies.protocol import Protocol
 from scripts.studies.search import Choice, Tuning
 from scripts.studies.statistics import (
@@ -191,6 +192,7 @@ class StudyResults:
         law: the same, of the loss over FLOPs.
         predicted: the last point of the law, from the others.
         ladder: the rungs that are finished, by length.
+        answers: to what the seeds' runs were asked; None where nothing was, or is yet.
         search_steps: of a run of the search.
         missing: runs still to do, of a sequential study up to the next look.
         again_seeds: that the noise floor is to stand on by now.
@@ -207,6 +209,7 @@ class StudyResults:
     law: Law | None = None
     predicted: Prediction | None = None
     ladder: list[Rung] = field(default_factory=list)
+    answers: FarAnswers | None = None
     search_steps: int = 0
     missing: int = 0
     again_seeds: int = 0
@@ -249,6 +252,8 @@ def gather(name: str, protocol: Protocol) -> StudyResults:
     if study.catch_up.arm:
         results.catch_up = _catch_up(protocol, arms)
     results.ladder = _ladder(results)
+    runs = {arm.name: arm.runs for arm in arms.values()}
+    results.answers = far_answers(study.probe, runs, study.baseline, study.level)
     points = law_points(results)
     if study.law.arms and len(points) == len(study.law.arms):
         results.law = fit_law(points, study.level)

@@ -33,6 +33,7 @@ from train.run_folder.folder import CHECKPOINTS, CONFIG, METRICS
 log = logging.getLogger(__name__)
 
 ARCHIVED = ".tar.xz"
+PROBE = "probe.json"  # what a study asked it, if any
 _NOT_IDENTITY = ("run_dir", "init_from", "wandb", "tensorboard", "sample")
 
 
@@ -45,7 +46,8 @@ class FinishedRun:
         run: its config, as today's code reads it.
         receipt: what it left behind.
         records: its metrics; empty of an evaluation.
-        files: name -> bytes of its config and its receipt, as they lie there.
+        files: name -> bytes of its config and its receipt, as they lie there; of an archive the
+            answers to a probe, too.
     """
 
     folder: Path
@@ -99,6 +101,12 @@ class FinishedRun:
     def weight_errors(self) -> dict[str, float]:
         """Of an evaluation: quantised weight -> squared error over squared norm."""
         return dict(self.receipt.get("quantised", {}))
+
+    @property
+    def probe(self) -> bytes | None:
+        """What ``v4 probe`` found, which may be later than the run; None before."""
+        file = self.folder / PROBE
+        return file.read_bytes() if file.is_file() else self.files.get(PROBE)
 
     @property
     def rows_evaluated(self) -> float | None:
@@ -182,7 +190,8 @@ def parse_run(folder: Path, files: Mapping[str, bytes]) -> FinishedRun:
         records = [json.loads(line) for line in files[METRICS].splitlines()]
     else:
         records = read_metrics(folder / METRICS)
-    return FinishedRun(folder, run, receipt, records, {n: files[n] for n in (CONFIG, name)})
+    kept = {n: files[n] for n in (CONFIG, name, PROBE) if n in files}
+    return FinishedRun(folder, run, receipt, records, kept)
 
 
 # Of a receipt and of an evaluation's: the values that are read here, with their types.

@@ -14,6 +14,7 @@ import model.context as context_module
 from data.batch import IGNORE, Batch, BatchCounts
 from model.attention.csa import CompressedSparseAttention
 from model.kernels.indexer import index_topk_reference
+from model.kernels.triton.launch import counted
 from model.kv_exchange import Here
 from model.transformer import DeepSeekV4
 from parallel.context_parallel import ShardedRows
@@ -35,6 +36,7 @@ LENGTHS = (
     [43, 87, 31, 95], [256], [5, 251], [3] * 85, [100, 3, 3, 3, 3, 3, 3, 3, 3, 100], [61, 2, 130],
     [127, 129], [129, 127],
 )  # fmt: skip
+ONE_ROW = ([13, 6, 13],)  # shards of 16: one document over the edge, a window of 8 before it
 
 
 def packed_rows(vocab_size, lengths=LENGTHS, row=ROW, depths=2):
@@ -61,12 +63,12 @@ def packed_rows(vocab_size, lengths=LENGTHS, row=ROW, depths=2):
     return Rows(Batch(ids, documents, labels), counts)
 
 
-def compare_step(rank, world, degrees, size, micro, checkpoint, changes):
+def compare_step(rank, world, degrees, size, micro, checkpoint, changes, lengths=LENGTHS):
     reference = alone(size, **changes)
-    rows = packed_rows(reference.model.config.vocab_size)
+    rows = packed_rows(reference.model.config.vocab_size, lengths, max(map(sum, lengths)))
     engine, _ = spread(reference, degrees, checkpoint=checkpoint)
-    one = forward_backward(reference, rows, len(LENGTHS))
-    many = forward_backward(engine, rows, len(LENGTHS), micro)
+    one = forward_backward(reference, rows, len(lengths))
+    many = forward_backward(engine, rows, len(lengths), micro)
     assert abs(float(many.total - one.total)) <= 1e-6 * float(one.total), (many.total, one.total)
     indexers = reference.model.config.num_indexers
     assert (one.losses["loss_indexer"] > 0) == (indexers > 0)
@@ -91,19 +93,18 @@ def compare_step(rank, world, degrees, size, micro, checkpoint, changes):
 
 def compare_choices(engine, reference, rows, micro):
     """Experts of every token, and the set of entries of every query."""
+    B, T = rows.whole.input_ids_BT.shape
     wanted, found = (
-        e.choices(
-            microbatches(rows, len(LENGTHS), micro, e.data_rank, e.data_degree), objective(rows)
-        )
+        e.choices(microbatches(rows, B, micro, e.data_rank, e.data_degree), objective(rows))
         for e in (reference, engine)
     )
     here = slice(engine.data_rank * len(found), (engine.data_rank + 1) * len(found))
     for theirs, mine in zip(wanted[here], found, strict=True):
         assert mine.keys() <= theirs.keys()
         for name, chosen in mine.items():
-            B = micro
-            expected = theirs[name].view(B, ROW, -1).chunk(engine.shard.count, dim=1)
-            expected, chosen = expected[engine.shard.index], chosen.view(B, -1, chosen.shape[-1])
+            expected = theirs[name].view(micro, T, -1).chunk(engine.shard.count, dim=1)
+            chosen = chosen.view(micro, -1, chosen.shape[-1])
+            expected = expected[engine.shard.index]
             if not name.endswith(".gate"):
                 expected, chosen = expected.sort(-1).values, chosen.sort(-1).values
             assert torch.equal(chosen, expected), name
@@ -117,6 +118,19 @@ def test_shards_of_rows_train_as_one_process(world, degrees):
 def test_dense_layers_train_on_shards_as_one_process():
     """A rank reads the keys of all tokens before its shard; over several shards: the slow tests."""
     run_distributed(compare_step, 2, {"cp": 2}, "small", 8, "none", {"attention": "dense"})
+
+
+def compare_triton(rank, world):
+    changes = {"kernels": "triton", "index_topk": 2, "hc_sinkhorn_iters": 3}
+    with counted() as launches:
+        compare_step(rank, world, {"cp": world}, "small", 1, "none", changes, ONE_ROW)
+    assert len(launches) >= 25  # kernels
+
+
+@pytest.mark.slow
+def test_triton_kernels_train_on_shards_as_one_process():
+    """In Triton's interpreter, which takes a hundred times as long: one row of three documents."""
+    run_distributed(compare_triton, 2)
 
 
 @pytest.mark.slow

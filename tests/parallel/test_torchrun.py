@@ -24,6 +24,7 @@ from tests.parallel.torchrun import (
 )
 from tests.train.checkpoint.folders import newest_good
 from tests.train.samples import every_token_once, read_samples
+from tests.train.test_bad_inputs import SHARDED_MODEL, SHARDS
 from train.checkpoint.manager import Checkpoints
 from train.config.schema import RunConfig
 
@@ -176,26 +177,37 @@ BAD = [
     (["parallel.cp=4"], "parallel.dp_shard=-1 cannot be the rest: parallel.cp=4 does not divide"),
     (["parallel.cp=2", "train.seq_len=63", "train.global_batch_tokens=126"],
      "train.seq_len=63 must be a multiple of cp=2, its shards"),
-    (["parallel.cp=2", "model.attention=dense"],
-     "train needs cp=2 (rows of 64 tokens in 2 shards), but layer 1 of model.attention=dense is"),
+    (["parallel.cp=2", "model.layer_kinds=[swa,mha,hca]", "model.compress_ratios=[0,0,16,0]"],
+     "train needs cp=2 (rows of 64 tokens in 2 shards), but layer 1 of model.attention=hybrid is"),
     (["train.global_batch_tokens=192"],
      "a batch of 3 rows (train.global_batch_tokens=192, seq_len=64) must be a multiple of"
      " train.micro_batch_size=1 times 2 data rank(s)"),
 ]  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("args", "message"), BAD)
-def test_layout_that_cannot_be_is_one_line_from_one_rank(corpus, tmp_path, args, message):
+def refused(ranks, folder, args, message):
     """The worker's line comes first; what follows is the launcher's own report."""
-    folder = tmp_path / "run"
-    done = launch(2, *words(corpus, STEPS), *args, f"run_dir={folder}")
+    done = launch(ranks, *args, f"run_dir={folder}")
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(lines) == 2  # above the launcher's report and below it
     assert message in lines[0] == lines[1] == done.stderr.splitlines()[-1]
     assert "exitcode  : 2" in done.stderr
     assert not folder.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("args", "message"), BAD)
+def test_layout_that_cannot_be_is_one_line_from_one_rank(corpus, tmp_path, args, message):
+    refused(2, tmp_path / "run", [*words(corpus, STEPS), *args], message)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("what", "ranks", "args", "message"), SHARDS, ids=[case[0] for case in SHARDS]
+)
+def test_shards_that_cannot_be_are_one_line_from_one_rank(what, ranks, args, message, tmp_path):
+    refused(ranks, tmp_path / "run", [*SHARDED_MODEL, *args], message)
 
 
 def test_the_users_lines_are_the_last_whatever_the_launcher_reports(tmp_path):

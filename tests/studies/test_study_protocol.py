@@ -15,13 +15,13 @@ import pytest
 from optim.groups import build_table
 from scripts import study
 from scripts.studies.archive import archive_of, open_archive, pack
-from scripts.studies.cells import Cell
+from scripts.studies.cells import Cell, flops_per_token
 from scripts.studies.config import AGAIN, load_study, study_names
-from scripts.studies.estimate import flops_per_token
 from scripts.studies.protocol import Protocol
 from scripts.studies.search import choose
 from scripts.studies.store import Store, identity_of, read_run
 from tests.studies.folders import CODE, leave_run
+from train.config.scaled import scaled_recipe
 from train.errors import ExitCode, UserError
 from train.stages import resolve
 
@@ -293,6 +293,34 @@ def test_arms_of_the_long_study_train_for_equal_flops(tmp_path):
         assert plan.steps_of(kind) == plan.steps_of("hybrid")
 
 
+def test_steps_of_equal_flops_follow_the_model(tmp_path):
+    """A window alone is cheaper than the hybrid, and the more so the more the indexer costs."""
+    steps = []
+    for words in ([], ["model.index_n_heads=64"]):
+        config = load_study("attention_long")
+        config.base += words
+        plan = Protocol(config, Store([], None), tmp_path)
+        steps.append(plan.steps_of("swa_flops"))
+        assert plan._search_cell("swa_flops", 1e-3).steps == round(steps[-1] / 2)
+    assert 2000 < steps[0] < steps[1]
+
+
+def test_wide_plain_experts_cost_what_mhc_does(tmp_path):
+    plan = Protocol(load_study("mhc_equal_cost"), Store([], None), tmp_path)
+    flops = {a: flops_per_token(plan.config(Cell(a, 10, 1e-3, 1))) for a in ("mhc", "plain_wide")}
+    assert flops["plain_wide"] == pytest.approx(flops["mhc"], rel=0.001)
+
+
+def test_points_of_the_scaling_law_are_a_quarter_of_the_familys_recipe(tmp_path):
+    plan = Protocol(load_study("scaling"), Store([], None), tmp_path)
+    for arm, asked in plan.study.arms.items():
+        run = plan.config(Cell(arm, asked.steps, 1e-3, 1))
+        recipe = scaled_recipe(run.model.scale)
+        assert abs(asked.steps - recipe["steps"] / 4) <= 0.5
+        assert run.train.global_batch_tokens == recipe["global_batch_tokens"]
+        assert asked.lr[1] == pytest.approx(recipe["lr"], rel=0.005)
+
+
 def test_an_arm_trains_for_the_time_of_another_by_the_searches_step_times(tmp_path):
     """A plain step takes 0.5 s and an mHC one 0.8: 16 steps in the time of 10."""
     plan = protocol(tmp_path, "mhc_equal_cost", "seeds=[1,2]", "sequential.looks=[]")
@@ -313,6 +341,8 @@ def test_an_arm_trains_for_the_time_of_another_by_the_searches_step_times(tmp_pa
     [
         ("arms.plain_clock.like=''", "arms.plain_clock.seconds_of=mhc must be one of"),
         ("arms.plain_clock.seconds_of=nobody", "arms.plain_clock.seconds_of=nobody must be one"),
+        ("arms.plain_clock.flops_of=mhc", "=mhc and arms.plain_clock.flops_of=mhc: one of them"),
+        ("arms.plain_wide.flops_of=mhc", "arms.plain_wide.flops_of=mhc must be one of"),
         ("arms.plain_clock.steps=7", "arms.plain_clock.seconds_of=mhc must be one of"),
         ("arms.plain_wide.like=plain_wide", "arms.plain_wide.like=plain_wide must be another"),
     ],

@@ -328,7 +328,10 @@ def test_other_rank_leaves_the_word_to_rank_0_and_speaks_only_after_a_wait(capsy
 
 
 # ---- shards of rows -----------------------------------------------------------------------------
-# (what, processes, arguments, what the line must say)
+SHARDED_MODEL = [
+    "model=v4_tiny", "train.device=cpu", "train.precision=fp32", "train.micro_batch_size=1",
+]  # fmt: skip
+# (what, processes, arguments, what the line must say); by torchrun in tests/parallel, slow
 SHARDS = [
     ("row that shards do not divide", 3, ["parallel.cp=3", "train.seq_len=128"],
      "seq_len=128 must be a multiple of cp=3, its shards"),
@@ -341,6 +344,16 @@ SHARDS = [
      "train.stages[0] needs cp=3 (rows of 96 tokens in 3 shards), which must divide the"
      " parallel.dp_shard=4 * parallel.cp=1 ranks"),
     ("ranks that are not there", 2, ["parallel.cp=4"], "parallel.cp=4"),
+    ("no shard at all", 2, ["parallel.cp=0"], "parallel.cp=0 must be 1 or more"),
+    ("no shard at all, in a stage", 2,
+     ["parallel.dp_shard=2", "train.stages=[{until_tokens: 8192, cp: 0}]"],
+     "train.stages[0].cp=0 must be 1 or more"),
+    ("half a shard", 2, ["parallel.cp=1.5"], "parallel.cp"),
+    ("experts over ranks that are not there", 2, ["parallel.cp=2", "parallel.ep=3"],
+     "parallel.ep=3 must divide the 2 data ranks"),
+    ("a whole step as one graph", 2,
+     ["parallel.cp=2", "train.compile=true", "model.kernels=reference"],
+     "parallel.cp=2 exchanges between ranks"),
     ("a layer that needs whole rows", 2,
      ["parallel.cp=2", "sample.tokens=0", "model.num_hidden_layers=2",
       "model.layer_kinds=[csa,mha]", "model.compress_ratios=[4,0,0]"],
@@ -380,8 +393,7 @@ def test_shards_that_cannot_be_are_one_line(
 ):
     launched(monkeypatch, processes)
     folder = tmp_path / "run"
-    fixed = ["model=v4_tiny", "train.device=cpu", "train.precision=fp32"]
-    code, line = one_line(*fixed, "train.micro_batch_size=1", f"run_dir={folder}", *args)
+    code, line = one_line(*SHARDED_MODEL, f"run_dir={folder}", *args)
     assert code == ExitCode.user_error
     assert says in line
     assert not folder.exists()

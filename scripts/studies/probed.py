@@ -1,0 +1,108 @@
+"""What a study's models answer: each seed's run is asked once it is trained, beside its loss.
+
+``v4 probe`` asks, and leaves ``probe.json`` in the run's folder; a study's archive has it beside
+the receipt. An answer counts as far where what it tells lies beyond the reach of stacked windows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from scripts.studies.config import AGAIN
+from scripts.studies.protocol import Protocol
+from scripts.studies.sections import ProbeConfig
+from scripts.studies.statistics import Paired, holm, paired
+from scripts.studies.store import FinishedRun
+from train.errors import ROOT
+
+
+@dataclass(frozen=True)
+class FarAnswers:
+    """Right answers beyond the windows' reach, and each arm beside the baseline.
+
+    Attributes:
+        questions: that every run was asked.
+        chance: of a guess.
+        shares: arm -> seed -> fraction that is right.
+        tests: arm -> differences to the baseline by seed, and Holm's corrected p.
+    """
+
+    questions: int
+    chance: float
+    shares: Mapping[str, Mapping[int, float]]
+    tests: Mapping[str, tuple[Paired, float]]
+
+
+def far_answers(
+    asked: ProbeConfig, runs: Mapping[str, Mapping[int, FinishedRun]], baseline: str, level: float
+) -> FarAnswers | None:
+    """What the runs answered; None where no question was asked, or none has been answered.
+
+    Args:
+        asked: the questions.
+        runs: arm -> seed -> finished run.
+        baseline: that the others are compared with.
+        level: of the tests.
+    """
+    cells = {
+        arm: {seed: found for seed, run in by_seed.items() if (found := far_cells(run, asked))}
+        for arm, by_seed in runs.items()
+    }
+    example = next((found for by_seed in cells.values() for found in by_seed.values()), None)
+    if example is None:
+        return None
+    questions = sum(cell["count"] for cell in example)
+    shares = {
+        arm: {
+            seed: sum(cell["correct"] * cell["count"] for cell in found) / questions
+            for seed, found in by_seed.items()
+        }
+        for arm, by_seed in cells.items()
+    }
+    others = [arm for arm in shares if arm != baseline]
+    tests = {arm: paired(shares[arm], shares[baseline], level) for arm in others}
+    done = {arm: test for arm, test in tests.items() if test is not None}
+    corrected = holm([test.p for test in done.values()])
+    chance = sum(cell["chance"] * cell["count"] for cell in example) / questions
+    return FarAnswers(
+        questions, chance, shares,
+        {arm: (test, p) for (arm, test), p in zip(done.items(), corrected, strict=True)},
+    )  # fmt: skip
+
+
+def far_cells(run: FinishedRun, asked: ProbeConfig) -> list[dict[str, Any]]:
+    """Answers of a run to these questions beyond the windows' reach; empty: they were not asked."""
+    if not asked.needle or run.probe is None:
+        return []
+    (model,) = json.loads(run.probe)["models"].values()
+    rows = model.get("needles", [])
+    forms = {(row["task"], row["length"], row["count"]) for row in rows}
+    wanted = {(asked.needle, length, asked.count) for length in asked.lengths}
+    if forms != wanted or len(rows) != asked.depths * len(wanted):
+        return []
+    return [row for row in rows if row["beyond"]]
+
+
+def unasked(protocol: Protocol) -> Iterator[FinishedRun]:
+    """Runs of the seeds that are trained here and have not been asked."""
+    asked = protocol.study.probe
+    if not asked.needle:
+        return
+    seeds, out = protocol.study.seeds, (ROOT / protocol.out).resolve()
+    for cell, run in protocol.finished().items():
+        if cell.seed not in seeds or cell.arm == AGAIN or far_cells(run, asked):
+            continue
+        if run.has_weights and run.folder.resolve().is_relative_to(out):
+            yield run
+
+
+def probe_words(run: FinishedRun, asked: ProbeConfig) -> list[str]:
+    """The command line of ``v4 probe`` that asks."""
+    lengths = ",".join(map(str, asked.lengths))
+    return [
+        str(run.folder), "--out", str(run.folder), "--only", "needles", "--needle", asked.needle,
+        "--lengths", lengths, "--depths", str(asked.depths), "--count", str(asked.count),
+    ]  # fmt: skip
