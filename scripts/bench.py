@@ -30,7 +30,7 @@ BENCHMARKS = {
     "roofline": "scripts.gpu.roofline",
     "triton_aot": "scripts.benchmarks.triton_aot",
     "context": "scripts.benchmarks.context",
-    "scoring": "scripts.benchmarks.scoring",
+    "scoring": "scripts.layout_trials.scoring",
     "recall": "scripts.benchmarks.recall",
     "step_parts": "scripts.layout_trials.step_parts",
     "timeline": "scripts.layout_trials.timeline",

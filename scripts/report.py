@@ -27,6 +27,7 @@ if not __package__:  # run as a file
 
 from scripts.cli.command import command
 from scripts.cli.parser import CommandParser
+from scripts.reports.differences import RunDifference, differences, explain
 from scripts.reports.document import (
     HTML,
     HTML_SUFFIX,
@@ -41,7 +42,6 @@ from scripts.reports.study_report import write_study_report
 from scripts.studies.archive import open_archive
 from scripts.studies.cells import from_root
 from scripts.studies.config import load_study
-from scripts.studies.differences import RunDifference, differences, explain
 from scripts.studies.protocol import Protocol
 from scripts.studies.store import ARCHIVED, Store, read_run
 from train.errors import ROOT, UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.benchmarks import scoring
+from scripts.layout_trials import scoring
 
 
 def planted(seconds):

@@ -13,11 +13,11 @@ from itertools import product
 import pytest
 
 from scripts import report
+from scripts.reports.differences import differences, explain, parting_step
 from scripts.reports.study_report import study_document, write_study_report
 from scripts.studies.archive import open_archive
 from scripts.studies.cells import Cell
 from scripts.studies.config import AGAIN, load_study
-from scripts.studies.differences import differences, explain, parting_step
 from scripts.studies.protocol import Protocol
 from scripts.studies.results import gather
 from scripts.studies.statistics import Finding, judge, paired
