@@ -372,17 +372,16 @@ def pairs_of(
 ):  # fmt: skip
     """[BN, CHANNELS] fp32: what a query's heads give to channels c of its chosen entries e."""
     k = tl.arange(0, K)
+    keys = tl.load(ENTRIES + e[:, None] * K + k[None, :], mask=(e >= 0)[:, None], other=0.0)
     acc = tl.zeros([BN, CHANNELS], tl.float32)
-    if tl.max(e) >= 0:
-        keys = tl.load(ENTRIES + e[:, None] * K + k[None, :], mask=(e >= 0)[:, None], other=0.0)
-        for h0 in range(0, H, ROWS):
-            h = h0 + tl.arange(0, ROWS)
-            lse2 = tl.load(LSE + row * H + h, mask=h < H, other=0.0) * LOG2E
-            delta = tl.load(DELTA + row * H + h, mask=h < H, other=0.0)
-            acc = keys_step(
-                keys, Q, DO, row * H + h0, 1, H - h0, (h < H)[None, :], lse2, delta, acc, scale2,
-                scale, k, c, H, ROWS, ROWS, K, CHANNELS, BN, TURNED, UPCAST,
-            )  # fmt: skip
+    for h0 in range(0, H, ROWS):
+        h = h0 + tl.arange(0, ROWS)
+        lse2 = tl.load(LSE + row * H + h, mask=h < H, other=0.0) * LOG2E
+        delta = tl.load(DELTA + row * H + h, mask=h < H, other=0.0)
+        acc = keys_step(
+            keys, Q, DO, row * H + h0, 1, H - h0, (h < H)[None, :], lse2, delta, acc, scale2,
+            scale, k, c, H, ROWS, ROWS, K, CHANNELS, BN, TURNED, UPCAST,
+        )  # fmt: skip
     return acc
 
 
@@ -398,12 +397,14 @@ def attention_grad_pairs(
     c = tl.program_id(1) % PARTS * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.program_id(1) // PARTS * BN + tl.arange(0, BN)
     e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
-    acc = pairs_of(
-        Q, ENTRIES + row // T * E * K, LSE, DELTA, DO, row, e, c, scale2, scale, H, ROWS, K,
-        CHANNELS, BN, TURNED, UPCAST,
-    )  # fmt: skip
-    PAIRS += tl.program_id(0).to(tl.int64) * N * K
-    tl.store(PAIRS + n[:, None] * K + c[None, :], acc, mask=(e >= 0)[:, None])
+    if tl.max(e) >= 0:
+        ENTRIES += row // T * E * K
+        acc = pairs_of(
+            Q, ENTRIES, LSE, DELTA, DO, row, e, c, scale2, scale, H, ROWS, K, CHANNELS, BN, TURNED,
+            UPCAST,
+        )  # fmt: skip
+        PAIRS += tl.program_id(0).to(tl.int64) * N * K
+        tl.store(PAIRS + n[:, None] * K + c[None, :], acc, mask=(e >= 0)[:, None])
 
 
 @triton.jit
@@ -418,10 +419,11 @@ def attention_grad_pairs_atomic(
     c = tl.program_id(1) % PARTS * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.program_id(1) // PARTS * BN + tl.arange(0, BN)
     e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
-    of_row = row // T * E * K
-    acc = pairs_of(
-        Q, ENTRIES + of_row, LSE, DELTA, DO, row, e, c, scale2, scale, H, ROWS, K, CHANNELS, BN,
-        TURNED, UPCAST,
-    )  # fmt: skip
-    at = e[:, None] * K + c[None, :]
-    tl.atomic_add(SUM + of_row + at, acc, mask=(e >= 0)[:, None], sem="relaxed")
+    if tl.max(e) >= 0:
+        of_row = row // T * E * K
+        acc = pairs_of(
+            Q, ENTRIES + of_row, LSE, DELTA, DO, row, e, c, scale2, scale, H, ROWS, K, CHANNELS, BN,
+            TURNED, UPCAST,
+        )  # fmt: skip
+        at = e[:, None] * K + c[None, :]
+        tl.atomic_add(SUM + of_row + at, acc, mask=(e >= 0)[:, None], sem="relaxed")

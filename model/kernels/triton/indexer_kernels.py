@@ -190,19 +190,16 @@ def key_pairs(
     J: tl.constexpr, HEADS: tl.constexpr, L: tl.constexpr, BN: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """[BN, L] fp32: what a query gives to the keys of entries e, the n-th of its list."""
-    dk = tl.zeros([BN, L], tl.float32)
-    if tl.max(e) >= 0:
-        j = tl.arange(0, HEADS)
-        c = tl.arange(0, L)
-        at = row * J * L + j[:, None] * L + c[None, :]
-        q = tl.load(Q + at, mask=(j < J)[:, None], other=0.0)
-        w = tl.load(WEIGHT + row * J + j, mask=j < J, other=0.0)
-        ds = tl.load(DS + row * N + n, mask=n < N, other=0.0)
-        keys = tl.load(KEYS + e[:, None] * L + c[None, :], mask=(e >= 0)[:, None], other=0.0)
-        s = dot(keys, tl.trans(q), None, UPCAST)
-        g = tl.where(s <= 0, 0.0, w[None, :] * ds[:, None])
-        dk = dot(g.to(q.dtype), q, None, UPCAST)
-    return dk
+    j = tl.arange(0, HEADS)
+    c = tl.arange(0, L)
+    at = row * J * L + j[:, None] * L + c[None, :]
+    q = tl.load(Q + at, mask=(j < J)[:, None], other=0.0)
+    w = tl.load(WEIGHT + row * J + j, mask=j < J, other=0.0)
+    ds = tl.load(DS + row * N + n, mask=n < N, other=0.0)
+    keys = tl.load(KEYS + e[:, None] * L + c[None, :], mask=(e >= 0)[:, None], other=0.0)
+    s = dot(keys, tl.trans(q), None, UPCAST)
+    g = tl.where(s <= 0, 0.0, w[None, :] * ds[:, None])
+    return dot(g.to(q.dtype), q, None, UPCAST)
 
 
 @triton.jit
@@ -215,10 +212,11 @@ def list_grad_pairs(
     c = tl.arange(0, L)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
-    KEYS += row // T * E * L
-    dk = key_pairs(Q, KEYS, WEIGHT, DS, row, n, e, N, J, HEADS, L, BN, UPCAST)
-    PAIRS += tl.program_id(0).to(tl.int64) * N * L
-    tl.store(PAIRS + n[:, None] * L + c[None, :], dk, mask=(e >= 0)[:, None])
+    if tl.max(e) >= 0:
+        KEYS += row // T * E * L
+        dk = key_pairs(Q, KEYS, WEIGHT, DS, row, n, e, N, J, HEADS, L, BN, UPCAST)
+        PAIRS += tl.program_id(0).to(tl.int64) * N * L
+        tl.store(PAIRS + n[:, None] * L + c[None, :], dk, mask=(e >= 0)[:, None])
 
 
 @triton.jit
@@ -231,10 +229,11 @@ def list_grad_pairs_atomic(
     c = tl.arange(0, L)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     e = tl.load(INDEX + row * N + n, mask=n < N, other=-1)
-    of_row = row // T * E * L
-    dk = key_pairs(Q, KEYS + of_row, WEIGHT, DS, row, n, e, N, J, HEADS, L, BN, UPCAST)
-    at = e[:, None] * L + c[None, :]
-    tl.atomic_add(SUM + of_row + at, dk, mask=(e >= 0)[:, None], sem="relaxed")
+    if tl.max(e) >= 0:
+        of_row = row // T * E * L
+        dk = key_pairs(Q, KEYS + of_row, WEIGHT, DS, row, n, e, N, J, HEADS, L, BN, UPCAST)
+        at = e[:, None] * L + c[None, :]
+        tl.atomic_add(SUM + of_row + at, dk, mask=(e >= 0)[:, None], sem="relaxed")
 
 
 @triton.jit
