@@ -255,6 +255,7 @@ class ModelConfig:
         self._family(p, need)
         self._divisibility(p, need)
         self._released_only(p, need)
+        self._plain(p, need)
         if not (self.deterministic or out):
             self._atomics(p, need)
         return out
@@ -338,6 +339,15 @@ class ModelConfig:
             f"{p}.num_hash_layers={self.num_hash_layers} must not exceed"
             f" {p}.num_hidden_layers={self.num_hidden_layers}",
         )
+
+    def _plain(self, p: str, need: Any) -> None:
+        """Plain residuals have no mixes whose start or norm could be chosen."""
+        for key in ("hc_gamma", "hc_identity_base", "hc_fn_gain"):
+            value = getattr(self, key)
+            need(
+                not value or Residual(self.residual) is Residual.mhc,
+                f"{p}.{key}={value} acts on {p}.residual=mhc, not on {p}.residual=plain",
+            )
 
     def _released_only(self, p: str, need: Any) -> None:
         for key, only in ONE_VALUE.items():

@@ -142,7 +142,7 @@ def power_line(study: StudyConfig, again: Paired | None) -> str:
     """
     others, asked = len(study.arms) - 1, study.sequential
     if study.transfer.along:
-        return "best rates are estimated, each with an interval; no two arms are held to a test"
+        return "best rates are estimated, each with an interval; losses of arms are held to no test"
     if not others:
         return "A/A alone: there is no effect to find"
     # without looks each comparison is tested at the whole level; Holm's p stands beside it

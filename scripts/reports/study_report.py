@@ -1,6 +1,7 @@
 """A study's results in words, tables and figures: ``report.md``, ``report.html``, ``results.json``.
 
-The verdict in one line is made in ``answer.py``, the sections that bear it here.
+The verdict in one line is made in ``answer.py``; laws and lengths, best rates, rounded weights and
+far answers have sections in files of their own.
 Everything that equal runs share stands first; what a machine measured (seconds) stands in one
 section of its own, so that a study which was interrupted reads the same but for that section.
 """
@@ -9,46 +10,32 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from scripts.reports.answer import (
-    WORDS,
-    estimated,
-    lead,
-    listed,
-    loss_text,
-    power_line,
-    ratio_text,
-    ratios_of,
-    signed,
-)
+from scripts.reports.answer import WORDS, lead, listed, loss_text, power_line, signed
 from scripts.reports.document import Picture, ReportDocument, Table
 from scripts.reports.far_answers import answers_section
-from scripts.reports.plots import (
-    draw_catch_up,
-    draw_curves,
-    draw_differences,
-    draw_ladder,
-    draw_law,
-    draw_search,
+from scripts.reports.lengths import (
+    catch_up_section,
+    ladder_section,
+    law_section,
+    time_to_catch_up,
 )
+from scripts.reports.plots import draw_curves, draw_differences, draw_search
 from scripts.reports.transfer import transfer_section
+from scripts.reports.weights import weights_section
 from scripts.studies.protocol import Protocol
 from scripts.studies.results import (
     ACTS,
     ArmResult,
-    CatchUp,
     Comparison,
-    Rung,
     StudyResults,
     gather,
-    law_points,
 )
-from scripts.studies.statistics import Paired, extrapolate, spread
+from scripts.studies.statistics import Paired, spread
 from train.errors import ROOT
 from train.record.receipt import plain, write_json
 
@@ -70,9 +57,9 @@ def study_document(results: StudyResults) -> ReportDocument:
     document = ReportDocument(f"Study {results.name}", lead(results))
     document.add("Question", results.study.question, _design(results))
     if results.study.law.arms:
-        document.add("The law", *_law(results))
+        document.add("The law", *law_section(results))
     if results.study.ladder.arms:
-        document.add("The ladder", *_ladder(results))
+        document.add("The ladder", *ladder_section(results))
     if results.study.transfer.along:
         document.add("The best rates", *transfer_section(results))
     else:
@@ -80,12 +67,12 @@ def study_document(results: StudyResults) -> ReportDocument:
     if results.answers is not None:
         document.add("What lies far behind", *answers_section(results, results.answers))
     if results.catch_up is not None:
-        document.add("Steps to the other arm's loss", *_catch_up(results, results.catch_up))
+        document.add("Steps to the other arm's loss", *catch_up_section(results, results.catch_up))
     document.add("Curves", _picture("curves", "validation loss of each arm", results))
     picture = None if results.study.transfer.along else _search_picture(results)
     document.add("Learning rates", _search_table(results), picture)
     document.add("Arms", _arms(results), _acts(results))
-    if errors := _weight_errors(results):
+    if errors := weights_section(results):
         document.add("What rounding takes from each weight", *errors)
     document.add("What the protocol can find", _protocol(results))
     document.add("Limits", _limits(results))
@@ -190,98 +177,6 @@ def _corrected(found: Comparison, test: Paired) -> str:
     return f"{size:.2f}, {found.standing.critical:.2f}" if found.standing.judged else f"{size:.2f}"
 
 
-def _ladder(results: StudyResults) -> list[Table | Picture | str]:
-    level, ask = results.study.level, results.study.ladder
-    trials = sorted({results.study.trials(name) for name in (*ask.arms, *ask.to)})
-    blocks: list[Table | Picture | str] = [
-        f"Each arm is tuned at its own length, by {listed(trials)} trials (and what a search adds"
-        f" at an edge): {', '.join(ask.arms)} against {', '.join(ask.to)}. Steps are interpolated"
-        " in log(steps) between the tuned lengths, seed by seed."
-    ]
-    rows = []
-    for rung in results.ladder:
-        times = spread([*rung.seconds.values()], level)
-        ratios = spread([*rung.ratios.values()], level)
-        rows.append([
-            rung.to, f"{rung.tokens:,}", ratio_text(rung.crossings, ratios),
-            f"{times.mean:.3f} +- {times.half_width:.3f}", _foreseen(results, rung),
-            str(len(rung.crossings)),
-        ])  # fmt: skip
-    interval = f"+- {1 - level:.0%} interval"
-    head = ["to the loss of", "tokens", f"ratio of tokens, {interval}", f"of time, {interval}",
-            "predicted from the shorter ones", "seeds"]  # fmt: skip
-    blocks.append(Table(head, rows))
-    if results.ladder:
-        caption = "ratio of steps to equal loss over the length of a run"
-        blocks.append(Picture("ladder", caption, draw_ladder(results.ladder)))
-    return blocks
-
-
-def _foreseen(results: StudyResults, rung: Rung) -> str:
-    """What the shorter rungs say of a ratio: a power law of the length, seed by seed."""
-    shorter = [r for r in results.ladder if r.tokens < rung.tokens]
-    if len(shorter) < 2:
-        return ""
-    seeds = [s for s in rung.crossings if all(s in r.crossings for r in shorter)]
-    said = [extrapolate({r.tokens: r.ratios[s] for r in shorter}, rung.tokens) for s in seeds]
-    found = spread(said, results.study.level)
-    return f"{found.mean:.3f} +- {found.half_width:.3f}" if said else ""
-
-
-def _law(results: StudyResults) -> list[Table | Picture | str]:
-    law, points = results.law, law_points(results)
-    asked = [results.arms[name] for name in results.study.law.arms]
-    rows = [
-        [
-            arm.name, f"{arm.run_flops:.3g}", f"{arm.tokens:,}",
-            f"{statistics.fmean(points[arm.run_flops]):.4f}" if arm.run_flops in points else "",
-            f"{law.loss(arm.run_flops):.4f}" if law is not None else "",
-        ]
-        for arm in asked
-    ]  # fmt: skip
-    blocks: list[Table | Picture | str] = [
-        "L(C) = E + A (C / C0)^-alpha by least squares over the mean losses; C is a run's training"
-        " FLOPs. Intervals are those of the seeds, not of the law's form.",
-        Table(["point", "FLOPs of a run", "tokens", "validation loss", "the law"], rows),
-    ]
-    if law is not None:
-        numbers = (("E, nats", law.irreducible), ("A, nats", law.reducible),
-                   ("alpha", law.exponent))  # fmt: skip
-        interval = f"value ({1 - results.study.level:.0%} interval)"
-        table = Table(
-            ["number", interval],
-            [[name, estimated(number)] for name, number in numbers]
-            + [["C0, FLOPs", f"{law.centre:.3g}"], ["sigma of a seed", f"{law.deviation:.4f}"]],
-        )
-        caption = "loss over FLOPs; line: the law; cross: predicted from the others"
-        blocks += [table, Picture("law", caption, draw_law(law, points, results.predicted))]
-    return blocks
-
-
-def _catch_up(results: StudyResults, found: CatchUp) -> list[Table | Picture | str]:
-    ask, steps = results.study.catch_up, results.study.steps
-    rows = []
-    readings = (
-        ("runs of several lengths, each with its own decay (fair)", found.own_decay),
-        ("the full-length curve, still at a high rate there", found.one_curve),
-    )
-    for title, crossings in readings:
-        if crossings:
-            text = ratio_text(crossings, ratios_of(crossings, steps))
-            by_seed = ", ".join(f"{s}: {c.bound}{c.steps:.0f}" for s, c in crossings.items())
-            rows.append([title, text, by_seed])
-    blocks: list[Table | Picture | str] = [
-        f"Steps at which {ask.arm} reaches the final loss of {ask.to} with the same seed, over the"
-        f" {steps} steps of {ask.to}; between run lengths by interpolation in log(steps). The"
-        " learning rate of the full length is kept for the shorter ones.",
-        Table(["reading", f"ratio, +- {1 - results.study.level:.0%} interval", "by seed"], rows),
-    ]
-    if found.own_decay:
-        figure = draw_catch_up(found, results.arms[ask.arm], results.arms[ask.to])
-        blocks.append(Picture("catch_up", "final loss over the length of a run", figure))
-    return blocks
-
-
 def _picture(name: str, caption: str, results: StudyResults) -> Picture | str:
     arms = [arm for arm in results.arms.values() if arm.trained]
     return Picture(name, caption, draw_curves(arms)) if arms else "No run has finished yet."
@@ -355,32 +250,6 @@ def _acts(results: StudyResults) -> Table | None:
         if arm.trained
     ]
     return Table(["share of", *(ACTS[key] for key in keys)], rows)
-
-
-def _weight_errors(results: StudyResults) -> list[Table | str]:
-    """Squared error of every rounded weight beside what all of it costs in loss."""
-    arms = {
-        arm.name: [errors for run in arm.runs.values() if (errors := run.weight_errors)]
-        for arm in results.arms.values()
-    }
-    arms = {name: seeds for name, seeds in arms.items() if seeds}
-    if not arms:
-        return []
-    weights = dict.fromkeys(weight for seeds in arms.values() for one in seeds for weight in one)
-    rows = [[weight, *(_mean_of(weight, seeds) for seeds in arms.values())] for weight in weights]
-    tests = {found.arm: found.test for found in results.comparisons}
-    said = [signed(test.mean) if (test := tests.get(name)) is not None else "" for name in arms]
-    rows.append([f"all: loss minus {results.study.baseline} (nats)", *said])
-    return [
-        "Squared error over squared norm, mean over seeds. Where it is alike in all weights, what a"
-        " loss is due to is how much of the model passes through them.",
-        Table(["weight", *arms], rows),
-    ]
-
-
-def _mean_of(weight: str, seeds: Sequence[Mapping[str, float]]) -> str:
-    values = [errors[weight] for errors in seeds if weight in errors]
-    return f"{statistics.fmean(values):.5f}" if values else ""
 
 
 def _protocol(results: StudyResults) -> str:
@@ -476,29 +345,8 @@ def _measured(results: StudyResults) -> list[Table | str]:
     spent = [r["step_seconds"] for run in results.runs for r in run.records if "step_seconds" in r]
     blocks.append(f"The steps of the seeds' runs took {sum(spent) / 3600:.2f} hours in all.")
     if results.catch_up is not None:
-        blocks += _time_to_catch_up(results, results.catch_up)
+        blocks += time_to_catch_up(results, results.catch_up)
     return blocks
-
-
-def _time_to_catch_up(results: StudyResults, found: CatchUp) -> list[Table]:
-    """Tokens and seconds that one arm needs for the other's final loss, over that one's."""
-    ask, steps = results.study.catch_up, results.study.steps
-    ratios = {"tokens": {seed: c.steps / steps for seed, c in found.own_decay.items()}}
-    for title, key in (("CPU seconds", "step_cpu_seconds"), ("wall-clock", "step_seconds")):
-        mine, theirs = (results.arms[arm].step_seconds(key) for arm in (ask.arm, ask.to))
-        ratios[title] = {
-            seed: ratio * mine[seed] / theirs[seed]
-            for seed, ratio in ratios["tokens"].items()
-            if seed in mine and seed in theirs
-        }
-    head = [f"{ask.arm} over {ask.to}, to the same loss", "ratio, sigma over seeds", "by seed"]
-    rows = []
-    for title, by_seed in ratios.items():
-        if by_seed:
-            mean = spread([*by_seed.values()], results.study.level)
-            listed = ", ".join(f"{seed}: {ratio:.3f}" for seed, ratio in by_seed.items())
-            rows.append([title, f"{mean.mean:.3f} +- {mean.deviation:.3f}", listed])
-    return [Table(head, rows)] if rows else []
 
 
 def _data_hash(receipt: Any) -> str:

@@ -6,6 +6,8 @@ Intervals come from draws of the fitted numbers (normal, wider where few residua
 draw whose parabola has no lowest point, or one beyond the fitted rates, may go up to a factor of 2
 beyond them; where more than one draw in two hundred has no lowest point, all may: what is flat says
 nothing. They are intervals of the seeds and of this form, for one corpus and the given lengths.
+Of a fit that is lowest outside its rates only the side is known: that gives no verdict, nor does an
+arm whose search has not ended.
 """
 
 # Legend: N runs (rates times seeds), K fitted numbers, R draws
@@ -37,6 +39,7 @@ class Transfer(StrEnum):
     holds = "within"  # the whole interval of their ratio is
     refused = "not within"  # none of it is
     open = "no verdict, its interval reaches over"
+    outside = "no verdict, a fit is lowest outside its rates"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Optimum:
         deviation: of a loss about the fit, nats.
         fitted: rates that the fit saw.
         log_draws: log2 of the vertex in each draw.
+        inside: whether the fit is a valley whose vertex lies among the fitted rates.
     """
 
     rate: Estimated
@@ -56,6 +60,7 @@ class Optimum:
     deviation: float
     fitted: tuple[float, ...]
     log_draws: Array
+    inside: bool
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,10 @@ def find_optimum(
     found = (lowest * 2.0**at for at in (best, *map(float, ends)))
     curvature = max(0.0, float(fit_K[1]))
     at_R = many_R + math.log2(lowest)
-    return Optimum(Estimated(*found), curvature, math.sqrt(variance), tuple(rates), at_R)
+    inside = low <= _vertex(fit_K[None, :2], -math.inf, math.inf)[0] <= high
+    return Optimum(
+        Estimated(*found), curvature, math.sqrt(variance), tuple(rates), at_R, bool(inside)
+    )
 
 
 def _root(spread_22: Array) -> Array:
@@ -138,11 +146,12 @@ def _vertex(ab_R2: Array, low: float, high: float) -> Array:
 
 
 def optima(results: StudyResults) -> dict[str, Optimum]:
-    """Arm -> its best rate, of the arms whose runs give one."""
+    """Arm -> its best rate, of the arms whose search has ended inside its grid."""
     level = results.study.level
     found = {
         name: find_optimum(_losses(arm), level, stream=i)
         for i, (name, arm) in enumerate(sorted(results.arms.items()))
+        if arm.choice.best is not None
     }
     return {name: one for name, one in found.items() if one is not None}
 
@@ -153,12 +162,19 @@ def transfers(results: StudyResults, found: Mapping[str, Optimum]) -> list[Step]
     for along, names in ask.along.items():
         first, last = names[0], names[-1]
         if first in found and last in found:
-            log_R = found[first].log_draws - found[last].log_draws
-            ends = np.quantile(log_R, [results.study.level / 2, 1 - results.study.level / 2])
-            value = found[first].rate.value / found[last].rate.value
-            ratio = Estimated(value, *(2.0 ** float(end) for end in ends))
-            steps.append(Step(along, tuple(names), ratio, verdict_of(ratio, ask.factor)))
+            held = hold(found[first], found[last], results.study.level, ask.factor)
+            steps.append(Step(along, tuple(names), *held))
     return steps
+
+
+def hold(first: Optimum, last: Optimum, level: float, factor: float) -> tuple[Estimated, Transfer]:
+    """The ratio of two best rates, and whether it lies within a factor."""
+    log_R = first.log_draws - last.log_draws
+    ends = np.quantile(log_R, [level / 2, 1 - level / 2])
+    value = first.rate.value / last.rate.value
+    ratio = Estimated(value, *(2.0 ** float(end) for end in ends))
+    both = first.inside and last.inside
+    return ratio, verdict_of(ratio, factor) if both else Transfer.outside
 
 
 def verdict_of(ratio: Estimated, factor: float) -> Transfer:
@@ -184,9 +200,14 @@ def transfer_line(results: StudyResults) -> str:
     factor = results.study.transfer.factor
     return "; ".join(
         f"over {step.along} ({step.arms[0]} to {step.arms[-1]}) the best rates have the ratio"
-        f" {_text(step.ratio)}: {step.verdict.value} a factor of {factor:g}"
+        f" {_text(step.ratio)}: {_said(step.verdict, factor)}"
         for step in steps
     )
+
+
+def _said(verdict: Transfer, factor: float) -> str:
+    outside = verdict is Transfer.outside
+    return verdict.value if outside else f"{verdict.value} a factor of {factor:g}"
 
 
 def transfer_section(results: StudyResults) -> list[ReportPart]:
@@ -208,7 +229,9 @@ def transfer_section(results: StudyResults) -> list[ReportPart]:
         f"Every rate trains on every seed ({', '.join(map(str, results.study.seeds))}). Losses"
         " within a factor of 2 of the lowest mean are fitted by a parabola in log(rate), a level"
         " for each seed; the best rate is its vertex. A verdict asks the whole interval of the"
-        f" ratio: inside a factor of {results.study.transfer.factor:g}, or outside.",
+        f" ratio: inside a factor of {results.study.transfer.factor:g}, or outside. There is a"
+        f" verdict for each thing that grows, each at its own level of {level:.0%}; arms in between"
+        " are shown, not tested.",
         Table(head, rows),
     ]
     steps = [

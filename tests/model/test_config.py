@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.config import Attention, Kernels, LayerKind, ModelConfig
+from model.config import Attention, Kernels, LayerKind, ModelConfig, Residual
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,10 @@ def test_attention_switch_turns_every_compressed_layer(attention, expected):
         ({"hidden_size": 0}, ["hidden_size=0"]),
         ({"tie_word_embeddings": True}, ["tie_word_embeddings=True", "False"]),
         ({"scoring_func": "softmax"}, ["scoring_func=softmax", "sqrtsoftplus"]),
+        *(
+            ({"residual": Residual.plain, key: on}, [f"{key}={on}", "residual=plain"])
+            for key, on in (("hc_gamma", True), ("hc_identity_base", -1.0), ("hc_fn_gain", 0.5))
+        ),
         ({"deterministic": False}, ["deterministic=false", "kernels=auto"]),
         (
             {"deterministic": False, "kernels": Kernels.triton, "attention": Attention.hca},

@@ -94,6 +94,7 @@ def test_what_rounding_takes_from_each_weight_stands_beside_the_loss(tmp_path):
         plan.store.scan()
     text = study_document(gather("fp4_qat", plan)).markdown()
     section = text.partition("## What rounding takes from each weight")[2].partition("## ")[0]
+    assert "Of arms that evaluate finished weights" in section
     assert "| weight | post_training |" in section
     assert "| layers.0.ffn.experts.w1 | 0.01450 |" in section
     assert "| all: loss minus none (nats) | +0.0115 |" in section

@@ -12,7 +12,7 @@ import pytest
 
 from scripts import study
 from scripts.reports.study_report import study_document
-from scripts.reports.transfer import Transfer, find_optimum, verdict_of
+from scripts.reports.transfer import Transfer, find_optimum, hold, verdict_of
 from scripts.studies.archive import open_archive, pack
 from scripts.studies.config import load_study
 from scripts.studies.estimate import Estimate
@@ -88,6 +88,62 @@ def test_the_whole_interval_decides(low, high, verdict):
     assert verdict_of(Estimated(1.0, low, high), 1.5) is verdict
 
 
+@pytest.mark.parametrize("best", [(0.1, 0.4), (1e-4, 4e-4)])
+def test_optima_beyond_the_rates_get_no_verdict_however_sure_each_side_is(best):
+    """Draws end an octave beyond: at one end all of both arms, whose ratio would be 1."""
+    generator = np.random.default_rng(5)
+    first, last = (find_optimum(losses(generator, b, 0.0005), 0.05, stream=i)
+                   for i, b in enumerate(best))  # fmt: skip
+    assert verdict_of(hold(first, last, 0.05, 1.5)[0], 1.5) is Transfer.holds, "what it looks like"
+    assert hold(first, last, 0.05, 1.5)[1] is Transfer.outside
+    inside = find_optimum(losses(generator, 9e-3, 0.0005), 0.05, stream=2)
+    assert inside.inside
+    assert hold(first, inside, 0.05, 1.5)[1] is hold(inside, last, 0.05, 1.5)[1] is Transfer.outside
+
+
+def searched(generator, best, sigma, curvature):
+    """Losses of a grid that grows as a study's does, and whether its search found an answer."""
+    levels, points = 10 * sigma * generator.standard_normal(3), {}
+    while (choice := choose(GRID[:5], _means(points), 1.41, 4, beside=2)).missing:
+        for rate in choice.missing:
+            valley = 4 + curvature * math.log2(rate / best) ** 2
+            noise = sigma * generator.standard_normal(3)
+            points[rate] = dict(enumerate(valley + levels + noise))
+    return points if choice.best is not None else None
+
+
+def _means(points):
+    return {rate: float(np.mean([*by_seed.values()])) for rate, by_seed in points.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sigma", "curvature", "ratio", "right", "least"),
+    [
+        (0.003, 0.03, 1, Transfer.holds, 0.9), (0.003, 0.03, 2, Transfer.refused, 0.9),
+        (0.01, 0.03, 1, Transfer.holds, 0.5), (0.01, 0.03, 2, Transfer.refused, 0.5),
+        (0.01, 0.0, 1, None, 0.0),
+    ],
+)  # fmt: skip
+def test_simulated_studies_find_what_is_planted(sigma, curvature, ratio, right, least):
+    """200 pairs of arms; of wrong verdicts at most the level and four of its standard errors.
+
+    Flat losses have no best rate, so that any verdict is wrong.
+    """
+    generator, found = np.random.default_rng(6), []
+    for _ in range(200):
+        low = 7e-3 * 2 ** generator.uniform(0, 0.7)
+        arms = [searched(generator, best, sigma, curvature) for best in (low * ratio, low)]
+        ends = [arm and find_optimum(arm, 0.05, stream=i) for i, arm in enumerate(arms)]
+        found.append(hold(*ends, 0.05, 1.5)[1] if all(ends) else "no answer")
+    shares = {str(said): found.count(said) / 200 for said in (*Transfer, "no answer")}
+    told = f"sigma {sigma}, curvature {curvature}, ratio {ratio}: {shares}"
+    print(f"\n{told}")  # noqa: T201  with pytest -s
+    assert right is None or shares[right] >= least
+    wrong = {Transfer.holds, Transfer.refused} - {right}
+    assert max(shares[said] for said in wrong) <= 0.05 + 4 * math.sqrt(0.05 * 0.95 / 200)
+
+
 # ---- a study -------------------------------------------------------------------------------------
 BEST = {"w64": 1.13e-2, "w128": 8e-3, "w256": 3.4e-3, "d8": 8e-3}
 SIZE = {"w64": 0.3, "w128": 0.0, "w256": -0.3, "d8": -0.2}
@@ -141,6 +197,23 @@ def test_a_grid_that_may_not_grow_further_takes_a_best_rate_beside_its_edge():
     losses = {rate: abs(math.log2(rate / 1.13e-2)) for rate in GRID[:5]}
     assert choose(GRID[:5], losses, 1.41, 0, beside=2).best == 1.13e-2
     assert "highest of 4" in choose(GRID[:4], losses, 1.41, 0, beside=2).reason
+
+
+def test_a_search_that_ends_at_an_edge_gives_no_ratio(tmp_path):
+    """Both arms of the width fall to the edge of grids that may not grow; depth has its answer."""
+    words = ["seeds=[1,2]", "search.extensions=0"]
+    plan = Protocol(load_study("lr_transfer", words), Store([tmp_path], CODE), tmp_path)
+    while (batch := next(plan.batches(), None)) is not None:
+        for cell in batch.cells:
+            best = {"w64": 0.1, "w256": 0.4}.get(cell.arm, 8e-3)
+            loss = 4 + 0.03 * math.log2(cell.lr / best) ** 2 + 0.02 * cell.seed
+            name = f"{cell.arm}_{cell.lr}_{cell.seed}"
+            leave_run(tmp_path / name, plan.config(cell), {cell.steps: loss})
+        plan.store.scan()
+    text = study_document(gather("lr_transfer", plan)).markdown()
+    assert text.splitlines()[2].startswith("**No answer: w64: the best learning rate, 0.016, is")
+    assert "| depth | w128, d8 | 1" in text
+    assert "| width |" not in text
 
 
 def test_report_is_made_again_from_its_archive(planted, tmp_path):

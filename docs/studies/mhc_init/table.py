@@ -55,7 +55,7 @@ class Start:
     """Of the connections of a model at its start; each a root mean square.
 
     Attributes:
-        spread: of a mix over tokens, before its gating factor.
+        spread: of mixes over tokens and mix channels, before the gating factor.
         moved: of a weight that writes, by a step of ``STEP`` of its gating factor.
         gradient: of the gating factor of what is written, over that of its static bias.
     """
