@@ -381,6 +381,8 @@ def _check_overrides(name: str, overrides: Sequence[str]) -> None:
         if override.is_sweep_override():
             problems.lines.append(f"study={name}: {arg}: one value a key; a list stands in [ ]")
             continue
+        if override.is_delete():  # it has no value, and compose knows what is there
+            continue
         if (STUDIES / override.key_or_group).is_dir():  # a group of files
             continue
         path, value = override.key_or_group.split("."), override.value()
