@@ -52,11 +52,12 @@ class Remembered(Generic[P, T]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
         """The answer."""
-        known = self._known.get(args)
+        key = (args, *sorted(kwargs.items()))
+        known = self._known.get(key)
         if known is None or time.monotonic() - known[0] >= KEPT:
             self.asked += 1
             answer = self._ask(*args, **kwargs)
-            known = self._known[args] = (time.monotonic(), answer)
+            known = self._known[key] = (time.monotonic(), answer)
         return known[1]
 
     def forget(self) -> None:
@@ -179,9 +180,13 @@ def reason_of(error: BaseException) -> str:
     """What a library's error comes from: the server's own answer, if there was one below it."""
     below: BaseException | None = error
     while below is not None:
-        answer = getattr(below, "response", None)
-        if answer is not None and answer.status_code >= HTTPStatus.BAD_REQUEST:
-            return f"{answer.status_code} {answer.reason_phrase} for {answer.url}"
+        answer = getattr(below, "response", None)  # of httpx, requests or another library
+        status = getattr(answer, "status_code", None)
+        if isinstance(status, int) and status >= HTTPStatus.BAD_REQUEST:
+            name = getattr(answer, "reason_phrase", None) or getattr(answer, "reason", None)
+            url = getattr(answer, "url", None)
+            words = (str(status), name, url and f"for {url}")
+            return " ".join(word for word in words if word)
         below = below.__cause__ or below.__context__
     cause = error.__cause__ or error
     return " ".join(str(cause).split())[:300] or type(cause).__name__

@@ -104,7 +104,7 @@ def _here(run: RunConfig) -> tuple[RunConfig, World, list[Card]]:
         world = this_world(Device.cpu)
     run = _settled(run, Precision.bf16 if world.device == "cuda" else Precision.fp32)
     dtype = torch.bfloat16 if run.train.precision is Precision.bf16 else torch.float32
-    rate = measured_matmul_rate(torch.device(world.device), dtype)
+    rate = measured_matmul_rate(torch.device(world.device), dtype).usual
     return run, world, [Card("this machine (measured)", world.bytes_per_rank / GB, rate / 1e12)]
 
 

@@ -9,7 +9,10 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -17,6 +20,8 @@ import torch
 from scripts.__main__ import main
 from scripts.layout_trials.asked import free_port
 from tests.helpers import ROOT, warm_context
+
+_AFTER_FAILURE = 20.0  # seconds that other ranks have to end by themselves
 
 
 def _command(words: Sequence[str], cwd: Path, environment: dict[str, str], out: str) -> None:
@@ -40,7 +45,7 @@ def run_forked(
     Args:
         words: its name, then its arguments.
         cwd: where.
-        seconds: after which it is killed, which fails the test.
+        seconds: after which it is killed, which fails the test and shows what it said.
         environment: beside that of this process.
     """
     return run_ranks(words, 1, cwd, seconds, **environment)[0]
@@ -49,7 +54,10 @@ def run_forked(
 def run_ranks(
     words: Sequence[str], ranks: int, cwd: Path = ROOT, seconds: float = 280, **environment: str
 ) -> list[subprocess.CompletedProcess[str]]:
-    """The same on several ranks, with the variables that torchrun sets; on one rank with none."""
+    """The same on several ranks, with the variables that torchrun sets; on one rank with none.
+
+    The others are killed where one fails and they do not end.
+    """
     port = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
     with tempfile.TemporaryDirectory() as out:
         started = []
@@ -62,16 +70,41 @@ def run_ranks(
             started.append(warm_context().Process(target=_command, args=given))
             started[-1].start()
         try:
-            for process in started:
-                process.join(seconds)
-                assert process.exitcode is not None, f"{' '.join(words)} ran beyond {seconds} s"
+            ended = _wait(started, seconds)
         finally:
             for process in started:
                 process.kill()
-        return [
+                process.join()
+        done = [
             subprocess.CompletedProcess(
                 [*words], process.exitcode or 0,
-                *(Path(f"{out}/{rank}.{s}").read_text() for s in ("stdout", "stderr")),
+                *(_text(Path(f"{out}/{rank}.{stream}")) for stream in ("stdout", "stderr")),
             )
             for rank, process in enumerate(started)
         ]  # fmt: skip
+    tails = "".join(f"\n-- rank {n}\n{rank.stderr[-2000:]}" for n, rank in enumerate(done))
+    assert not ended, f"{' '.join(words)}: {ended}{tails}"
+    return done
+
+
+def _wait(started: Sequence[BaseProcess], seconds: float) -> str:
+    """Until all have ended, or a while after one has failed, for which the others may wait.
+
+    Returns:
+        Why it was left before all had ended; empty: they have.
+    """
+    until = time.monotonic() + seconds
+    failed = ""
+    while left := [process for process in started if process.exitcode is None]:
+        codes = {rank: process.exitcode for rank, process in enumerate(started)}
+        if not failed and any(codes.values()):
+            failed = f"a rank failed and others went on, exit codes by rank {codes}"
+            until = min(until, time.monotonic() + _AFTER_FAILURE)
+        if time.monotonic() >= until:
+            return failed or f"beyond {seconds} s"
+        wait([process.sentinel for process in left], max(0.0, until - time.monotonic()))
+    return ""
+
+
+def _text(file: Path) -> str:
+    return file.read_text() if file.exists() else ""  # none of a rank killed before it began

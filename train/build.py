@@ -121,7 +121,7 @@ def foretell(run: RunConfig, plan: StagePlan, loader: Loader) -> float:
     """Tell what the run will do, before anything large is made.
 
     Returns:
-        FLOPs per second of matmuls on this rank's device.
+        FLOPs per second that matmuls reach on this rank's device.
     """
     device = compute_device(run.train.device)
     if not run.train.eval_only:
@@ -130,9 +130,9 @@ def foretell(run: RunConfig, plan: StagePlan, loader: Loader) -> float:
         announce(run, plan, uses, device.type)
     rate = measured_matmul_rate(device, _DTYPES[run.train.precision])
     if launched_rank() == 0 and not run.train.eval_only:
-        for line in long_run(run, plan, rate * launched_world_size()):
+        for line in long_run(run, plan, rate.usual * launched_world_size()):
             log.warning("%s", line)
-    return rate
+    return rate.peak
 
 
 def sample_prompt(run: RunConfig, loader: Loader) -> str:

@@ -38,7 +38,7 @@ def measure(spec: _Measured) -> _Measured:
     device = torch.device(spec["device"])
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     contestant = build(spec, device, dtypes[spec["dtype"]])
-    rates = {d: measured_matmul_rate(device, d) for d in contestant.flops}
+    rates = {d: measured_matmul_rate(device, d).peak for d in contestant.flops}
     if spec["profile"]:
         return {"profile": profile(contestant.step, device)}
     before = memory_bytes(device, "VmRSS")

@@ -78,5 +78,5 @@ def _seconds_per_flop(protocol: Protocol, measured: list[FinishedRun]) -> tuple[
         protocol.config(example).train.precision.value
     ]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rate = measured_matmul_rate(device, dtype)
+    rate = measured_matmul_rate(device, dtype).usual
     return 1 / (rate * _UNMEASURED_MFU), f"assuming {_UNMEASURED_MFU:.0%} of this machine's matmuls"

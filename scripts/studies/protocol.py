@@ -49,8 +49,9 @@ class Protocol(StudyRuns):
 
     def _step_flops(self, arm: str) -> float:
         """Of an archived study as its runs were, whatever the defaults are today."""
-        archived = (run.run for cell, run in (self.recorded or {}).items() if cell.arm == arm)
-        run = next(archived, None) or self.config(Cell(arm, self.steps_of(arm), 1.0, 0))
+        archived = [run.run for cell, run in (self.recorded or {}).items() if cell.arm == arm]
+        longest = max(archived, key=lambda run: run.train.steps, default=None)  # none of a search
+        run = longest or self.config(Cell(arm, self.steps_of(arm), 1.0, 0))
         return flops_per_token(run) * run.train.global_batch_tokens
 
     def _pace(self, arm: str) -> float:

@@ -3,6 +3,8 @@
 The folders are laid out as the hub does (``hub_doubles.py``) and read by the same library.
 """
 
+from types import SimpleNamespace
+
 import pytest
 from huggingface_hub import constants
 
@@ -75,3 +77,36 @@ def test_a_copy_without_its_card_says_what_to_give(tmp_path):
     source.subset = "sample-1BT"
     with pytest.raises(ConfigError, match=r"names \(default, sample-10BT, sample-100BT\)"):
         DocumentStream("s", source)
+
+
+# ---- answers of servers --------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("response", "told"),
+    [
+        ({"status_code": 404, "reason_phrase": "Not Found", "url": "U"}, "404 Not Found for U"),
+        ({"status_code": 403, "reason": "Forbidden", "url": "U"}, "403 Forbidden for U"),
+        ({"status_code": 503}, "503"),
+        ({"status": 404}, "no such key"),
+        ({"status_code": None}, "no such key"),
+    ],
+)
+def test_reason_is_a_servers_whatever_library_asked(response, told):
+    """As httpx answers, as requests does, and others, whose answer the error's own words tell."""
+    below = OSError("no such key")
+    below.response = SimpleNamespace(**response)  # pyright: ignore[reportAttributeAccessIssue]
+    error = ValueError("cannot be read")
+    error.__cause__ = below
+    assert network.reason_of(error) == told
+
+
+def test_reason_is_the_errors_where_its_answer_is_a_dictionary():
+    error = OSError("an error occurred (404)")
+    error.response = {"Error": {"Code": "404"}}  # pyright: ignore[reportAttributeAccessIssue]
+    assert network.reason_of(error) == "an error occurred (404)"
+
+
+def test_an_answer_is_kept_for_its_named_arguments_too():
+    question = network.Remembered(lambda hub, kind="set": f"{hub} {kind}")
+    answers = [question("h", kind=kind) for kind in ("set", "model", "set")]
+    assert answers == ["h set", "h model", "h set"]
+    assert question.asked == 2

@@ -23,8 +23,10 @@ from train.errors import ExitCode
 _LOOK = 0.001  # seconds between two looks at the run folder
 
 
-def run_command(words: list[str], log: Path) -> None:
+def run_command(words: list[str], log: Path, environment: dict[str, str]) -> None:
     """The body of a start; what it prints goes to ``log``."""
+    os.environ.clear()  # that of the process they are forked from is the first test's
+    os.environ.update(environment)
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -35,7 +37,8 @@ def run_command(words: list[str], log: Path) -> None:
 
 def start(words: list[str], log: Path) -> ForkServerProcess:
     """Start the command in the background."""
-    process = warm_context().Process(target=run_command, args=(words, log), daemon=True)
+    given = (words, log, dict(os.environ))
+    process = warm_context().Process(target=run_command, args=given, daemon=True)
     process.start()
     return process
 

@@ -8,7 +8,6 @@ part torchrun is a double too; in the slow test it is the real one, and two node
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -28,21 +27,22 @@ DOUBLES = {
 import os, sys
 words = sys.argv[1:]
 assert words[0] == "--nodes", words
+assert "#SBATCH --signal=B:TERM@300" in open(words[2]).read().splitlines()
 job = {"SLURM_JOB_ID": os.environ.get("TEST_JOB", "4711"), "SLURM_NNODES": words[1],
        "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "1"}
 os.execvpe("bash", ["bash", *words[2:]], {**os.environ, **job})
 """,
     "srun": """
 import os, signal, subprocess, sys
-words = [word for word in sys.argv[1:]]
-while words[0].startswith("--"):
-    words.pop(0)
-nodes = [subprocess.Popen(words, env={**os.environ, "SLURM_NODEID": str(n)})
-         for n in range(int(os.environ["SLURM_NNODES"]))]
+option, *words = sys.argv[1:]
+assert option == "--kill-on-bad-exit=0", option
+nodes = []
 def forward(number, _):
     for node in nodes:
         node.send_signal(number)
 signal.signal(signal.SIGTERM, forward)
+for number in range(int(os.environ["SLURM_NNODES"])):
+    nodes.append(subprocess.Popen(words, env={**os.environ, "SLURM_NODEID": str(number)}))
 sys.exit(max(node.wait() for node in nodes))
 """,
     "scontrol": """
@@ -55,9 +55,9 @@ else:
 """,
     "torchrun": """
 import json, os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 with open(os.environ["TEST_NOTES"], "a") as notes:
     notes.write(json.dumps([os.environ["SLURM_NODEID"], *sys.argv[1:]]) + chr(10))
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 time.sleep(float(os.environ["TEST_SECONDS"]))
 sys.exit(int(os.environ["TEST_CODE"]))
 """,
@@ -118,12 +118,16 @@ def test_the_end_of_the_slot_stops_the_launchers_and_puts_the_job_back(slurm):
     assert notes_of(slurm)[2:] == ["requeue 4711"]
 
 
+def is_free(port):
+    with socket.socket() as ours:
+        return ours.connect_ex(("localhost", port)) != 0
+
+
 @pytest.mark.slow
 def test_two_nodes_train_as_two_ranks_of_one_do(slurm, tmp_path):
-    os.remove(shutil.which("torchrun", path=slurm["PATH"]))
-    with socket.socket() as free:  # the rendezvous' port follows from the job's number
-        free.bind(("", 0))
-        slurm["TEST_JOB"] = str(free.getsockname()[1] - 10_000)
+    (tmp_path / "bin" / "torchrun").unlink()
+    some = os.getpid() % 19_000  # the rendezvous' port follows from the job's number
+    slurm["TEST_JOB"] = str(next(job for job in range(some, 20_000) if is_free(10_000 + job)))
     given = [*words(write_corpus(tmp_path), 3), "parallel.ep=2"]
     both, one = tmp_path / "both", tmp_path / "one"
     path = f"{os.path.dirname(sys.executable)}:"

@@ -1,10 +1,11 @@
 """How fast this machine multiplies matrices: the denominator of MFU.
 
 MFU here is useful FLOPs (``model/flops.py``, recomputation not counted) per second over the rate
-of a plain square matmul on the same device, threads and dtype, added up over ranks, which measure
-at the same time (they may share cores). A published peak would be unknown for most CPUs and out of
-reach on the rest. Other work on the machine makes a product slower, never faster: the best one
-counts, and where it is far from the usual one a line says so.
+of a plain square matmul on the same device, threads and dtype, added up over ranks. A published
+peak would be unknown for most CPUs and out of reach on the rest. Other work on the machine makes a
+product slower, never faster: the best one counts, and where it is far from the usual one a line
+says so. Ranks on one machine's cores are other work to each other, and the best of each would be
+the rate of all cores, counted once a rank: they measure at the same time, and the usual one counts.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from parallel.launch import launched_rank
+from parallel.launch import launched_here
 from train.preflight.forecast import quantity
 
 log = logging.getLogger(__name__)
@@ -25,11 +27,23 @@ _BURSTS, _PAUSE = 6, 0.02  # of a measurement, and seconds between them
 _LOADED = 2.0  # times that the best product is faster than the usual one, where work is beside it
 
 
+class MatmulRate(NamedTuple):
+    """FLOPs per second of square products.
+
+    Attributes:
+        peak: what the device reaches: of the best one; the usual one where ranks share cores.
+        usual: median, beside whatever else is on the machine: what a run can expect.
+    """
+
+    peak: float
+    usual: float
+
+
 @functools.cache
 def measured_matmul_rate(
     device: torch.device, dtype: torch.dtype, size: int = 0, seconds: float = 0.3
-) -> float:
-    """FLOPs per second of the best of many square products in short bursts, kept.
+) -> MatmulRate:
+    """Of many square products in short bursts; without pauses where ranks share cores. Kept.
 
     Args:
         device: where the run computes.
@@ -42,29 +56,36 @@ def measured_matmul_rate(
     x = torch.ones(size, size, device=device, dtype=dtype)
     half = x[: size // 2, : size // 2].contiguous()
     _timed(x[:64, :64], x[:64, :64])
+    shared = device.type == "cpu" and launched_here() > 1
     rates: list[tuple[float, float]] = []
     spent = resting = 0.0
     while not rates or spent < seconds:
-        if spent > resting:
+        if spent > resting and not shared:
             time.sleep(_PAUSE)  # who has slept is given the cores at once, and holds them for a bit
             resting += seconds / _BURSTS
         times = [_timed(x, x), _timed(half, half)]
         rates.append((2 * size**3 / times[0], 2 * (size // 2) ** 3 / times[1]))
         spent += sum(times)
-    best = max(map(max, rates))
-    usual = statistics.median(whole for whole, _ in rates)
-    if best > _LOADED * usual and not launched_rank():
+    of_sizes = [
+        MatmulRate(max(found), statistics.median(found)) for found in zip(*rates, strict=True)
+    ]
+    usual = of_sizes[0].usual  # of what is too long to fall between other work
+    if shared:
+        return MatmulRate(usual, usual)
+    best, beside = max(of_sizes)  # of the same size, since sizes differ also on an idle machine
+    if best > _LOADED * beside:
         log.warning(
             "other work is on this machine: of %d matmuls the usual one made %sFLOP/s, the best one"
             " %sFLOP/s, of which mfu is told",
-            2 * len(rates), quantity(usual), quantity(best),
+            len(rates), quantity(beside), quantity(best),
         )  # fmt: skip
-    return best
+    return MatmulRate(best, usual)
 
 
 def times_slower_than_fp32(device: torch.device, dtype: torch.dtype) -> float:
     """How much longer a product takes in ``dtype`` here; a CPU without bf16 units emulates them."""
-    return measured_matmul_rate(device, torch.float32) / measured_matmul_rate(device, dtype)
+    fp32, other = (measured_matmul_rate(device, kind).peak for kind in (torch.float32, dtype))
+    return fp32 / other
 
 
 def matmul_rates(

@@ -12,6 +12,7 @@ import re
 import struct
 import sys
 import termios
+import time
 
 import pytest
 
@@ -19,7 +20,7 @@ from tests.helpers import warm_context
 from tests.parallel.torchrun import SMALL_MODEL
 from tests.train.record.terminal import screen
 
-COLUMNS, STEPS = 60, 6
+COLUMNS, STEPS, SECONDS = 60, 6, 280
 SMALL = f"""
 {" ".join(SMALL_MODEL)} train.device=cpu train.steps={STEPS} train.seq_len=32
 train.global_batch_tokens=128 train.micro_batch_size=2 train.eval_every=2 train.eval_tokens=128
@@ -28,9 +29,11 @@ sample.tokens=2 data.tokenizer=byte optim.schedule.warmup_steps=0 data.sources.t
 """.split()
 
 
-def child(terminal, words, folder):
+def child(terminal, words, folder, environment):
     """The command ``v4 pretrain``; notes at each step what lies in the run's folder."""
     os.setsid()
+    os.environ.clear()  # that of the process it is forked from is the first test's
+    os.environ.update(environment)
     screen_of_ours = os.open(terminal, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(screen_of_ours, descriptor)
@@ -64,18 +67,24 @@ def shown(tmp_path_factory):
              f"data.cache_dir={folder}/cache"]  # fmt: skip
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
-    process = warm_context().Process(target=child, args=(os.ttyname(theirs), words, folder))
+    given = (os.ttyname(theirs), words, folder, dict(os.environ))
+    process = warm_context().Process(target=child, args=given, daemon=True)
     process.start()
     parts = []
     os.set_blocking(ours, False)
-    while True:
-        alive = process.is_alive()
-        try:
-            parts.append(os.read(ours, 65536))
-        except BlockingIOError:
-            if not alive:
-                break
-            process.join(0.05)
+    until = time.monotonic() + SECONDS
+    try:
+        while time.monotonic() < until:
+            alive = process.is_alive()
+            try:
+                parts.append(os.read(ours, 65536))
+            except BlockingIOError:
+                if not alive:
+                    break
+                process.join(0.05)
+    finally:
+        process.kill()
+        process.join()
     os.close(theirs)
     os.close(ours)
     written = b"".join(parts).decode()

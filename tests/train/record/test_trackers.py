@@ -76,7 +76,8 @@ def test_sample_is_the_models_and_repeatable(temperature):
 
 
 def test_matmul_rate_is_positive():
-    assert measured_matmul_rate(torch.device("cpu"), torch.float32, size=64, seconds=0.0) > 1e6
+    rate = measured_matmul_rate(torch.device("cpu"), torch.float32, size=64, seconds=0.0)
+    assert rate.peak >= rate.usual > 1e6
 
 
 @pytest.mark.parametrize(("free", "told"), [(1, True), (14, False)])
@@ -93,8 +94,28 @@ def test_matmul_rate_is_that_of_the_idle_machine_and_load_shows(free, told, monk
     measure = measured_matmul_rate.__wrapped__  # without what was measured before
     device = torch.device("cpu")
     found = measure(device, torch.float32, 128, 0.999 * (3 * (15 - free) + free) * flops / 100e9)
-    assert found == pytest.approx(100e9)
+    assert found == pytest.approx((100e9, 100e9 if free > 7 else 100e9 / 3))
     assert ("the best one 100 GFLOP/s, of which mfu is told" in caplog.text) is told
+
+
+def test_matmul_rates_of_ranks_that_share_cores_add_up_to_the_machine(monkeypatch, caplog):
+    """Of two ranks each gets half of the cores, but all of them after a pause; caches help small
+    products threefold."""
+    rested = []
+    monkeypatch.setattr(time, "sleep", lambda _: rested.append(True))
+
+    def timed(x, _):
+        alone, small = rested and rested.pop(), len(x) < 128
+        return 2 * len(x) ** 3 / (100e9 if alone else 50e9) / (3 if small else 1)
+
+    monkeypatch.setattr(matmul_rate, "_timed", timed)
+    measure = measured_matmul_rate.__wrapped__
+    device = torch.device("cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert measure(device, torch.float32, 128, 1e-3) == pytest.approx((50e9, 50e9))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    measure(device, torch.float32, 128, 1e-3)
+    assert caplog.text == "", "that sizes differ is no load"
 
 
 @pytest.mark.parametrize(("slower", "said"), [(187.0, True), (0.6, False)])
