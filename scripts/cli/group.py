@@ -73,7 +73,8 @@ def run_command(
         sys.stderr.write(wrapped(f"error: {_unknown(prog, commands, moved, name, meant)}\n"))
         return ExitCode.user_error
     leave_on_signal()  # a signal during the imports below is answered too
-    faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash of native code says where
+    if not faulthandler.is_enabled():
+        faulthandler.enable(sys.__stderr__ or sys.stderr)  # a crash of native code says where
     try:
         module, _, function = commands[name].partition(":")
         sys.argv = [f"{prog} {name}", *words]
