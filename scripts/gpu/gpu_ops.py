@@ -121,8 +121,8 @@ def _noting(noted: list[Call]) -> Iterator[list[int]]:
     block = [0]
     chosen = table.select
 
-    def select(op_name: str, kernels: Kernels) -> Callable[..., Any]:
-        op = chosen(op_name, kernels)
+    def select(op_name: str, *asked: Any) -> Callable[..., Any]:
+        op = chosen(op_name, *asked)
 
         def call(*args: Any, **named: Any) -> Any:
             kept = map_tensors(torch.clone, args) if op_name in _OVERWRITES else args
