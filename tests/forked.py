@@ -21,8 +21,6 @@ from scripts.__main__ import main
 from scripts.layout_trials.asked import free_port
 from tests.helpers import ROOT, warm_context
 
-_AFTER_FAILURE = 20.0  # seconds that other ranks have to end by themselves
-
 
 def _command(words: Sequence[str], cwd: Path, environment: dict[str, str], out: str) -> None:
     os.environ.clear()  # that of the process they are forked from is the first test's
@@ -70,7 +68,7 @@ def run_ranks(
             started.append(warm_context().Process(target=_command, args=given))
             started[-1].start()
         try:
-            ended = _wait(started, seconds)
+            ended = wait_for(started, seconds)
         finally:
             for process in started:
                 process.kill()
@@ -87,8 +85,13 @@ def run_ranks(
     return done
 
 
-def _wait(started: Sequence[BaseProcess], seconds: float) -> str:
+def wait_for(started: Sequence[BaseProcess], seconds: float, after: float = 20.0) -> str:
     """Until all have ended, or a while after one has failed, for which the others may wait.
+
+    Args:
+        started: one process a rank.
+        seconds: for all together.
+        after: seconds that others have to end by themselves once one has failed.
 
     Returns:
         Why it was left before all had ended; empty: they have.
@@ -99,7 +102,7 @@ def _wait(started: Sequence[BaseProcess], seconds: float) -> str:
         codes = {rank: process.exitcode for rank, process in enumerate(started)}
         if not failed and any(codes.values()):
             failed = f"a rank failed and others went on, exit codes by rank {codes}"
-            until = min(until, time.monotonic() + _AFTER_FAILURE)
+            until = min(until, time.monotonic() + after)
         if time.monotonic() >= until:
             return failed or f"beyond {seconds} s"
         wait([process.sentinel for process in left], max(0.0, until - time.monotonic()))

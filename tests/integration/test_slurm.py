@@ -87,14 +87,15 @@ def notes_of(env):
 
 
 def test_each_node_starts_one_launcher_that_meets_the_others(slurm):
+    slurm["TEST_JOB"] = "54711"  # whose port is below those that Linux gives away
     command = guide_command()
     subprocess.run(command, cwd=ROOT, env=slurm, check=True, timeout=60)
     one, other = sorted(notes_of(slurm))
     assert one.replace('["0"', '["1"', 1) == other
     options = one.split('", "')
-    for name, value in (("--nnodes", "2"), ("--nproc-per-node", "1"), ("--rdzv-id", "4711")):
+    for name, value in (("--nnodes", "2"), ("--nproc-per-node", "1"), ("--rdzv-id", "54711")):
         assert options[options.index(name) + 1] == value
-    assert options[options.index("--rdzv-endpoint") + 1] == f"localhost:{10_000 + 4711}"
+    assert options[options.index("--rdzv-endpoint") + 1] == "localhost:24711"
     assert [w.strip('"]') for w in options[options.index("train/pretrain.py") + 1 :]] == command[4:]
 
 

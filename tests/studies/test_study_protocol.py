@@ -19,7 +19,7 @@ from scripts.studies.cells import Cell, flops_per_token
 from scripts.studies.config import AGAIN, load_study, study_names
 from scripts.studies.protocol import Protocol
 from scripts.studies.search import choose
-from scripts.studies.store import Store, identity_of, read_run
+from scripts.studies.store import FinishedRun, Store, identity_of, read_run
 from tests.studies.folders import CODE, leave_run
 from train.config.scaled import scaled_recipe
 from train.errors import ExitCode, UserError
@@ -303,6 +303,18 @@ def test_steps_of_equal_flops_follow_the_model(tmp_path):
         steps.append(plan.steps_of("swa_flops"))
         assert plan._search_cell("swa_flops", 1e-3).steps == round(steps[-1] / 2)
     assert 2000 < steps[0] < steps[1]
+
+
+def test_an_archives_flops_are_those_of_an_arms_longest_run(tmp_path):
+    """The run of a search stands first and, planted, has another batch."""
+    plan = Protocol(load_study("attention_long"), Store([], None), tmp_path)
+    cells = [Cell("hybrid", steps, 1e-3, 1) for steps in (50, 100)]
+    short, whole = (plan.config(cell) for cell in cells)
+    short.train.steps, short.train.global_batch_tokens = 50, 2 * short.train.global_batch_tokens
+    whole.train.steps = 100
+    ours = (FinishedRun(tmp_path, run, {}, [], {}) for run in (short, whole))
+    plan.recorded = dict(zip(cells, ours, strict=True))
+    assert plan._step_flops("hybrid") == flops_per_token(whole) * whole.train.global_batch_tokens
 
 
 def test_wide_plain_experts_cost_what_mhc_does(tmp_path):
