@@ -31,7 +31,9 @@ from parallel.last_word import tell_launcher
 
 _TELLER = "told by rank"  # in the store
 _MET = "errors met"  # in the store: by any rank, those of earlier jobs of a sweep included
-_TOGETHER = 10.0  # seconds between the first rank and the last that meet an error of all
+# Seconds between the first rank and the last that meet an error of all: rank 0 first closes the
+# trackers, which may upload, and a rank with a save under way waits 10 s for it.
+_TOGETHER = 30.0
 _LOOK = 1.0  # seconds between two looks for it
 _PATIENCE = 3.0  # seconds; torchrun looks after its ranks every 0.1 s unless told otherwise
 # What gloo says of a rank that is gone; NCCL's and the store's errors have types of their own.
@@ -87,18 +89,16 @@ def lost_rank_ends_the_job(timeout_seconds: float) -> Iterator[None]:
 
 def all_meet_an_error() -> bool:
     """Whether every rank has met an error, as where all refuse the same; waits a while for them."""
-    world = dist.get_world_size()
+    world, counted = dist.get_world_size(), False
     try:
         store = distributed_c10d._get_default_store()
         all_of_them = -(-store.add(_MET, 1) // world) * world
-        end = time.monotonic() + _TOGETHER
-        while store.add(_MET, 0) < all_of_them:
-            if time.monotonic() > end:
-                return False
+        counted, end = True, time.monotonic() + _TOGETHER
+        while time.monotonic() < end and store.add(_MET, 0) < all_of_them:
             time.sleep(0.1)
-    except RuntimeError:  # the store is gone, and with it the rank that held it
-        return False
-    return True
+        return store.add(_MET, 0) >= all_of_them  # once more, behind the bound
+    except RuntimeError:  # the store is gone, and with it the rank that held it: which left first
+        return counted
 
 
 def leave_by_own_error(lines: Sequence[str], code: int) -> NoReturn:

@@ -131,6 +131,21 @@ def test_a_rank_without_a_store_tells_its_error_and_leaves(leaves, monkeypatch, 
     assert capsys.readouterr().err == "error: rank 1: a\n"
 
 
+class GoingStore:
+    """Rank 0, which holds it, leaves while this rank waits for the others."""
+
+    def add(self, _, amount):
+        if not amount:
+            raise dist.DistStoreError("connection reset by peer")
+        return 1
+
+
+def test_a_store_that_goes_meanwhile_went_with_a_rank_that_met_an_error(monkeypatch):
+    monkeypatch.setattr(lost_rank.distributed_c10d, "_get_default_store", GoingStore)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    assert all_meet_an_error()
+
+
 def test_an_error_that_all_ranks_meet_is_none_of_one_rank(leaves, monkeypatch):
     """Two jobs of a sweep, both refused by both ranks; in a third one rank alone refuses."""
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
