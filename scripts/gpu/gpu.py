@@ -100,7 +100,9 @@ def rates(device: torch.device, size: int) -> Card:
         device: which.
         size: bytes of the tensor whose copy measures the bandwidth.
     """
-    bf16, fp32 = (measured_matmul_rate(device, d).peak / 1e12 for d in (torch.bfloat16, torch.float32))
+    bf16, fp32 = (
+        measured_matmul_rate(device, d).peak / 1e12 for d in (torch.bfloat16, torch.float32)
+    )
     x = torch.ones(size // 4, device=device)
     y, best = torch.empty_like(x), float("inf")
     for _ in range(5):
