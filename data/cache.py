@@ -3,7 +3,8 @@
 A builder works in ``NAME.partial`` under an exclusive file lock and the result appears by one
 rename. Processes that ask meanwhile wait for the lock and then find it done. A killed builder
 leaves its partial folder, which the next one continues or starts over. One that refuses its input
-leaves nothing of its own: input that is mended is another, and has another folder.
+leaves nothing of its own: input that is mended is another, and has another folder. But what is
+finished stays: a fault of the moment (a disk, a network) may be told as a refusal.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _is_at(file: IO[str], path: Path) -> bool:
 def build_once(
     target: Path,
     build: Callable[[Path], None],
-    resume: bool = False,
+    resume: str = "",
     key: str = "data.cache_dir",
 ) -> Path:
     """Return a cached folder, building it first where it is absent.
@@ -104,7 +105,8 @@ def build_once(
     Args:
         target: the folder.
         build: fills an empty folder (with ``resume``: possibly one that a killed build left).
-        resume: keep what an interrupted build left instead of starting over.
+        resume: keep what an interrupted build left instead of starting over; a glob of the files
+            that each tell of a finished part.
         key: config key that chose the place, for messages.
 
     Raises:
@@ -125,7 +127,7 @@ def build_once(
 
 
 def _build(
-    target: Path, partial: Path, build: Callable[[Path], None], resume: bool, key: str
+    target: Path, partial: Path, build: Callable[[Path], None], resume: str, key: str
 ) -> None:
     """Build a folder under its lock; arguments as of :func:`build_once`."""
     if partial.exists() and not resume:
@@ -136,7 +138,7 @@ def _build(
         build(partial)
         partial.rename(target)
     except ConfigError:
-        if own:
+        if own and not (resume and any(partial.glob(resume))):
             shutil.rmtree(partial)
         raise
     except OSError as error:

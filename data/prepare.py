@@ -29,7 +29,7 @@ from data.progress import progress_map
 from data.sources import Documents, DocumentStream, fingerprint, open_documents
 from data.split import Measured, Split, measure, read_chunks, split_documents
 from data.token_store import TOKENIZER, TokenStore
-from data.tokenise import StoreJob, write_store
+from data.tokenise import FINISHED, StoreJob, write_store
 from data.tokenizer import Tokenizer, deserialise, load_tokenizer, train_bpe
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ def cached_stores(cfg: DataConfig, tokenizer: Tokenizer) -> dict[str, TokenStore
             job = StoreJob(name, corpus.documents(name), folder)
             write_store(job, corpus.split[name], tokenizer, corpus.key, cfg.workers)
 
-        build_once(folder, build, resume=True)
+        build_once(folder, build, resume=FINISHED)
         stores[name] = TokenStore(folder, f"data.cache_dir: {folder} (remove it to make it anew)")
     return stores
 

@@ -34,6 +34,7 @@ from data.token_store import (
 from data.tokenizer import Tokenizer, deserialise
 
 SHARD_BYTES = 16 << 20  # text of a shard
+FINISHED = "train-*.json"  # each a shard's record, its last file
 _COUNTED = 1 << 22  # tokens that are counted at a time
 
 

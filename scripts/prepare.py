@@ -27,7 +27,7 @@ from data.files import is_one_document, kind_of
 from data.prepare import Corpus, build_tokenizer
 from data.summary import summarise
 from data.token_store import TokenStore
-from data.tokenise import SHARD_BYTES, StoreJob, write_store
+from data.tokenise import FINISHED, SHARD_BYTES, StoreJob, write_store
 from data.tokenizer import Tokenizer
 from scripts.cli.command import command
 from scripts.cli.parser import CommandParser, real, whole
@@ -223,7 +223,11 @@ def _check_folder(options: argparse.Namespace) -> None:
 def _check_documents(options: argparse.Namespace) -> None:
     """Documents can be held out: of one there is nothing to hold out."""
     ((name, source),) = options.cfg.sources.items()
-    if options.verify or not options.validation_bytes or not is_one_document(name, source):
+    if options.verify or not options.validation_bytes:
+        return
+    with _told_in_options(options.cfg):
+        alone = is_one_document(name, source)
+    if not alone:
         return
     raise UserError(
         f"{source.path} is one file and --unit {options.unit}: of one document nothing can be held"
@@ -253,7 +257,7 @@ def prepare(options: argparse.Namespace) -> tuple[Corpus, TokenStore, Tokenizer]
         write_store(job, corpus.split[name], tokenizer, plan, cfg.workers, options.shard_bytes)
 
     finished = out.is_dir()
-    build_once(out, build, resume=True, key=f"--out {out}")
+    build_once(out, build, resume=FINISHED, key=f"--out {out}")
     store = TokenStore(out, f"--out {out}")
     if finished and (store.plan["corpus"], store.plan["tokenizer"]) != (plan, tokenizer.hash):
         raise UserError(f"--out {out} holds a store of another source or tokenizer")

@@ -45,7 +45,7 @@ from scripts.reports.study_report import write_study_report
 from scripts.studies.archive import archive_of, pack
 from scripts.studies.cells import Sweep, from_root
 from scripts.studies.config import AGAIN, StudyConfig, load_study, study_names
-from scripts.studies.estimate import Cost, Estimate
+from scripts.studies.estimate import START_SECONDS, Cost, Estimate
 from scripts.studies.probed import probe_words, unasked
 from scripts.studies.protocol import Protocol
 from scripts.studies.results import gather
@@ -124,18 +124,19 @@ def _run(name: str, study: StudyConfig, args: argparse.Namespace) -> int:
 def _run_all(protocol: Protocol, args: argparse.Namespace, lock: int, name: str) -> ExitCode:
     """Start batch after batch; after each there is a report of what is known."""
     began, share = time.monotonic(), parse_share(args.share)
-    if (code := _ask(protocol, lock)) != ExitCode.finished:
-        return code
+    ends = began + args.time_limit if args.time_limit else math.inf
+    asked = ExitCode.finished
     while (batch := first_of_share(protocol, share)) is not None:
-        left = args.time_limit - (time.monotonic() - began) if args.time_limit else math.inf
-        batch = fitting(batch, left, Estimate(protocol)) if args.time_limit else batch
+        if args.time_limit:
+            batch = fitting(batch, ends - time.monotonic(), Estimate(protocol))
         if not batch.cells:
             print("the next run would not end within the time limit: the same command continues")
             return ExitCode.resumable
         code = _start(protocol, batch, args.launcher, lock)
         protocol.store.scan()
-        if code == ExitCode.finished:
-            code = _ask(protocol, lock)
+        if code == asked == ExitCode.finished:  # questions that fail hold up no training
+            asked = _ask(protocol, lock, share, ends)
+            code = asked if asked == ExitCode.resumable else code
         missing = sum(protocol.find(cell) is None for cell in batch.cells)
         pack(protocol, archive_of(name, args.archive / PACKED))
         write_study_report(name, protocol, args.archive)
@@ -147,6 +148,11 @@ def _run_all(protocol: Protocol, args: argparse.Namespace, lock: int, name: str)
                 f"{batch.title}: {missing} of {len(batch.cells)} runs left no receipt of this"
                 " config and code; was a source file changed meanwhile?"
             )
+    if asked == ExitCode.finished and any(unasked(protocol, share)):
+        asked = _ask(protocol, lock, share, ends)
+        pack(protocol, archive_of(name, args.archive / PACKED))
+    if asked != ExitCode.finished:
+        return asked
     others = sum(len(batch.cells) for batch in protocol.batches())
     if others:
         print(f"this share is done; {others} runs of other shares are missing: give --also")
@@ -223,6 +229,8 @@ def print_plan(name: str, protocol: Protocol) -> None:
             f"{cost.seconds / 60:>14.1f}"
         )
     print(f"{cost_line(protocol, estimate)}, {estimate.basis}; a search may grow")
+    if protocol.study.probe.needle:
+        print("each seed's run is asked questions once it is trained: beside these minutes")
     print(told_power(protocol))
     other = len(protocol.store.other_code)
     if other:
@@ -260,12 +268,27 @@ def _start(protocol: Protocol, batch: Sweep, launcher: str, lock: int) -> ExitCo
     return _child(["train/pretrain.py", *words], lock)
 
 
-def _ask(protocol: Protocol, lock: int) -> ExitCode:
-    """Let every run of the seeds answer the study's questions, where it has not."""
-    for run in unasked(protocol):
+def _ask(
+    protocol: Protocol, lock: int, share: tuple[int, int] = (1, 1), ends: float = math.inf
+) -> ExitCode:
+    """Let every run of a share's seeds answer the study's questions, where it has not.
+
+    Args:
+        protocol: whose runs.
+        lock: file descriptor that the child holds too.
+        share: I and N.
+        ends: time.monotonic() by which the last run must have answered.
+    """
+    longest = START_SECONDS
+    for run in unasked(protocol, share):
+        began = time.monotonic()
+        if began + longest > ends:
+            print("questions would not end within the time limit: the same command continues")
+            return ExitCode.resumable
         words = probe_words(run, protocol.study.probe)
         print(f"\n== questions: python scripts/probe.py {' '.join(words)}", flush=True)
         code = _child(["scripts/probe.py", *words], lock)
+        longest = max(longest, time.monotonic() - began)
         if code != ExitCode.finished:  # it has told why
             return code
     return ExitCode.finished

@@ -266,7 +266,13 @@ class StudyConfig:
         ask = self.probe
         if not ask.needle:
             return []
+        silent = [name for name, arm in self.arms.items() if arm.evaluates]
         return [
+            (
+                not silent,
+                f"probe.needle={ask.needle} asks checkpoints, and arms={silent} leave none: they"
+                " evaluate another arm's",
+            ),
             (
                 ask.needle in ALL_NEEDLES,
                 f"probe.needle={ask.needle} must be one of {', '.join(ALL_NEEDLES)}",

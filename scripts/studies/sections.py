@@ -121,12 +121,14 @@ class ProbeConfig:
         lengths: tokens of a document.
         depths: places of what is asked for, from a document's beginning to its end.
         count: documents of each length and depth.
+        note: what a reader of the answers must know of the arms; stands in the report.
     """
 
     needle: str = ""
     lengths: list[int] = field(default_factory=list)
     depths: int = 5
     count: int = 16
+    note: str = ""
 
 
 @dataclass

@@ -54,12 +54,12 @@ def test_a_killed_build_leaves_nothing_that_looks_finished(tmp_path):
     assert (build_once(tmp_path / "y", sees) / "found").read_text() == "[]"
     (tmp_path / "z.partial").mkdir()
     (tmp_path / "z.partial" / "old").touch()
-    kept = build_once(tmp_path / "z", sees, resume=True)
+    kept = build_once(tmp_path / "z", sees, resume="*.json")
     assert sorted(p.name for p in kept.iterdir()) == ["found", "old"]
     assert sorted(p.name for p in build_once(tmp_path / "x", sees).iterdir()) == ["found"]
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("resume", ["", "*.json"])
 def test_a_build_that_is_refused_leaves_nothing_of_its_own(tmp_path, resume):
     def refuses(folder):
         (folder / "shard").write_text("1")
@@ -74,7 +74,22 @@ def test_a_build_that_is_refused_leaves_nothing_of_its_own(tmp_path, resume):
     (begun / "earlier").write_text("hours of work")
     with pytest.raises(ConfigError):
         build_once(tmp_path / "x", refuses, resume)
-    assert begun.exists() == resume
+    assert begun.exists() == bool(resume)
+
+
+@pytest.mark.parametrize("resume", ["", "*.json"])
+def test_a_fault_told_as_a_refusal_leaves_what_is_finished(tmp_path, resume):
+    """As a network that fails once, at nine tenths of the source."""
+    fails = [True]
+
+    def build(folder):
+        (folder / f"{len(list(folder.iterdir()))}.json").write_text("a finished part")
+        if fails and fails.pop():
+            raise ConfigError("the source cannot be read")
+
+    with pytest.raises(ConfigError, match="cannot be read"):
+        build_once(tmp_path / "x", build, resume)
+    assert len(list(build_once(tmp_path / "x", build, resume).iterdir())) == (2 if resume else 1)
 
 
 def test_a_lock_that_its_holder_removed_is_no_lock(tmp_path):

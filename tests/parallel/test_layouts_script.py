@@ -16,6 +16,7 @@ from scripts.layout_trials.whole_tensors import set_gradients
 from scripts.layouts import BOUNDS, failures, main
 from tests.parallel.ranks import alone
 from tests.parallel.torchrun import SMALL_MODEL
+from train.errors import ROOT
 
 SMALL = ["--set", *SMALL_MODEL[1:], "--rows", "4", "--device", "cpu"]
 REFERENCE = Reference({}, [], [], {}, {}, {}, {}, [], {"losses": [1e-6], "weights": [1e-2]})
@@ -28,6 +29,15 @@ def test_layout_is_read_with_schedule_and_microbatch(schedule):
     layout = parse(f"pp=2 dp_shard=4 ep=2 micro=1 schedule={schedule}")
     assert layout.keys == {"pp": "2", "dp_shard": "4", "ep": "2", "schedule": schedule}
     assert (layout.ranks, layout.micro) == (8, 1)
+
+
+@pytest.mark.core
+def test_the_page_put_together_by_hand_is_not_written_over(capsys):
+    path = ROOT / "docs" / "layouts.md"
+    before = path.read_bytes()
+    assert main(["--markdown", str(path), "dp=2"]) == 2
+    assert "holds something else" in capsys.readouterr().err
+    assert path.read_bytes() == before
 
 
 @pytest.mark.core

@@ -5,6 +5,7 @@ Runs and answers are planted as trainer and probe leave them; shares of right an
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -12,8 +13,9 @@ from scripts import probe, study
 from scripts.reports.answer import lead
 from scripts.reports.study_report import as_json, study_document
 from scripts.studies.archive import archive_of, open_archive, pack
+from scripts.studies.cells import Sweep
 from scripts.studies.config import load_study
-from scripts.studies.probed import far_cells, probe_words, unasked
+from scripts.studies.probed import answers_of, probe_words, unasked
 from scripts.studies.protocol import Protocol
 from scripts.studies.results import gather
 from scripts.studies.store import Store
@@ -24,11 +26,11 @@ SMALL = ["steps=10", "seeds=[1,2,3]", "evaluations=2", "again=false"]
 RIGHT = {"trained": 0.98, "untrained": 0.25, "all_entries": 0.97}
 
 
-def answers(share, lengths=(128, 256, 512), count=16, depths=5):
-    """A fraction of right answers beyond the windows; within them all are right."""
+def answers(share, lengths=(128, 256, 512), count=16, depths=5, within=1):
+    """A fraction of right answers beyond the windows; all are right within (last depths)."""
     rows = [
         {"task": "pairs", "length": length, "depth": depth / (depths - 1), "count": count,
-         "beyond": depth < depths - 1, "correct": share if depth < depths - 1 else 1.0,
+         "beyond": depth < depths - within, "correct": share if depth < depths - within else 1.0,
          "chance": 1 / 52}
         for length in lengths for depth in range(depths)
     ]  # fmt: skip
@@ -48,10 +50,10 @@ def finished(tmp_path, *words):
     return plan
 
 
-def answer(run, share=None):
+def answer(run, share=None, within=1):
     """Seeds differ by a hundredth."""
     arm = run.folder.name.rsplit("_", 2)[0]
-    text = answers((RIGHT[arm] if share is None else share) - 0.01 * run.run.seed)
+    text = answers((RIGHT[arm] if share is None else share) - 0.01 * run.run.seed, within=within)
     (run.folder / "probe.json").write_text(text)
 
 
@@ -127,9 +129,96 @@ def test_answers_to_other_questions_do_not_count(tmp_path, change):
     plan = finished(tmp_path)
     run = next(unasked(plan))
     (run.folder / "probe.json").write_text(answers(0.9, **change))
-    assert far_cells(run, plan.study.probe) == []
+    assert answers_of(run, plan.study.probe) == {}
     answer(run)
-    assert len(far_cells(run, plan.study.probe)) == 12
+    assert len(answers_of(run, plan.study.probe)) == 15
+
+
+def test_all_arms_are_judged_by_what_lies_beyond_every_one(tmp_path):
+    """An arm whose windows relay farther answers more of the same questions within them."""
+    plan = finished(tmp_path)
+    for run in list(unasked(plan)):
+        answer(run, within=2 if run.folder.name.startswith("all_entries") else 1)
+    assert list(unasked(plan)) == []
+    results = gather("indexer_loss", plan)
+    assert results.answers.questions == 3 * 3 * 16
+    for arm, share in RIGHT.items():
+        wanted = {seed: share - 0.01 * seed for seed in (1, 2, 3)}
+        assert results.answers.shares[arm] == pytest.approx(wanted)
+
+
+def test_questions_within_the_windows_are_asked_once_and_judge_nobody(tmp_path):
+    plan = finished(tmp_path)
+    for run in list(unasked(plan)):
+        answer(run, within=5 if run.folder.name.startswith("all_entries") else 1)
+    assert list(unasked(plan)) == []
+    results = gather("indexer_loss", plan)
+    assert "no question stands beyond the windows of every arm (pairs)" in lead(results)
+    written = study_document(results).write(tmp_path / "report").read_text()
+    assert "No question stands beyond the windows of every arm." in written
+
+
+def test_runs_that_were_not_asked_are_listed(tmp_path):
+    plan = finished(tmp_path)
+    for run in list(unasked(plan)):
+        if run.run.seed != 2 or "untrained" not in run.folder.name:
+            answer(run)
+    written = study_document(gather("indexer_loss", plan)).write(tmp_path / "report").read_text()
+    assert "Not asked, or elsewhere: untrained of seeds [2]." in written
+    assert "over training seeds alone" in written
+    assert "While the indexer of `trained` warms up" in written
+
+
+def run_all(plan, tmp_path, *words):
+    args = study._parse(["study=indexer_loss", *words, "--archive", str(tmp_path / "docs")])
+    return study._run_all(plan, args, 0, "indexer_loss")
+
+
+def probing(monkeypatch, plan, code=ExitCode.finished):
+    """A child that answers, or ends so; returns the folders that it was asked of."""
+    by_folder, asked = {str(run.folder): run for run in unasked(plan)}, []
+
+    def child(words, lock):
+        asked.append(words[1])
+        if code == ExitCode.finished:
+            answer(by_folder[words[1]])
+        return code
+
+    monkeypatch.setattr(study, "_child", child)
+    return asked
+
+
+def test_answers_behind_the_last_batch_reach_the_archive(tmp_path, monkeypatch):
+    plan = finished(tmp_path)
+    asked = probing(monkeypatch, plan)
+    assert run_all(plan, tmp_path) == ExitCode.finished
+    assert len(asked) == 9
+    packed = open_archive(archive_of("indexer_loss", tmp_path / "docs" / study.PACKED))
+    assert len(gather("indexer_loss", packed).answers.shares["trained"]) == 3
+
+
+def test_questions_heed_limit_and_share(tmp_path, monkeypatch):
+    plan = finished(tmp_path)
+    asked = probing(monkeypatch, plan)
+    assert run_all(plan, tmp_path, "--time-limit", "1") == ExitCode.resumable
+    assert asked == []
+    assert run_all(plan, tmp_path, "--share", "2/3") == ExitCode.finished
+    assert len(asked) == 3
+    assert {folder.rsplit("_", 1)[1] for folder in asked} == {"2"}
+
+
+def test_questions_that_fail_hold_up_no_training(tmp_path, monkeypatch):
+    plan = finished(tmp_path)
+    asked = probing(monkeypatch, plan, ExitCode.user_error)
+    batches = [Sweep("one", (), "seed"), Sweep("two", (), "seed"), None]
+    cells = (next(iter(plan.finished())),)
+    left = iter([replace(b, cells=cells) if b else None for b in batches])
+    monkeypatch.setattr(study, "first_of_share", lambda *_: next(left))
+    started = []
+    monkeypatch.setattr(study, "_start", lambda *_: started.append(1) or ExitCode.finished)
+    assert run_all(plan, tmp_path) == ExitCode.user_error
+    assert len(started) == 2
+    assert len(asked) == 1
 
 
 def test_runs_of_other_machines_or_without_weights_are_not_asked(tmp_path):
@@ -151,6 +240,7 @@ def test_runs_of_other_machines_or_without_weights_are_not_asked(tmp_path):
         ("probe.lengths=[]", "probe.lengths=[] must be"),
         ("probe.lengths=[64]", "probe.lengths=[64] must be"),
         ("probe.count=0", "probe.count=0 must be 1 or more"),
+        ("arms.untrained.evaluates=trained", "asks checkpoints, and arms=['untrained'] leave none"),
     ],
 )
 def test_questions_that_cannot_be_are_refused(word, message):

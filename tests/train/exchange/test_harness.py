@@ -218,6 +218,10 @@ def test_a_task_that_cannot_be_read_is_one_line(fault, run, tasks, tmp_path, cap
             {"doc_to_target": "{{9 if text|length > 45 else answer}}"}, 0,
             ["gives for 1 of 4 documents no answer among their choices: they count as wrong"],
         ),
+        (  # of several answers the harness takes any
+            {"doc_to_target": "{{[answer, 9]}}"}, 0, [],
+        ),
+        ({"doc_to_target": "{{[]}}"}, 2, ["for none of 4 an answer among its choices"]),
         ({"doc_to_text": "txet"}, 0, ["doc_to_text: txet is no column of it (did you mean text?)"]),
     ],
 )  # fmt: skip
@@ -241,6 +245,31 @@ def test_what_a_task_names_and_has_not_is_told(
         assert ((run / "receipt.json").read_bytes() == receipt) == (code != 0)
     finally:
         (run / "receipt.json").write_bytes(receipt)
+
+
+def test_a_task_that_scores_itself_need_not_name_an_answer(run, tasks, tmp_path, caplog):
+    """As simple_cooccurrence_bias of the harness does, whose answer is the word "all"."""
+    data = {"data_files": {"test": str(tasks / "lines.jsonl")}, "cache_dir": str(tmp_path / "c")}
+    task = {"task": "mine", **COMMON, "dataset_kwargs": data, **TASKS["endings"]}
+    task |= {"doc_to_target": "all", "metric_list": [{"metric": "spread", "aggregation": "mean"}]}
+    text = yaml.safe_dump(task) + "process_results: !function scoring.spread\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "scoring.py").write_text(
+        "def spread(doc, results):\n"
+        "    nats = [nats for nats, _ in results]\n"
+        "    return {'spread': max(nats) - min(nats)}\n"
+    )
+    caplog.set_level("WARNING", logger="scripts.eval")
+    out = tmp_path / "out.json"
+    words = [str(run), "--tasks", "mine", "--include-path", str(tmp_path), "--out", str(out)]
+    receipt = (run / "receipt.json").read_bytes()
+    try:
+        assert command.main(words) == 0
+    finally:
+        (run / "receipt.json").write_bytes(receipt)
+    [entry] = json.loads(out.read_text())["harness"]
+    assert entry["results"]["mine"]["spread"] > 0
+    assert [r for r in caplog.records if r.name == "scripts.eval"] == []
 
 
 def test_a_fault_of_our_model_is_none_of_the_task(run, tasks, monkeypatch):
