@@ -169,7 +169,7 @@ def survey(run: RunConfig) -> tuple[StagePlan | None, list[str]]:
                 f"{_label(train, index)}: no step begins in it, since until_tokens="
                 f"{stage.until_tokens} and the last step before it ends at {plan.tokens_at(before)}"
             )
-    problems += _scoring_problems(plan, run)
+    problems += [*_scoring_problems(plan, run), *_atomics_problems(plan, run)]
     return plan, problems
 
 
@@ -210,6 +210,19 @@ def _scoring_problems(plan: StagePlan, run: RunConfig) -> Iterator[str]:
                 f"{label}seq_len={stage.seq_len} must be a multiple of 2 * cp={2 * stage.cp} under"
                 f" {asked}, which halves shards"
             )
+
+
+def _atomics_problems(plan: StagePlan, run: RunConfig) -> Iterator[str]:
+    """What is added in no order are gradients of chosen entries: some stage has to choose."""
+    reached = plan.reached()
+    chooses = any(s.indexer_phase == IndexerPhase.sparse for s in reached)
+    if not (run.model.deterministic or chooses):
+        phases = ", ".join(f"indexer_phase={s.indexer_phase}" for s in reached)
+        yield (
+            "model.deterministic=false acts in a stage whose indexer chooses"
+            f" (indexer_phase={IndexerPhase.sparse.value}), but there is {phases}: say"
+            " model.deterministic=true"
+        )
 
 
 def check_contexts(plan: StagePlan, run: RunConfig, layout: ParallelConfig) -> None:

@@ -247,6 +247,17 @@ def test_balanced_scoring_that_nothing_would_follow_is_refused(change, message):
         resolve(run)
 
 
+@pytest.mark.parametrize("phase", ["full", "warmup"])
+def test_atomic_sums_that_no_stage_would_make_are_refused(phase):
+    stage = StageConfig(until_tokens=8192, seq_len=128, global_batch_tokens=1024)
+    run = make_run(TrainConfig(stages=[stage], steps=0))
+    run.model.deterministic = False
+    resolve(run)
+    stage.indexer_phase = IndexerPhase(phase)
+    with pytest.raises(ValueError, match=f"there is indexer_phase={phase}: say model.determ"):
+        resolve(run)
+
+
 def test_stage_that_a_step_jumps_over_is_refused():
     stages = [*STAGES, StageConfig(name="tiny", until_tokens=3001, seq_len=8)]
     stages[3].global_batch_tokens = 8
