@@ -130,8 +130,9 @@ def foretell(run: RunConfig, plan: StagePlan, loader: Loader) -> float:
         announce(run, plan, uses, device.type)
     rate = measured_matmul_rate(device, _DTYPES[run.train.precision])
     if launched_rank() == 0 and not run.train.eval_only:
-        for line in long_run(run, plan, rate.usual * launched_world_size()):
-            log.warning("%s", line)
+        for line in (rate.under_load(), *long_run(run, plan, rate.usual * launched_world_size())):
+            if line:
+                log.warning("%s", line)
     return rate.peak
 
 

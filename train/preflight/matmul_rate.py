@@ -11,7 +11,6 @@ the rate of all cores, counted once a rank: they measure at the same time, and t
 from __future__ import annotations
 
 import functools
-import logging
 import statistics
 import time
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ import torch
 from parallel.launch import launched_here
 from train.preflight.forecast import quantity
 
-log = logging.getLogger(__name__)
 _BURSTS, _PAUSE = 6, 0.02  # of a measurement, and seconds between them
 _LOADED = 2.0  # times that the best product is faster than the usual one, where work is beside it
 
@@ -33,10 +31,21 @@ class MatmulRate(NamedTuple):
     Attributes:
         peak: what the device reaches: of the best one; the usual one where ranks share cores.
         usual: median, beside whatever else is on the machine: what a run can expect.
+        slowed: times that the best product is faster than the usual one of its size.
     """
 
     peak: float
     usual: float
+    slowed: float = 1.0
+
+    def under_load(self) -> str:
+        """A line where other work took much of the machine; else empty."""
+        if self.slowed <= _LOADED:
+            return ""
+        return (
+            f"other work is on this machine: the best matmul made {quantity(self.peak)}FLOP/s, of"
+            f" which mfu is told, and was {self.slowed:.1f} times as fast as the usual one"
+        )
 
 
 @functools.cache
@@ -72,14 +81,8 @@ def measured_matmul_rate(
     usual = of_sizes[0].usual  # of what is too long to fall between other work
     if shared:
         return MatmulRate(usual, usual)
-    best, beside = max(of_sizes)  # of the same size, since sizes differ also on an idle machine
-    if best > _LOADED * beside:
-        log.warning(
-            "other work is on this machine: of %d matmuls the usual one made %sFLOP/s, the best one"
-            " %sFLOP/s, of which mfu is told",
-            len(rates), quantity(beside), quantity(best),
-        )  # fmt: skip
-    return MatmulRate(best, usual)
+    best, beside, _ = max(of_sizes)  # of one size, since sizes differ also on an idle machine
+    return MatmulRate(best, usual, best / beside)
 
 
 def times_slower_than_fp32(device: torch.device, dtype: torch.dtype) -> float:
